@@ -1,0 +1,204 @@
+"""What goes into an engine and what comes out: the only code the two engines share."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.errors import InputError
+
+FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED = 0, 1, 2, 3, 4
+STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived")
+
+#: ITL histogram: bins of equal width in the mantissa, 128 per factor of two, so a bin's centre is within 0.4 % of
+#: every value in it. Bin 0 also takes everything below ITL_MIN_S.
+ITL_BINS_PER_OCTAVE = 128
+ITL_MIN_EXPONENT = -27
+"""2**-27 s is 7 ns, far below any step."""
+ITL_MAX_EXPONENT = 20
+"""2**20 s is 12 days."""
+ITL_BINS = (ITL_MAX_EXPONENT - ITL_MIN_EXPONENT) * ITL_BINS_PER_OCTAVE
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Settings of one replica, under vLLM's names.
+
+    Attributes
+    ----------
+    max_num_seqs
+        running requests at most.
+    max_num_batched_tokens
+        tokens in one step at most; not less than ``max_num_seqs``.
+    block_size
+        tokens per KV block.
+    num_kv_blocks
+        KV blocks a replica may hand out (vLLM's ``num_gpu_blocks`` less its null block).
+    max_model_len
+        prompt + ``max_tokens`` of a request at most; 0: bounded by the KV cache alone.
+    scheduler_reserve_full_isl
+        admit a waiting request only if blocks for all its tokens known so far are free, not merely for the first chunk.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    block_size: int = 16
+    num_kv_blocks: int = 1 << 20
+    max_model_len: int = 0
+    scheduler_reserve_full_isl: bool = True
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_kv_blocks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"engine.{name} = {getattr(self, name)}: must be at least 1")
+        if self.max_model_len < 0:
+            raise InputError(f"engine.max_model_len = {self.max_model_len}: must be 0 (no limit) or positive")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InputError(
+                f"engine.max_num_batched_tokens = {self.max_num_batched_tokens} is less than "
+                f"engine.max_num_seqs = {self.max_num_seqs}: a full decode batch would not fit in a step"
+            )
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A stream of requests, one row each, in arrival order.
+
+    Attributes
+    ----------
+    arrival_s
+        [n] not decreasing; ties are served in row order. With ``concurrency`` > 0 only used as think time: row i
+        arrives ``arrival_s[i]`` after the finish that makes room for it (the first ``concurrency`` rows: after 0).
+    prompt_tokens, output_tokens
+        [n] at least 1 each.
+    cached_tokens
+        [n] leading prompt tokens whose KV is already there: 0 … prompt_tokens − 1. They take blocks but no compute.
+    max_tokens
+        [n] the output length the scheduler may know; at least ``output_tokens``.
+    concurrency
+        0: open loop. Otherwise a closed loop of that many clients.
+    """
+
+    arrival_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    cached_tokens: NDArray[np.int64]
+    max_tokens: NDArray[np.int64]
+    concurrency: int = 0
+
+    def __post_init__(self) -> None:
+        """Check shapes, ranges and order; the message names the first bad row."""
+        n = len(self.arrival_s)
+        for name in ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens"):
+            if len(getattr(self, name)) != n:
+                raise InputError(f"requests.{name} has {len(getattr(self, name))} rows, arrival_s has {n}")
+        checks = [
+            ("arrival_s", ~np.isfinite(self.arrival_s) | (self.arrival_s < 0), "must be finite and not negative"),
+            ("prompt_tokens", self.prompt_tokens < 1, "must be at least 1"),
+            ("output_tokens", self.output_tokens < 1, "must be at least 1"),
+            (
+                "cached_tokens",
+                (self.cached_tokens < 0) | (self.cached_tokens >= self.prompt_tokens),
+                "must be 0 … prompt_tokens − 1 (the last prompt token is always computed)",
+            ),
+            ("max_tokens", self.max_tokens < self.output_tokens, "must be at least output_tokens"),
+        ]
+        if not self.concurrency:
+            step_back = np.zeros(n, dtype=bool)
+            step_back[1:] = np.diff(self.arrival_s) < 0
+            checks.append(("arrival_s", step_back, "must not decrease"))
+        for name, bad, rule in checks:
+            if bad.any():
+                row = int(np.argmax(bad))
+                raise InputError(f"requests.{name}[{row}] = {getattr(self, name)[row]}: {rule}")
+        if self.concurrency < 0:
+            raise InputError(f"requests.concurrency = {self.concurrency}: must be 0 (open loop) or positive")
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self.arrival_s)
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """What one replica did. Times in simulated seconds; NaN where it did not happen.
+
+    Attributes
+    ----------
+    status
+        [n] FINISHED, REJECTED, RUNNING, WAITING or NOT_ARRIVED at the end.
+    arrival_s, scheduled_s, first_token_s, finish_s
+        [n] arrival; start of the first step it was part of; end of the step that gave its first token; of its last.
+    preemptions
+        [n] times it was preempted.
+    busy_s
+        [n] its share of the steps it rode in. Σ busy_s + idle_s = end_s.
+    busy_prefill_s, busy_cached_s
+        [n] the parts of ``busy_s`` spent in prefill chunks (recomputation after preemption included), and, within
+        that, on reading cached tokens.
+    recompute_s
+        [n] the part of ``busy_s`` spent computing tokens a second time after a preemption.
+    idle_s
+        time without a step.
+    end_s
+        clock at the end.
+    steps_by_tokens, steps_by_rows
+        number of steps with n dense tokens, with R logit rows.
+    itl_counts
+        [ITL_BINS] histogram of inter-token latencies, one count per token after a request's first.
+    itl_max_s
+        largest inter-token latency. 0 if none.
+    totals
+        sums over steps: ``steps``, ``dense_tokens``, ``decode_tokens`` (ΣB), ``decode_keys`` (ΣS), ``prefill_pairs`` (ΣA),
+        ``prefill_keys`` (ΣK), ``chunks`` (ΣP), ``rows`` (ΣR), ``preemptions``, ``recomputed_tokens``, ``segments``;
+        and times: ``decode_attention_s``, ``prefill_attention_s``;
+        and time integrals: ``running_s`` (Σ running requests × time), ``waiting_s``, ``kv_blocks_s``;
+        and peaks: ``max_running``, ``max_waiting``, ``max_kv_blocks``.
+    timeline
+        columns of equal length: ``start_s``, and means over each interval of ``running``, ``waiting``, ``kv_blocks``,
+        ``busy_fraction``. Intervals are ``timeline_interval_s`` long; the last may be partly past the end.
+    """
+
+    status: NDArray[np.int8]
+    arrival_s: NDArray[np.float64]
+    scheduled_s: NDArray[np.float64]
+    first_token_s: NDArray[np.float64]
+    finish_s: NDArray[np.float64]
+    preemptions: NDArray[np.int32]
+    busy_s: NDArray[np.float64]
+    busy_prefill_s: NDArray[np.float64]
+    busy_cached_s: NDArray[np.float64]
+    recompute_s: NDArray[np.float64]
+    idle_s: float
+    end_s: float
+    steps_by_tokens: NDArray[np.int64]
+    steps_by_rows: NDArray[np.int64]
+    itl_counts: NDArray[np.int64]
+    itl_max_s: float
+    totals: dict[str, float] = field(default_factory=dict)
+    timeline: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    timeline_interval_s: float = 0.0
+
+
+def itl_bin(value_s: float) -> int:
+    """Bin of one inter-token latency (reference form; the compiled engine reads the float's bits)."""
+    mantissa, exponent = np.frexp(value_s)
+    index = (int(exponent) - 1 - ITL_MIN_EXPONENT) * ITL_BINS_PER_OCTAVE + int(
+        (float(mantissa) * 2 - 1) * ITL_BINS_PER_OCTAVE
+    )
+    return min(max(index, 0), ITL_BINS - 1)
+
+
+def itl_quantiles_s(counts: NDArray[np.int64], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Quantiles of an ITL histogram (inverse of the empirical distribution), each within 0.4 % of the exact one. [s]
+
+    NaN if the histogram is empty.
+    """
+    total = int(counts.sum())
+    if total == 0:
+        return np.full(len(probabilities), np.nan)
+    ranks = np.maximum(np.ceil(probabilities * total), 1)
+    bins = np.searchsorted(np.cumsum(counts), ranks)
+    octave, part = np.divmod(bins, ITL_BINS_PER_OCTAVE)
+    return np.asarray(np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT))

@@ -1,0 +1,124 @@
+"""StepCost: one deployment's cost of a step, compiled to a small table.
+
+The engine sees a deployment only through this record (design: a step's cost is a small table, compiled once).
+A step is described by few integers:
+
+===== ==========================================================================================
+``n`` tokens through the dense layers: decode tokens plus prefill-chunk tokens
+``B`` decoding sequences (one token each)
+``S`` sum over those sequences of the keys each one attends to, the new token's own included
+``P`` prefill chunks in the step
+``A`` attention pairs of the chunks: a chunk of ``c`` tokens on ``p`` earlier ones has c·p + c(c+1)/2
+``K`` KV tokens the chunks read: the sum of p + c
+``R`` logit rows: decoding sequences plus chunks that complete their prompt
+===== ==========================================================================================
+
+and its time is::
+
+    dense_s[n] + head_s[R] + [B > 0]·(g(S) + decode_seq_s·B) + [P > 0]·max_j(planes[j]·(A, K, P))
+
+with ``g`` the piecewise linear curve through the decode knots. Each term is at least its own roofline bound.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.errors import InputError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Times of one deployment's steps, and the FLOPs and bytes behind them.
+
+    Attributes
+    ----------
+    dense_s
+        [max_num_batched_tokens + 1] time of everything that depends on ``n`` alone: matrix products, norms,
+        collectives, per-step overhead. ``dense_s[0] == 0``. [s]
+    head_s
+        [max_num_seqs + 1] output head and sampling for ``R`` rows. ``head_s[0] == 0``. [s]
+    decode_knots, decode_value_s, decode_slope_s
+        [m] ascending S of each knot (the first is 0), g there [s], and the slope from there on [s per key].
+        g is continuous and the last slope holds to infinity.
+    decode_seq_s
+        time per decoding sequence that depends on neither n nor S. [s]
+    prefill_planes
+        [q, 3] seconds per attention pair (A), per KV token read (K), per chunk (P); the time is the largest plane.
+    chips
+        chips of the replica; chip-seconds are step seconds times this.
+    dense_flops, dense_bytes
+        as ``dense_s``: model FLOPs, and the bytes that must cross HBM, of n dense tokens, all chips together.
+    head_flops, head_bytes
+        as ``head_s``.
+    attention_flops_per_pair, kv_bytes_per_token
+        FLOPs per (query, key) pair over all layers; KV-cache bytes read per key (written per token), all chips.
+    peak_flops_per_s, hbm_bandwidth_bytes_per_s
+        of the whole replica; the denominators of MFU and MBU.
+    dense_parts
+        named shares of ``dense_s`` (same shape each, summing to it), e.g. matmul, collective, overhead.
+    """
+
+    dense_s: Array
+    head_s: Array
+    decode_knots: Array
+    decode_value_s: Array
+    decode_slope_s: Array
+    decode_seq_s: float
+    prefill_planes: Array
+    chips: int
+    dense_flops: Array
+    dense_bytes: Array
+    head_flops: Array
+    head_bytes: Array
+    attention_flops_per_pair: float
+    kv_bytes_per_token: float
+    peak_flops_per_s: float
+    hbm_bandwidth_bytes_per_s: float
+    dense_parts: Mapping[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse tables that would give silently wrong times."""
+        for name in ("dense_s", "head_s"):
+            table = getattr(self, name)
+            if table.ndim != 1 or len(table) < 2 or table[0] != 0:
+                raise InputError(f"StepCost.{name} must be a one-dimensional table starting at 0, got {table[:3]}")
+            if not (np.isfinite(table).all() and (table >= 0).all()):
+                raise InputError(f"StepCost.{name} must be finite and not negative")
+        if not (self.dense_s[1:] > 0).all():
+            raise InputError("StepCost.dense_s must be positive from one token on: a step takes time")
+        knots = self.decode_knots
+        if knots[0] != 0 or (np.diff(knots) <= 0).any():
+            raise InputError(f"StepCost.decode_knots must ascend from 0, got {knots}")
+        if not (self.decode_slope_s >= 0).all() or self.decode_value_s[0] < 0:
+            raise InputError("StepCost.decode_slope_s and decode_value_s must not be negative")
+        if self.prefill_planes.ndim != 2 or self.prefill_planes.shape[1] != 3 or not (self.prefill_planes >= 0).all():
+            raise InputError("StepCost.prefill_planes must be a [q, 3] table without negative entries")
+
+    @property
+    def max_tokens(self) -> int:
+        """Largest n the table covers."""
+        return len(self.dense_s) - 1
+
+    @property
+    def max_rows(self) -> int:
+        """Largest R the table covers."""
+        return len(self.head_s) - 1
+
+    def decode_attention_s(self, S: float) -> float:
+        """g(S): attention time of the decoding sequences. [s]"""
+        j = int(np.searchsorted(self.decode_knots, S, side="right")) - 1
+        return float(self.decode_value_s[j] + self.decode_slope_s[j] * (S - self.decode_knots[j]))
+
+    def prefill_attention_s(self, A: float, K: float, P: float) -> float:
+        """Attention time of the prefill chunks. [s]"""
+        return float((self.prefill_planes @ np.array([A, K, P])).max()) if P else 0.0
+
+    def step_s(self, *, n: int, B: int = 0, S: float = 0, P: int = 0, A: float = 0, K: float = 0, R: int = 0) -> float:
+        """Time of one step. [s]"""
+        decode = self.decode_attention_s(S) + self.decode_seq_s * B if B else 0.0
+        return float(self.dense_s[n] + self.head_s[R]) + decode + self.prefill_attention_s(A, K, P)
