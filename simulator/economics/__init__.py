@@ -1,0 +1,1 @@
+"""Room: economics (see docs/architecture.md)."""

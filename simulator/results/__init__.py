@@ -1,0 +1,1 @@
+"""Room: results (see docs/architecture.md)."""

@@ -1,0 +1,1 @@
+"""Room: roofline (see docs/architecture.md)."""

@@ -1,0 +1,1 @@
+"""Room: traffic (see docs/architecture.md)."""
