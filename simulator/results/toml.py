@@ -39,7 +39,12 @@ def _table(data: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> 
 
 
 def _key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else json.dumps(key)
+    return key if _BARE_KEY.fullmatch(key) else _string(key)
+
+
+def _string(text: str) -> str:
+    # With non-ASCII left as it is, JSON's escapes are a subset of TOML's; only DEL must be escaped in TOML alone.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def value_text(value: Any) -> str:
@@ -51,8 +56,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are a subset of TOML's for basic strings, except DEL and surrogate pairs.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return _string(value)
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float):
