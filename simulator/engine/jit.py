@@ -8,8 +8,8 @@ numba and numpy versions; it lives in the user's cache directory, so site-packag
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -77,10 +77,10 @@ def compiled(function: F) -> F:
     if not is_compiled_mode():
         return function
     if CACHE_FOLDER is None:
-        return cast(F, numba.njit(error_model="numpy", nogil=True)(function))
+        return cast("F", numba.njit(error_model="numpy", nogil=True)(function))
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(CACHE_FOLDER)
     try:
-        return cast(F, numba.njit(error_model="numpy", nogil=True, cache=True)(function))
+        return cast("F", numba.njit(error_model="numpy", nogil=True, cache=True)(function))
     finally:
         numba.config.CACHE_DIR = before

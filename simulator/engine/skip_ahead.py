@@ -476,7 +476,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
     closed = stream.concurrency > 0
     n_knots = len(cost.knots)
     while True:
-        _receive(stream, limits, out, state, False)
+        _receive(stream, limits, out, state, before_now=False)
         t = floats[CLOCK]
         next_arrival = math.inf
         if closed:
@@ -775,7 +775,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                 state.done[n_done] = _finish(state, out, slot, bs)
                 n_done += 1
         if closed and n_done > 0:
-            _receive(stream, limits, out, state, True)
+            _receive(stream, limits, out, state, before_now=True)
             state.done[:n_done].sort()
             for _ in range(n_done):
                 _release(stream, state, end)
