@@ -58,6 +58,7 @@ REQUEST_COLUMNS = (
 TIMELINE_COLUMNS = (
     Column("replica", "int32", "replica"),
     Column("start_s", "float64", "start of the interval; rows are ordered by replica, then start"),
+    Column("interval_s", "float64", "its length; the last interval of a replica may be partly past the end"),
     Column("running", "float64", "running requests, mean over the interval"),
     Column("waiting", "float64", "waiting requests, mean over the interval"),
     Column("kv_fraction", "float64", "KV blocks in use ÷ KV blocks of the replica, mean over the interval"),
