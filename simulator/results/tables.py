@@ -5,7 +5,7 @@ The writer, the reader, the reference page ``docs/results.md`` and its test all 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from simulator.errors import InputError
 
 #: A table in memory: column name to values, all of one length.
-Table = dict[str, NDArray[np.generic]]
+Table = dict[str, NDArray[Any]]
 
 #: Request states, as spelled in the ``status`` column; the codes of an engine result index this tuple.
 REQUEST_STATES = ("finished", "rejected", "running", "waiting", "not_arrived")

@@ -25,7 +25,6 @@ from simulator.results.summary import (
     Summary,
     Throughput,
     TokenPrices,
-    Utilisation,
 )
 from simulator.results.summary import Requests as RequestCounts
 from simulator.results.tables import Table
