@@ -25,7 +25,6 @@ shards, and gathered inside; the levels' times add.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +32,11 @@ from numpy.typing import NDArray
 from simulator.catalog.slices import LinkDomain
 from simulator.errors import InputError
 
-Size = TypeVar("Size", float, NDArray[np.float64])
-"""A number of bytes, or an array of them."""
+Number = float | NDArray[np.float64]
+"""A number of bytes or seconds, or an array of them."""
 
 
-def all_gather_s(size_bytes: Size, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0) -> Size:
+def all_gather_s(size_bytes: Number, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0) -> Number:
     """Time to gather an array of ``size_bytes`` on every chip, each chip holding one shard before. [s]
 
     Examples
@@ -52,8 +51,8 @@ def all_gather_s(size_bytes: Size, domains: Sequence[LinkDomain], *, link: float
 
 
 def reduce_scatter_s(
-    size_bytes: Size, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0
-) -> Size:
+    size_bytes: Number, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0
+) -> Number:
     """Time to sum an array of ``size_bytes`` over the chips, each keeping one shard of the sum. [s]
 
     The mirror image of an all-gather, so it takes as long; the additions are not counted.
@@ -61,7 +60,7 @@ def reduce_scatter_s(
     return _levels(size_bytes, domains, 1, link, latency_s)
 
 
-def all_reduce_s(size_bytes: Size, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0) -> Size:
+def all_reduce_s(size_bytes: Number, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0) -> Number:
     """Time to sum an array of ``size_bytes`` over the chips, all of them getting the sum. [s]
 
     A reduce-scatter and an all-gather, with one ``latency_s`` for both.
@@ -77,7 +76,7 @@ def all_reduce_s(size_bytes: Size, domains: Sequence[LinkDomain], *, link: float
     return _levels(size_bytes, domains, 2, link, latency_s)
 
 
-def all_to_all_s(size_bytes: Size, domain: LinkDomain, *, link: float = 1.0, latency_s: float = 0.0) -> Size:
+def all_to_all_s(size_bytes: Number, domain: LinkDomain, *, link: float = 1.0, latency_s: float = 0.0) -> Number:
     """Time to re-shard an array of ``size_bytes`` along another dimension, on one level. [s]
 
     A quarter of the array must cross each way of the cut through the longest torus axis; on a bidirectional ring that
@@ -98,7 +97,7 @@ def all_to_all_s(size_bytes: Size, domain: LinkDomain, *, link: float = 1.0, lat
     return _like(size_bytes, time + np.greater(size_bytes, 0) * latency_s)
 
 
-def point_to_point_s(size_bytes: Size, domain: LinkDomain, *, link: float = 1.0, latency_s: float = 0.0) -> Size:
+def point_to_point_s(size_bytes: Number, domain: LinkDomain, *, link: float = 1.0, latency_s: float = 0.0) -> Number:
     """Time to send ``size_bytes`` between the two chips furthest apart, over all the links a corner has. [s]
 
     Examples
@@ -118,7 +117,7 @@ def point_to_point_s(size_bytes: Size, domain: LinkDomain, *, link: float = 1.0,
     return _like(size_bytes, time + np.greater(size_bytes, 0) * (hops * domain.latency_s + latency_s))
 
 
-def _levels(size_bytes: Size, domains: Sequence[LinkDomain], passes: int, link: float, latency_s: float) -> Size:
+def _levels(size_bytes: Number, domains: Sequence[LinkDomain], passes: int, link: float, latency_s: float) -> Number:
     """``passes`` gathers (or their mirror images) on every level, inner first. [s]"""
     if not 0 < link <= 1:
         raise InputError(f"efficiency.link = {link}: must be above 0 and at most 1")
@@ -133,7 +132,7 @@ def _levels(size_bytes: Size, domains: Sequence[LinkDomain], passes: int, link: 
     return _like(size_bytes, time)
 
 
-def _gather_s(size_bytes: Size, domain: LinkDomain, link: float) -> Size:
+def _gather_s(size_bytes: Number, domain: LinkDomain, link: float) -> Number:
     """An all-gather on one level. [s]"""
     n = domain.size
     if n == 1:
@@ -166,6 +165,6 @@ def _hops(domain: LinkDomain) -> int:
     return sum(n // 2 if wrap else n - 1 for n, wrap in _axes(domain))
 
 
-def _like(size_bytes: Size, time_s: Any) -> Size:
+def _like(size_bytes: Number, time_s: Number) -> Number:
     """A float for a float, an array for an array."""
-    return cast("Size", time_s) if isinstance(size_bytes, np.ndarray) else float(time_s)
+    return time_s if isinstance(size_bytes, np.ndarray) else float(time_s)
