@@ -10,6 +10,7 @@ import argparse
 import resource
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def describe(name: str, result: EngineResult, seconds: list[float], blocks: int)
     )
 
 
-def timed(run, repeats: int) -> tuple[EngineResult, list[float]]:
+def timed(run: Callable[[], EngineResult], repeats: int) -> tuple[EngineResult, list[float]]:
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
