@@ -70,7 +70,9 @@ def requests_of(arrival_s, prompt, output, cached=None, max_tokens=None, concurr
 
 def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float) -> StepCost:
     base, per_token, jitter = pick(1, 6), pick(0, 2), pick(0, 3)
-    dense = [0.0] + [grid_s * (base + per_token * n + (pick(0, jitter) if jitter else 0)) for n in range(1, max_tokens + 1)]
+    dense = [0.0] + [
+        grid_s * (base + per_token * n + (pick(0, jitter) if jitter else 0)) for n in range(1, max_tokens + 1)
+    ]
     head_base, head_per_row = pick(0, 2), pick(0, 2)
     head = [0.0] + [grid_s * (head_base + head_per_row * rows) for rows in range(1, max_rows + 1)]
     slope_s = one_of(pick, (0.0, 0.0, SLOPE_GRID_S, max(SLOPE_GRID_S, grid_s / 16)))
@@ -121,7 +123,9 @@ def dyadic_case(pick: Pick) -> Case:
 
     longest = max(p + m for p, m in zip(prompt, max_tokens, strict=True))
     enough = -(-(longest - 1) // block_size)
-    num_kv_blocks = max(1, one_of(pick, (enough + pick(0, 3), enough + pick(0, enough + 1), enough * 8, enough - pick(0, 3))))
+    num_kv_blocks = max(
+        1, one_of(pick, (enough + pick(0, 3), enough + pick(0, enough + 1), enough * 8, enough - pick(0, 3)))
+    )
     settings = EngineSettings(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -140,7 +144,9 @@ def with_ties(pick: Pick, case: Case) -> Case:
     """Let the later requests arrive at ends of steps that the earlier ones would have had on their own."""
     cost, settings, requests = case
     few = (len(requests) + 1) // 2
-    columns = {name: getattr(requests, name) for name in ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")}
+    columns = {
+        name: getattr(requests, name) for name in ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
+    }
     early = Requests(requests.arrival_s[:few], **{name: column[:few] for name, column in columns.items()})
     _, steps, _ = observe(Case(cost, settings, early))
     ends = [step.end_s for step in steps if step.end_s >= early.arrival_s[-1]] or [early.arrival_s[-1]]
