@@ -481,13 +481,21 @@ def timeline(pieces: list[Piece], interval_s: float) -> dict[str, NDArray[np.flo
     end_s = pieces[-1].end_s if pieces else 0.0
     edges = [i * interval_s for i in range(ceil(end_s / interval_s) + 1)]
     means: dict[str, list[float]] = {"start_s": [], "running": [], "waiting": [], "kv_blocks": [], "busy_fraction": []}
+    left = deque(pieces)
     for start_s, stop_s in pairwise(edges):
-        overlaps = [(piece, min(piece.end_s, stop_s) - max(piece.start_s, start_s)) for piece in pieces]
-        inside = [(piece, length_s) for piece, length_s in overlaps if length_s > 0]
+        sums = dict.fromkeys(("running", "waiting", "kv_blocks", "busy"), 0.0)
+        while left and left[0].start_s < stop_s:
+            piece = left[0]
+            length_s = min(piece.end_s, stop_s) - max(piece.start_s, start_s)
+            for name in sums:
+                sums[name] += getattr(piece, name) * length_s
+            if piece.end_s > stop_s:
+                break
+            left.popleft()
         means["start_s"].append(start_s)
         for name in ("running", "waiting", "kv_blocks"):
-            means[name].append(sum(getattr(piece, name) * length_s for piece, length_s in inside) / interval_s)
-        means["busy_fraction"].append(sum(length_s for piece, length_s in inside if piece.busy) / interval_s)
+            means[name].append(sums[name] / interval_s)
+        means["busy_fraction"].append(sums["busy"] / interval_s)
     return {name: np.array(values) for name, values in means.items()}
 
 

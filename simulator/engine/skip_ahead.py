@@ -169,6 +169,22 @@ class State(NamedTuple):
 
 
 @compiled
+def _blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold ``tokens``; a shift for vLLM's usual 16, because integer division is slow."""
+    if block_size == 16:
+        return (tokens + 15) >> 4
+    return (tokens + block_size - 1) // block_size
+
+
+@compiled
+def _residue(tokens: int, block_size: int) -> int:
+    """Non-negative ``tokens`` mod ``block_size``."""
+    if block_size == 16:
+        return tokens & 15
+    return tokens % block_size
+
+
+@compiled
 def _end(t: float, d0: float, q: float, k: int) -> float:
     """End of the k-th step of a progression that starts at t; written once, so that every use rounds alike."""
     return t + (k * d0 + q * (0.5 * (k * (k - 1))))
@@ -217,18 +233,6 @@ def _count_itl(itl: Any, bits_f: Any, bits_i: Any, d0: float, q: float, k: int, 
 
 
 @compiled
-def _blocks_needed(residues: Any, block_size: int, step: int, k: int, batch: int) -> int:
-    """New blocks that k decode steps from ``step`` on take."""
-    cycles = k // block_size
-    need = cycles * batch
-    i = -step % block_size
-    for _ in range(k - cycles * block_size):
-        need += residues[i]
-        i = i - 1 if i > 0 else block_size - 1
-    return need
-
-
-@compiled
 def _steps_with_blocks(residues: Any, block_size: int, step: int, k: int, batch: int, free: int) -> int:
     """Largest number of decode steps, at most k, that ``free`` blocks allow."""
     if free >= batch * ((k - 1) // block_size + 1):
@@ -236,7 +240,7 @@ def _steps_with_blocks(residues: Any, block_size: int, step: int, k: int, batch:
     cycles = free // batch
     rest = free - cycles * batch
     steps = cycles * block_size
-    i = -step % block_size
+    i = _residue(-step, block_size)
     while steps < k and residues[i] <= rest:
         rest -= residues[i]
         steps += 1
@@ -245,16 +249,17 @@ def _steps_with_blocks(residues: Any, block_size: int, step: int, k: int, batch:
 
 
 @compiled
-def _blocks_integral(
+def _take_blocks(
     residues: Any, block_size: int, step: int, k: int, batch: int, owned: int, d0: float, q: float
-) -> float:
-    """Σ over k decode steps of (blocks owned during the step) × (its length)."""
-    cycles = k // block_size
-    rest = k - cycles * block_size
+) -> tuple[int, float]:
+    """Blocks owned after k decode steps from ``step`` on, and Σ over them of (blocks owned) × (step length)."""
+    i = _residue(-step, block_size)
     total = 0.0
     own = owned
-    i = -step % block_size
-    if cycles > 0:
+    first = 0
+    if k > block_size:  # whole cycles, each taking one block per sequence, summed in closed form
+        cycles = k // block_size
+        first = cycles * block_size
         a0 = 0.0
         a1 = 0.0
         for j in range(block_size):
@@ -269,11 +274,13 @@ def _blocks_integral(
         total += s1 * (d0 * batch * per + q * per * a0 + q * batch * 0.5 * per * (per - 1))
         total += s2 * q * per * per * batch
         own = owned + cycles * batch
-    for j in range(rest):
+    length = d0 + q * first
+    for _ in range(first, k):
         own += residues[i]
-        total += own * (d0 + q * (cycles * block_size + j))
+        total += own * length
+        length += q
         i = i - 1 if i > 0 else block_size - 1
-    return total
+    return own, total
 
 
 @compiled
@@ -371,7 +378,7 @@ def _leave_batch(state: State, out: Outcome, slot: int, block_size: int) -> None
     _settle(state, out, slot, step)
     ints[BATCH] -= 1
     ints[KEYS_SUM] -= state.computed[slot] + 1
-    state.residues[(state.computed[slot] - step) % block_size] -= 1
+    state.residues[_residue(state.computed[slot] - step, block_size)] -= 1
 
 
 @compiled
@@ -386,7 +393,7 @@ def _preempt(state: State, out: Outcome, slot: int, block_size: int) -> None:
         state.last_token[slot] = state.floats[CLOCK]
     computed = state.computed[slot]
     state.seen[slot] = max(state.seen[slot], computed)
-    ints[FREE_BLOCKS] += (computed + block_size - 1) // block_size
+    ints[FREE_BLOCKS] += _blocks_for(computed, block_size)
     state.computed[slot] = 0
     _unlink(state, slot)
     state.stack[ints[N_PREEMPTED]] = slot
@@ -404,7 +411,7 @@ def _finish(state: State, out: Outcome, slot: int, block_size: int) -> int:
     row = int(state.row[slot])
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
-    ints[FREE_BLOCKS] += (state.computed[slot] + block_size - 1) // block_size
+    ints[FREE_BLOCKS] += _blocks_for(state.computed[slot], block_size)
     state.finish_step[slot] = -1
     _unlink(state, slot)
     state.free_slots[ints[N_FREE_SLOTS]] = slot
@@ -436,7 +443,7 @@ def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_
             ints[NEXT_ROW] = row + 1
         out.arrival[row] = when
         longest = stream.prompt[row] + stream.max_tokens[row]
-        blocks = (longest - 1 + limits.block_size - 1) // limits.block_size
+        blocks = _blocks_for(longest - 1, limits.block_size)
         if (0 < limits.max_model_len < longest) or blocks > limits.num_blocks:
             out.status[row] = REJECTED
             if closed:
@@ -501,14 +508,14 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
 
         # --- R5: every decoding sequence, in order of admission ---
         step = ints[STEP]
-        step_need = state.residues[-step % bs]
+        step_need = state.residues[_residue(-step, bs)]
         preempted = False
         took_blocks = True
         if step_need > ints[FREE_BLOCKS]:
             preempted = True
             slot = ints[FIRST]
             while slot >= 0:
-                if slot != ints[PARTIAL] and (state.computed[slot] + step - state.joined[slot]) % bs == 0:
+                if slot != ints[PARTIAL] and _residue(state.computed[slot] + step - state.joined[slot], bs) == 0:
                     gone = False
                     while ints[FREE_BLOCKS] < 1 and not gone:
                         victim = ints[LAST]
@@ -534,11 +541,11 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             row = state.row[slot]
             done = state.computed[slot]
             want = min(stream.prompt[row] + state.emitted[slot] - done, room)
-            missing = (done + want + bs - 1) // bs - (done + bs - 1) // bs
+            missing = _blocks_for(done + want, bs) - _blocks_for(done, bs)
             if missing > free:
                 _preempt(state, out, slot, bs)
                 preempted = True
-                free += (done + bs - 1) // bs
+                free += _blocks_for(done, bs)
             else:
                 free -= missing
                 room -= want
@@ -560,8 +567,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                     known = stream.prompt[row]
                 done = stream.cached[row]
                 want = min(known - done, room)
-                need = (done + want + bs - 1) // bs
-                if need > free or (limits.reserve_full and (known + bs - 1) // bs > free):
+                need = _blocks_for(done + want, bs)
+                if need > free or (limits.reserve_full and _blocks_for(known, bs) > free):
                     break
                 if resumed:
                     ints[N_PREEMPTED] -= 1
@@ -647,13 +654,12 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                     if k > 1 and _end(t, d0, q, k) > edge:
                         k -= 1
             end = _end(t, d0, q, k)
+            owned = limits.num_blocks - ints[FREE_BLOCKS]
             if took_blocks:
-                owned = limits.num_blocks - ints[FREE_BLOCKS]
                 blocks_integral = owned * (end - t)
             else:
-                owned = limits.num_blocks - ints[FREE_BLOCKS]
-                blocks_integral = _blocks_integral(state.residues, bs, step, k, batch, owned, d0, q)
-                ints[FREE_BLOCKS] -= _blocks_needed(state.residues, bs, step, k, batch)
+                owned, blocks_integral = _take_blocks(state.residues, bs, step, k, batch, owned, d0, q)
+                ints[FREE_BLOCKS] = limits.num_blocks - owned
         else:
             k = 1
             q = 0.0
@@ -759,7 +765,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                 _join(state, slot, step)
                 ints[BATCH] += 1
                 ints[KEYS_SUM] += done + 1
-                state.residues[(done - step) % bs] += 1
+                state.residues[_residue(done - step, bs)] += 1
                 state.finish_step[slot] = step + rest
                 if ints[HEAP_SIZE] == len(state.heap):
                     _drop_stale(state)
