@@ -170,9 +170,7 @@ def qkv_matrix(d: Deployment, layer: Layer) -> Matrix:
     queries = a.n_heads / d.chips * a.head_dim
     keys = 2 * d.kv_heads_per_chip(layer) * a.head_dim
     copied = keys - 2 * a.n_kv_heads * a.head_dim / d.chips
-    return Matrix(
-        d.architecture.d_model, queries + keys, bias=queries + keys if a.qkv_bias else 0.0, copied=copied
-    )
+    return Matrix(d.architecture.d_model, queries + keys, bias=queries + keys if a.qkv_bias else 0.0, copied=copied)
 
 
 def output_matrix(d: Deployment, layer: Layer) -> Matrix:
@@ -257,9 +255,7 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
             ),
             _matmul(d, "output projection", count, out, n),
             _matmul(d, "FFN gate, up" if layer.ffn.gated else "FFN up", count, up, n),
-            _memory_op(
-                d, "FFN activation", count, some, activation_bytes=n * count * (up.n_out + columns) * wide
-            ),
+            _memory_op(d, "FFN activation", count, some, activation_bytes=n * count * (up.n_out + columns) * wide),
             _matmul(d, "FFN down", count, down, n),
             *_all_reduce(d, LAYER_COLLECTIVE, 2 * count, n),
         ]
@@ -426,6 +422,4 @@ def _all_reduce(d: Deployment, name: str, count: int, n: Number) -> list[Op]:
 
 def _sum(one: Op, other: Op) -> Op:
     """Add two ops of one name."""
-    return replace(
-        one, **{f: getattr(one, f) + getattr(other, f) for f in vars(one) if f not in {"name", "kind"}}
-    )
+    return replace(one, **{f: getattr(one, f) + getattr(other, f) for f in vars(one) if f not in {"name", "kind"}})
