@@ -28,8 +28,8 @@ def seconds(value: float | None) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """Significant digits, thousands separated, never in exponent form between 1e-6 and 1e15.
 
-    >>> [number(v) for v in (0.000123456, 12.3456, 123456.7, 0.0, None)]
-    ['0.000123', '12.3', '123,457', '0', '–']
+    >>> [number(v) for v in (0.000123456, 0.1, 12.3456, 123456.7, 0.0, None)]
+    ['0.000123', '0.100', '12.3', '123,457', '0', '–']
     """
     if value is None:
         return _DASH
@@ -38,15 +38,16 @@ def number(value: float | None, digits: int = 3) -> str:
     magnitude = math.floor(math.log10(abs(value)))
     if magnitude < -6:
         return f"{value:.{digits - 1}e}"
-    text = f"{value:,.{max(0, digits - 1 - magnitude)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    if isinstance(value, int) or magnitude >= digits:
+        return f"{value:,.0f}"
+    return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
 
 
 def usd(value: float | None) -> str:
     """Dollars with three digits.
 
     >>> usd(0.000771), usd(2.9), usd(None)
-    ('$0.000771', '$2.9', '–')
+    ('$0.000771', '$2.90', '–')
     """
     return _DASH if value is None else f"${number(value)}"
 
@@ -198,7 +199,7 @@ def _overload(s: Summary) -> list[str]:
                 ["capacity", f"{number(load.capacity_per_s)} requests/s"],
                 ["load", number(load.load)],
                 ["headroom", percent(load.headroom_fraction)],
-                ["waiting at the start", number(load.backlog_start)],
+                ["waiting at the warm-up cut", number(load.backlog_start)],
                 ["waiting at the last arrival", number(load.backlog_end)],
                 ["trend test p-value", number(load.backlog_trend_p)],
             ]
@@ -370,15 +371,15 @@ def _replications(s: Summary) -> list[str]:
 def _assumptions(s: Summary) -> list[str]:
     order = {"assumed": 0, "recalled": 1, "derived": 2, "measured": 3, "datasheet": 4}
     ranked = sorted(s.assumptions, key=lambda a: order.get(a.kind, 5))
-    rows = [["Inputs behind these figures, weakest first", "", "", ""]]
-    lines = rows[0][:1]
-    body = aligned([[a.what, a.kind, a.value, a.source] for a in ranked], left=4)
-    lines += [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in body]
-    return lines
+    body = aligned([[a.what, a.kind, a.value, a.source.partition(",")[0]] for a in ranked], left=4)
+    return [
+        "Inputs behind these figures, weakest first",
+        *(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in body),
+    ]
 
 
 def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everything: bool = False) -> str:
-    """What differs between two results, largest relative change first."""
+    """What differs between two results; figures a reader looks for first come first."""
     lines = [f"a = {name_a}", f"b = {name_b}"]
     if comparison.equal:
         return "\n".join([*lines, "no difference: scenario, summary and every request are equal"]) + "\n"
@@ -387,7 +388,7 @@ def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everyth
             lines += ["", title, *aligned([[d.path, _value(d.a), "→", _value(d.b)] for d in found])]
     figures = sorted(comparison.summary, key=_weight)
     numeric = [d for d in figures if d.absolute is not None]
-    shown = numeric if everything else numeric[:40]
+    shown = numeric if everything else [d for d in numeric if _is_headline(d.path)]
     if shown:
         rows = [["Figures", "a", "b", "change"]]
         rows += [[f"  {d.path}", _value(d.a), _value(d.b), _change(d)] for d in shown]
@@ -407,7 +408,7 @@ def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everyth
     if comparison.requests:
         rows = [["Requests, joined by index", "rows", "largest change", "relative", "first"]]
         rows += [
-            [f"  {c.column}", f"{c.rows:,}", number(c.max_absolute), percent(c.max_relative), f"{c.first_row:,}"]
+            [f"  {c.column}", f"{c.rows:,}", number(c.max_absolute), _times(c.max_relative), f"{c.first_row:,}"]
             for c in comparison.requests
         ]
         lines += ["", *aligned(rows, indent=0)]
@@ -423,10 +424,20 @@ def _weight(difference: Difference) -> tuple[int, str]:
     return (_FIRST.index(top) if top in _FIRST else len(_FIRST), difference.path)
 
 
+def _is_headline(path: str) -> bool:
+    """Leave out the ends of intervals, counts, and the parts that only --all asks for."""
+    top, _, rest = path.partition(".")
+    return top in _FIRST and rest.rpartition(".")[2] not in {"low", "high", "n"}
+
+
 def _change(d: Difference) -> str:
     if d.relative is None:
         return f"{'+' if (d.absolute or 0) > 0 else ''}{number(d.absolute)}"
     return f"{d.relative:+.3%}".replace("%", " %")
+
+
+def _times(relative: float) -> str:
+    return percent(relative) if relative < 10 else f"× {number(relative + 1)}"
 
 
 def _value(value: object) -> str:

@@ -28,8 +28,8 @@ class Work:
 def total_work(outcome: Outcome, cost: StepCost) -> Work:
     """Work of a run, exactly: every step's table entry times how often it occurred.
 
-    Bytes: weights and activations of each step, keys read, and one write per computed token. Recomputed pairs are
-    all pairs less those that the finished requests need: token i of a request attends to i keys.
+    Bytes: what each step's dense layers and head move (the writing of new KV included), and the keys read. Recomputed
+    pairs are all pairs less those that the finished requests need: token i of a request attends to i keys.
     """
     by_tokens, by_rows = outcome.steps_by_tokens, outcome.steps_by_rows
     tokens, rows = len(by_tokens), len(by_rows)
@@ -43,7 +43,7 @@ def total_work(outcome: Outcome, cost: StepCost) -> Work:
     hbm_bytes = (
         float(by_tokens @ cost.dense_bytes[:tokens])
         + float(by_rows @ cost.head_bytes[:rows])
-        + cost.kv_bytes_per_token * (keys_read + outcome.total("dense_tokens"))
+        + cost.kv_bytes_per_token * keys_read
     )
     recomputed = 0.0
     again = outcome.total("recomputed_tokens")

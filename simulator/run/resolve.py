@@ -172,7 +172,7 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
         if quantity is None or quantity.value is None or {name, f"{name}_s"} & set(overrides):
             continue
         source = f"{quantity.source}, {quantity.locator}" if quantity.locator else quantity.source
-        found.append(Assumption(what=f"{chip.name} {path}", value=_text(quantity), kind=quantity.kind, source=source))
+        found.append(Assumption(what=path, value=_text(quantity), kind=quantity.kind, source=source))
     if scenario.efficiency.base == "ideal":
         found.append(Assumption(what="efficiency", value="1, no overheads", kind="assumed", source="scenario"))
     found += [

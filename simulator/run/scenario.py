@@ -6,7 +6,7 @@ default filled in and every path absolute, so running it again gives the same re
 """
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -153,10 +153,13 @@ def load_scenario(name_or_path: str, overrides: Iterable[str] = ()) -> Scenario:
         For an unknown scenario, field or value; the message names it, what is allowed and the nearest name.
     """
     file = scenario_file(name_or_path)
-    data = _absolute_paths(read_toml(file), _parent(file))
+    data = read_toml(file)
+    _absolute_paths(data, _parent(file))
     changes = [_parse_override(text) for text in overrides]
     for path, value in changes:
-        _assign(data, path, _absolute_paths(_nested(path, value), Path.cwd()), text=".".join(path))
+        _assign(data, path, value)
+        # What an earlier file or override made absolute stays as it is.
+        _absolute_paths(data, Path.cwd())
     where = (
         str(file)
         if isinstance(file, Path) and file.is_file() and name_or_path not in scenario_names()
@@ -192,34 +195,43 @@ def _parse_value(written: str) -> Any:
     return written
 
 
-def _nested(path: list[str], value: Any) -> dict[str, Any]:
-    for part in reversed(path):
-        value = {part: value}
-    return dict(value)
+#: Tables that a file may write as one word, and the field that the word is short for.
+_SHORT = {"efficiency": "base", "traffic.trace": "file"}
 
 
-def _assign(data: dict[str, Any], path: list[str], change: Mapping[str, Any], *, text: str) -> None:
-    """Put the value of ``change`` (nested along ``path``) into ``data``."""
+def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
+    """Put ``value`` into ``data`` at ``path``, making tables on the way."""
     for depth, part in enumerate(path[:-1]):
+        at = ".".join(path[: depth + 1])
         inner = data.setdefault(part, {})
-        if depth == 0 and part == "efficiency" and isinstance(inner, str):
-            inner = data[part] = {"base": inner}
+        if isinstance(inner, str) and at in _SHORT:
+            inner = data[part] = {_SHORT[at]: inner}
         if not isinstance(inner, dict):
-            raise InputError(f"--set {text}: {'.'.join(path[: depth + 1])} = {inner!r} is a value, not a table")
-        data, change = inner, change[part]
-    data[path[-1]] = change[path[-1]]
+            raise InputError(f"--set {'.'.join(path)}: {at} = {inner!r} is a value, not a table")
+        data = inner
+    data[path[-1]] = value
 
 
-def _absolute_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Make the file names in a scenario absolute: the model's, the chip's and the trace's."""
-    data = dict(data)
+def _absolute_paths(data: dict[str, Any], base: Path) -> None:
+    """Make the file names in a scenario absolute: the model's, the chip's, the mix's and the trace's."""
     model, sliced, traffic = data.get("model"), data.get("slice"), data.get("traffic")
     if isinstance(model, str) and (model.endswith((".toml", ".json")) or "/" in model):
-        data["model"] = str(base / Path(model).expanduser())
+        data["model"] = _absolute(model, base)
     if isinstance(sliced, str):
         chip, colon, shape = sliced.rpartition(":")
         if chip.endswith(".toml") or "/" in chip:
-            data["slice"] = f"{base / Path(chip).expanduser()}{colon}{shape}"
-    if isinstance(traffic, dict) and isinstance(traffic.get("trace"), str):
-        data["traffic"] = traffic | {"trace": str(base / Path(traffic["trace"]).expanduser())}
-    return data
+            data["slice"] = f"{_absolute(chip, base)}{colon}{shape}"
+    if not isinstance(traffic, dict):
+        return
+    mix, trace = traffic.get("mix"), traffic.get("trace")
+    if isinstance(mix, str) and (mix.endswith(".toml") or "/" in mix):
+        traffic["mix"] = _absolute(mix, base)
+    if isinstance(trace, str):
+        traffic["trace"] = _absolute(trace, base)
+    elif isinstance(trace, dict) and isinstance(trace.get("file"), str):
+        trace["file"] = _absolute(trace["file"], base)
+
+
+def _absolute(text: str, base: Path) -> str:
+    # An absolute path stays itself when joined to a base.
+    return str(base / Path(text).expanduser())

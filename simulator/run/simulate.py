@@ -138,8 +138,18 @@ def _run_once(
     else:
         at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers)
     capacity = int((at_once.column("status") == FINISHED).sum()) / at_once.end_s
-    about = facts(resolved, seed=seed, traffic=stream.source, notes=stream.notes)
+    about = facts(resolved, seed=seed, traffic=_source(stream, scenario), notes=stream.notes)
     return (*summarise(outcome, capacity, about), outcome)
+
+
+def _source(stream: Stream, scenario: Scenario) -> str:
+    """Where requests come from, with a file's name in place of its path: results do not depend on folders."""
+    text = stream.source
+    trace = scenario.traffic.trace
+    for path in (trace.file if trace else None, scenario.traffic.mix):
+        if path:
+            text = text.replace(path, Path(path).name)
+    return text
 
 
 def as_requests(stream: Stream) -> Requests:
@@ -254,8 +264,13 @@ def versions() -> dict[str, str]:
 def _input_digests(scenario: Scenario) -> dict[str, str]:
     """SHA-256 of the user's own files that a scenario names."""
     chip = scenario.slice.rpartition(":")[0]
-    trace = getattr(scenario.traffic, "trace", None)
-    candidates = {"model": scenario.model, "slice": chip, "traffic.trace": trace}
+    trace = scenario.traffic.trace
+    candidates = {
+        "model": scenario.model,
+        "slice": chip,
+        "traffic.mix": scenario.traffic.mix,
+        "traffic.trace": trace.file if trace else None,
+    }
     return {
         name: hashlib.sha256(Path(text).read_bytes()).hexdigest()
         for name, text in candidates.items()
