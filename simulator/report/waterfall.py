@@ -57,7 +57,7 @@ def draw_waterfall(bars: Sequence[tuple[str, float]], path: Path, *, title: str,
         before = value
     axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, widest * 1.22)
+    axes.set_xlim(0, widest * 1.3)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k" if x else "0")
     axes.grid(axis="x", color="#d0d7de", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -76,7 +76,7 @@ def test_simulation_conserves_and_cannot_beat_the_bound():
 def test_a_slice_that_cannot_hold_one_agent():
     with pytest.raises(InputError):
         agent.simulate_agents("tpu-v5e:3x3")
-    assert agent.simulate_agents("tpu-v5e:2x2", requests=10) is None
+    assert agent.simulate_agents("tpu-v5e:1", requests=10) is None
 
 
 def test_command(run_cli):
