@@ -98,6 +98,16 @@ class Slice:
     domains: tuple[LinkDomain, ...]
     n_nodes: int = 1
 
+    @property
+    def bisections_bytes_per_s(self) -> tuple[float, ...]:
+        """One-direction bisection of each level, all chips inside its groups sending. [bytes/s]
+
+        >>> resolve_slice("h100-sxm:2x8").bisections_bytes_per_s
+        (1800000000000.0, 400000000000.0)
+        """
+        inner = [math.prod(d.size for d in self.domains[:level]) for level in range(len(self.domains))]
+        return tuple(n * d.bisection_bytes_per_s for n, d in zip(inner, self.domains, strict=True))
+
 
 def resolve_slice(spec: str, *, nominal_links: bool = False) -> Slice:
     """Resolve a slice string.
