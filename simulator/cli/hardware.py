@@ -1,5 +1,7 @@
 """``chipseconds hardware``: the chips of the catalogue, with where every number comes from."""
 
+import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +13,9 @@ from simulator.catalog.records import Quantity
 from simulator.catalog.slices import LinkDomain, Slice, resolve_slice
 from simulator.cli.output import json_option, print_json, print_table
 from simulator.units import UNITS, format_si
+
+#: Narrower terminals get the list without its widest column.
+_LINKS_NEED_COLUMNS = 104
 
 _Row = tuple[str, ...] | str
 
@@ -71,7 +76,7 @@ def hardware() -> None:
     """Chips and slices of the catalogue, with sources."""
 
 
-@hardware.command(name="list")
+@hardware.command(name="list", short_help="Every chip: rates, memory, links, power, price.")
 @json_option
 def list_chips(as_json: bool) -> None:
     """List every chip: dense rates, memory, links, power and default price."""
@@ -96,25 +101,24 @@ def list_chips(as_json: bool) -> None:
             f"{_price_mark(chip)}{chip.prices[0].usd_per_hour:.2f}" if chip.prices else "-",
         ]
 
-    columns = [
-        "chip",
-        "bf16\nTFLOP/s",
-        "fp8\nTFLOP/s",
-        "int8\nTOP/s",
-        "memory\nGiB",
-        "memory\nGB/s",
-        "links, GB/s one way",
-    ]
+    columns = ["chip", "bf16\nTFLOP/s", "fp8\nTFLOP/s", "int8\nTOP/s", "memory\nGiB", "memory\nGB/s"]
+    columns += ["links, GB/s one way", "TDP\nW", "price\nUSD/h"]
+    rows = [row(chip) for chip in chips]
+    narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < _LINKS_NEED_COLUMNS
+    if narrow:
+        links = columns.index("links, GB/s one way")
+        columns, rows = columns[:links] + columns[links + 1 :], [r[:links] + r[links + 1 :] for r in rows]
     print_table(
         f"{len(chips)} chips, dense rates",
-        [*columns, "TDP\nW", "price\nUSD/h"],
-        [row(chip) for chip in chips],
-        note="~ recalled or assumed   * fp16, no bf16   ? not published   SRAM machines: memory in GB\n"
-        "'chipseconds hardware show NAME' prints every number with its source.",
+        columns,
+        rows,
+        note="~ recalled or assumed; * fp16, no bf16; ? not published; SRAM machines: memory in GB"
+        + (f"\nThe links column needs a terminal of {_LINKS_NEED_COLUMNS} columns." if narrow else "")
+        + "\n'chipseconds hardware show NAME' prints every number with its source.",
     )
 
 
-@hardware.command()
+@hardware.command(short_help="Every number of one chip or slice, with its source.")
 @click.argument("chip_or_slice", metavar="NAME[:SLICE]")
 @json_option
 def show(chip_or_slice: str, as_json: bool) -> None:
