@@ -4,6 +4,7 @@ import doctest
 import math
 import re
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -260,6 +261,13 @@ def test_scale_out_per_tpu_host_is_the_published_nic_rate():
     """Eight v5e chips share two 100 Gb/s NICs. Reference section 1.3."""
     chip = load_chip("tpu-v5e")
     assert chip.host.chips * quantity_si(chip.scale_out.bandwidth) == 2 * 100e9 / 8
+
+
+def test_slice_strings_of_the_guide_exist():
+    guide = Path(__file__).resolve().parents[2] / "docs" / "hardware.md"
+    strings = re.findall(r"^\| `([a-z0-9-]+:[0-9x]+)` \|", guide.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(strings) == 6
+    assert [resolve_slice(s).spec for s in strings] == strings
 
 
 def test_examples_in_the_docstrings():
