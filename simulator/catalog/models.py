@@ -16,6 +16,12 @@ from simulator.catalog.files import data_folder, names_in, parse, read_toml
 from simulator.catalog.huggingface import HuggingFaceModel, read_huggingface
 from simulator.errors import InputError, nearest
 
+#: Source keys of the catalogue's files; ``docs/models.md`` tells what lies behind each.
+SOURCES = {
+    "released-config": "released configuration or paper, as read for the model reference table",
+    "recalled-config": "recalled configuration, not checked against the released file",
+}
+
 
 def _folder() -> Traversable:
     return data_folder("workloads") / "models"
@@ -89,7 +95,7 @@ def unpriceable_features(architecture: Architecture) -> list[str]:
     for group in architecture.layers:
         match group.mixer:
             case None:
-                found["layers without attention"] = None
+                found["layers of a single block"] = None
             case SoftmaxAttention():
                 if group.mixer.window is not None:
                     found[f"{group.mixer.window_kind}-window attention"] = None
@@ -104,7 +110,7 @@ def unpriceable_features(architecture: Architecture) -> list[str]:
             case Mamba2():
                 found["recurrent state (Mamba-2)"] = None
         if group.ffn is None:
-            found["layers without a feed-forward block"] = None
+            found["layers of a single block"] = None
         elif isinstance(group.ffn, MoEFFN):
             found["mixture of experts"] = None
     if architecture.parallel_attention_ffn:

@@ -11,15 +11,6 @@ if TYPE_CHECKING:
     from simulator.catalog.architecture import Architecture, FeedForward, LayerGroup, Mixer
     from simulator.catalog.parameters import ParameterCounts
 
-_KINDS = {
-    "datasheet": "released configuration",
-    "measured": "measured",
-    "derived": "derived",
-    "assumed": "assumed",
-    "recalled": "recalled, not checked against the released configuration",
-    "not_published": "not published",
-}
-
 
 @click.group()
 def models() -> None:
@@ -67,8 +58,8 @@ def list_models(as_json: bool) -> None:
     from simulator.catalog.models import load_model, model_names
     from simulator.catalog.parameters import count
 
-    architectures = [load_model(name) for name in model_names()]
-    rows = [_summary(a, count(a)) for a in architectures]
+    rows = [_summary(a, count(a)) for a in map(load_model, model_names())]
+    rows.sort(key=lambda row: (row["family"], row["total_parameters"]))
     if as_json:
         print_json({"models": rows})
         return
@@ -84,9 +75,7 @@ def list_models(as_json: bool) -> None:
                 _billions(row["total_parameters"]),
                 _billions(row["active_parameters"]) if row["active_parameters"] != row["total_parameters"] else "",
                 f"{row['kv_cache_bytes_per_token_bf16']:,}",
-                _SHORT_YES
-                if not row["not_priced_yet"]
-                else "not yet: " + ", ".join(map(_short, row["not_priced_yet"])),
+                "not yet: " + ", ".join(map(_short, row["not_priced_yet"])) if row["not_priced_yet"] else "yes",
             ]
             for row in rows
         ],
@@ -94,8 +83,6 @@ def list_models(as_json: bool) -> None:
         "recurrent state not included. `models show NAME` for one model with its sources.",
     )
 
-
-_SHORT_YES = "yes"
 
 _SHORT = {
     "mixture of experts": "MoE",
@@ -107,8 +94,7 @@ _SHORT = {
     "recurrent state (Mamba-2)": "Mamba-2 state",
     "parallel attention and feed-forward": "parallel block",
     "gated attention output": "output gate",
-    "layers without attention": "split layers",
-    "layers without a feed-forward block": "split layers",
+    "layers of a single block": "single-block layers",
 }
 
 
@@ -122,10 +108,11 @@ def _mixer_words(mixer: "Mixer | None") -> str:
         return "no attention"
     if mixer.kind == "mla":
         query = f"query rank {mixer.q_rank}" if mixer.q_rank else "no query compression"
-        index = f", indexer {mixer.indexer.n_heads} x {mixer.indexer.head_dim}, top {mixer.indexer.top_k}"
+        indexer = mixer.indexer
+        index = f", indexer {indexer.n_heads} x {indexer.head_dim}, top {indexer.top_k}" if indexer else ""
         return (
             f"latent attention, {mixer.n_heads} heads, {query}, KV rank {mixer.kv_rank}, "
-            f"widths {mixer.nope_dim}+{mixer.rope_dim} (QK) and {mixer.v_dim} (V){index if mixer.indexer else ''}"
+            f"widths {mixer.nope_dim}+{mixer.rope_dim} (QK) and {mixer.v_dim} (V){index}"
         )
     if mixer.kind == "gdn":
         return (
@@ -183,7 +170,11 @@ def _component_rows(counts: "ParameterCounts", *, tied: bool) -> list[list[str]]
     rows.extend(
         [
             ["active without input embedding", f"{counts.active_without_embedding:,}", ""],
-            ["read by a decode step, all experts touched", f"{counts.read_per_step:,}", ""],
+            [
+                f"read by a decode step{', all experts touched' if counts.routed_experts else ''}",
+                f"{counts.read_per_step:,}",
+                "",
+            ],
         ]
     )
     if counts.mtp:
@@ -191,11 +182,20 @@ def _component_rows(counts: "ParameterCounts", *, tied: bool) -> list[list[str]]
     return rows
 
 
-def _cache_lines(counts: "ParameterCounts") -> list[str]:
+def _cache_lines(architecture: "Architecture", counts: "ParameterCounts") -> list[str]:
+    """What one token and one sequence occupy in the cache."""
+    from simulator.catalog.parameters import sequence_kv_elements
+
     lines = []
     if counts.kv_elements_per_token:
         n = counts.kv_elements_per_token
         lines.append(f"KV cache per token    {n:,} elements: {2 * n:,} B in bf16, {n:,} B in fp8 or int8")
+    tokens = 131_072
+    windowed = sequence_kv_elements(architecture, tokens)
+    if windowed != tokens * counts.kv_elements_per_token:
+        lines.append(
+            f"KV cache at 131,072   {2 * windowed:,} B in bf16 for one sequence: windows keep their last tokens"
+        )
     if counts.index_elements_per_token:
         lines.append(f"index keys per token  {counts.index_elements_per_token:,} elements, on top of the KV cache")
     if counts.state_elements_per_sequence:
@@ -209,14 +209,14 @@ def _cache_lines(counts: "ParameterCounts") -> list[str]:
 @json_option
 def show_model(model: str, as_json: bool) -> None:
     """Show one MODEL: a catalogue name, your own TOML file, or a Hugging Face config.json (or its folder)."""
-    from simulator.catalog.models import read_model, unpriceable_features
+    from simulator.catalog.models import SOURCES, read_model, unpriceable_features
     from simulator.catalog.parameters import count
 
     read = read_model(model)
     architecture = read.architecture
     counts = count(architecture)
-    for line in read.notes:
-        note(f"note: {line}")
+    for remark in read.notes:
+        note(f"note: {remark}")
     if as_json:
         print_json(
             {
@@ -247,8 +247,8 @@ def show_model(model: str, as_json: bool) -> None:
         "Parameters", ["component", "parameters", "share"], _component_rows(counts, tied=architecture.tied_embeddings)
     )
     click.echo()
-    for line in _cache_lines(counts):
-        click.echo(line)
+    for cache_line in _cache_lines(architecture, counts):
+        click.echo(cache_line)
     click.echo(f"matmul FLOPs per token {counts.matmul_flops_per_token:,} forward, attention scores not included")
     if read.precision is not None:
         hint = read.precision
@@ -261,7 +261,8 @@ def show_model(model: str, as_json: bool) -> None:
         off = counts.total - architecture.published_total
         agreement = "equal to the last digit" if off == 0 else f"computed is {off:+,}"
         click.echo(f"published total       {architecture.published_total:,}: {agreement}")
-    where = f", {architecture.locator}" if architecture.locator else ""
-    click.echo(f"source                {architecture.source}{where} ({_KINDS[architecture.kind]})")
+    source = SOURCES.get(architecture.source, architecture.source)
+    where = f", row {architecture.locator!r}" if architecture.locator else ""
+    click.echo(f"source                {source}{where}")
     if architecture.note:
         click.echo(f"note                  {architecture.note}")
