@@ -62,7 +62,8 @@ def assert_counts_equal(ours, theirs):
 def assert_shares_close(ours, theirs, end_s):
     for name in SHARES:
         wrong_s = np.abs(getattr(ours, name) - getattr(theirs, name))
-        assert (wrong_s <= 1e-9 * theirs.busy_s).all(), name
+        # The last term only matters where positive and negative shares of a convex g all but cancel (R11).
+        assert (wrong_s <= 1e-9 * np.abs(theirs.busy_s) + 1e-12 * end_s).all(), name
     assert abs(ours.idle_s - theirs.idle_s) <= 1e-9 * end_s
     for name in SUMS:
         assert ours.totals[name] == pytest.approx(theirs.totals[name], rel=1e-9, abs=1e-9 * end_s), name
