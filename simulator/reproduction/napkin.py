@@ -16,8 +16,9 @@ from simulator.catalog.parameters import count
 from simulator.catalog.slices import resolve_slice
 from simulator.roofline.collectives import all_gather_s, all_reduce_s
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.ops import StepShape, step_ops
+from simulator.roofline.ops import StepShape
 from simulator.roofline.precision import parse_precision
+from simulator.roofline. import step_ops
 
 CONTEXT, NEW, OUTPUT = 131_072, 8_192, 128
 CACHED = CONTEXT - NEW
