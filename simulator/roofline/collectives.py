@@ -36,7 +36,9 @@ Number = float | NDArray[np.float64]
 """A number of bytes or seconds, or an array of them."""
 
 
-def all_gather_s(size_bytes: Number, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0) -> Number:
+def all_gather_s(
+    size_bytes: Number, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0
+) -> Number:
     """Time to gather an array of ``size_bytes`` on every chip, each chip holding one shard before. [s]
 
     Examples
@@ -60,7 +62,9 @@ def reduce_scatter_s(
     return _levels(size_bytes, domains, 1, link, latency_s)
 
 
-def all_reduce_s(size_bytes: Number, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0) -> Number:
+def all_reduce_s(
+    size_bytes: Number, domains: Sequence[LinkDomain], *, link: float = 1.0, latency_s: float = 0.0
+) -> Number:
     """Time to sum an array of ``size_bytes`` over the chips, all of them getting the sum. [s]
 
     A reduce-scatter and an all-gather, with one ``latency_s`` for both.

@@ -138,7 +138,9 @@ def require_fit(d: Deployment) -> MemoryFit:
     }
     parts = " + ".join(f"{value / 1e9:.2f} GB {what}" for what, value in gb.items())
     better = smallest_slice(d)
-    hint = f"the smallest {better.rpartition(':')[0]} slice that holds it is {better}" if better else "no slice of it does"
+    hint = (
+        f"the smallest {better.rpartition(':')[0]} slice that holds it is {better}" if better else "no slice of it does"
+    )
     raise InfeasibleError(
         f"{d.architecture.name} in {d.precision.name} does not fit on {d.slice.spec}: each chip needs {parts}, and has "
         f"{fit.usable_bytes / 1e9:.2f} GB ({d.gpu_memory_utilization:g} of {fit.capacity_bytes / 1e9:.2f} GB); {hint}"
