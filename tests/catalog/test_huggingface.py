@@ -44,6 +44,11 @@ def test_every_supported_model_type_is_tried(model_type):
     assert model_type in tried
 
 
+@pytest.mark.parametrize("model_type", sorted(MODEL_TYPES))
+def test_every_supported_model_type_is_documented(model_type):
+    assert f"`{model_type}`" in (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+
+
 def test_qwen1_5_moe_a2_7b_total():
     # its card says 14.3 B in all and 2.7 B activated; the layer sizes are written out by hand below
     fields = {
