@@ -83,6 +83,14 @@ class _ModelType:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _n_layers(c: Fields) -> int:
+    """Number of layers; the bound keeps a garbled file from filling the memory."""
+    n = c.integer("num_hidden_layers")
+    if n > 10_000:
+        raise c.error("num_hidden_layers", f"expected at most 10000, got {n}")
+    return n
+
+
 def _attention(c: Fields, **features: Any) -> SoftmaxAttention:
     """MHA, GQA or MQA; absent ``num_key_value_heads``: as many as heads; absent ``head_dim``: the width over the heads."""
     heads = c.integer("num_attention_heads")
@@ -114,7 +122,7 @@ def _windowed(attention: SoftmaxAttention, window: int | None, kind: str = "slid
 
 def _mixed(c: Fields, attention: SoftmaxAttention, local: Callable[[int], bool]) -> list[SoftmaxAttention]:
     """Sliding and full layers, by ``layer_types`` if given, else by the pattern of the model type."""
-    n = c.integer("num_hidden_layers")
+    n = _n_layers(c)
     types = c.layer_types(n, ("sliding_attention", "full_attention"))
     window = _window(c)
     is_local = [t == "sliding_attention" for t in types] if types is not None else [local(i) for i in range(n)]
@@ -127,7 +135,7 @@ def _llama(c: Fields) -> _Decoder:
     bias = c.flag("attention_bias", default=False)
     ffn = DenseFFN(d_ff=c.integer("intermediate_size"), bias=c.flag("mlp_bias", default=False))
     layer = _Layer(_attention(c, qkv_bias=bias, o_bias=bias), ffn)
-    return _Decoder([layer] * c.integer("num_hidden_layers"))
+    return _Decoder([layer] * _n_layers(c))
 
 
 def _dense(c: Fields) -> DenseFFN:
@@ -135,7 +143,7 @@ def _dense(c: Fields) -> DenseFFN:
 
 
 def _uniform(c: Fields, mixer: Mixer, ffn: FeedForward, **features: Any) -> _Decoder:
-    return _Decoder([_Layer(mixer, ffn)] * c.integer("num_hidden_layers"), **features)
+    return _Decoder([_Layer(mixer, ffn)] * _n_layers(c), **features)
 
 
 def _mistral(c: Fields) -> _Decoder:
@@ -154,7 +162,7 @@ def _mixtral(c: Fields) -> _Decoder:
 def _qwen_attention(c: Fields, **features: Any) -> list[SoftmaxAttention]:
     """Windows count only with ``use_sliding_window``, from layer ``max_window_layers`` on."""
     attention = _attention(c, **features)
-    n = c.integer("num_hidden_layers")
+    n = _n_layers(c)
     if c.flag("use_sliding_window", default=False):
         first = c.integer("max_window_layers", minimum=0)
         return _mixed(c, attention, lambda i: i >= first)
@@ -217,7 +225,7 @@ def _qwen3_next(c: Fields) -> _Decoder:
         value_dim=c.integer("linear_value_head_dim"),
         conv=c.integer("linear_conv_kernel_dim"),
     )
-    n = c.integer("num_hidden_layers")
+    n = _n_layers(c)
     interval = c.integer("full_attention_interval", 4)
     types = c.layer_types(n, ("linear_attention", "full_attention"))
     is_full = [t == "full_attention" for t in types] if types else [(i + 1) % interval == 0 for i in range(n)]
@@ -301,7 +309,7 @@ def _deepseek(c: Fields) -> _Decoder:
         n_shared=c.integer("n_shared_experts", 0, minimum=0),
         score_correction_bias=method == "noaux_tc",
     )
-    n = c.integer("num_hidden_layers")
+    n = _n_layers(c)
     first = c.integer("first_k_dense_replace", 0, minimum=0)
     every = c.integer("moe_layer_freq", 1)
     sparse = [i >= first and i % every == 0 for i in range(n)]
@@ -316,7 +324,7 @@ def _llama4(c: Fields) -> _Decoder:
     bias = c.flag("attention_bias", default=False)
     attention = _attention(c, qkv_bias=bias, o_bias=bias)
     local = _windowed(attention, c.integer("attention_chunk_size"), "chunked")
-    n = c.integer("num_hidden_layers")
+    n = _n_layers(c)
     types = c.layer_types(n, ("chunked_attention", "full_attention"))
     interval = c.integer("no_rope_layer_interval", 4)
     has_rope = c.integers("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(n)]
@@ -392,17 +400,19 @@ def _model_type(data: Mapping[str, Any], outer: Mapping[str, Any], where: str) -
     found = data.get("model_type")
     if found is None:
         classes = data.get("architectures") or outer.get("architectures") or []
+        if not isinstance(classes, list):
+            raise InputError(f"{where}: architectures: expected a list of names, got {classes!r}")
         found = next((t for t, m in MODEL_TYPES.items() if any(c in m.classes for c in classes)), None)
         if found is None:
             raise InputError(
                 f"{where}: neither model_type nor a supported class in architectures = {classes!r}; "
                 f"supported model types: {', '.join(sorted(MODEL_TYPES))}"
             )
-    if found not in MODEL_TYPES:
+    if not isinstance(found, str) or found not in MODEL_TYPES:
         hint = nearest(str(found), MODEL_TYPES)
         supported = "" if hint.startswith("; known") else f"; supported: {', '.join(sorted(MODEL_TYPES))}"
         raise InputError(f"{where}: model_type = {found!r} is not supported{hint}{supported}")
-    return str(found)
+    return found
 
 
 def _read_json(path: Path) -> tuple[Any, str]:
@@ -467,7 +477,7 @@ def read_huggingface(source: Path | str | Mapping[str, Any], name: str | None = 
         raise InputError(f"{where}: {prefix}{problems}") from None
     tied = c.flag("tie_word_embeddings", default=wrapper.flag("tie_word_embeddings", default=kind.tied))
     dtype = c.text("torch_dtype") or c.text("dtype") or wrapper.text("torch_dtype") or wrapper.text("dtype")
-    quantization = inner.get("quantization_config") or outer.get("quantization_config")
+    quantization = inner.get("quantization_config", outer.get("quantization_config"))
     precision = read_quantization(quantization, where) if quantization is not None else None
     fields = {
         "name": name or default_name,

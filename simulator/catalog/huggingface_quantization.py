@@ -77,18 +77,20 @@ def _integer_weights(config: Mapping[str, Any], where: str) -> PrecisionHint:
     return PrecisionHint(str(config["quant_method"]), f"int{bits}", group=_group(size, where))
 
 
-def _scheme(config: Mapping[str, Any] | None, where: str) -> str | None:
+def _scheme(config: Any, where: str) -> str | None:
     """Dtype of one compressed-tensors scheme (weights, input activations or KV cache)."""
     if config is None:
         return None
+    if not isinstance(config, Mapping):
+        raise InputError(f"{where}: expected an object, got {config!r}")
     kind, bits = config.get("type"), config.get("num_bits")
-    known: dict[tuple[Any, Any], str] = {
+    known = {
         ("float", 8): "fp8",
         ("int", 8): "int8",
         ("int", 4): "int4",
         ("float", 4): "nvfp4",
     }
-    if (kind, bits) not in known:
+    if not isinstance(kind, str) or not isinstance(bits, int) or (kind, bits) not in known:
         raise InputError(f"{where}: type = {kind!r} with num_bits = {bits!r} is not supported")
     return known[kind, bits]
 
@@ -147,8 +149,13 @@ def read_quantization(config: Any, file: str) -> PrecisionHint:
     if not isinstance(config, Mapping):
         raise InputError(f"{where}: expected an object, got {config!r}")
     method = config.get("quant_method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise InputError(f"{where}.quant_method = {method!r} is not supported; known: {', '.join(sorted(_METHODS))}")
     hint = _METHODS[method](config, where)
-    kept = tuple(str(m) for name in _KEPT for m in config.get(name) or ())
-    return PrecisionHint(method, hint.weights, hint.activations, hint.kv, hint.group, kept)
+    kept: list[str] = []
+    for name in _KEPT:
+        modules = config.get(name) or []
+        if not isinstance(modules, list):
+            raise InputError(f"{where}.{name}: expected a list of module names, got {modules!r}")
+        kept += map(str, modules)
+    return PrecisionHint(method, hint.weights, hint.activations, hint.kv, hint.group, tuple(kept))

@@ -252,15 +252,16 @@ def show_model(model: str, as_json: bool) -> None:
     click.echo(f"matmul FLOPs per token {counts.matmul_flops_per_token:,} forward, attention scores not included")
     if read.precision is not None:
         hint = read.precision
-        group = f", one scale per {' x '.join(map(str, hint.group))}" if hint.group else ""
-        click.echo(f"checkpoint            {hint.weights} weights ({hint.method}{group})")
+        scales = f", one scale per {' x '.join(map(str, hint.group))}" if hint.group else ""
+        click.echo(f"checkpoint            {hint.weights} weights ({hint.method}{scales})")
     click.echo()
     missing = unpriceable_features(architecture)
     click.echo(f"priced                {'not yet: ' + ', '.join(missing) if missing else 'yes'}")
     if architecture.published_total is not None and architecture.published_kind is not None:
         off = counts.total - architecture.published_total
         agreement = "equal to the last digit" if off == 0 else f"computed is {off:+,}"
-        click.echo(f"published total       {architecture.published_total:,}: {agreement}")
+        how = "" if architecture.published_kind == "datasheet" else f" ({architecture.published_kind})"
+        click.echo(f"published total       {architecture.published_total:,}{how}: {agreement}")
     source = SOURCES.get(architecture.source, architecture.source)
     where = f", row {architecture.locator!r}" if architecture.locator else ""
     click.echo(f"source                {source}{where}")
