@@ -69,7 +69,7 @@ class Requests:
     ----------
     arrival_s
         [n] not decreasing; ties are served in row order. With ``concurrency`` > 0 only used as think time: row i
-        arrives ``arrival_s[i]`` after the finish that makes room for it (the first ``concurrency`` rows: after 0).
+        arrives ``arrival_s[i]`` after the finish that makes room for it (the first ``concurrency`` rows: after time 0).
     prompt_tokens, output_tokens
         [n] at least 1 each.
     cached_tokens

@@ -1,0 +1,110 @@
+"""Speed of the compiled engine: requests per second on one core, warm.
+
+    python benchmarks/engine.py [--requests 1000000] [--repeats 7]
+
+Setting: prompts ~1k and outputs ~250 tokens on average, lognormal with sigma 0.8; a step-cost table in the shape of an 8B
+model on one H100; arrivals at a stated load (share of the throughput of the same requests all queued at t = 0); every output and the ITL histogram on. ``reference`` is the step-by-step engine on the first requests of the same stream.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from simulator.engine.compiled import simulate, warm_up
+from simulator.engine.records import EngineResult, EngineSettings, Requests
+from simulator.engine.reference import simulate_reference
+from simulator.randomness import draw, normal
+from simulator.roofline.step_cost import StepCost
+
+MAX_TOKENS, MAX_SEQS = 8192, 256
+#: (KV blocks, load). A KV cache that limits the batch is never 95 % full at a load of 0.8 of the capacity it sets, so both
+#: are run: mean batch 64 at load 0.8, and a nearly full cache at the load that fills it.
+SETTINGS = ((12000, 0.8), (6800, 0.97))
+
+
+def table() -> StepCost:
+    """Times like those of an 8B model in bf16 on one H100."""
+    n = np.arange(MAX_TOKENS + 1)
+    r = np.arange(MAX_SEQS + 1)
+    dense = np.where(n > 0, np.maximum(4.8e-3, n * 1.9e-5) + 1e-3, 0.0)
+    head = np.where(r > 0, 3e-4 + 1e-6 * r, 0.0)
+    planes = np.array([[2e-9, 0.0, 0.0], [0.0, 4e-8, 0.0]])
+    knots = np.zeros(1)
+    return StepCost(
+        dense, head, knots, knots, np.array([4e-8]), 1e-6, planes, 1, dense, dense, head, head, 1.0, 1.0, 1.0, 1.0
+    )
+
+
+def stream(n: int, rate_per_s: float) -> Requests:
+    """Poisson arrivals (all at 0 if the rate is infinite), lognormal lengths."""
+    sigma = 0.8
+    prompt = np.clip(np.exp(np.log(1000) - sigma**2 / 2 + sigma * normal(1, "prompt", 0, n)), 1, 16000).astype(np.int64)
+    output = np.clip(np.exp(np.log(250) - sigma**2 / 2 + sigma * normal(1, "output", 0, n)), 1, 4000).astype(np.int64)
+    gaps = draw(1, "arrival", 0, n, lambda rng, k: rng.standard_exponential(k))
+    return Requests(np.cumsum(gaps) / rate_per_s, prompt, output, np.zeros(n, dtype=np.int64), output)
+
+
+def describe(name: str, result: EngineResult, seconds: list[float], blocks: int) -> None:
+    n = len(result.status)
+    totals = result.totals
+    busy = result.end_s - result.idle_s
+    kv = result.timeline["kv_blocks"] / blocks
+    median = statistics.median(seconds)
+    print(
+        f"{name:<12}{n:>9,} req  {n / median / 1e6:6.3f} M req/s (best {n / min(seconds) / 1e6:.3f}, "
+        f"worst {n / max(seconds) / 1e6:.3f})  segments/req {totals['segments'] / n:.2f}  steps/req {totals['steps'] / n:.2f}  "
+        f"mean batch {totals['decode_tokens'] / totals['steps']:.1f}  KV mean {totals['kv_blocks_s'] / busy / blocks:.1%} "
+        f"p90 {np.quantile(kv, 0.9):.1%}  preempted {totals['preemptions'] / n:.2%}"
+    )
+
+
+def timed(run: Callable[[], EngineResult], repeats: int) -> tuple[EngineResult, list[float]]:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    return result, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1_000_000)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    warm_up()
+    print(f"compile or load machine code: {time.perf_counter() - start:.1f} s")
+    cost = table()
+    for blocks, load in SETTINGS:
+        settings = EngineSettings(MAX_SEQS, MAX_TOKENS, 16, blocks)
+        few = min(args.requests, 200_000)
+        capacity = few / simulate(cost, settings, stream(few, np.inf)).end_s
+        print(f"\n{blocks} KV blocks, capacity {capacity:.2f} req/s, arrivals at {load:.2f} of it")
+        requests = stream(args.requests, load * capacity)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result, seconds = timed(lambda: simulate(cost, settings, requests), args.repeats)  # noqa: B023 - called at once
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        describe("  compiled", result, seconds, blocks)
+        columns = ("arrival_s", "prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
+        part = Requests(*(getattr(requests, column)[:2000] for column in columns))
+        slow, slow_seconds = timed(lambda: simulate_reference(cost, settings, part), 2)  # noqa: B023 - called at once
+        same = simulate(cost, settings, part)
+        rate = 2000 / statistics.median(slow_seconds)
+        ratio = args.requests / statistics.median(seconds) / rate
+        error = np.nanmax(np.abs(slow.finish_s - same.finish_s) / (slow.finish_s - slow.arrival_s))
+        conserved = (result.busy_s.sum() + result.idle_s) / result.end_s - 1
+        print(
+            f"  reference {rate:,.0f} req/s: compiled is {ratio:,.0f} times as fast; finish times differ by {error:.0e} of a latency"
+        )
+        print(
+            f"  chip-seconds conserved to {conserved:+.0e}; peak memory grew {grown * 1024 / args.requests:.0f} bytes per request"
+        )
+
+
+if __name__ == "__main__":
+    main()

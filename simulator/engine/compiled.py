@@ -1,0 +1,258 @@
+"""The compiled engine, seen from Python: one replica that skips ahead exactly.
+
+:func:`simulate` runs a whole stream; :class:`Engine` is the same thing cut into pieces. The rules are in
+``docs/engine-rules.md``, the algorithm in :mod:`simulator.engine.skip_ahead`.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.engine import jit, skip_ahead
+from simulator.engine.records import ITL_BINS, NOT_ARRIVED, EngineResult, EngineSettings, Requests
+from simulator.errors import InputError
+from simulator.roofline.step_cost import StepCost
+
+TIMELINE_INTERVALS = 1024
+
+
+class Engine:
+    """One replica and its state.
+
+    Parameters
+    ----------
+    cost
+        table of the deployment; must cover the settings' ``max_num_batched_tokens`` and ``max_num_seqs``.
+    timeline_interval_s
+        length of the first timeline intervals. They are doubled, pairs merged, whenever the run outgrows
+        ``TIMELINE_INTERVALS`` of them. None: a 512th of the arrival span.
+
+    Raises
+    ------
+    InputError
+        If the cost table is smaller than the settings ask for.
+    """
+
+    def __init__(
+        self, cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
+    ) -> None:
+        _check(cost, settings, timeline_interval_s)
+        n = len(requests)
+        m = settings.max_num_seqs
+        self._cost = skip_ahead.CostTable(
+            np.ascontiguousarray(cost.dense_s, dtype=np.float64),
+            np.ascontiguousarray(cost.head_s, dtype=np.float64),
+            np.ascontiguousarray(cost.decode_knots, dtype=np.float64),
+            np.ascontiguousarray(cost.decode_value_s, dtype=np.float64),
+            np.ascontiguousarray(cost.decode_slope_s, dtype=np.float64),
+            float(cost.decode_seq_s),
+            np.ascontiguousarray(cost.prefill_planes, dtype=np.float64),
+        )
+        self._limits = skip_ahead.Limits(
+            m,
+            settings.max_num_batched_tokens,
+            settings.block_size,
+            settings.num_kv_blocks,
+            settings.max_model_len,
+            settings.scheduler_reserve_full_isl,
+        )
+        self._stream = skip_ahead.Stream(
+            np.ascontiguousarray(requests.arrival_s, dtype=np.float64),
+            np.ascontiguousarray(requests.prompt_tokens, dtype=np.int64),
+            np.ascontiguousarray(requests.output_tokens, dtype=np.int64),
+            np.ascontiguousarray(requests.cached_tokens, dtype=np.int64),
+            np.ascontiguousarray(requests.max_tokens, dtype=np.int64),
+            requests.concurrency,
+        )
+        self._out = skip_ahead.Outcome(
+            np.full(n, NOT_ARRIVED, dtype=np.int8),
+            np.full(n, np.nan) if requests.concurrency else np.array(requests.arrival_s, dtype=np.float64),
+            np.full(n, np.nan),
+            np.full(n, np.nan),
+            np.full(n, np.nan),
+            np.zeros(n, dtype=np.int32),
+            np.zeros(n),
+            np.zeros(n),
+            np.zeros(n),
+            np.zeros(n),
+            np.zeros(settings.max_num_batched_tokens + 1, dtype=np.int64),
+            np.zeros(m + 1, dtype=np.int64),
+            np.zeros(ITL_BINS, dtype=np.int64),
+        )
+        self._state = _new_state(n, requests.concurrency, settings)
+        floats, ints = self._state.floats, self._state.ints
+        last = 0.0 if requests.concurrency or n == 0 else float(requests.arrival_s[-1])
+        floats[skip_ahead.INTERVAL] = timeline_interval_s or max(last / 512, 64 * float(cost.dense_s[1]))
+        if requests.concurrency:
+            first = min(requests.concurrency, n)
+            order = np.argsort(requests.arrival_s[:first], kind="stable")  # a sorted array is a heap
+            self._state.pending_row[:first] = order
+            self._state.pending_time[:first] = requests.arrival_s[:first][order]
+            ints[skip_ahead.N_PENDING] = ints[skip_ahead.NEXT_ROW] = first
+        self.done = False
+
+    @property
+    def clock_s(self) -> float:
+        """End of the last step. [s]"""
+        return float(self._state.floats[skip_ahead.CLOCK])
+
+    def advance(self, until_s: float = math.inf) -> None:
+        """Run every step that starts before ``until_s``."""
+        self.done = bool(
+            skip_ahead.advance(self._cost, self._limits, self._stream, self._out, self._state, float(until_s))
+        )
+
+    def result(self) -> EngineResult:
+        """What has happened so far; requests still decoding are not yet charged for their latest steps."""
+        ints, floats, out = self._state.ints, self._state.floats, self._out
+        counts = out.steps_by_tokens
+        rows = out.steps_by_rows
+        totals = {
+            "steps": int(ints[skip_ahead.STEPS]),
+            "dense_tokens": int(counts @ np.arange(len(counts))),
+            "decode_tokens": int(ints[skip_ahead.DECODE_TOKENS]),
+            "decode_keys": int(ints[skip_ahead.DECODE_KEYS]),
+            "prefill_pairs": int(ints[skip_ahead.PREFILL_PAIRS]),
+            "prefill_keys": int(ints[skip_ahead.PREFILL_KEYS]),
+            "chunks": int(ints[skip_ahead.CHUNKS]),
+            "rows": int(rows @ np.arange(len(rows))),
+            "preemptions": int(ints[skip_ahead.PREEMPTIONS]),
+            "recomputed_tokens": int(ints[skip_ahead.RECOMPUTED]),
+            "segments": int(ints[skip_ahead.SEGMENTS]),
+            "decode_attention_s": float(floats[skip_ahead.DECODE_ATTENTION]),
+            "prefill_attention_s": float(floats[skip_ahead.PREFILL_ATTENTION]),
+            "running_s": float(floats[skip_ahead.RUNNING_INTEGRAL]),
+            "waiting_s": float(floats[skip_ahead.WAITING_INTEGRAL]),
+            "kv_blocks_s": float(floats[skip_ahead.BLOCKS_INTEGRAL]),
+            "max_running": int(ints[skip_ahead.MAX_RUNNING]),
+            "max_waiting": int(ints[skip_ahead.MAX_WAITING]),
+            "max_kv_blocks": int(ints[skip_ahead.MAX_BLOCKS]),
+        }
+        interval = float(floats[skip_ahead.INTERVAL])
+        end = self.clock_s
+        used = min(math.ceil(end / interval), self._state.timeline.shape[1])
+        means = self._state.timeline[:, :used] / interval
+        timeline: dict[str, NDArray[np.float64]] = {
+            "start_s": np.arange(used) * interval,
+            "running": means[skip_ahead.T_RUNNING],
+            "waiting": means[skip_ahead.T_WAITING],
+            "kv_blocks": means[skip_ahead.T_BLOCKS],
+            "busy_fraction": means[skip_ahead.T_BUSY],
+        }
+        return EngineResult(
+            status=out.status,
+            arrival_s=out.arrival,
+            scheduled_s=out.scheduled,
+            first_token_s=out.first_token,
+            finish_s=out.finish,
+            preemptions=out.preemptions,
+            busy_s=out.busy,
+            busy_prefill_s=out.busy_prefill,
+            busy_cached_s=out.busy_cached,
+            recompute_s=out.recompute,
+            idle_s=float(floats[skip_ahead.IDLE]),
+            end_s=end,
+            steps_by_tokens=counts,
+            steps_by_rows=rows,
+            itl_counts=out.itl,
+            itl_max_s=float(floats[skip_ahead.ITL_MAX]),
+            totals=totals,
+            timeline=timeline,
+            timeline_interval_s=interval,
+        )
+
+
+def simulate(
+    cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
+) -> EngineResult:
+    """Run ``requests`` through one replica to the end.
+
+    Exact: the schedule, the counts and the times are those of a step-by-step run of the same rules.
+    """
+    engine = Engine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
+    engine.advance()
+    return engine.result()
+
+
+def warm_up() -> None:
+    """Compile the engine into the disk cache (about 20 s, once per version) so that later calls start at once."""
+    one = np.ones(1, dtype=np.int64)
+    table = np.array([0.0, 1.0])
+    cost = StepCost(
+        dense_s=table,
+        head_s=table,
+        decode_knots=np.zeros(1),
+        decode_value_s=np.zeros(1),
+        decode_slope_s=np.zeros(1),
+        decode_seq_s=0.0,
+        prefill_planes=np.zeros((1, 3)),
+        chips=1,
+        dense_flops=table,
+        dense_bytes=table,
+        head_flops=table,
+        head_bytes=table,
+        attention_flops_per_pair=0.0,
+        kv_bytes_per_token=0.0,
+        peak_flops_per_s=1.0,
+        hbm_bandwidth_bytes_per_s=1.0,
+    )
+    settings = EngineSettings(max_num_seqs=1, max_num_batched_tokens=1, num_kv_blocks=1)
+    simulate(cost, settings, Requests(np.zeros(1), one, one, one * 0, one))
+    jit.mark_warm()
+
+
+def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float | None) -> None:
+    if cost.max_tokens < settings.max_num_batched_tokens:
+        raise InputError(
+            f"the cost table ends at {cost.max_tokens} tokens, "
+            f"engine.max_num_batched_tokens = {settings.max_num_batched_tokens}"
+        )
+    if cost.max_rows < settings.max_num_seqs:
+        raise InputError(f"the cost table ends at {cost.max_rows} rows, engine.max_num_seqs = {settings.max_num_seqs}")
+    if settings.max_num_seqs >= 1 << skip_ahead.SLOT_BITS:
+        raise InputError(f"engine.max_num_seqs = {settings.max_num_seqs}: at most {(1 << skip_ahead.SLOT_BITS) - 1}")
+    if timeline_interval_s is not None and not 0 < timeline_interval_s < math.inf:
+        raise InputError(f"timeline_interval_s = {timeline_interval_s}: must be positive and finite")
+
+
+def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead.State:
+    m = settings.max_num_seqs
+    ints = np.zeros(skip_ahead.N_INTS, dtype=np.int64)
+    ints[skip_ahead.FREE_BLOCKS] = settings.num_kv_blocks
+    ints[[skip_ahead.FIRST, skip_ahead.LAST, skip_ahead.PARTIAL]] = -1
+    ints[skip_ahead.N_FREE_SLOTS] = m
+
+    def slots() -> NDArray[np.int64]:
+        return np.zeros(m, dtype=np.int64)
+
+    bits = np.zeros(1)
+    return skip_ahead.State(
+        ints=ints,
+        floats=np.zeros(skip_ahead.N_FLOATS),
+        fifo=np.zeros(n, dtype=np.int64),
+        pending_time=np.zeros(concurrency + 1),
+        pending_row=np.zeros(concurrency + 1, dtype=np.int64),
+        heap=np.zeros(2 * m + 2, dtype=np.int64),
+        residues=np.zeros(settings.block_size, dtype=np.int64),
+        stack=slots(),
+        free_slots=np.arange(m, dtype=np.int64)[::-1].copy(),
+        row=slots(),
+        computed=slots(),
+        joined=slots(),
+        emitted=slots(),
+        seen=slots(),
+        finish_step=slots() - 1,
+        after=slots() - 1,
+        before=slots() - 1,
+        w=np.zeros(m),
+        r0=np.zeros(m),
+        r1=np.zeros(m),
+        last_token=np.zeros(m),
+        chunk_slot=slots(),
+        chunk_size=slots(),
+        done=slots(),
+        timeline=np.zeros((4, TIMELINE_INTERVALS)),
+        bits_f=bits,
+        bits_i=bits.view(np.int64),
+    )

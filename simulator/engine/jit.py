@@ -1,0 +1,86 @@
+"""Compilation of the engine: Numba with a disk cache that cannot go stale.
+
+Numba's own cache looks only at the file a function is defined in, so an edit in an imported helper would keep
+running old machine code. The cache folder here is therefore named by a hash of every compiled source and of the
+numba and numpy versions; it lives in the user's cache directory, so site-packages may be read-only. Without Numba, or with
+``NUMBA_DISABLE_JIT=1``, the same functions run as plain Python: slowly, with the same results.
+"""
+
+import hashlib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import platformdirs
+
+numba: Any
+try:
+    numba = import_module("numba")
+except ImportError:
+    numba = None
+
+F = TypeVar("F", bound=Callable[..., object])
+
+#: Every module whose functions are compiled; all of them enter the cache key.
+COMPILED_SOURCES = ("heaps.py", "jit.py", "records.py", "skip_ahead.py")
+
+
+def source_digest(folder: Path) -> str:
+    """Hash of the compiled sources in ``folder`` and of the compiler's versions."""
+    digest = hashlib.sha256()
+    for name in COMPILED_SOURCES:
+        digest.update((folder / name).read_bytes())
+    digest.update(f"{getattr(numba, '__version__', None)}/{np.__version__}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _prepare_cache() -> Path | None:
+    """Point Numba's cache at our folder; None if no writable place exists (then every process compiles anew)."""
+    if numba is None or numba.config.DISABLE_JIT:
+        return None
+    folder = platformdirs.user_cache_path("chipseconds") / f"engine-{source_digest(Path(__file__).parent)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+    except OSError:
+        return None
+    return folder
+
+
+CACHE_FOLDER = _prepare_cache()
+
+
+def is_compiled_mode() -> bool:
+    """Whether the engine runs as machine code at all."""
+    return numba is not None and not numba.config.DISABLE_JIT
+
+
+def is_warm() -> bool:
+    """Whether the machine code is on disk already, so that the next call starts at once."""
+    return CACHE_FOLDER is not None and (CACHE_FOLDER / "ready").exists()
+
+
+def mark_warm() -> None:
+    """Record that everything has been compiled into the cache folder."""
+    if CACHE_FOLDER is not None:
+        (CACHE_FOLDER / "ready").touch()
+
+
+def compiled(function: F) -> F:
+    """Compile ``function`` with Numba, or return it unchanged when there is none.
+
+    ``fastmath`` stays off: results must not depend on the compiler's freedom to reorder sums. ``error_model="numpy"``
+    only drops the zero-division checks; the code guards its divisors.
+    """
+    if not is_compiled_mode():
+        return function
+    if CACHE_FOLDER is None:
+        return cast("F", numba.njit(error_model="numpy", nogil=True)(function))
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(CACHE_FOLDER)
+    try:
+        return cast("F", numba.njit(error_model="numpy", nogil=True, cache=True)(function))
+    finally:
+        numba.config.CACHE_DIR = before

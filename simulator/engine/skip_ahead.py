@@ -1,0 +1,799 @@
+"""The skip-ahead engine: one replica, advanced from event to event in closed form.
+
+Between two events the steps of a decoding batch are an arithmetic progression: every sequence gains one token, so S grows
+by B and a step takes ``D0 + q·i`` with ``q = slope·B``. A run of k such steps is one *segment*, whatever k is. A step
+with a prefill chunk in it is a segment of one. Nothing loops over tokens, and nothing loops over the batch except a step
+that runs out of KV blocks (rules R5 and R6 of ``docs/engine-rules.md``, which this module implements).
+
+How a sequence is known without being visited:
+
+* its finish is a key (step index, slot) in a heap; preempted sequences leave stale keys that are dropped when they surface;
+* its need for a new block at step J is the residue (computed − J) mod block_size in a histogram that never moves;
+* its share of time is the difference of three running sums between joining and leaving the batch:
+  ``W`` (what a token pays), ``R0`` = Σ slope and ``R1`` = Σ slope·step.
+
+Everything lives in arrays owned by the caller, so a run can be cut at any time and resumed.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
+from simulator.engine.jit import compiled
+from simulator.engine.records import FINISHED, ITL_BINS, ITL_MIN_EXPONENT, REJECTED, RUNNING, WAITING
+
+# indices into State.ints
+(
+    STEP,
+    STEP_ORIGIN,
+    BATCH,
+    KEYS_SUM,
+    FREE_BLOCKS,
+    HEAP_SIZE,
+    N_RUNNING,
+    FIRST,
+    LAST,
+    PARTIAL,
+    N_PREEMPTED,
+    N_FREE_SLOTS,
+    FIFO_HEAD,
+    FIFO_TAIL,
+    NEXT_ROW,
+    N_PENDING,
+    KNOT,
+    STEPS,
+    DECODE_TOKENS,
+    DECODE_KEYS,
+    PREFILL_PAIRS,
+    PREFILL_KEYS,
+    CHUNKS,
+    PREEMPTIONS,
+    RECOMPUTED,
+    SEGMENTS,
+    MAX_RUNNING,
+    MAX_WAITING,
+    MAX_BLOCKS,
+    N_INTS,
+) = range(30)
+# indices into State.floats
+(
+    CLOCK,
+    SHARE_W,
+    SHARE_R0,
+    SHARE_R1,
+    IDLE,
+    DECODE_ATTENTION,
+    PREFILL_ATTENTION,
+    RUNNING_INTEGRAL,
+    WAITING_INTEGRAL,
+    BLOCKS_INTEGRAL,
+    ITL_MAX,
+    INTERVAL,
+    LAST_START,
+    N_FLOATS,
+) = range(14)
+# rows of State.timeline
+T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY = range(4)
+
+SLOT_BITS = 20
+"""A finish key is step << SLOT_BITS | slot."""
+REBASE_STEPS = 1 << 14
+"""Running sums restart after this many steps, before the differences lose digits."""
+RAW_SHIFT = 45
+"""Bits of a float64 below the 7 leading mantissa bits that index an ITL bin."""
+RAW_ORIGIN = (1023 + ITL_MIN_EXPONENT) << 7
+
+
+class CostTable(NamedTuple):
+    """Arrays of a StepCost."""
+
+    dense: Any
+    head: Any
+    knots: Any
+    value: Any
+    slope: Any
+    seq: float
+    planes: Any
+
+
+class Limits(NamedTuple):
+    """EngineSettings, as numbers."""
+
+    max_num_seqs: int
+    budget: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    reserve_full: bool
+
+
+class Stream(NamedTuple):
+    """Requests, as arrays; ``concurrency`` 0 is the open loop."""
+
+    arrival: Any
+    prompt: Any
+    output: Any
+    cached: Any
+    max_tokens: Any
+    concurrency: int
+
+
+class Outcome(NamedTuple):
+    """Per-request results, and histograms."""
+
+    status: Any
+    arrival: Any
+    scheduled: Any
+    first_token: Any
+    finish: Any
+    preemptions: Any
+    busy: Any
+    busy_prefill: Any
+    busy_cached: Any
+    recompute: Any
+    steps_by_tokens: Any
+    steps_by_rows: Any
+    itl: Any
+
+
+class State(NamedTuple):
+    """Everything that changes, and survives a cut."""
+
+    ints: Any
+    floats: Any
+    fifo: Any
+    pending_time: Any
+    pending_row: Any
+    heap: Any
+    residues: Any
+    stack: Any
+    free_slots: Any
+    row: Any
+    computed: Any
+    joined: Any
+    emitted: Any
+    seen: Any
+    finish_step: Any
+    after: Any
+    before: Any
+    w: Any
+    r0: Any
+    r1: Any
+    last_token: Any
+    chunk_slot: Any
+    chunk_size: Any
+    done: Any
+    timeline: Any
+    bits_f: Any
+    bits_i: Any
+
+
+@compiled
+def _blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold ``tokens``; a shift for vLLM's usual 16, because integer division is slow."""
+    if block_size == 16:
+        return (tokens + 15) >> 4
+    return (tokens + block_size - 1) // block_size
+
+
+@compiled
+def _residue(tokens: int, block_size: int) -> int:
+    """Non-negative ``tokens`` mod ``block_size``."""
+    if block_size == 16:
+        return tokens & 15
+    return tokens % block_size
+
+
+@compiled
+def _end(t: float, d0: float, q: float, k: int) -> float:
+    """End of the k-th step of a progression that starts at t; written once, so that every use rounds alike."""
+    return t + (k * d0 + q * (0.5 * (k * (k - 1))))
+
+
+@compiled
+def _steps_to_reach(t: float, d0: float, q: float, target: float, k_max: int) -> int:
+    """Smallest k in 1 … k_max whose step ends at or after ``target`` (k_max if none does)."""
+    if _end(t, d0, q, k_max) < target or k_max <= 1:
+        return k_max
+    dt = target - t
+    if q == 0.0:
+        guess = dt / d0
+    else:
+        half = d0 - 0.5 * q
+        guess = 2.0 * dt / (half + math.sqrt(half * half + 2.0 * q * dt))
+    k = min(max(math.ceil(guess), 1), k_max)
+    while k > 1 and _end(t, d0, q, k - 1) >= target:
+        k -= 1
+    while _end(t, d0, q, k) < target:
+        k += 1
+    return k
+
+
+@compiled
+def _count_itl(itl: Any, bits_f: Any, bits_i: Any, d0: float, q: float, k: int, weight: int) -> None:
+    """Add the latencies d0 + q·i, i < k, each ``weight`` times."""
+    i = 0
+    while i < k:
+        bits_f[0] = d0 + q * i
+        raw = bits_i[0] >> RAW_SHIFT
+        index = min(max(raw - RAW_ORIGIN, 0), ITL_BINS - 1)
+        bits_f[0] = d0 + q * (k - 1)
+        if bits_i[0] >> RAW_SHIFT == raw or q == 0.0:
+            itl[index] += (k - i) * weight
+            return
+        bits_i[0] = (raw + 1) << RAW_SHIFT
+        edge = bits_f[0]
+        after = min(max(math.ceil((edge - d0) / q), i + 1), k)
+        while after > i + 1 and d0 + q * (after - 1) >= edge:
+            after -= 1
+        while after < k and d0 + q * after < edge:
+            after += 1
+        itl[index] += (after - i) * weight
+        i = after
+
+
+@compiled
+def _steps_with_blocks(residues: Any, block_size: int, step: int, k: int, batch: int, free: int) -> int:
+    """Largest number of decode steps, at most k, that ``free`` blocks allow."""
+    if free >= batch * ((k - 1) // block_size + 1):
+        return k
+    cycles = free // batch
+    rest = free - cycles * batch
+    steps = cycles * block_size
+    i = _residue(-step, block_size)
+    while steps < k and residues[i] <= rest:
+        rest -= residues[i]
+        steps += 1
+        i = i - 1 if i > 0 else block_size - 1
+    return min(steps, k)
+
+
+@compiled
+def _take_blocks(
+    residues: Any, block_size: int, step: int, k: int, batch: int, owned: int, d0: float, q: float
+) -> tuple[int, float]:
+    """Blocks owned after k decode steps from ``step`` on, and Σ over them of (blocks owned) × (step length)."""
+    i = _residue(-step, block_size)
+    total = 0.0
+    own = owned
+    first = 0
+    if k > block_size:  # whole cycles, each taking one block per sequence, summed in closed form
+        cycles = k // block_size
+        first = cycles * block_size
+        a0 = 0.0
+        a1 = 0.0
+        for j in range(block_size):
+            own += residues[i]
+            a0 += own
+            a1 += float(own) * j
+            i = i - 1 if i > 0 else block_size - 1
+        s1 = 0.5 * cycles * (cycles - 1)
+        s2 = (cycles - 1) * cycles * (2.0 * cycles - 1) / 6.0
+        per = float(block_size)
+        total = cycles * (d0 * a0 + q * a1)
+        total += s1 * (d0 * batch * per + q * per * a0 + q * batch * 0.5 * per * (per - 1))
+        total += s2 * q * per * per * batch
+        own = owned + cycles * batch
+    length = d0 + q * first
+    for _ in range(first, k):
+        own += residues[i]
+        total += own * length
+        length += q
+        i = i - 1 if i > 0 else block_size - 1
+    return own, total
+
+
+@compiled
+def _spread(timeline: Any, row: int, interval: float, start: float, end: float, weight: float) -> None:
+    """Add ``weight`` × time to the intervals that [start, end] touches, in proportion."""
+    b = int(start / interval)
+    x = start
+    while x < end:
+        edge = min((b + 1) * interval, end)
+        if edge > x:
+            timeline[row, b] += weight * (edge - x)
+            x = edge
+        b += 1
+
+
+@compiled
+def _widen(timeline: Any, floats: Any, end: float) -> float:
+    """Double the interval, merging pairs, until ``end`` lies inside the timeline; return the interval."""
+    interval = float(floats[INTERVAL])
+    size = timeline.shape[1]
+    while end >= size * interval:
+        for r in range(timeline.shape[0]):
+            for b in range(size // 2):
+                timeline[r, b] = timeline[r, 2 * b] + timeline[r, 2 * b + 1]
+            timeline[r, size // 2 :] = 0.0
+        interval *= 2.0
+    floats[INTERVAL] = interval
+    return interval
+
+
+@compiled
+def _settle(state: State, out: Outcome, slot: int, step: int) -> None:
+    """Charge a decoding sequence for the steps since it joined, or was last settled."""
+    floats = state.floats
+    first_keys = state.computed[slot] + 1 - (state.joined[slot] - state.ints[STEP_ORIGIN])
+    out.busy[state.row[slot]] += (
+        (floats[SHARE_W] - state.w[slot])
+        + first_keys * (floats[SHARE_R0] - state.r0[slot])
+        + (floats[SHARE_R1] - state.r1[slot])
+    )
+    state.computed[slot] += step - state.joined[slot]
+    state.emitted[slot] += step - state.joined[slot]
+    state.joined[slot] = step
+
+
+@compiled
+def _join(state: State, slot: int, step: int) -> None:
+    """Remember the running sums at which a sequence starts (or goes on) decoding."""
+    state.joined[slot] = step
+    state.w[slot] = state.floats[SHARE_W]
+    state.r0[slot] = state.floats[SHARE_R0]
+    state.r1[slot] = state.floats[SHARE_R1]
+
+
+@compiled
+def _rebase(state: State, out: Outcome) -> None:
+    """Charge everyone and restart the running sums at zero."""
+    ints = state.ints
+    step = ints[STEP]
+    slot = ints[FIRST]
+    while slot >= 0:
+        if slot != ints[PARTIAL]:
+            _settle(state, out, slot, step)
+            state.w[slot] = 0.0
+            state.r0[slot] = 0.0
+            state.r1[slot] = 0.0
+        slot = state.after[slot]
+    state.floats[SHARE_W] = 0.0
+    state.floats[SHARE_R0] = 0.0
+    state.floats[SHARE_R1] = 0.0
+    ints[STEP_ORIGIN] = step
+
+
+@compiled
+def _unlink(state: State, slot: int) -> None:
+    """Take a request out of the running list."""
+    ints = state.ints
+    before, after = state.before[slot], state.after[slot]
+    if before >= 0:
+        state.after[before] = after
+    else:
+        ints[FIRST] = after
+    if after >= 0:
+        state.before[after] = before
+    else:
+        ints[LAST] = before
+    ints[N_RUNNING] -= 1
+
+
+@compiled
+def _leave_batch(state: State, out: Outcome, slot: int, block_size: int) -> None:
+    """Settle a decoding sequence and take it out of the batch's sums."""
+    ints = state.ints
+    step = ints[STEP]
+    _settle(state, out, slot, step)
+    ints[BATCH] -= 1
+    ints[KEYS_SUM] -= state.computed[slot] + 1
+    state.residues[_residue(state.computed[slot] - step, block_size)] -= 1
+
+
+@compiled
+def _preempt(state: State, out: Outcome, slot: int, block_size: int) -> None:
+    """R6: free all blocks, forget the cache, go to the front of the queue."""
+    ints = state.ints
+    if slot == ints[PARTIAL]:
+        ints[PARTIAL] = -1
+    else:
+        _leave_batch(state, out, slot, block_size)
+        state.finish_step[slot] = -1
+        state.last_token[slot] = state.floats[CLOCK]
+    computed = state.computed[slot]
+    state.seen[slot] = max(state.seen[slot], computed)
+    ints[FREE_BLOCKS] += _blocks_for(computed, block_size)
+    state.computed[slot] = 0
+    _unlink(state, slot)
+    state.stack[ints[N_PREEMPTED]] = slot
+    ints[N_PREEMPTED] += 1
+    ints[PREEMPTIONS] += 1
+    row = state.row[slot]
+    out.preemptions[row] += 1
+    out.status[row] = WAITING
+
+
+@compiled
+def _finish(state: State, out: Outcome, slot: int, block_size: int) -> int:
+    """Free blocks and slot of a request that has left the batch; return its row."""
+    ints = state.ints
+    row = int(state.row[slot])
+    out.status[row] = FINISHED
+    out.finish[row] = state.floats[CLOCK]
+    ints[FREE_BLOCKS] += _blocks_for(state.computed[slot], block_size)
+    state.finish_step[slot] = -1
+    _unlink(state, slot)
+    state.free_slots[ints[N_FREE_SLOTS]] = slot
+    ints[N_FREE_SLOTS] += 1
+    return row
+
+
+@compiled
+def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_now: bool) -> None:
+    """R2, R4: let everything that has arrived by now (or before now) join the queue, or be rejected."""
+    ints, floats = state.ints, state.floats
+    now = floats[CLOCK]
+    n = len(stream.prompt)
+    closed = stream.concurrency > 0
+    while True:
+        if closed:
+            if ints[N_PENDING] == 0 or state.pending_time[0] > now:
+                return
+            when = state.pending_time[0]
+            if before_now and when == now:
+                return
+            row = state.pending_row[0]
+            ints[N_PENDING] = pop_arrival(state.pending_time, state.pending_row, ints[N_PENDING])
+        else:
+            row = ints[NEXT_ROW]
+            if row >= n or stream.arrival[row] > now:
+                return
+            when = stream.arrival[row]
+            ints[NEXT_ROW] = row + 1
+        out.arrival[row] = when
+        longest = stream.prompt[row] + stream.max_tokens[row]
+        blocks = _blocks_for(longest - 1, limits.block_size)
+        if (0 < limits.max_model_len < longest) or blocks > limits.num_blocks:
+            out.status[row] = REJECTED
+            if closed:
+                _release(stream, state, when)
+            continue
+        out.status[row] = WAITING
+        state.fifo[ints[FIFO_TAIL]] = row
+        ints[FIFO_TAIL] += 1
+        if when < now:
+            floats[WAITING_INTEGRAL] += now - when
+            if when <= floats[LAST_START]:  # it waited while later steps of the segment were scheduled
+                waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
+                ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
+            _spread(state.timeline, T_WAITING, floats[INTERVAL], when, now, 1.0)
+
+
+@compiled
+def _release(stream: Stream, state: State, now: float) -> None:
+    """R3: in a closed loop, one who leaves makes room for the next."""
+    row = state.ints[NEXT_ROW]
+    if row < len(stream.prompt):
+        state.ints[NEXT_ROW] = row + 1
+        state.ints[N_PENDING] = push_arrival(
+            state.pending_time, state.pending_row, state.ints[N_PENDING], now + stream.arrival[row], row
+        )
+
+
+@compiled
+def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, until: float) -> bool:
+    """Run until no step can start before ``until``; return whether everything is done.
+
+    Rows of ``stream`` may be appended between calls, as long as none arrives before the clock of a step already
+    scheduled.
+    """
+    ints, floats = state.ints, state.floats
+    bs = limits.block_size
+    closed = stream.concurrency > 0
+    n_knots = len(cost.knots)
+    while True:
+        _receive(stream, limits, out, state, before_now=False)
+        t = floats[CLOCK]
+        next_arrival = math.inf
+        if closed:
+            if ints[N_PENDING] > 0:
+                next_arrival = state.pending_time[0]
+        elif ints[NEXT_ROW] < len(stream.prompt):
+            next_arrival = stream.arrival[ints[NEXT_ROW]]
+        waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
+        if ints[N_RUNNING] == 0 and waiting == 0:
+            if next_arrival == math.inf:
+                return True
+            if next_arrival >= until:
+                return False
+            _widen(state.timeline, floats, next_arrival)
+            floats[IDLE] += next_arrival - t
+            floats[CLOCK] = next_arrival
+            continue
+        if t >= until:
+            return False
+        if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
+            _rebase(state, out)
+
+        # --- R5: every decoding sequence, in order of admission ---
+        step = ints[STEP]
+        step_need = state.residues[_residue(-step, bs)]
+        preempted = False
+        took_blocks = True
+        if step_need > ints[FREE_BLOCKS]:
+            preempted = True
+            slot = ints[FIRST]
+            while slot >= 0:
+                if slot != ints[PARTIAL] and _residue(state.computed[slot] + step - state.joined[slot], bs) == 0:
+                    gone = False
+                    while ints[FREE_BLOCKS] < 1 and not gone:
+                        victim = ints[LAST]
+                        _preempt(state, out, victim, bs)
+                        gone = victim == slot
+                    if gone:
+                        break
+                    ints[FREE_BLOCKS] -= 1
+                slot = state.after[slot]
+        else:
+            took_blocks = False
+        batch = ints[BATCH]
+
+        # --- R5, R7: chunks ---
+        chunks = 0
+        tokens = batch
+        pairs = 0
+        keys = 0
+        free = ints[FREE_BLOCKS] - (0 if took_blocks else step_need)
+        room = limits.budget - batch
+        slot = ints[PARTIAL]
+        if slot >= 0:
+            row = state.row[slot]
+            done = state.computed[slot]
+            want = min(stream.prompt[row] + state.emitted[slot] - done, room)
+            missing = _blocks_for(done + want, bs) - _blocks_for(done, bs)
+            if missing > free:
+                _preempt(state, out, slot, bs)
+                preempted = True
+                free += _blocks_for(done, bs)
+            else:
+                free -= missing
+                room -= want
+                tokens += want
+                pairs += want * done + want * (want + 1) // 2
+                keys += done + want
+                state.chunk_slot[0] = slot
+                state.chunk_size[0] = want
+                chunks = 1
+        if not preempted:
+            while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
+                resumed = ints[N_PREEMPTED] > 0
+                if resumed:
+                    slot = state.stack[ints[N_PREEMPTED] - 1]
+                    row = state.row[slot]
+                    known = stream.prompt[row] + state.emitted[slot]
+                else:
+                    row = state.fifo[ints[FIFO_HEAD]]
+                    known = stream.prompt[row]
+                done = stream.cached[row]
+                want = min(known - done, room)
+                need = _blocks_for(done + want, bs)
+                if need > free or (limits.reserve_full and _blocks_for(known, bs) > free):
+                    break
+                if resumed:
+                    ints[N_PREEMPTED] -= 1
+                else:
+                    ints[FIFO_HEAD] += 1
+                    ints[N_FREE_SLOTS] -= 1
+                    slot = state.free_slots[ints[N_FREE_SLOTS]]
+                    state.row[slot] = row
+                    state.emitted[slot] = 0
+                    state.seen[slot] = 0
+                    out.scheduled[row] = t
+                out.status[row] = RUNNING
+                state.computed[slot] = done
+                state.before[slot] = ints[LAST]
+                state.after[slot] = -1
+                if ints[LAST] >= 0:
+                    state.after[ints[LAST]] = slot
+                else:
+                    ints[FIRST] = slot
+                ints[LAST] = slot
+                ints[N_RUNNING] += 1
+                waiting -= 1
+                free -= need
+                room -= want
+                tokens += want
+                pairs += want * done + want * (want + 1) // 2
+                keys += done + want
+                state.chunk_slot[chunks] = slot
+                state.chunk_size[chunks] = want
+                chunks += 1
+                ints[PARTIAL] = slot
+        waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
+        ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
+        running = ints[N_RUNNING]
+        ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
+
+        # --- R9: what the step costs ---
+        rows = batch
+        for c in range(chunks):
+            slot = state.chunk_slot[c]
+            row = state.row[slot]
+            if state.computed[slot] + state.chunk_size[c] == stream.prompt[row] + state.emitted[slot]:
+                rows += 1
+        total_keys = ints[KEYS_SUM]
+        d0 = cost.dense[tokens] + cost.head[rows]
+        per_token = cost.dense[tokens] / tokens
+        per_row = cost.head[rows] / rows if rows > 0 else 0.0
+        slope = 0.0
+        knot = ints[KNOT]
+        attention = 0.0
+        if batch > 0:
+            while knot + 1 < n_knots and cost.knots[knot + 1] <= total_keys:
+                knot += 1
+            while cost.knots[knot] > total_keys:
+                knot -= 1
+            ints[KNOT] = knot
+            slope = cost.slope[knot]
+            attention = cost.value[knot] + slope * (total_keys - cost.knots[knot]) + cost.seq * batch
+            d0 += attention
+
+        if chunks == 0:
+            # --- a segment of decode steps ---
+            k = 1
+            q = slope * batch
+            if not preempted:
+                while True:
+                    key = state.heap[0]
+                    if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+                        break
+                    ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
+                k = (key >> SLOT_BITS) - step
+                if knot + 1 < n_knots:
+                    k = min(k, (math.ceil(cost.knots[knot + 1]) - total_keys + batch - 1) // batch)
+                k = _steps_with_blocks(state.residues, bs, step, k, batch, ints[FREE_BLOCKS])
+                stop = until
+                if waiting == 0 and running < limits.max_num_seqs:
+                    stop = min(stop, next_arrival)
+                k = _steps_to_reach(t, d0, q, stop, k)
+                interval = floats[INTERVAL]
+                edge = (int(t / interval) + 1) * interval
+                if k > 1 and _end(t, d0, q, k) > edge:
+                    k = _steps_to_reach(t, d0, q, edge, k)
+                    if k > 1 and _end(t, d0, q, k) > edge:
+                        k -= 1
+            end = _end(t, d0, q, k)
+            owned = limits.num_blocks - ints[FREE_BLOCKS]
+            if took_blocks:
+                blocks_integral = owned * (end - t)
+            else:
+                owned, blocks_integral = _take_blocks(state.residues, bs, step, k, batch, owned, d0, q)
+                ints[FREE_BLOCKS] = limits.num_blocks - owned
+        else:
+            k = 1
+            q = 0.0
+            ints[FREE_BLOCKS] = free
+            best = -1.0
+            plane = 0
+            for j in range(cost.planes.shape[0]):
+                value = cost.planes[j, 0] * pairs + cost.planes[j, 1] * keys + cost.planes[j, 2] * chunks
+                if value > best:
+                    best = value
+                    plane = j
+            d0 += best
+            floats[PREFILL_ATTENTION] += best
+            end = t + d0
+            blocks_integral = (limits.num_blocks - free) * (end - t)
+        ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
+
+        # --- account for the segment ---
+        floats[CLOCK] = end
+        floats[LAST_START] = _end(t, d0, q, k - 1)
+        ints[STEP] = step + k
+        ints[STEPS] += k
+        ints[SEGMENTS] += 1
+        out.steps_by_tokens[tokens] += k
+        out.steps_by_rows[rows] += k
+        interval = floats[INTERVAL]
+        if end >= state.timeline.shape[1] * interval:
+            interval = _widen(state.timeline, floats, end)
+        length = end - t
+        b = int(t / interval)
+        if end <= (b + 1) * interval:
+            state.timeline[T_RUNNING, b] += running * length
+            state.timeline[T_WAITING, b] += waiting * length
+            state.timeline[T_BLOCKS, b] += blocks_integral
+            state.timeline[T_BUSY, b] += length
+        else:
+            _spread(state.timeline, T_RUNNING, interval, t, end, running)
+            _spread(state.timeline, T_WAITING, interval, t, end, waiting)
+            _spread(state.timeline, T_BLOCKS, interval, t, end, blocks_integral / length)
+            _spread(state.timeline, T_BUSY, interval, t, end, 1.0)
+        floats[RUNNING_INTEGRAL] += running * length
+        floats[WAITING_INTEGRAL] += waiting * length
+        floats[BLOCKS_INTEGRAL] += blocks_integral
+        if batch > 0:
+            growth = k * (k - 1) // 2
+            ints[DECODE_TOKENS] += k * batch
+            ints[DECODE_KEYS] += k * total_keys + batch * growth
+            ints[KEYS_SUM] = total_keys + k * batch
+            floats[DECODE_ATTENTION] += k * attention + q * growth
+            intercept = cost.value[knot] - slope * cost.knots[knot]
+            floats[SHARE_W] += k * (per_token + per_row + cost.seq + intercept / batch)
+            floats[SHARE_R0] += k * slope
+            floats[SHARE_R1] += slope * (k * (step - ints[STEP_ORIGIN]) + growth)
+            _count_itl(out.itl, state.bits_f, state.bits_i, d0, q, k, batch)
+            floats[ITL_MAX] = max(floats[ITL_MAX], d0 + q * (k - 1))
+        step += k
+
+        # --- R10: chunks that end ---
+        n_done = 0
+        if chunks > 0:
+            ints[CHUNKS] += chunks
+            ints[PREFILL_PAIRS] += pairs
+            ints[PREFILL_KEYS] += keys
+            ints[PARTIAL] = -1
+            for c in range(chunks):
+                slot = state.chunk_slot[c]
+                size = state.chunk_size[c]
+                row = state.row[slot]
+                done = state.computed[slot]
+                known = stream.prompt[row] + state.emitted[slot]
+                pays = (
+                    per_token * size
+                    + cost.planes[plane, 0] * (size * done + size * (size + 1) // 2)
+                    + cost.planes[plane, 1] * (done + size)
+                    + cost.planes[plane, 2]
+                )
+                out.busy_cached[row] += cost.planes[plane, 1] * stream.cached[row]
+                if done + size == known:
+                    pays += per_row
+                out.busy[row] += pays
+                out.busy_prefill[row] += pays
+                again = min(done + size, state.seen[slot]) - done
+                if again > 0:
+                    out.recompute[row] += pays * again / size
+                    ints[RECOMPUTED] += again
+                done += size
+                state.computed[slot] = done
+                if done < known:
+                    ints[PARTIAL] = slot
+                    continue
+                if state.emitted[slot] == 0:
+                    out.first_token[row] = end
+                else:
+                    gap = end - state.last_token[slot]
+                    _count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
+                    floats[ITL_MAX] = max(floats[ITL_MAX], gap)
+                state.emitted[slot] += 1
+                rest = stream.output[row] - state.emitted[slot]
+                if rest == 0:
+                    state.done[n_done] = _finish(state, out, slot, bs)
+                    n_done += 1
+                    continue
+                _join(state, slot, step)
+                ints[BATCH] += 1
+                ints[KEYS_SUM] += done + 1
+                state.residues[_residue(done - step, bs)] += 1
+                state.finish_step[slot] = step + rest
+                if ints[HEAP_SIZE] == len(state.heap):
+                    _drop_stale(state)
+                ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], (step + rest) << SLOT_BITS | slot)
+
+        # --- R10: decoding sequences that end ---
+        while ints[HEAP_SIZE] > 0 and state.heap[0] >> SLOT_BITS <= step:
+            key = state.heap[0]
+            ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
+            slot = key & ((1 << SLOT_BITS) - 1)
+            if state.finish_step[slot] == key >> SLOT_BITS:
+                _leave_batch(state, out, slot, bs)
+                state.done[n_done] = _finish(state, out, slot, bs)
+                n_done += 1
+        if closed and n_done > 0:
+            _receive(stream, limits, out, state, before_now=True)
+            state.done[:n_done].sort()
+            for _ in range(n_done):
+                _release(stream, state, end)
+
+
+@compiled
+def _drop_stale(state: State) -> None:
+    """Rebuild the finish heap from the keys that still hold."""
+    ints = state.ints
+    size = 0
+    for i in range(ints[HEAP_SIZE]):
+        key = state.heap[i]
+        if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+            size = push_key(state.heap, size, key)
+    ints[HEAP_SIZE] = size

@@ -1,0 +1,81 @@
+"""The machine-code cache cannot go stale, and the engine runs without Numba, with the same results."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simulator.engine import jit
+
+ENGINE = Path(jit.__file__).parent
+ROOT = ENGINE.parents[1]
+
+RUN = """
+import json, sys
+if {hide}:
+    sys.modules["numba"] = None
+import numpy as np
+from simulator.engine import jit
+from simulator.engine.compiled import simulate
+from simulator.engine.records import EngineSettings, Requests
+from simulator.roofline.step_cost import StepCost
+n = np.arange(33.0)
+cost = StepCost(n / 7 + (n > 0), n[:5] / 9, np.array([0.0, 40.0]), np.array([0.0, 1.0]), np.array([0.025, 0.05]), 0.01,
+                np.array([[0.001, 0.0, 0.1]]), 1, n, n, n, n, 1.0, 1.0, 1.0, 1.0)
+k = np.arange(1, 21)
+requests = Requests(k / 3.0, 1 + 7 * k % 30, 1 + 5 * k % 19, 0 * k, 1 + 5 * k % 19)
+result = simulate(cost, EngineSettings(4, 32, 4, 20), requests)
+print(json.dumps([jit.is_compiled_mode(), result.finish_s.tolist(), result.busy_s.tolist(), result.totals]))
+"""
+
+
+def run(*, hide: bool, cache: Path, **environment: str) -> list:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN.format(hide=hide)], capture_output=True, text=True, env=env, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_without_numba_the_same_results(tmp_path):
+    absent = run(hide=True, cache=tmp_path)
+    disabled = run(hide=False, cache=tmp_path, NUMBA_DISABLE_JIT="1")
+    compiled = run(hide=False, cache=Path.home() / ".cache")
+    assert [absent[0], disabled[0], compiled[0]] == [False, False, True]
+    assert absent[3]["preemptions"] > 0
+    assert absent[1:] == disabled[1:] == compiled[1:]
+
+
+def test_every_compiled_module_enters_the_cache_key():
+    def imports(name: str) -> set[str]:
+        tree = ast.parse((ENGINE / name).read_text())
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        return {m.rsplit(".", 1)[1] + ".py" for m in modules if m.startswith("simulator.engine.")}
+
+    compiled = {p.name for p in ENGINE.glob("*.py") if "@compiled" in p.read_text()}
+    needed = compiled | {m for name in compiled for m in imports(name)}
+    assert needed <= set(jit.COMPILED_SOURCES)
+
+
+@pytest.mark.parametrize("name", jit.COMPILED_SOURCES)
+def test_editing_a_helper_changes_the_cache_folder(tmp_path, name):
+    for source in jit.COMPILED_SOURCES:
+        shutil.copy(ENGINE / source, tmp_path)
+    before = jit.source_digest(tmp_path)
+    assert before == jit.source_digest(ENGINE)
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "\n# edited\n")
+    assert jit.source_digest(tmp_path) != before
+
+
+def test_an_unwritable_cache_directory_is_no_obstacle(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    script = "from simulator.engine import jit; print(jit.CACHE_FOLDER, jit.is_warm())"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(blocked)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.split() == ["None", "False"]
