@@ -221,7 +221,7 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
     row_bytes = p.matrix_bytes(D, 1, head=True) / d.chips + (wide / d.chips * D if arch.learned_positions else 0)
     ops = [
         _memory_op(d, "embedding lookup", 1, some, activation_bytes=n * (row_bytes + own * D * wide)),
-        *_all_reduce(d, "all-reduce, embedding", 1, n),
+        *_all_reduce(d, "all-reduce, embed.", 1, n),
     ]
     for layer in d.layers:
         a, count = layer.attention, layer.count
