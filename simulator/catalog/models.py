@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from simulator.catalog.architecture import (
     Architecture,
@@ -12,7 +13,14 @@ from simulator.catalog.architecture import (
     SoftmaxAttention,
 )
 from simulator.catalog.files import data_folder, names_in, parse, read_toml
+from simulator.catalog.huggingface import HuggingFaceModel, read_huggingface
 from simulator.errors import InputError, nearest
+
+#: Source keys of the catalogue's files; ``docs/models.md`` tells what lies behind each.
+SOURCES = {
+    "released-config": "released configuration or paper, as read for the model reference table",
+    "recalled-config": "recalled configuration, not checked against the released file",
+}
 
 
 def _folder() -> Traversable:
@@ -42,19 +50,32 @@ def load_model(name_or_path: str) -> Architecture:
     Raises
     ------
     InputError
-        If the name is unknown (the nearest names are given), the file does not exist or is malformed.
+        If the name is unknown (the nearest names are given), or the file does not exist or is malformed.
 
     Examples
     --------
     >>> load_model("llama-3.1-70b").name
     'llama-3-70b'
     """
+    return read_model(name_or_path).architecture
+
+
+def read_model(name_or_path: str) -> HuggingFaceModel:
+    """As :func:`load_model`, with the notes, dtype and quantization of a ``config.json`` (empty for TOML files)."""
     if name_or_path in model_names():
-        return _catalogue(name_or_path)
+        return HuggingFaceModel(_catalogue(name_or_path))
     aliases = model_aliases()
     if name_or_path in aliases:
-        return _catalogue(aliases[name_or_path])
-    raise InputError(f"unknown model {name_or_path!r}{nearest(name_or_path, [*model_names(), *aliases])}")
+        return HuggingFaceModel(_catalogue(aliases[name_or_path]))
+    path = Path(name_or_path)
+    if path.is_dir() or path.suffix == ".json":
+        return read_huggingface(path)
+    if path.suffix == ".toml" or "/" in name_or_path:
+        if not path.is_file():
+            raise InputError(f"model file {name_or_path!r} does not exist")
+        return HuggingFaceModel(parse(Architecture, read_toml(path), name_or_path))
+    known = [*model_names(), *aliases]
+    raise InputError(f"unknown model {name_or_path!r}{nearest(name_or_path, known)}")
 
 
 def unpriceable_features(architecture: Architecture) -> list[str]:
@@ -74,7 +95,7 @@ def unpriceable_features(architecture: Architecture) -> list[str]:
     for group in architecture.layers:
         match group.mixer:
             case None:
-                found["layers without attention"] = None
+                found["layers of a single block"] = None
             case SoftmaxAttention():
                 if group.mixer.window is not None:
                     found[f"{group.mixer.window_kind}-window attention"] = None
@@ -89,7 +110,7 @@ def unpriceable_features(architecture: Architecture) -> list[str]:
             case Mamba2():
                 found["recurrent state (Mamba-2)"] = None
         if group.ffn is None:
-            found["layers without a feed-forward block"] = None
+            found["layers of a single block"] = None
         elif isinstance(group.ffn, MoEFFN):
             found["mixture of experts"] = None
     if architecture.parallel_attention_ffn:

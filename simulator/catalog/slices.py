@@ -21,7 +21,8 @@ from typing import Literal
 from simulator.catalog.chips import ChipSpec, DomainScaleUp, TorusScaleUp, load_chip
 from simulator.errors import InputError
 
-_MAX_DIGITS = 6
+#: More chips than any machine has; also keeps the arithmetic of error messages in range.
+_MAX_CHIPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,16 @@ class Slice:
     domains: tuple[LinkDomain, ...]
     n_nodes: int = 1
 
+    @property
+    def bisections_bytes_per_s(self) -> tuple[float, ...]:
+        """One-direction bisection of each level, all chips inside its groups sending. [bytes/s]
+
+        >>> resolve_slice("h100-sxm:2x8").bisections_bytes_per_s
+        (1800000000000.0, 400000000000.0)
+        """
+        inner = [math.prod(d.size for d in self.domains[:level]) for level in range(len(self.domains))]
+        return tuple(n * d.bisection_bytes_per_s for n, d in zip(inner, self.domains, strict=True))
+
 
 def resolve_slice(spec: str, *, nominal_links: bool = False) -> Slice:
     """Resolve a slice string.
@@ -147,9 +158,9 @@ def _parse_shape(name: str, chip: ChipSpec, shape: str) -> tuple[int, ...]:
         raise InputError(
             f"slice {name}:{shape}: the shape must be whole numbers joined by 'x', e.g. {_some(name, chip)}{hint}"
         )
-    if max(map(len, parts)) > _MAX_DIGITS:
-        raise InputError(f"slice {name}:{shape[:40]}…: more than {_MAX_DIGITS} digits; no such machine exists")
-    dims = tuple(int(p) for p in parts)
+    if max(map(len, parts)) > len(str(_MAX_CHIPS)) or math.prod(map(int, parts)) > _MAX_CHIPS:
+        raise InputError(f"slice {name}:{shape[:40]}: more than {_MAX_CHIPS:,} chips; no such machine exists")
+    dims = tuple(map(int, parts))
     if 0 in dims:
         raise InputError(f"slice {name}:{shape}: a slice has at least one chip along every axis")
     return dims
@@ -254,7 +265,7 @@ def _options(chip: ChipSpec, asked: tuple[int, ...]) -> list[tuple[int, ...]]:
     several = {(n, most) for n in nodes if n > 1}
     if len(asked) == 2 and asked[0] > 1:
         several |= {(asked[0], size) for (size,) in legal}
-    return [*legal, *several]
+    return [*legal, *(s for s in several if math.prod(s) <= _MAX_CHIPS)]
 
 
 def _nearest(name: str, legal: list[tuple[int, ...]], asked: tuple[int, ...]) -> str:

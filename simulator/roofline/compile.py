@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.ops import (
-    LAYER_COLLECTIVE,
     Number,
     Op,
     StepShape,
@@ -15,7 +14,7 @@ from simulator.roofline.ops import (
     dense_ops,
     head_ops,
     prefill_attention_ops,
-    step_ops,
+    step_op_groups,
 )
 from simulator.roofline.step_cost import StepCost
 
@@ -35,7 +34,7 @@ def compile_step_cost(d: Deployment) -> StepCost:
     chips = d.chips
     return StepCost(
         dense_s=sum_over(parts.values()),
-        head_s=sum_over(op.time_s for op in head),
+        head_s=sum_over(op.time_s for op in head) - hidden_s(d, head),
         decode_knots=np.zeros(1),
         decode_value_s=np.array([sum_over(op.overhead_s for op in launches)]),
         decode_slope_s=np.array([sum_over(op.roofline_s for op in one_key)]),
@@ -56,14 +55,15 @@ def compile_step_cost(d: Deployment) -> StepCost:
 
 def step_time_s(d: Deployment, step: StepShape) -> float:
     """Time of one step, op by op. [s]"""
-    ops = step_ops(d, step)
-    return float(sum_over(op.time_s for op in ops) - hidden_s(d, ops))
+    dense, attention, head = step_op_groups(d, step)
+    every = [*dense, *attention, *head]
+    return float(sum_over(op.time_s for op in every) - hidden_s(d, dense) - hidden_s(d, head))
 
 
 def hidden_s(d: Deployment, ops: Sequence[Op]) -> Array:
-    """Time of the layers' collectives that hides behind the layers' matrix products. [s]"""
-    matmul_s = sum_over(op.roofline_s for op in ops if op.kind == "matmul" and op.name != "output head")
-    return d.overlap * np.minimum(sum_over(op.roofline_s for op in ops if op.name == LAYER_COLLECTIVE), matmul_s)
+    """Time of collectives that hides behind the matrix products among ``ops``, either all dense or all of the head. [s]"""
+    collective_s = sum_over(op.roofline_s for op in ops if op.kind == "collective")
+    return d.overlap * np.minimum(collective_s, sum_over(op.roofline_s for op in ops if op.kind == "matmul"))
 
 
 def dense_parts(d: Deployment, dense: Sequence[Op]) -> dict[str, Array]:
@@ -72,7 +72,7 @@ def dense_parts(d: Deployment, dense: Sequence[Op]) -> dict[str, Array]:
     return {
         "matmul": sum_over(op.roofline_s for op in dense if op.kind == "matmul"),
         "elementwise": sum_over(op.roofline_s for op in dense if op.kind == "elementwise"),
-        "collective": collective_s - hidden_s(d, dense) + np.zeros_like(sum_over(op.time_s for op in dense)),
+        "collective": np.zeros(d.max_num_batched_tokens + 1) + collective_s - hidden_s(d, dense),
         "overhead": sum_over(op.overhead_s for op in dense),
     }
 

@@ -43,7 +43,8 @@ class Deployment:
     workspace_bytes
         memory per chip for everything that is neither weights, KV cache nor activations. [bytes]
     overlap
-        fraction of the layers' collectives that may hide behind the layers' matrix products, 0 … 1.
+        fraction of the collectives that may hide behind matrix products, 0 … 1: those of the layers and the embedding
+        behind the layers' products, the exchange of logits behind the head's. Latencies of software never hide.
     kv_layout
         ``heads``: KV heads are spread over the chips, and copied when there are more chips than heads.
         ``even``: the cache is spread evenly whatever the number of heads, as by sharding over sequences or positions;

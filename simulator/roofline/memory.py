@@ -108,11 +108,11 @@ def memory_fit(d: Deployment) -> MemoryFit:
 
 
 def smallest_slice(d: Deployment) -> str | None:
-    """The smallest slice of the same chip on which this deployment would fit; None if there is none."""
+    """The smallest slice of the same chip, in one scale-up domain, that this deployment would fit on; None: there is none."""
     name = d.slice.spec.rpartition(":")[0]
     for spec in legal_slices(name):
         try:
-            other = replace(d, slice=resolve_slice(spec), tp=None)
+            other = replace(d, slice=replace(resolve_slice(spec), chip=d.slice.chip), tp=None)
         except ChipsecondsError:  # a tensor-parallel degree this model does not have
             continue
         if memory_fit(other).fits:

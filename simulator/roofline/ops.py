@@ -26,9 +26,6 @@ from simulator.roofline.precision import Precision
 Number = float | NDArray[np.float64]
 """A figure of one step, or an array of them over steps of different size."""
 
-#: The collectives that ``overlap`` may hide: those inside the layers.
-LAYER_COLLECTIVE = "all-reduce, layers"
-
 Kind = Literal["matmul", "attention", "elementwise", "collective", "overhead"]
 
 
@@ -224,7 +221,7 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
     row_bytes = p.matrix_bytes(D, 1, head=True) / d.chips + (wide / d.chips * D if arch.learned_positions else 0)
     ops = [
         _memory_op(d, "embedding lookup", 1, some, activation_bytes=n * (row_bytes + own * D * wide)),
-        *_all_reduce(d, "all-reduce, embedding", 1, n),
+        *_all_reduce(d, "all-reduce, embed.", 1, n),
     ]
     for layer in d.layers:
         a, count = layer.attention, layer.count
@@ -257,7 +254,7 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
             _matmul(d, "FFN gate, up" if layer.ffn.gated else "FFN up", count, up, n),
             _memory_op(d, "FFN activation", count, some, activation_bytes=n * count * (up.n_out + columns) * wide),
             _matmul(d, "FFN down", count, down, n),
-            *_all_reduce(d, LAYER_COLLECTIVE, 2 * count, n),
+            *_all_reduce(d, "all-reduce, layers", 2 * count, n),
         ]
     if arch.final_norm:
         weights = final_norm_parameters(arch) * wide
@@ -309,12 +306,16 @@ def prefill_attention_ops(d: Deployment, P: Number, A: Number, K: Number) -> lis
     return [_attention(d, "attention, prefill", layer, P, pairs=A, keys=K) for layer in d.layers]
 
 
-def step_ops(d: Deployment, step: StepShape) -> list[Op]:
-    """Every op of one step, ops of equal name added up, in the order of the network."""
-    *dense, overhead = dense_ops(d, step.n)
+def step_op_groups(d: Deployment, step: StepShape) -> tuple[list[Op], list[Op], list[Op]]:
+    """Every op of one step, in three lists: dense ops, attention, output head."""
     attention = decode_attention_ops(d, step.B, step.S) if step.B else []
     attention += prefill_attention_ops(d, step.P, step.A, step.K) if step.P else []
-    head = head_ops(d, step.R) if step.R else []
+    return dense_ops(d, step.n), attention, head_ops(d, step.R) if step.R else []
+
+
+def merge_ops(groups: tuple[list[Op], list[Op], list[Op]]) -> list[Op]:
+    """One list of a step's ops in the order of the network, ops of equal name added up."""
+    (*dense, overhead), attention, head = groups
     at = next(i for i, op in enumerate(dense) if op.name == "rotary, KV write") + 1
     merged: dict[str, Op] = {}
     for op in [*dense[:at], *attention, *dense[at:], *head, overhead]:

@@ -124,7 +124,9 @@ class Lognormal(Record):
         if (self.sigma is None) == (self.cv is None):
             raise ValueError("state exactly one of sigma and cv")
         if not self.min <= self.parameters()[0] <= self.max:
-            raise ValueError(f"the median, {self.parameters()[0]:.6g}, lies outside min … max = {self.min} … {self.max}")
+            raise ValueError(
+                f"the median, {self.parameters()[0]:.6g}, lies outside min … max = {self.min} … {self.max}"
+            )
         return self
 
     def parameters(self) -> tuple[float, float]:
@@ -148,7 +150,9 @@ class Lognormal(Record):
 def _check_quantiles(name: str, probabilities: tuple[float, ...], tokens: tuple[int, ...]) -> None:
     """Raise ValueError unless this is a quantile function: 0 … 1 rising, tokens not falling."""
     if len(probabilities) != len(tokens) or len(tokens) < 2:
-        raise ValueError(f"{name}: {len(probabilities)} probabilities and {len(tokens)} tokens; need as many, at least 2")
+        raise ValueError(
+            f"{name}: {len(probabilities)} probabilities and {len(tokens)} tokens; need as many, at least 2"
+        )
     if probabilities[0] != 0 or probabilities[-1] != 1 or bool(np.any(np.diff(probabilities) <= 0)):
         raise ValueError(f"{name}: probabilities must rise from 0 to 1")
     if bool(np.any(np.diff(tokens) < 0)):

@@ -21,6 +21,9 @@ Quantity = Literal["arrival_s", "prompt_tokens", "output_tokens", "cached_tokens
 UNIX_TIME_FROM_S = 1e8
 """Times whose first is above this (three years) are taken for Unix times and count from the first row, as dates do."""
 
+UNIX_TIME_TO_S = 1e11
+"""A first time above this (the year 5138) is a Unix time in milliseconds under the name of seconds."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -186,6 +189,9 @@ def read_trace(file: Path, *, format_name: FormatName | None = None, drop_invali
     if fault is not None:
         row, quantity, rule = fault
         raise _cell_error(source, int(rows[row]), columns[cast("Quantity", quantity)], quantity, rule, dates=dates)
+    if "arrival_s" in values and values["arrival_s"][0] >= UNIX_TIME_TO_S:
+        rule = "is no time in seconds; if it is in milliseconds, call the column timestamp_ms"
+        raise _cell_error(source, int(rows[0]), columns["arrival_s"], "arrival_s", rule, dates=dates)
     if "arrival_s" in values and (dates or values["arrival_s"][0] >= UNIX_TIME_FROM_S):
         values["arrival_s"] = values["arrival_s"] - values["arrival_s"][0]
         notes.append("times count from the first row")
@@ -267,7 +273,7 @@ def _fetch(
         return values, False
     date_ns = np.ma.asarray(fetched["date_ns"])
     given = ~np.ma.getmaskarray(date_ns)
-    if not given[0]:
+    if given.sum() <= np.isfinite(values["arrival_s"]).sum():
         unit = 1000.0 if _plain_name(header[time]).endswith("_ms") else per_second
         values["arrival_s"] = values["arrival_s"] / unit
         return values, False

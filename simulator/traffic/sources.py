@@ -44,7 +44,9 @@ def open_source(file: Path) -> Source:
         return _JsonLines(file)
     if file.name.lower().endswith(".parquet"):
         return _Parquet(file)
-    raise InputError(f"{file}: not a kind of file traces are read from: .csv, .jsonl, .ndjson, .json, each also .gz, or .parquet")
+    raise InputError(
+        f"{file}: not a kind of file traces are read from: .csv, .jsonl, .ndjson, .json, each also .gz, or .parquet"
+    )
 
 
 def _run(sql: str, parameters: list[Any]) -> dict[str, NDArray[Any]]:
@@ -78,10 +80,10 @@ class _Text:
 
     def records(self) -> Iterator[tuple[int, Any]]:
         """Yield every record with the number of its first line."""
-        line = 0
+        line = 0  # the last good one, told when the next read fails
         try:
             with self._open() as lines:
-                for line, record in self._records(lines):  # noqa: B007 - the line is told when the next read fails
+                for line, record in self._records(lines):
                     yield line, record
         except UnicodeDecodeError as error:
             raise InputError(f"{self.file}: not UTF-8 text after line {line}: {error.reason}") from None

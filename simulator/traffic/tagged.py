@@ -19,8 +19,10 @@ def tagged(tag: str, records: Mapping[str, type[R]]) -> BeforeValidator:
     """
 
     def choose(value: Any) -> Any:
-        if not isinstance(value, dict):
+        if isinstance(value, BaseModel):
             return value
+        if not isinstance(value, dict):
+            raise ValueError(f'must be a table such as {{ {tag} = "{next(iter(records))}", … }}')  # noqa: TRY004 - pydantic reports only ValueError
         name = value.get(tag)
         if name is None:
             raise ValueError(f"{tag}: required, but missing; known: {', '.join(records)}")
@@ -29,6 +31,6 @@ def tagged(tag: str, records: Mapping[str, type[R]]) -> BeforeValidator:
         try:
             return parse(records[name], value, f"{tag} = {name!r}")
         except InputError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(str(error).replace(": file: ", ": ")) from None
 
     return BeforeValidator(choose)

@@ -62,22 +62,24 @@ def assert_counts_equal(ours, theirs):
 def assert_shares_close(ours, theirs, end_s):
     for name in SHARES:
         wrong_s = np.abs(getattr(ours, name) - getattr(theirs, name))
-        assert (wrong_s <= 1e-9 * theirs.busy_s).all(), name
+        # The last term only matters where positive and negative shares of a convex g all but cancel (R11).
+        assert (wrong_s <= 1e-9 * np.abs(theirs.busy_s) + 1e-12 * end_s).all(), name
     assert abs(ours.idle_s - theirs.idle_s) <= 1e-9 * end_s
     for name in SUMS:
         assert ours.totals[name] == pytest.approx(theirs.totals[name], rel=1e-9, abs=1e-9 * end_s), name
 
 
-def assert_timelines_close(ours, theirs):
-    assert ours.timeline_interval_s == theirs.timeline_interval_s
+def assert_timelines_close(ours, theirs, asked_s):
+    assert set(ours.timeline) == set(TIMELINE)
+    assert np.log2(ours.timeline_interval_s / asked_s) in range(20)  # doubled to bound the number of rows (R15)
     for name in TIMELINE:
         np.testing.assert_allclose(ours.timeline[name], theirs.timeline[name], rtol=1e-9, atol=1e-9, err_msg=name)
 
 
 def assert_equal(case, interval_s):
     simulate = engine("compiled")
-    theirs, steps, _ = observe(case, interval_s)
     ours = simulate(*case, timeline_interval_s=interval_s)
+    theirs, steps, _ = observe(case, ours.timeline_interval_s)
     assert_counts_equal(ours, theirs)
     for name in TIMES:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
@@ -85,7 +87,7 @@ def assert_equal(case, interval_s):
     assert ours.itl_max_s == theirs.itl_max_s
     assert_shares_close(ours, theirs, theirs.end_s)
     if interval_s is not None:
-        assert_timelines_close(ours, theirs)
+        assert_timelines_close(ours, theirs, interval_s)
     return theirs, steps
 
 
