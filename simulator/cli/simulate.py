@@ -9,13 +9,21 @@ import click
 
 from simulator.cli.output import json_option, note, print_json
 
+_EXAMPLES = """\b
+Examples:
+  chipseconds simulate llama-3-8b-azure-chat --out runs/first --plot first.png
+  chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=20
+  chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
+"""
 
-@click.command()
+
+@click.command(epilog=_EXAMPLES)
 @click.argument("scenario")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Replications, for between-seed intervals.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this folder.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the run: FILE.png, .svg or .pdf.")
 @click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 @json_option
@@ -25,23 +33,22 @@ def simulate(
     seed: int | None,
     seeds: int,
     out: Path | None,
+    plot: Path | None,
     workers: int | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    r"""Simulate SCENARIO: a name from `chipseconds scenarios`, a TOML file, or a result folder to run again.
-
-    \b
-    chipseconds simulate llama-3-8b-azure-chat
-    chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=8 --out runs/rate-8
-    chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
-    """
+    """Simulate SCENARIO: a name from `chipseconds scenarios`, a TOML file, or a result folder to run again."""
     from simulator.report.tables import summary_text
     from simulator.results import check_writable, write_result
     from simulator.run import load_scenario, run_scenario
 
     if out is not None:
         check_writable(out)
+    if plot is not None:
+        from simulator.report.run_plot import check_plot_path
+
+        check_plot_path(plot)
     loaded = load_scenario(scenario, overrides)
     started = time.perf_counter()
     run = run_scenario(
@@ -56,6 +63,11 @@ def simulate(
     if out is not None:
         write_result(run.result, out)
         note(f"result written to {out}")
+    if plot is not None:
+        from simulator.report.run_plot import save_run_plot
+
+        save_run_plot(run.result, plot)
+        note(f"plot written to {plot}")
     if as_json:
         print_json(run.summary.model_dump(mode="json"))
     else:
