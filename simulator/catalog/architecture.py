@@ -8,9 +8,9 @@ cost. Parameter counts follow the formulas of ``docs/models.md``.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
-from simulator.catalog.records import Record
+from simulator.catalog.records import Kind, Record
 
 
 class SoftmaxAttention(Record):
@@ -29,6 +29,12 @@ class SoftmaxAttention(Record):
     """Keys a query may see, itself included; None is full attention."""
     window_kind: Literal["sliding", "chunked"] = "sliding"
 
+    @model_validator(mode="after")
+    def _heads_share_evenly(self) -> "SoftmaxAttention":
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
+        return self
+
 
 class SparseIndexer(Record):
     """DeepSeek sparse attention: ``n_heads`` index heads of ``head_dim`` score every key, the best ``top_k`` are attended."""
@@ -43,7 +49,8 @@ class LatentAttention(Record):
 
     kind: Literal["mla"] = "mla"
     n_heads: PositiveInt
-    q_rank: PositiveInt | None
+    q_rank: PositiveInt | None = None
+    """Width of the query compression; None: the queries are projected directly."""
     kv_rank: PositiveInt
     nope_dim: PositiveInt
     rope_dim: PositiveInt
@@ -60,6 +67,15 @@ class GatedDeltaNet(Record):
     key_dim: PositiveInt
     value_dim: PositiveInt
     conv: PositiveInt
+    """Taps of the short causal convolution over the Q, K and V projections."""
+
+    @model_validator(mode="after")
+    def _heads_share_evenly(self) -> "GatedDeltaNet":
+        if self.n_value_heads % self.n_key_heads:
+            raise ValueError(
+                f"n_value_heads = {self.n_value_heads} is not a multiple of n_key_heads = {self.n_key_heads}"
+            )
+        return self
 
 
 class Mamba2(Record):
@@ -71,6 +87,7 @@ class Mamba2(Record):
     n_groups: PositiveInt
     state_dim: PositiveInt
     conv: PositiveInt
+    """Taps of the short causal convolution (with bias) over x, B and C."""
 
 
 Mixer = Annotated[SoftmaxAttention | LatentAttention | GatedDeltaNet | Mamba2, Field(discriminator="kind")]
@@ -101,6 +118,14 @@ class MoEFFN(Record):
     """Width of one shared expert; None: same as ``d_ff``."""
     shared_gate: bool = False
 
+    @model_validator(mode="after")
+    def _experts_are_consistent(self) -> "MoEFFN":
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k = {self.top_k} is more than n_experts = {self.n_experts}")
+        if not self.n_shared and (self.shared_gate or self.shared_d_ff):
+            raise ValueError("shared_gate and shared_d_ff need n_shared of at least 1")
+        return self
+
 
 FeedForward = Annotated[DenseFFN | MoEFFN, Field(discriminator="kind")]
 
@@ -113,6 +138,12 @@ class LayerGroup(Record):
     ffn: FeedForward | None = None
     n_norms: int = Field(default=2, ge=0)
     """Norms of width d_model per layer (QK norms are counted by the mixer)."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "LayerGroup":
+        if self.mixer is None and self.ffn is None:
+            raise ValueError("a layer needs a mixer, an ffn or both")
+        return self
 
 
 class Architecture(Record):
@@ -134,9 +165,25 @@ class Architecture(Record):
     context_length: PositiveInt | None = None
     mtp_layers: int = Field(default=0, ge=0)
     """Multi-token-prediction layers shipped with the checkpoint, outside ``layers``."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same architecture (later releases of it)."""
     source: str
+    """Key of the source list in ``docs/models.md``, or the file it was read from."""
     locator: str = ""
+    kind: Kind
+    """How the configuration is known; see the source list in ``docs/models.md``."""
+    published_total: PositiveInt | None = None
+    """Published parameter count of the main model, where it is known to the last digit."""
+    published_kind: Kind | None = None
     note: str = ""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "Architecture":
+        if (self.published_total is None) != (self.published_kind is None):
+            raise ValueError("published_total and published_kind come together")
+        if self.mtp_layers and not any(g.mixer is not None and g.ffn is not None for g in self.layers):
+            raise ValueError("mtp_layers needs a layer with a mixer and an ffn to be a copy of")
+        return self
 
     @property
     def n_layers(self) -> int:

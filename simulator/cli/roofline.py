@@ -1,0 +1,230 @@
+"""``chipseconds roofline``: what one step costs, op by op, and what bounds it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simulator.cli.output import json_option, note, print_json, print_table
+from simulator.errors import InputError
+
+if TYPE_CHECKING:
+    from simulator.roofline.analysis import StepReport
+    from simulator.roofline.deployment import Deployment
+
+
+@click.command()
+@click.option("--model", required=True, help="Catalogue name, or a path to a model TOML or Hugging Face config.json.")
+@click.option(
+    "--slice", "slice_spec", required=True, help="Chips and topology: tpu-v5e:4x4, h100-sxm:8, h100-sxm:2x8 …"
+)
+@click.option("--precision", default="bf16", show_default=True, help="bf16, fp8, w8a16kv8, w4a16kv8g32 …")
+@click.option("--quantize-head", is_flag=True, help="Hold embedding and output head in the weights' format too.")
+@click.option("--tp", type=int, help="Tensor-parallel degree; all chips of the slice by default.")
+@click.option("--prefill", type=click.IntRange(min=1), help="Price a prefill of this many new tokens.")
+@click.option("--decode", type=click.IntRange(min=1), help="Price a decode step of this many sequences.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Length at the end of the step, new tokens included. Default for --prefill: nothing cached.",
+)
+@click.option(
+    "--efficiency",
+    type=click.Choice(["default", "ideal"]),
+    default="default",
+    show_default=True,
+    help="The chip's fractions and overheads, or the bare datasheet.",
+)
+@click.option("--overlap", type=float, default=0.0, show_default=True, help="Fraction of collectives that may hide.")
+@click.option(
+    "--kv-layout", type=click.Choice(["heads", "even"]), default="heads", show_default=True, help="KV sharding."
+)
+@click.option("--max-num-seqs", type=int, help="vLLM's setting. Default: 256, or the batch if larger.")
+@click.option("--max-num-batched-tokens", type=int, help="vLLM's setting. Default: 8192, or the step if larger.")
+@click.option("--gpu-memory-utilization", type=float, default=0.9, show_default=True, help="vLLM's setting.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw a roofline plot: FILE.png, .svg or .pdf."
+)
+@json_option
+def roofline(plot: Path | None, as_json: bool, **options: Any) -> None:
+    r"""What one prefill or decode step costs, op by op, and what bounds it.
+
+    \b
+    chipseconds roofline --model llama-3-70b --slice tpu-v5e:4x4 --precision w8a16kv8 --decode 32 --context 8192
+    chipseconds roofline --model llama-3-8b --slice h100-sxm:1 --prefill 2048 --plot prefill.png
+
+    Figures are per chip unless they say otherwise. A deployment that does not fit is priced all the same, and the
+    command ends with exit code 1.
+    """
+    from simulator.roofline.analysis import step_report
+    from simulator.roofline.memory import require_fit
+
+    deployment = _deployment(options)
+    prefill, decode, context = options["prefill"], options["decode"], options["context"]
+    for name, size, limit in (
+        ("prefill", prefill, deployment.max_num_batched_tokens),
+        ("decode", decode, min(deployment.max_num_seqs, deployment.max_num_batched_tokens)),
+    ):
+        if size is not None and size > limit:
+            raise InputError(f"--{name} {size}: more than one step may hold ({limit}); raise --max-num-… or drop it")
+    report = step_report(deployment, prefill=prefill, decode=decode, context=context)
+    if as_json:
+        print_json(document(report))
+    else:
+        _print(report)
+    if plot is not None:
+        from simulator.report.roofline_plot import save_roofline_plot
+
+        save_roofline_plot(report, plot)
+        note(f"plot written to {plot}")
+    require_fit(deployment)
+
+
+def _deployment(options: dict[str, Any]) -> "Deployment":
+    from simulator.catalog.chips import IDEAL
+    from simulator.catalog.models import load_model
+    from simulator.catalog.slices import resolve_slice
+    from simulator.roofline.deployment import Deployment
+    from simulator.roofline.precision import parse_precision
+
+    tokens = max(options["prefill"] or 0, options["decode"] or 0)
+    seqs = options["max_num_seqs"] or max(256, options["decode"] or 0)
+    return Deployment(
+        architecture=load_model(options["model"]),
+        slice=resolve_slice(options["slice_spec"]),
+        precision=parse_precision(options["precision"], quantize_head=options["quantize_head"]),
+        tp=options["tp"],
+        efficiency=IDEAL if options["efficiency"] == "ideal" else None,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=options["max_num_batched_tokens"] or max(8192, tokens),
+        gpu_memory_utilization=options["gpu_memory_utilization"],
+        overlap=options["overlap"],
+        kv_layout=options["kv_layout"],
+    )
+
+
+def document(report: "StepReport") -> dict[str, Any]:
+    """The report as one JSON document; units are in the keys."""
+    d, fit = report.deployment, report.memory
+    return {
+        "model": d.architecture.name,
+        "slice": d.slice.spec,
+        "chips": d.chips,
+        "precision": {
+            "name": d.precision.name,
+            "weights": d.precision.weights,
+            "activations": d.precision.activations,
+            "kv": d.precision.kv,
+            "computes_in": d.compute_dtype,
+        },
+        "efficiency": vars(d.eff),
+        "step": vars(report.step),
+        "step_time_s": report.time_s,
+        "roofline_bound_s": report.roofline_s,
+        "bound": report.bound,
+        "time_by_bound_s": report.bound_s,
+        "tokens_per_s": report.tokens_per_s,
+        "tokens_per_s_per_chip": report.tokens_per_s_per_chip,
+        "chip_seconds": report.time_s * d.chips,
+        "mfu": report.mfu,
+        "mbu": report.mbu,
+        "model_flops": report.model_flops,
+        "required_bytes": report.required_bytes,
+        "intensity_flops_per_byte": report.intensity_flops_per_byte,
+        "critical_batch_tokens": report.critical_batch,
+        "memory_per_chip": {
+            "capacity_bytes": fit.capacity_bytes,
+            "usable_bytes": fit.usable_bytes,
+            "weights_bytes": fit.weights_bytes,
+            "activations_bytes": fit.activations_bytes,
+            "workspace_bytes": fit.workspace_bytes,
+            "kv_bytes": max(fit.kv_bytes, 0.0),
+            "kv_bytes_per_token": fit.kv_bytes_per_token,
+        },
+        "fits": fit.fits,
+        "kv_capacity_tokens": fit.kv_tokens,
+        "kv_capacity_blocks": fit.kv_blocks,
+        "block_size_tokens": fit.block_size,
+        "ops_per_chip": [
+            {
+                "op": row.op.name,
+                "kind": row.op.kind,
+                "count": row.op.count,
+                "dtype": row.dtype,
+                "flops": row.op.flops,
+                "weight_bytes": row.op.weight_bytes,
+                "kv_read_bytes": row.op.kv_read_bytes,
+                "kv_write_bytes": row.op.kv_write_bytes,
+                "activation_bytes": row.op.activation_bytes,
+                "communication_bytes": row.op.comm_bytes,
+                "compute_s": row.op.compute_s,
+                "memory_s": row.op.memory_s,
+                "network_s": row.op.network_s,
+                "overhead_s": row.op.overhead_s,
+                "time_s": row.time_s,
+                "share": row.share,
+                "bound": row.bound,
+            }
+            for row in report.ops
+        ],
+        "notes": list(d.notes),
+    }
+
+
+def _print(report: "StepReport") -> None:
+    """Op table, then the step in a few lines."""
+    from simulator.units import format_si
+
+    d, step, fit, t = report.deployment, report.step, report.memory, report.time_s
+    what = (
+        f"decode step of {step.B:g} at context {step.S / step.B:,.0f}"
+        if step.B
+        else f"prefill of {step.n:,.0f} tokens, {step.K - step.n:,.0f} cached"
+    )
+    rows = [
+        [
+            row.op.name,
+            str(row.op.count),
+            _figure(float(row.op.flops), 1e9),
+            _figure(float(row.op.weight_bytes), 1e6),
+            _figure(float(row.op.kv_read_bytes + row.op.kv_write_bytes), 1e6),
+            _figure(float(row.op.activation_bytes), 1e6),
+            _figure(float(row.op.comm_bytes), 1e6),
+            _figure(row.time_s, 1e-6),
+            f"{row.share:.1%}",
+            row.bound,
+        ]
+        for row in report.ops
+    ]
+    print_table(
+        f"{d.architecture.name} in {d.precision.name} on {d.slice.spec} (tp {d.chips}): {what}",
+        ["per chip", "count", "GFLOP", "weight MB", "KV MB", "act. MB", "link MB", "time µs", "share", "bound"],
+        rows,
+    )
+    parts = ", ".join(f"{bound} {s / t:.0%}" for bound, s in report.bound_s.items() if s / t >= 0.005)
+    gb = [x / 1e9 for x in (fit.weights_bytes, fit.activations_bytes, fit.workspace_bytes)]
+    memory = f"weights {gb[0]:.2f} + activations {gb[1]:.2f} + workspace {gb[2]:.2f} of {fit.usable_bytes / 1e9:.2f} GB"
+    capacity = f"{fit.kv_tokens:,} tokens in {fit.kv_blocks:,} blocks" if fit.fits else "does not fit"
+    lines = {
+        "step time": f"{format_si(t, 's')}, at best {format_si(report.roofline_s, 's')} if everything overlapped",
+        "bound by": f"{report.bound}: {parts}",
+        "tokens/s": f"{report.tokens_per_s:,.0f}, per chip {report.tokens_per_s_per_chip:,.1f}",
+        "utilisation": f"MFU {report.mfu:.1%} of {d.compute_dtype} peak, MBU {report.mbu:.1%} of HBM bandwidth",
+        "intensity": f"{report.intensity_flops_per_byte:,.1f} FLOP/byte",
+        "critical batch": f"{report.critical_batch:,.0f} tokens per step make the linear layers compute-bound",
+        "memory per chip": memory,
+        "KV capacity": f"{capacity}, {format_si(fit.kv_bytes_per_token, 'B')} per token on each chip",
+    }
+    click.echo()
+    for name, text in lines.items():
+        click.echo(f"{name:<16} {text}")
+    for line in d.notes:
+        click.echo(f"{'note':<16} {line}")
+
+
+def _figure(value: float, unit: float) -> str:
+    """Three significant digits, a dash for nothing."""
+    if value == 0:
+        return "–"
+    scaled = value / unit
+    return f"{scaled:,.0f}" if scaled >= 100 else f"{scaled:.3g}"

@@ -1,0 +1,147 @@
+"""What a chip's memory holds: weights, activations, workspace, and the KV cache in what is left."""
+
+from dataclasses import dataclass, replace
+
+from simulator.catalog.slices import legal_slices, resolve_slice
+from simulator.errors import ChipsecondsError, InfeasibleError
+from simulator.roofline.deployment import Deployment
+from simulator.roofline.ops import (
+    down_matrix,
+    final_norm_parameters,
+    head_matrix,
+    matrix_bytes,
+    norm_parameters,
+    output_matrix,
+    qkv_matrix,
+    up_matrix,
+)
+
+
+@dataclass(frozen=True)
+class MemoryFit:
+    """Memory of one chip of a deployment.
+
+    Attributes
+    ----------
+    capacity_bytes
+        HBM of the chip. [bytes]
+    usable_bytes
+        ``gpu_memory_utilization`` of it: vLLM's budget for everything. [bytes]
+    weights_bytes, activations_bytes, workspace_bytes
+        what is taken before the KV cache. [bytes]
+    kv_bytes_per_token
+        of one token on one chip, scales and copies included. [bytes]
+    block_size
+        tokens per KV block.
+    """
+
+    capacity_bytes: float
+    usable_bytes: float
+    weights_bytes: float
+    activations_bytes: float
+    workspace_bytes: float
+    kv_bytes_per_token: float
+    block_size: int
+
+    @property
+    def kv_bytes(self) -> float:
+        """What is left for the KV cache; negative if even the rest does not fit. [bytes]"""
+        return self.usable_bytes - self.weights_bytes - self.activations_bytes - self.workspace_bytes
+
+    @property
+    def kv_blocks(self) -> int:
+        """Blocks a replica may hand out: the whole blocks that fit, less the null block vLLM keeps."""
+        return max(0, int(self.kv_bytes // (self.block_size * self.kv_bytes_per_token)) - 1)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens those blocks hold."""
+        return self.kv_blocks * self.block_size
+
+    @property
+    def fits(self) -> bool:
+        """Whether at least one block is left."""
+        return self.kv_blocks > 0
+
+
+def weights_bytes(d: Deployment) -> float:
+    """Stored weights of one chip: layers, norms, embedding (once if tied), head, positions, scales. [bytes]"""
+    p, arch = d.precision, d.architecture
+    total = matrix_bytes(p, head_matrix(d), head=True) + final_norm_parameters(arch) * p.wide_bytes
+    if not arch.tied_embeddings:
+        total += p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
+    total += arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
+    for layer in d.layers:
+        matrices = (f(d, layer) for f in (qkv_matrix, output_matrix, up_matrix, down_matrix))
+        per_layer = sum(matrix_bytes(p, m) for m in matrices) + norm_parameters(arch, layer) * p.wide_bytes
+        total += layer.count * per_layer
+    return total
+
+
+def activations_bytes(d: Deployment) -> float:
+    """Peak activations of a step of ``max_num_batched_tokens`` on one chip. [bytes]
+
+    The residual stream and one normed copy, the widest pair of neighbouring tensors inside a layer, and the logits
+    of ``max_num_seqs`` rows, 16-bit and FP32. An estimate: engines measure theirs in a profiling run.
+    """
+    wide = d.precision.wide_bytes
+    inside = max(
+        max(qkv_matrix(d, x).n_out + output_matrix(d, x).n_in, up_matrix(d, x).n_out + down_matrix(d, x).n_in)
+        for x in d.layers
+    )
+    tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + inside) * wide
+    return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4)
+
+
+def memory_fit(d: Deployment) -> MemoryFit:
+    """How a deployment fills the memory of each of its chips, whether it fits or not."""
+    capacity = d.slice.chip.hbm_capacity_bytes
+    return MemoryFit(
+        capacity_bytes=capacity,
+        usable_bytes=capacity * d.gpu_memory_utilization,
+        weights_bytes=weights_bytes(d),
+        activations_bytes=activations_bytes(d),
+        workspace_bytes=d.workspace_bytes,
+        kv_bytes_per_token=d.kv_bytes_per_token,
+        block_size=d.block_size,
+    )
+
+
+def smallest_slice(d: Deployment) -> str | None:
+    """The smallest slice of the same chip, in one scale-up domain, that this deployment would fit on; None: there is none."""
+    name = d.slice.spec.rpartition(":")[0]
+    for spec in legal_slices(name):
+        try:
+            other = replace(d, slice=replace(resolve_slice(spec), chip=d.slice.chip), tp=None)
+        except ChipsecondsError:  # a tensor-parallel degree this model does not have
+            continue
+        if memory_fit(other).fits:
+            return spec
+    return None
+
+
+def require_fit(d: Deployment) -> MemoryFit:
+    """As :func:`memory_fit`, for a deployment that must fit.
+
+    Raises
+    ------
+    InfeasibleError
+        If it does not; the message has the figures and the smallest slice of that chip that would do.
+    """
+    fit = memory_fit(d)
+    if fit.fits:
+        return fit
+    gb = {
+        "weights": fit.weights_bytes,
+        f"activations at {d.max_num_batched_tokens} tokens": fit.activations_bytes,
+        "workspace": fit.workspace_bytes,
+    }
+    parts = " + ".join(f"{value / 1e9:.2f} GB {what}" for what, value in gb.items())
+    better = smallest_slice(d)
+    hint = (
+        f"the smallest {better.rpartition(':')[0]} slice that holds it is {better}" if better else "no slice of it does"
+    )
+    raise InfeasibleError(
+        f"{d.architecture.name} in {d.precision.name} does not fit on {d.slice.spec}: each chip needs {parts}, and has "
+        f"{fit.usable_bytes / 1e9:.2f} GB ({d.gpu_memory_utilization:g} of {fit.capacity_bytes / 1e9:.2f} GB); {hint}"
+    )
