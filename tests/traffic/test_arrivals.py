@@ -77,7 +77,9 @@ def test_the_closed_loop_starts_at_once_and_thinks_as_told():
     assert narrow.std() / narrow.mean() == pytest.approx(0.5, rel=0.01)
 
 
-@pytest.mark.parametrize("process", [Poisson(rate_per_s=7), Gamma(rate_per_s=7, burstiness=0.01), Constant(rate_per_s=7)])
+@pytest.mark.parametrize(
+    "process", [Poisson(rate_per_s=7), Gamma(rate_per_s=7, burstiness=0.01), Constant(rate_per_s=7)]
+)
 def test_a_duration_gives_all_arrivals_before_it_and_no_other(process):
     within = times_within_s(process, 2, 1000.0)
     more = process.times_s(2, len(within) + 1)

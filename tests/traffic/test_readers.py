@@ -9,7 +9,11 @@ from simulator.errors import InputError
 from simulator.traffic import read_trace
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
-ROWS = ["2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9951690,396,109", "2023-11-16 18:15:50.9951690,879,55"]
+ROWS = [
+    "2023-11-16 18:15:46.6805900,374,44",
+    "2023-11-16 18:15:50.9951690,396,109",
+    "2023-11-16 18:15:50.9951690,879,55",
+]
 
 
 def write(folder, name, text):
@@ -142,10 +146,12 @@ def test_parquet(tmp_path, kind):
     import duckdb
 
     file = tmp_path / "it's [1].parquet"
-    value = "i * 0.25" if kind == "DOUBLE" else f"(TIMESTAMP '2024-05-10 00:00:00' + i * INTERVAL 250 MILLISECOND)::{kind}"
-    duckdb.sql(f"SELECT {value} AS arrival, i + 1 AS prompt, (i + 2)::DOUBLE AS output FROM range(5000) t(i)").write_parquet(
-        str(file)
+    value = (
+        "i * 0.25" if kind == "DOUBLE" else f"(TIMESTAMP '2024-05-10 00:00:00' + i * INTERVAL 250 MILLISECOND)::{kind}"
     )
+    duckdb.sql(
+        f"SELECT {value} AS arrival, i + 1 AS prompt, (i + 2)::DOUBLE AS output FROM range(5000) t(i)"  # noqa: S608 - our own text
+    ).write_parquet(str(file))
     trace = read_trace(file)
     assert np.array_equal(trace.arrival_s, np.arange(5000) * 0.25)
     assert np.array_equal(trace.prompt_tokens, np.arange(5000) + 1)
@@ -174,7 +180,9 @@ def test_a_stated_format_wins_and_is_checked(tmp_path):
     file = write(tmp_path, "t.csv", "timestamp,input_length,output_length,prompt_tokens,output_tokens\n1000,1,2,3,4\n")
     assert read_trace(file).prompt_tokens.tolist() == [1]
     assert read_trace(file, format_name="plain").prompt_tokens.tolist() == [3]
-    assert message(file, format_name="azure").startswith(":1: no column for prompt_tokens (azure format: contexttokens); found: ")
+    assert message(file, format_name="azure").startswith(
+        ":1: no column for prompt_tokens (azure format: contexttokens); found: "
+    )
     assert message(file, format_name="azur") == "unknown trace format 'azur'; did you mean 'azure'?"
 
 
@@ -224,9 +232,18 @@ def test_a_broken_csv_cell_is_named_with_its_line(tmp_path, name, row, expected)
         ('{"timestamp": 41, "input_length": true, "output_length": 1}', f"input_length = 'True': {TOKENS}"),
         ('{"timestamp": 41, "input_length": null, "output_length": 1}', "input_length: missing value"),
         ('{"timestamp": 41, "input_length": 1}', "output_length: missing value"),
-        ('{"timestamp": -1, "input_length": 1, "output_length": 1}', "timestamp = '-1': must be finite and not negative"),
-        ('{"timestamp": "soon", "input_length": 1, "output_length": 1}', "timestamp = 'soon': must be a number of seconds"),
-        ('{"timestamp": 39, "input_length": 1, "output_length": 1}', "timestamp = '39': is earlier than the row before"),
+        (
+            '{"timestamp": -1, "input_length": 1, "output_length": 1}',
+            "timestamp = '-1': must be finite and not negative",
+        ),
+        (
+            '{"timestamp": "soon", "input_length": 1, "output_length": 1}',
+            "timestamp = 'soon': must be a number of seconds",
+        ),
+        (
+            '{"timestamp": 39, "input_length": 1, "output_length": 1}',
+            "timestamp = '39': is earlier than the row before",
+        ),
         ('{"timestamp": 41, "input_length": 1,', "not one JSON object per line: "),
         ('{"timestamp": 41} {"timestamp": 42}', "not one JSON object per line: Extra data"),
         ("[41, 1, 1]", "a JSON list, not an object"),
@@ -252,8 +269,14 @@ def test_a_broken_json_line_is_named(tmp_path, name, cells, expected):
         ("prompt,arrival\n1,2\n", ":1: no column for output_tokens (plain format: output_tokens, "),
         ("prompt,Prompt,output\n1,1,2\n", ":1: two columns are called 'prompt'"),
         ("timestamp,prompt,output\n1700000000250,1,1\n", ":2: timestamp = '1700000000250': is no time in seconds"),
-        ("arrival,prompt,output,cached_tokens\n0,5,5,5\n", ":2: cached_tokens = '5': must be a whole number of tokens, 0 …"),
-        ("arrival,prompt,output,max_tokens\n0,5,5,5\n0,5,5,4\n", ":3: max_tokens = '4': must be a whole number of tokens, at"),
+        (
+            "arrival,prompt,output,cached_tokens\n0,5,5,5\n",
+            ":2: cached_tokens = '5': must be a whole number of tokens, 0 …",
+        ),
+        (
+            "arrival,prompt,output,max_tokens\n0,5,5,5\n0,5,5,4\n",
+            ":3: max_tokens = '4': must be a whole number of tokens, at",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])

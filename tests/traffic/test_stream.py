@@ -68,12 +68,12 @@ def test_wrong_types_and_lengths_are_refused():
         stream(concurrency=-1)
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 9))))
+@given(
+    st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 9)))
+)
 def test_a_stream_exists_exactly_when_its_rows_are_requests(rows):
     rows.sort(key=lambda row: row[0])
-    arrays = [
-        np.array([row[k] for row in rows], dtype=np.float64 if k == 0 else np.int64) for k in range(5)
-    ]
+    arrays = [np.array([row[k] for row in rows], dtype=np.float64 if k == 0 else np.int64) for k in range(5)]
     sound = all(cached < prompt and limit >= output for _, prompt, output, cached, limit in rows)
     if sound:
         assert len(Stream(*arrays)) == len(rows)
