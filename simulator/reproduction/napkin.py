@@ -16,7 +16,7 @@ from simulator.catalog.parameters import count
 from simulator.catalog.slices import resolve_slice
 from simulator.roofline.collectives import all_gather_s, all_reduce_s
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.ops import StepShape, step_ops
+from simulator.roofline.ops import StepShape, merge_ops, step_op_groups
 from simulator.roofline.precision import parse_precision
 
 CONTEXT, NEW, OUTPUT = 131_072, 8_192, 128
@@ -84,13 +84,17 @@ def peak_flops_per_s() -> float:
 def linear_flops(tokens: int, *, rows: int = 1) -> float:
     """FLOPs of the matrix products for ``tokens`` tokens and ``rows`` rows of logits. [FLOP]"""
     shape = replace(StepShape.prefill(tokens), R=rows)
-    return float(sum(op.flops for op in step_ops(deployment("tpu-v5e:1"), shape) if op.kind == "matmul"))
+    return float(
+        sum(op.flops for op in merge_ops(step_op_groups(deployment("tpu-v5e:1"), shape)) if op.kind == "matmul")
+    )
 
 
 def attention_flops(new: int, cached: int) -> float:
     """FLOPs of causal attention of ``new`` tokens on ``cached`` ones. [FLOP]"""
     shape = StepShape.prefill(new, cached)
-    return float(sum(op.flops for op in step_ops(deployment("tpu-v5e:1"), shape) if op.kind == "attention"))
+    return float(
+        sum(op.flops for op in merge_ops(step_op_groups(deployment("tpu-v5e:1"), shape)) if op.kind == "attention")
+    )
 
 
 def prefill_s(chips: int = 1) -> float:
@@ -110,7 +114,7 @@ class DecodeBytes:
 def decode_bytes(batch: int = 1, context: float = CONTEXT, precision: str = "w4a16kv4g0") -> DecodeBytes:
     """Bytes of the layers' matrices, the output head and the KV cache read by one decode step."""
     d = replace(deployment("tpu-v5e:2x4"), precision=parse_precision(precision, quantize_head=True))
-    ops = step_ops(d, StepShape.decode(batch, context))
+    ops = merge_ops(step_op_groups(d, StepShape.decode(batch, context)))
     return DecodeBytes(
         weights=d.chips * float(sum(op.weight_bytes for op in ops if op.kind == "matmul")),
         kv=d.chips * float(sum(op.kv_read_bytes for op in ops)),
@@ -212,4 +216,4 @@ def _rectangle_flops(new: int, context: int) -> float:
 
 def _decode_flops() -> float:
     d = deployment("tpu-v5e:2x4")
-    return d.chips * float(sum(op.flops for op in step_ops(d, StepShape.decode(1, CONTEXT))))
+    return d.chips * float(sum(op.flops for op in merge_ops(step_op_groups(d, StepShape.decode(1, CONTEXT)))))

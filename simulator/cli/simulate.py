@@ -1,0 +1,75 @@
+"""``chipseconds simulate``: run a scenario and say what users see and what a query costs."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from simulator.cli.output import json_option, note, print_json
+
+
+@click.command()
+@click.argument("scenario")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
+@click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, help="Replications, for between-seed intervals.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the result to this folder.")
+@click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+@json_option
+def simulate(
+    scenario: str,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    seeds: int,
+    out: Path | None,
+    workers: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    r"""Simulate SCENARIO: a name from `chipseconds scenarios`, a TOML file, or a result folder to run again.
+
+    \b
+    chipseconds simulate llama-3-8b-azure-chat
+    chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=8 --out runs/rate-8
+    chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
+    """
+    from simulator.report.tables import summary_text
+    from simulator.results import check_writable, write_result
+    from simulator.run import load_scenario, run_scenario
+
+    if out is not None:
+        check_writable(out)
+    loaded = load_scenario(scenario, overrides)
+    started = time.perf_counter()
+    run = run_scenario(
+        loaded,
+        seed=seed,
+        seeds=seeds,
+        workers=workers or os.cpu_count() or 1,
+        progress=None if quiet else _progress,
+    )
+    if not quiet:
+        note(f"simulated {run.summary.requests.total:,} requests in {time.perf_counter() - started:.1f} s")
+    if out is not None:
+        write_result(run.result, out)
+        note(f"result written to {out}")
+    if as_json:
+        print_json(run.summary.model_dump(mode="json"))
+    else:
+        click.echo(summary_text(run.summary), nl=False)
+
+
+def _progress(done: int, total: int, what: str) -> None:
+    """One line per stage; on a terminal the line is overwritten."""
+    if what == "done":
+        if sys.stderr.isatty():
+            click.echo("\r\033[K", err=True, nl=False)
+        return
+    text = f"[{done}/{total}] {what}"
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{text}", err=True, nl=False)
+    else:
+        click.echo(text, err=True)

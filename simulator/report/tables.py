@@ -1,0 +1,446 @@
+"""Results as text for people, at most 100 columns wide. Renders figures; computes none."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from simulator.results.compare import Comparison, Difference
+from simulator.results.summary import Distribution, Estimate, Latency, Load, Prices, Slo, Summary, TokenPrices
+from simulator.units import format_si
+
+WIDTH = 100
+_DASH = "–"
+
+
+def seconds(value: float | None) -> str:
+    """A time with three digits and a fitting unit.
+
+    >>> [seconds(v) for v in (0.0123, 2.5, 4321.9, None)]
+    ['12.3 ms', '2.5 s', '4,322 s', '–']
+    """
+    if value is None:
+        return _DASH
+    if abs(value) >= 999.5:
+        return f"{value:,.0f} s"
+    return format_si(value, "s").replace(" ms", " ms")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits, thousands separated, never in exponent form between 1e-6 and 1e15.
+
+    >>> [number(v) for v in (0.000123456, 0.1, 12.3456, 123456.7, 0.0, None)]
+    ['0.000123', '0.100', '12.3', '123,457', '0', '–']
+    """
+    if value is None:
+        return _DASH
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if magnitude < -6:
+        return f"{value:.{digits - 1}e}"
+    if isinstance(value, int) or magnitude >= digits:
+        return f"{value:,.0f}"
+    return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
+
+
+def usd(value: float | None) -> str:
+    """Dollars with three digits.
+
+    >>> usd(0.000771), usd(2.9), usd(None)
+    ('$0.000771', '$2.90', '–')
+    """
+    return _DASH if value is None else f"${number(value)}"
+
+
+def percent(fraction: float | None) -> str:
+    """A share in percent.
+
+    >>> percent(0.1234), percent(0.00012), percent(1.0)
+    ('12.3 %', '0.012 %', '100 %')
+    """
+    return _DASH if fraction is None else f"{number(100 * fraction)} %"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, indent: int = 2, gap: int = 2, left: int = 1) -> list[str]:
+    """Rows as lines with aligned columns: the first ``left`` columns to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append((" " * indent + (" " * gap).join(cells)).rstrip())
+    return lines
+
+
+def wrapped(text: str, *, first: str = "  ", rest: str | None = None) -> list[str]:
+    """Lines of a paragraph."""
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first) if rest is None else rest,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def summary_text(summary: Summary, *, sources: bool = True) -> str:
+    """The summary of a run, grouped for reading; ``sources`` adds the list of inputs with their grades."""
+    lines = [
+        *_heading(summary),
+        "",
+        *_answer(summary),
+        "",
+        *(_latency(summary.latency) if summary.latency else _overload(summary)),
+        "",
+        *_throughput(summary),
+        "",
+        *_cost(summary),
+        "",
+        *_conservation(summary),
+    ]
+    if summary.replications:
+        lines += ["", *_replications(summary)]
+    if summary.warnings:
+        lines += ["", "Warnings"]
+        for warning in summary.warnings:
+            lines += wrapped(warning, first="  ! ")
+    if sources and summary.assumptions:
+        lines += ["", *_assumptions(summary)]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(s: Summary) -> list[str]:
+    d, r, w = s.deployment, s.requests, s.window
+    chips = d.chips_per_replica * d.replicas
+    replicas = "" if d.replicas == 1 else f" × {d.replicas} replicas, round robin"
+    return [
+        f"{s.scenario} · seed {s.seed} · status: {s.status}",
+        *wrapped(
+            f"{d.model}, {d.precision}, {d.sharding} on {d.slice}{replicas} = {chips} chip{'s' * (chips > 1)}; "
+            f"KV cache of {s.occupancy.kv_capacity_tokens:,} tokens per replica"
+        ),
+        *wrapped(f"traffic: {d.traffic}"),
+        *wrapped(
+            f"{r.total:,} requests in {seconds(w.end_s)} of simulated time; {r.measured:,} measured, "
+            f"that arrived from {seconds(w.start_s)} to {seconds(w.stop_s)}"
+        ),
+    ]
+
+
+def _answer(s: Summary) -> list[str]:
+    c, load = s.chip_seconds_per_query, s.load
+    chips = s.ledger.chips
+    lines = ["Answer"]
+    lines += wrapped(
+        f"A query takes {number(c.busy)} chip-seconds busy, {number(c.provisioned)} provisioned (idle included) on "
+        f"{chips} chip{'s' * (chips > 1)}; alone at full efficiency it would take {number(c.ideal)}."
+    )
+    if load.load is None:
+        lines += wrapped(f"Capacity: {number(load.capacity_per_s)} requests/s (same requests, all queued at once).")
+    elif load.overloaded:
+        lines += wrapped(_overload_sentence(load))
+    else:
+        lines += wrapped(
+            f"Load {number(load.load)}: {number(load.arrival_per_s)} of {number(load.capacity_per_s)} requests/s; "
+            f"headroom {percent(load.headroom_fraction)}."
+        )
+    if s.slo:
+        lines += wrapped(_slo_sentence(s.slo))
+    if s.prices:
+        lines += wrapped(
+            f"A query costs {usd(s.prices.allocation.per_query_usd)} with idle time, "
+            f"{usd(s.prices.usage.per_query_usd)} for its use alone."
+        )
+    return lines
+
+
+def _overload_sentence(load: Load) -> str:
+    why = (
+        f"requests arrive at {number(load.arrival_per_s)}/s, capacity is {number(load.capacity_per_s)}/s"
+        if load.load is not None and load.load >= 1
+        else f"load is {number(load.load)}, yet the backlog grows"
+    )
+    need = (
+        f"; it takes {number(load.load)} times the capacity to keep up, more to have headroom"
+        if load.load is not None and load.load >= 1
+        else ""
+    )
+    return (
+        f"OVERLOADED: {why} (load {number(load.load)}, headroom {percent(load.headroom_fraction)}); "
+        f"waiting requests grew from {number(load.backlog_start)} to {number(load.backlog_end)}{need}."
+    )
+
+
+def _slo_sentence(slo: Slo) -> str:
+    limits = ", ".join(
+        f"{name} ≤ {seconds(limit)}"
+        for name, limit in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("E2E", slo.e2e_s))
+        if limit is not None
+    )
+    verdict = "met" if slo.met else "MISSED"
+    return (
+        f"SLO {verdict}: {percent(slo.met_fraction.value)}{_interval(slo.met_fraction, scale=100, unit=' %')} of requests had "
+        f"{limits} (target {percent(slo.target_fraction)}); goodput {number(slo.goodput_per_s)} requests/s."
+    )
+
+
+def _interval(estimate: Estimate, *, scale: float, unit: str) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f" [{number(scale * estimate.low)} … {number(scale * estimate.high)}{unit}]"
+
+
+def _overload(s: Summary) -> list[str]:
+    load = s.load
+    return [
+        "Load (no steady state: latencies grow for as long as the run lasts, so no percentiles are given)",
+        *aligned(
+            [
+                ["arrival rate", f"{number(load.arrival_per_s)} requests/s"],
+                ["capacity", f"{number(load.capacity_per_s)} requests/s"],
+                ["load", number(load.load)],
+                ["headroom", percent(load.headroom_fraction)],
+                ["waiting at the warm-up cut", number(load.backlog_start)],
+                ["waiting at the last arrival", number(load.backlog_end)],
+                ["trend test p-value", number(load.backlog_trend_p)],
+            ]
+        ),
+    ]
+
+
+def _latency(latency: Latency) -> list[str]:
+    named: list[tuple[str, Distribution]] = [
+        ("TTFT", latency.ttft_s),
+        ("TPOT", latency.tpot_s),
+        ("ITL", latency.itl_s),
+        ("E2E", latency.e2e_s),
+        ("queue", latency.queue_s),
+    ]
+    rows = [["Latency", "mean", "p50", "p90", "p95", "p99"]]
+    reasons = []
+    for name, found in named:
+        estimates = [found.mean, found.p50, found.p90, found.p95, found.p99]
+        rows.append([f"  {name}", *(seconds(e.value) for e in estimates)])
+        if any(e.low is not None or e.high is not None for e in estimates):
+            rows.append(["", *(_range(e) for e in estimates)])
+        missing = [(q, e.reason) for q, e in zip(rows[0][1:], estimates, strict=True) if e.reason]
+        if missing:
+            labels = ", ".join(q for q, _ in missing) if len(missing) < len(estimates) else "all"
+            reasons.append((missing[-1][1], f"{name} {labels}"))
+    lines = aligned(rows, indent=0)
+    lines += wrapped("[a … b]: 95 % batch-means interval" + _reasons(reasons), first="  ")
+    if latency.one_token_outputs:
+        lines += wrapped(f"{latency.one_token_outputs:,} measured requests had one output token, and so no TPOT")
+    return lines
+
+
+def _reasons(found: list[tuple[str, str]]) -> str:
+    grouped: dict[str, list[str]] = {}
+    for reason, what in found:
+        grouped.setdefault(reason, []).append(what)
+    return "".join(f"; none for {', '.join(what)}: {reason}" for reason, what in grouped.items())
+
+
+def _range(estimate: Estimate) -> str:
+    if estimate.low is None and estimate.high is None:
+        return _DASH
+    low, high = seconds(estimate.low), seconds(estimate.high)
+    value_low, _, unit_low = low.rpartition(" ")
+    unit_high = high.rpartition(" ")[2]
+    return f"[{value_low if unit_low == unit_high else low} … {high}]"
+
+
+def _throughput(s: Summary) -> list[str]:
+    t, o, u = s.throughput, s.occupancy, s.utilisation
+    rows = [
+        ["Throughput", "total", "per chip"],
+        ["  requests/s", number(t.requests_per_s), number(t.requests_per_s_per_chip)],
+        ["  output tokens/s", number(t.output_tokens_per_s), number(t.output_tokens_per_s_per_chip)],
+        ["  all tokens/s", number(t.total_tokens_per_s), number(t.total_tokens_per_s_per_chip)],
+    ]
+    shares = sorted(s.breakdown.fractions.items(), key=lambda item: -item[1])
+    per_user = number(t.output_tokens_per_s_per_user)
+    return [
+        *aligned(rows, indent=0),
+        *wrapped(f"a user reads {per_user} tokens/s (1 ÷ median TPOT)"),
+        "",
+        "Engine",
+        *wrapped(
+            f"running {number(o.mean_running)} requests per replica on average (peak {o.peak_running}), waiting "
+            f"{number(o.mean_waiting)} (peak {o.peak_waiting}); {number(o.mean_decode_batch)} sequences decode per step of "
+            f"{seconds(o.mean_step_s)}"
+        ),
+        *wrapped(
+            f"KV cache {percent(o.mean_kv_fraction)} full on average, {percent(o.peak_kv_fraction)} at its peak; "
+            f"{s.requests.preemptions:,} preemptions of {s.requests.preempted:,} requests, "
+            f"{s.requests.recomputed_tokens:,} tokens recomputed"
+        ),
+        *wrapped(
+            f"MFU {percent(u.mfu)}, MBU {percent(u.mbu)} of all chip time; {percent(u.mfu_busy)} and {percent(u.mbu_busy)} "
+            "of busy time"
+        ),
+        *wrapped("chip time: " + " · ".join(f"{name.replace('_', ' ')} {percent(f)}" for name, f in shares if f > 0)),
+    ]
+
+
+def _cost(s: Summary) -> list[str]:
+    c = s.chip_seconds_per_query
+    lines = [
+        "Chip-seconds per query",
+        *wrapped(
+            f"busy {number(c.busy)} = prefill {number(c.prefill)} (cached tokens {number(c.cached)}, recomputation "
+            f"{number(c.recompute)}) + decode {number(c.decode)}"
+        ),
+        *wrapped(
+            f"provisioned {number(c.provisioned)}; ideal {number(c.ideal)}, {percent(c.ideal_share_of_provisioned)} of it"
+        ),
+        "",
+    ]
+    lines += _prices(s.prices) if s.prices else ["Price: none known; set prices.usd_per_chip_hour"]
+    if s.energy:
+        e = s.energy
+        facility = f" ({usd(e.usd_per_query)} of electricity at PUE {e.pue:g})" if e.usd_per_query is not None else ""
+        lines += wrapped(
+            f"Energy: {number(e.joules_per_query)} J per query{facility}, {number(e.joules_per_output_token)} J per output "
+            f"token, {number(e.mean_power_w_per_chip)} W per chip; chips only, {e.source}",
+            first="",
+            rest="  ",
+        )
+    return lines
+
+
+def _prices(p: Prices) -> list[str]:
+    def row(name: str, basis: TokenPrices) -> list[str]:
+        return [
+            name,
+            usd(basis.per_query_usd),
+            usd(basis.per_million_input_tokens_usd),
+            usd(basis.per_million_cached_tokens_usd),
+            usd(basis.per_million_output_tokens_usd),
+            usd(basis.per_million_tokens_usd),
+        ]
+
+    header = ["Price", "query", "M input", "M cached", "M output", "M tokens"]
+    rows = [header, row("  usage (busy time)", p.usage), row("  allocation (idle included)", p.allocation)]
+    return [*aligned(rows, indent=0), *wrapped(f"at {usd(p.usd_per_chip_hour)} per chip-hour: {p.source}")]
+
+
+def _conservation(s: Summary) -> list[str]:
+    ledger, r = s.ledger, s.requests
+    parts = [f"{r.finished:,} finished", f"{r.running:,} running", f"{r.waiting:,} waiting", f"{r.rejected:,} rejected"]
+    return [
+        "Conservation",
+        *wrapped(
+            f"{number(ledger.busy_chip_s, 7)} busy + {number(ledger.idle_chip_s, 7)} idle = "
+            f"{number(ledger.chip_s, 7)} chip-seconds = {ledger.chips} × {number(ledger.time_s, 7)} s "
+            f"(off by {ledger.relative_error:.0e})"
+        ),
+        *wrapped(f"{r.arrived:,} arrived = {' + '.join(parts)}"),
+    ]
+
+
+_HEADLINES = (
+    ("TTFT p50", "latency.ttft_s.p50", seconds),
+    ("TTFT p99", "latency.ttft_s.p99", seconds),
+    ("TPOT p50", "latency.tpot_s.p50", seconds),
+    ("TPOT p99", "latency.tpot_s.p99", seconds),
+    ("ITL p99", "latency.itl_s.p99", seconds),
+    ("E2E p50", "latency.e2e_s.p50", seconds),
+    ("E2E p99", "latency.e2e_s.p99", seconds),
+    ("load", "load.load", number),
+    ("goodput /s", "slo.goodput_per_s", number),
+    ("chip-s busy", "chip_seconds_per_query.busy", number),
+    ("chip-s provisioned", "chip_seconds_per_query.provisioned", number),
+    ("$ per query, allocation", "prices.allocation.per_query_usd", usd),
+)
+
+
+def _replications(s: Summary) -> list[str]:
+    found = s.replications
+    if found is None:
+        return []
+    statuses = ", ".join(f"{count} {status}" for status, count in sorted(found.statuses.items()))
+    rows = [[f"Between {len(found.seeds)} seeds", "mean", "95 % interval"]]
+    for label, path, form in _HEADLINES:
+        figure = found.figures.get(path)
+        if figure is not None:
+            span = _DASH if figure.low is None else f"[{form(figure.low)} … {form(figure.high)}]"
+            rows.append([f"  {label}", form(figure.mean), span])
+    return [*aligned(rows, indent=0), *wrapped(f"status: {statuses}")]
+
+
+def _assumptions(s: Summary) -> list[str]:
+    order = {"assumed": 0, "recalled": 1, "derived": 2, "measured": 3, "datasheet": 4}
+    ranked = sorted(s.assumptions, key=lambda a: order.get(a.kind, 5))
+    body = aligned([[a.what, a.kind, a.value, a.source.partition(",")[0]] for a in ranked], left=4)
+    return [
+        "Inputs behind these figures, weakest first",
+        *(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in body),
+    ]
+
+
+def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everything: bool = False) -> str:
+    """What differs between two results; figures a reader looks for first come first."""
+    lines = [f"a = {name_a}", f"b = {name_b}"]
+    if comparison.equal:
+        return "\n".join([*lines, "no difference: scenario, summary and every request are equal"]) + "\n"
+    for title, found in (("Scenario", comparison.scenario), ("Versions", comparison.versions)):
+        if found:
+            lines += ["", title, *aligned([[d.path, _value(d.a), "→", _value(d.b)] for d in found])]
+    figures = sorted(comparison.summary, key=_weight)
+    numeric = [d for d in figures if d.absolute is not None]
+    shown = numeric if everything else [d for d in numeric if _is_headline(d.path)]
+    if shown:
+        rows = [["Figures", "a", "b", "change"]]
+        rows += [[f"  {d.path}", _value(d.a), _value(d.b), _change(d)] for d in shown]
+        lines += ["", *aligned(rows, indent=0)]
+        if len(shown) < len(numeric):
+            lines.append(f"  … and {len(numeric) - len(shown)} more; --all lists them")
+    other = [d for d in figures if d.absolute is None]
+    if other:
+        shown_other = other if everything else other[:12]
+        lines += ["", "Other entries"]
+        for d in shown_other:
+            lines += wrapped(f"{d.path}: {_value(d.a)} → {_value(d.b)}", rest="      ")
+        if len(shown_other) < len(other):
+            lines.append(f"  … and {len(other) - len(shown_other)} more; --all lists them")
+    if comparison.rows_a != comparison.rows_b:
+        lines += ["", f"Requests: {comparison.rows_a:,} in a, {comparison.rows_b:,} in b; the common ones are compared"]
+    if comparison.requests:
+        rows = [["Requests, joined by index", "rows", "largest change", "relative", "first"]]
+        rows += [
+            [f"  {c.column}", f"{c.rows:,}", number(c.max_absolute), _times(c.max_relative), f"{c.first_row:,}"]
+            for c in comparison.requests
+        ]
+        lines += ["", *aligned(rows, indent=0)]
+    return "\n".join(lines) + "\n"
+
+
+#: Figures a reader looks for first; the others follow.
+_FIRST = ("chip_seconds_per_query", "latency", "slo", "load", "prices", "throughput")
+
+
+def _weight(difference: Difference) -> tuple[int, str]:
+    top = difference.path.partition(".")[0]
+    return (_FIRST.index(top) if top in _FIRST else len(_FIRST), difference.path)
+
+
+def _is_headline(path: str) -> bool:
+    """Leave out the ends of intervals, counts, and the parts that only --all asks for."""
+    top, _, rest = path.partition(".")
+    return top in _FIRST and rest.rpartition(".")[2] not in {"low", "high", "n"}
+
+
+def _change(d: Difference) -> str:
+    if d.relative is None:
+        return f"{'+' if (d.absolute or 0) > 0 else ''}{number(d.absolute)}"
+    return f"{d.relative:+.3%}".replace("%", " %")
+
+
+def _times(relative: float) -> str:
+    return percent(relative) if relative < 10 else f"× {number(relative + 1)}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _DASH if value is None else str(value)
+    return number(value, 5)

@@ -1,0 +1,360 @@
+"""The summary of a run: one validated record, every field with its unit in the name and its meaning beside it.
+
+Figures are of two kinds. *Accounting* figures (chip-seconds, prices, energy, utilisation) cover the whole run, so that
+they add up: Σ busy + idle = chips × time. *Statistical* figures (latency, throughput, goodput, occupancy) cover the
+measured window: requests that arrived after the warm-up cut and before the drain cut.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+#: Version of the result schema; a change of meaning, name or unit raises it.
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "overloaded", "slo_missed", "partial"]
+
+
+class Section(BaseModel):
+    """Base of the summary's records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Estimate(Section):
+    """One figure estimated from a sample, with its sampling interval."""
+
+    value: float | None
+    """The estimate; null when there is nothing to estimate it from."""
+    low: float | None = None
+    """Lower end of the 95 % batch-means interval."""
+    high: float | None = None
+    """Upper end."""
+    reason: str = ""
+    """Why the interval (or the value) is missing."""
+
+
+class Distribution(Section):
+    """A latency over the measured requests."""
+
+    n: int
+    """Values it was computed from."""
+    mean: Estimate
+    p50: Estimate
+    p90: Estimate
+    p95: Estimate
+    p99: Estimate
+
+
+class Latency(Section):
+    """What users see. All in seconds."""
+
+    ttft_s: Distribution
+    """Time to first token."""
+    tpot_s: Distribution
+    """Time per output token after the first; requests with one output token have none."""
+    itl_s: Distribution
+    """Inter-token latency: one value per token after a request's first, over the whole run, each within 0.4 %."""
+    e2e_s: Distribution
+    """Arrival to last token."""
+    queue_s: Distribution
+    """Arrival to first step."""
+    one_token_outputs: int
+    """Measured requests without a TPOT."""
+
+
+class Requests(Section):
+    """Where every request ended; arrived = finished + running + waiting + rejected + timed out + cancelled."""
+
+    total: int
+    """Requests in the stream."""
+    arrived: int
+    finished: int
+    running: int
+    waiting: int
+    rejected: int
+    timed_out: int = 0
+    cancelled: int = 0
+    not_arrived: int
+    """In a closed loop that ended before they were released."""
+    measured: int
+    """Finished requests that arrived inside the measured window."""
+    preemptions: int
+    preempted: int
+    """Requests preempted at least once."""
+    prompt_tokens: int
+    """Of finished requests, cached tokens included."""
+    cached_tokens: int
+    output_tokens: int
+    recomputed_tokens: int
+
+
+class Window(Section):
+    """The measured window: requests arriving in [start_s, stop_s] count in the statistical figures."""
+
+    start_s: float
+    """Warm-up cut."""
+    stop_s: float
+    """Drain cut: later arrivals, which an emptying system serves faster, are left out."""
+    last_arrival_s: float
+    end_s: float
+    """Clock at the end of the run: the last replica's last step."""
+    rule: str
+    """The cut rules in words."""
+
+
+class Load(Section):
+    """How far the deployment is from its capacity."""
+
+    arrival_per_s: float | None
+    """Mean arrival rate; null for a closed loop or a batch that arrives at once."""
+    capacity_per_s: float
+    """Throughput of the same requests all queued at t = 0."""
+    load: float | None
+    """arrival_per_s ÷ capacity_per_s."""
+    headroom_fraction: float | None
+    """1 − load: negative when overloaded."""
+    backlog_start: float
+    """Waiting requests at the start of the measured window (mean over its first twentieth)."""
+    backlog_end: float
+    """Waiting requests at its end (mean over its last twentieth)."""
+    backlog_trend_p: float | None
+    """One-sided p-value of the Mann–Kendall test for a growing backlog over 20 batch means; null if it has no sample."""
+    backlog_growing: bool
+    """backlog_trend_p below the stated level, and the backlog grew by more than one request per replica."""
+    overloaded: bool
+    """load ≥ 1, or backlog_growing."""
+
+
+class Slo(Section):
+    """Service-level objectives and how far they were met."""
+
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float | None
+    target_fraction: float
+    """Share of requests that must meet all limits."""
+    met_fraction: Estimate
+    """Share that met all limits; rejected and unfinished requests count as missed."""
+    met: bool
+    goodput_per_s: float
+    """Requests per second that met all limits."""
+
+
+class Throughput(Section):
+    """Rates in the measured window."""
+
+    requests_per_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    """Prompt (cached included) and output tokens."""
+    requests_per_s_per_chip: float
+    output_tokens_per_s_per_chip: float
+    total_tokens_per_s_per_chip: float
+    output_tokens_per_s_per_user: float | None
+    """1 ÷ median TPOT."""
+
+
+class Occupancy(Section):
+    """How full the replicas were."""
+
+    mean_running: float
+    """Running requests per replica, mean over the measured window."""
+    mean_waiting: float
+    """Waiting requests per replica, mean over the measured window."""
+    mean_decode_batch: float
+    """Decoding sequences per step, mean over steps of the whole run."""
+    mean_step_tokens: float
+    """Tokens per step, mean over steps of the whole run."""
+    mean_kv_fraction: float
+    """KV blocks in use ÷ KV blocks, mean over the measured window."""
+    peak_kv_fraction: float
+    """Largest over the whole run, of any replica."""
+    peak_running: int
+    peak_waiting: int
+    kv_capacity_tokens: int
+    """Of one replica."""
+    steps: int
+    mean_step_s: float
+
+
+class Utilisation(Section):
+    """Model FLOPs and bytes against the peaks, over the whole run."""
+
+    mfu: float
+    """Model FLOPs (no recomputation) ÷ (peak FLOP/s × chip time)."""
+    mbu: float
+    """Bytes that crossed HBM by the cost model ÷ (peak bandwidth × chip time)."""
+    mfu_busy: float
+    """mfu over busy time alone."""
+    mbu_busy: float
+    busy_fraction: float
+    """Σ busy ÷ (chips × time)."""
+    model_flops: float
+    recomputed_flops: float
+    """FLOPs spent a second time after preemptions."""
+    hbm_bytes: float
+
+
+class ChipSeconds(Section):
+    """Chip-seconds per query, three kinds, never mixed; over all finished queries of the whole run."""
+
+    ideal: float
+    """The query alone at efficiency 1: its prefill, plus output × step(B̄)/B̄ at the mean decode batch B̄."""
+    busy: float
+    """Its share of the steps it rode in."""
+    provisioned: float
+    """Fleet chips × time ÷ queries, idle included."""
+    ideal_share_of_provisioned: float
+    """ideal ÷ provisioned."""
+    prefill: float
+    """Part of busy: prefill chunks, recomputation included."""
+    cached: float
+    """Part of prefill: reading cached tokens."""
+    recompute: float
+    """Part of busy: tokens computed again after a preemption."""
+    decode: float
+    """Part of busy: busy − prefill."""
+
+
+class TokenPrices(Section):
+    """Prices on one basis. USD."""
+
+    per_query_usd: float
+    per_million_input_tokens_usd: float | None
+    """Input tokens that were not cached; null if there were none."""
+    per_million_cached_tokens_usd: float | None
+    per_million_output_tokens_usd: float | None
+    per_million_tokens_usd: float | None
+    """All tokens together."""
+
+
+class Prices(Section):
+    """What a query costs."""
+
+    usd_per_chip_hour: float
+    source: str
+    """Where the price comes from, with its date."""
+    usage: TokenPrices
+    """Busy chip-seconds only: what the query used."""
+    allocation: TokenPrices
+    """Idle time included, in proportion to use: what the fleet costs, divided over its queries."""
+
+
+class Energy(Section):
+    """Chip energy from a linear power model; hosts, switches and cooling are in ``facility`` figures alone."""
+
+    mean_power_w_per_chip: float
+    joules_per_query: float
+    """Chips only, idle time included."""
+    joules_per_query_busy: float
+    """Chips only, without the energy of idle time."""
+    joules_per_output_token: float | None
+    pue: float
+    """Facility energy ÷ chip energy that was assumed; 1 leaves it out."""
+    usd_per_query: float | None
+    """joules_per_query × pue × energy price; null without a price."""
+    idle_power_w: float
+    peak_power_w: float
+    source: str
+
+
+class Breakdown(Section):
+    """Where the chip time went: shares of chips × time that sum to 1."""
+
+    fractions: dict[str, float]
+    """Parts of the dense layers, head, attention_prefill, attention_decode, idle."""
+
+
+class Ledger(Section):
+    """Conservation of chip time: busy + idle = chips × time, asserted to 1e-9 relative on every run."""
+
+    chips: int
+    """Of the fleet."""
+    replicas: int
+    time_s: float
+    chip_s: float
+    """chips × time."""
+    busy_chip_s: float
+    idle_chip_s: float
+    relative_error: float
+
+
+class Figure(Section):
+    """One figure over replications with different seeds."""
+
+    mean: float
+    low: float | None
+    """Lower end of the 95 % Student interval of the mean between seeds."""
+    high: float | None
+    n: int
+    """Seeds that gave the figure."""
+
+
+class Replications(Section):
+    """Between-seed intervals."""
+
+    seeds: list[int]
+    statuses: dict[str, int]
+    """How many seeds ended in each status."""
+    figures: dict[str, Figure]
+    """Summary path to figure."""
+
+
+class Assumption(Section):
+    """An input that is not a measurement of this deployment."""
+
+    what: str
+    value: str
+    kind: str
+    """datasheet, measured, derived, assumed or recalled."""
+    source: str
+
+
+class Deployment(Section):
+    """What was run, resolved."""
+
+    model: str
+    slice: str
+    chip: str
+    chips_per_replica: int
+    replicas: int
+    precision: str
+    sharding: str
+    num_kv_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    traffic: str
+
+
+class Summary(Section):
+    """Everything a run says in one record."""
+
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
+    scenario: str
+    seed: int
+    status: Status
+    """ok; overloaded (load ≥ 1 or a growing backlog: no steady state); partial (some requests were rejected or did
+    not finish); slo_missed."""
+    deployment: Deployment
+    requests: Requests
+    window: Window
+    load: Load
+    latency: Latency | None
+    """Null when overloaded: there is no steady state to describe."""
+    slo: Slo | None
+    """Null when the scenario sets no limits, or when overloaded."""
+    throughput: Throughput
+    occupancy: Occupancy
+    utilisation: Utilisation
+    chip_seconds_per_query: ChipSeconds
+    prices: Prices | None
+    """Null when the chip has no price and the scenario sets none."""
+    energy: Energy | None
+    """Null when the chip's power is not published."""
+    breakdown: Breakdown
+    ledger: Ledger
+    replications: Replications | None = None
+    warnings: list[str] = []
+    assumptions: list[Assumption] = []

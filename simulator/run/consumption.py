@@ -1,0 +1,127 @@
+"""What queries consumed: FLOPs, bytes and chip-seconds, from counts of steps and the cost tables."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.engine.records import FINISHED, EngineSettings
+from simulator.results.summary import Utilisation
+from simulator.roofline.step_cost import StepCost
+from simulator.run.outcome import Outcome
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of a whole run, all replicas.
+
+    ``flops`` counts recomputation, ``recomputed_flops`` is that part of it.
+    """
+
+    flops: float
+    recomputed_flops: float
+    hbm_bytes: float
+
+
+def total_work(outcome: Outcome, cost: StepCost) -> Work:
+    """Work of a run, exactly: every step's table entry times how often it occurred.
+
+    Bytes: what each step's dense layers and head move (the writing of new KV included), and the keys read. Recomputed
+    pairs are all pairs less those that the finished requests need: token i of a request attends to i keys.
+    """
+    by_tokens, by_rows = outcome.steps_by_tokens, outcome.steps_by_rows
+    tokens, rows = len(by_tokens), len(by_rows)
+    pairs = outcome.total("decode_keys") + outcome.total("prefill_pairs")
+    keys_read = outcome.total("decode_keys") + outcome.total("prefill_keys")
+    flops = (
+        float(by_tokens @ cost.dense_flops[:tokens])
+        + float(by_rows @ cost.head_flops[:rows])
+        + cost.attention_flops_per_pair * pairs
+    )
+    hbm_bytes = (
+        float(by_tokens @ cost.dense_bytes[:tokens])
+        + float(by_rows @ cost.head_bytes[:rows])
+        + cost.kv_bytes_per_token * keys_read
+    )
+    recomputed = 0.0
+    again = outcome.total("recomputed_tokens")
+    if again:
+        recomputed = cost.dense_flops[1] * again + cost.attention_flops_per_pair * (pairs - useful_pairs(outcome))
+    return Work(flops=flops, recomputed_flops=float(recomputed), hbm_bytes=hbm_bytes)
+
+
+def useful_pairs(outcome: Outcome) -> int:
+    """(Query, key) pairs the finished requests need when every token is computed once."""
+    done = outcome.column("status") == FINISHED
+    cached = outcome.requests.cached_tokens[done]
+    computed = outcome.requests.prompt_tokens[done] + outcome.requests.output_tokens[done] - 1
+    return int((computed * (computed + 1) // 2 - cached * (cached + 1) // 2).sum())
+
+
+def utilisation(outcome: Outcome, cost: StepCost, work: Work) -> Utilisation:
+    """MFU and MBU over the whole run, and over its busy time."""
+    replica_s = outcome.n_replicas * outcome.end_s
+    model_flops = work.flops - work.recomputed_flops
+    return Utilisation(
+        mfu=model_flops / (cost.peak_flops_per_s * replica_s),
+        mbu=work.hbm_bytes / (cost.hbm_bandwidth_bytes_per_s * replica_s),
+        mfu_busy=model_flops / (cost.peak_flops_per_s * outcome.busy_s),
+        mbu_busy=work.hbm_bytes / (cost.hbm_bandwidth_bytes_per_s * outcome.busy_s),
+        busy_fraction=outcome.busy_s / replica_s,
+        model_flops=model_flops,
+        recomputed_flops=work.recomputed_flops,
+        hbm_bytes=work.hbm_bytes,
+    )
+
+
+def ideal_chip_seconds(
+    prompt_tokens: NDArray[np.int64],
+    cached_tokens: NDArray[np.int64],
+    output_tokens: NDArray[np.int64],
+    *,
+    cost: StepCost,
+    settings: EngineSettings,
+    mean_batch: float,
+) -> Array:
+    """[n] chip-seconds of each query alone at efficiency 1: its prefill, plus output × step(B̄)/B̄. [chip-s]
+
+    Parameters
+    ----------
+    cost
+        tables of the same deployment with every efficiency at 1 and no overheads.
+    mean_batch
+        B̄, mean decoding sequences per step of the pool, at least 1. The decode step is taken at B̄ sequences of the
+        query's own mean context, prompt + output/2; between whole B̄ the tables are interpolated.
+    """
+    batch = max(mean_batch, 1.0)
+    prefill = _prefill_alone_s(prompt_tokens, cached_tokens, cost, settings.max_num_batched_tokens)
+    context = prompt_tokens + output_tokens / 2
+    keys = batch * context
+    knot = np.searchsorted(cost.decode_knots, keys, side="right") - 1
+    attention = cost.decode_value_s[knot] + cost.decode_slope_s[knot] * (keys - cost.decode_knots[knot])
+    shared = np.interp(batch, np.arange(len(cost.dense_s)), cost.dense_s) + np.interp(
+        batch, np.arange(len(cost.head_s)), cost.head_s
+    )
+    step = shared + attention + cost.decode_seq_s * batch
+    return np.asarray(cost.chips * (prefill + output_tokens * step / batch))
+
+
+def _prefill_alone_s(
+    prompt_tokens: NDArray[np.int64], cached_tokens: NDArray[np.int64], cost: StepCost, budget: int
+) -> Array:
+    """[n] time of each prompt's own chunks, each alone in its step, the last one with its logit row. [s]"""
+    total = np.zeros(len(prompt_tokens))
+    done = cached_tokens.copy()
+    rows = np.arange(len(prompt_tokens))
+    while len(rows):
+        past = done[rows]
+        chunk = np.minimum(prompt_tokens[rows] - past, budget)
+        pairs = chunk * past + chunk * (chunk + 1) // 2
+        attention = np.stack([pairs, past + chunk, np.ones_like(chunk)], axis=1) @ cost.prefill_planes.T
+        last = past + chunk == prompt_tokens[rows]
+        total[rows] += cost.dense_s[chunk] + attention.max(axis=1) + np.where(last, cost.head_s[1], 0.0)
+        done[rows] = past + chunk
+        rows = rows[~last]
+    return total

@@ -1,0 +1,207 @@
+"""A scenario turned into what the engine and the summary need: cost tables, settings, prices, and their sources."""
+
+from dataclasses import dataclass, replace
+
+from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency, PriceQuote
+from simulator.catalog.models import load_model
+from simulator.catalog.records import Quantity
+from simulator.catalog.slices import resolve_slice
+from simulator.engine.records import EngineSettings
+from simulator.errors import InputError
+from simulator.results.summary import Assumption
+from simulator.results.summary import Deployment as DeploymentLabel
+from simulator.roofline.compile import compile_step_cost
+from simulator.roofline.deployment import Deployment
+from simulator.roofline.memory import require_fit
+from simulator.roofline.precision import parse_precision
+from simulator.roofline.step_cost import StepCost
+from simulator.run.scenario import EfficiencyOptions, Scenario
+from simulator.run.summarise import Facts
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A scenario's deployment, ready to run."""
+
+    scenario: Scenario
+    deployment: Deployment
+    settings: EngineSettings
+    cost: StepCost
+    ideal_cost: StepCost
+    """The same deployment with every efficiency at 1 and no overheads."""
+
+
+def resolve(scenario: Scenario) -> Resolved:
+    """Load, check and compile a scenario's deployment.
+
+    Raises
+    ------
+    InputError
+        If a name is unknown or two fields contradict each other.
+    UnpriceableError
+        If the cost model cannot price the model yet.
+    InfeasibleError
+        If the model does not fit on the slice.
+    """
+    engine = scenario.engine
+    a_slice = resolve_slice(scenario.slice)
+    deployment = Deployment(
+        architecture=load_model(scenario.model),
+        slice=a_slice,
+        precision=parse_precision(scenario.precision, quantize_head=scenario.quantize_head),
+        tp=scenario.sharding.tp,
+        efficiency=_efficiency(scenario.efficiency, a_slice.chip),
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        block_size=engine.block_size,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        workspace_bytes=engine.workspace_bytes,
+        overlap=scenario.sharding.overlap,
+        kv_layout=scenario.sharding.kv_layout,
+        sequence_parallel=scenario.sharding.sequence_parallel,
+    )
+    override = engine.num_gpu_blocks_override
+    # vLLM's count includes the null block, which no request gets.
+    blocks = require_fit(deployment).kv_blocks if override is None else override - 1
+    length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
+    settings = EngineSettings(
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        block_size=engine.block_size,
+        num_kv_blocks=blocks,
+        max_model_len=length or 0,
+        scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
+    )
+    return Resolved(
+        scenario=scenario,
+        deployment=deployment,
+        settings=settings,
+        cost=compile_step_cost(deployment),
+        ideal_cost=compile_step_cost(replace(deployment, efficiency=IDEAL)),
+    )
+
+
+def _efficiency(options: EfficiencyOptions, chip: ChipSpec) -> Efficiency:
+    return replace(IDEAL if options.base == "ideal" else chip.efficiency, **options.overrides)
+
+
+def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...] = ()) -> Facts:
+    """What a summary says about the deployment besides the run itself.
+
+    Parameters
+    ----------
+    traffic
+        where arrivals and lengths come from, in words.
+    notes
+        remarks on the traffic that a reader of the results should know.
+    """
+    scenario, d = resolved.scenario, resolved.deployment
+    chip = d.slice.chip
+    prices = scenario.prices
+    quote = chip.prices[0] if chip.prices else None
+    usd_per_chip_hour = prices.usd_per_chip_hour or (quote.usd_per_hour if quote else None)
+    peak_w = None if chip.power.tdp is None or chip.power.tdp.value is None else chip.tdp_w
+    idle = chip.power.idle
+    idle_w = None if peak_w is None else peak_w * prices.idle_power_fraction
+    idle_text = f"{prices.idle_power_fraction:g} of TDP (assumed)"
+    if idle is not None and idle.value is not None:
+        idle_w, idle_text = idle.si(f"{chip.name}: power.idle", "W"), f"{_text(idle)} ({idle.kind})"
+    return Facts(
+        scenario=scenario.name,
+        seed=seed,
+        deployment=DeploymentLabel(
+            model=d.architecture.name,
+            slice=d.slice.spec,
+            chip=chip.name,
+            chips_per_replica=d.chips,
+            replicas=scenario.replicas,
+            precision=d.precision.name,
+            sharding=f"tp={d.chips}",
+            num_kv_blocks=resolved.settings.num_kv_blocks,
+            block_size=resolved.settings.block_size,
+            max_num_seqs=resolved.settings.max_num_seqs,
+            max_num_batched_tokens=resolved.settings.max_num_batched_tokens,
+            traffic=traffic,
+        ),
+        cost=resolved.cost,
+        ideal_cost=resolved.ideal_cost,
+        settings=resolved.settings,
+        slo=scenario.slo,
+        prices=prices,
+        options=scenario.run,
+        usd_per_chip_hour=usd_per_chip_hour,
+        price_source="scenario" if prices.usd_per_chip_hour else _quote_text(quote),
+        peak_power_w=peak_w,
+        idle_power_w=idle_w,
+        power_source=f"linear from idle, {idle_text}, to TDP by utilisation of the binding resource",
+        assumptions=tuple(_assumptions(resolved, quote)),
+        notes=(*d.notes, *notes),
+    )
+
+
+def _quote_text(quote: PriceQuote | None) -> str:
+    if quote is None:
+        return ""
+    where = f", {quote.region}" if quote.region else ""
+    return f"{quote.provider}{where}, {quote.term}, {quote.date} ({quote.kind}, {quote.source})"
+
+
+def _text(quantity: Quantity) -> str:
+    spread = "" if quantity.low is None or quantity.high is None else f" ({quantity.low:g} … {quantity.high:g})"
+    unit = "" if quantity.unit in {"1", "fraction"} else f" {quantity.unit}"
+    return f"{quantity.value:g}{unit}{spread}"
+
+
+def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumption]:
+    """Every sourced number the run used, with its grade; what the scenario sets itself is assumed."""
+    scenario, d = resolved.scenario, resolved.deployment
+    chip = d.slice.chip
+    used = [f"compute.{d.compute_dtype}", f"compute.{d.attention_dtype}", "memory.hbm_capacity", "memory.hbm_bandwidth"]
+    if d.chips > 1:
+        used += ["scale_up.bandwidth", "scale_up.achievable", "scale_up.latency"]
+    if d.slice.n_nodes > 1:
+        used += ["scale_out.bandwidth", "scale_out.latency"]
+    used.append("power.tdp")
+    found = []
+    quantities = chip.quantities()
+    overrides = scenario.efficiency.overrides
+    efficiency = [] if scenario.efficiency.base == "ideal" else [p for p in quantities if p.startswith("efficiency.")]
+    for path in dict.fromkeys(used + efficiency):
+        quantity = quantities.get(path)
+        name = path.removeprefix("efficiency.")
+        if quantity is None or quantity.value is None or {name, f"{name}_s"} & set(overrides):
+            continue
+        source = f"{quantity.source}, {quantity.locator}" if quantity.locator else quantity.source
+        found.append(Assumption(what=path, value=_text(quantity), kind=quantity.kind, source=source))
+    if scenario.efficiency.base == "ideal":
+        found.append(Assumption(what="efficiency", value="1, no overheads", kind="assumed", source="scenario"))
+    found += [
+        Assumption(what=f"efficiency.{name}", value=f"{value:g}", kind="assumed", source="scenario")
+        for name, value in overrides.items()
+    ]
+    if scenario.engine.num_gpu_blocks_override is None:
+        value = f"{scenario.engine.workspace_bytes / 1e9:g} GB per chip"
+        found.append(Assumption(what="engine.workspace_bytes", value=value, kind="assumed", source="scenario default"))
+    if scenario.prices.usd_per_chip_hour is not None:
+        value = f"{scenario.prices.usd_per_chip_hour:g} USD per chip-hour"
+        found.append(Assumption(what="price", value=value, kind="assumed", source="scenario"))
+    elif quote is not None:
+        value = f"{quote.usd_per_hour:g} USD per chip-hour, {quote.date}"
+        source = f"{quote.source}, {quote.locator}" if quote.locator else quote.source
+        found.append(Assumption(what="price", value=value, kind=quote.kind, source=source))
+    return found
+
+
+def check_contradictions(scenario: Scenario, concurrency: int) -> None:
+    """Refuse a closed loop with fewer clients than replicas: some replicas would have none.
+
+    Raises
+    ------
+    InputError
+        As said.
+    """
+    if 0 < concurrency < scenario.replicas:
+        raise InputError(
+            f"{scenario.name}: {concurrency} closed-loop clients cannot be divided over replicas = {scenario.replicas}; "
+            "use at least one client per replica"
+        )

@@ -1,0 +1,237 @@
+"""Scenarios: what a person writes to have a deployment simulated.
+
+A scenario is one TOML file with ``schema_version = 1``. ``docs/scenarios.md`` lists every field. Relative paths in a
+file are relative to that file; those in ``--set`` are relative to the working folder. A resolved scenario has every
+default filled in and every path absolute, so running it again gives the same result.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+
+from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
+from simulator.catalog.records import Record
+from simulator.engine.records import EngineSettings
+from simulator.errors import InputError
+from simulator.roofline.deployment import WORKSPACE_BYTES
+from simulator.run.options import PriceOptions, RunOptions, SloOptions
+from simulator.traffic import TrafficSpec
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class ShardingOptions(Record):
+    """``[sharding]``: how the model lies on the slice."""
+
+    tp: PositiveInt | None = None
+    """Tensor-parallel degree; None: all chips of the slice."""
+    overlap: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Fraction of the collectives that may hide behind matrix products."""
+    kv_layout: Literal["heads", "even"] = "heads"
+    """``even`` spreads the KV cache without regard to heads (its exchange is not priced)."""
+    sequence_parallel: bool | None = None
+    """Norms and residuals split over tokens; None: on a torus."""
+
+
+class EngineOptions(Record):
+    """``[engine]``: vLLM's settings, under vLLM's names."""
+
+    max_num_seqs: PositiveInt = EngineSettings.max_num_seqs
+    max_num_batched_tokens: PositiveInt = EngineSettings.max_num_batched_tokens
+    gpu_memory_utilization: Fraction = 0.9
+    block_size: PositiveInt = EngineSettings.block_size
+    max_model_len: Annotated[int, Field(ge=0)] | None = None
+    """Longest prompt + output; 0: bounded by the KV cache alone; None: the model's context length, if known."""
+    scheduler_reserve_full_isl: bool = EngineSettings.scheduler_reserve_full_isl
+    num_gpu_blocks_override: Annotated[int, Field(ge=2)] | None = None
+    """KV blocks, the null block included, instead of what fits in memory. Memory is then not checked."""
+    workspace_bytes: Annotated[float, Field(ge=0)] = WORKSPACE_BYTES
+    """Memory per chip that is neither weights, activations nor KV cache. [bytes]"""
+
+    @model_validator(mode="after")
+    def _budget_covers_a_full_batch(self) -> "EngineOptions":
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens = {self.max_num_batched_tokens} is less than max_num_seqs = "
+                f"{self.max_num_seqs}: a full decode batch would not fit in a step"
+            )
+        return self
+
+
+class EfficiencyOptions(Record):
+    """``[efficiency]``: what part of the datasheet is reached. ``efficiency = "ideal"`` is short for its ``base``."""
+
+    base: Literal["default", "ideal"] = "default"
+    """``default``: the chip's own, or its family's; ``ideal``: the bare datasheet, no overheads."""
+    matmul: Fraction | None = None
+    hbm: Fraction | None = None
+    attention: Fraction | None = None
+    kv: Fraction | None = None
+    link: Fraction | None = None
+    op_overhead_s: Seconds | None = None
+    collective_latency_s: Seconds | None = None
+    step_overhead_s: Seconds | None = None
+    row_overhead_s: Seconds | None = None
+
+    @property
+    def overrides(self) -> dict[str, float]:
+        """Values that replace those of ``base``."""
+        return {k: v for k, v in self.model_dump(exclude={"base"}).items() if v is not None}
+
+
+def _base_from_word(value: Any) -> Any:
+    return {"base": value} if isinstance(value, str) else value
+
+
+class Scenario(Record):
+    """One deployment under one traffic, with what it is judged by."""
+
+    schema_version: Literal[1]
+    name: str
+    description: str = ""
+    model: str
+    """Name in the catalogue, or the path of a model file or ``config.json``."""
+    slice: str
+    """``chip:shape``; the slice of one replica."""
+    precision: str = "bf16"
+    quantize_head: bool = False
+    """Whether embedding and output head are held in the weights' format too."""
+    replicas: PositiveInt = 1
+    router: Literal["round-robin"] = "round-robin"
+    sharding: ShardingOptions = ShardingOptions()
+    engine: EngineOptions = EngineOptions()
+    efficiency: Annotated[EfficiencyOptions, BeforeValidator(_base_from_word)] = EfficiencyOptions()
+    traffic: TrafficSpec
+    slo: SloOptions = SloOptions()
+    prices: PriceOptions = PriceOptions()
+    run: RunOptions = RunOptions()
+
+    def as_toml(self) -> dict[str, Any]:
+        """The resolved scenario as plain data: every value stated, unset ones left out."""
+        data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        return data
+
+
+def scenario_names() -> list[str]:
+    """Names of the scenarios that ship with the package, sorted."""
+    return names_in(_folder())
+
+
+def scenario_file(name_or_path: str) -> Traversable:
+    """File of a scenario: a shipped name, or a path.
+
+    Raises
+    ------
+    InputError
+        If there is no such scenario or file.
+    """
+    if Path(name_or_path).is_dir() and (Path(name_or_path) / "scenario.toml").is_file():
+        # A result folder: its resolved scenario.
+        return Path(name_or_path) / "scenario.toml"
+    return find("scenario", name_or_path, _folder())
+
+
+def load_scenario(name_or_path: str, overrides: Iterable[str] = ()) -> Scenario:
+    """Read a scenario and apply ``path=value`` overrides, as ``--set`` gives them.
+
+    Parameters
+    ----------
+    name_or_path
+        name of a shipped scenario, path of a file, or a result folder, whose resolved scenario is taken.
+    overrides
+        e.g. ``replicas=4``, ``engine.max_num_seqs=64``, ``traffic.trace=mine.csv``: a path of fields, and a value in
+        TOML's syntax, in which a word that is no TOML value is a string.
+
+    Raises
+    ------
+    InputError
+        For an unknown scenario, field or value; the message names it, what is allowed and the nearest name.
+    """
+    file = scenario_file(name_or_path)
+    data = read_toml(file)
+    _absolute_paths(data, _parent(file))
+    changes = [_parse_override(text) for text in overrides]
+    for path, value in changes:
+        _assign(data, path, value)
+        # What an earlier file or override made absolute stays as it is.
+        _absolute_paths(data, Path.cwd())
+    where = (
+        str(file)
+        if isinstance(file, Path) and file.is_file() and name_or_path not in scenario_names()
+        else name_or_path
+    )
+    if changes:
+        where += " with --set " + " ".join(".".join(path) for path, _ in changes)
+    return parse(Scenario, data, where)
+
+
+def _folder() -> Traversable:
+    return data_folder("workloads") / "scenarios"
+
+
+def _parent(file: Traversable) -> Path:
+    return Path(str(file)).absolute().parent
+
+
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    name, equals, written = text.partition("=")
+    path = [part.strip() for part in name.split(".")]
+    if not equals or not all(path):
+        raise InputError(f"--set {text!r}: write path=value, e.g. engine.max_num_seqs=64")
+    return path, _parse_value(written.strip())
+
+
+def _parse_value(written: str) -> Any:
+    if "\n" not in written:
+        try:
+            return tomllib.loads(f"value = {written}")["value"]
+        except tomllib.TOMLDecodeError:
+            pass
+    return written
+
+
+#: Tables that a file may write as one word, and the field that the word is short for.
+_SHORT = {"efficiency": "base", "traffic.trace": "file"}
+
+
+def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
+    """Put ``value`` into ``data`` at ``path``, making tables on the way."""
+    for depth, part in enumerate(path[:-1]):
+        at = ".".join(path[: depth + 1])
+        inner = data.setdefault(part, {})
+        if isinstance(inner, str) and at in _SHORT:
+            inner = data[part] = {_SHORT[at]: inner}
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {'.'.join(path)}: {at} = {inner!r} is a value, not a table")
+        data = inner
+    data[path[-1]] = value
+
+
+def _absolute_paths(data: dict[str, Any], base: Path) -> None:
+    """Make the file names in a scenario absolute: the model's, the chip's, the mix's and the trace's."""
+    model, sliced, traffic = data.get("model"), data.get("slice"), data.get("traffic")
+    if isinstance(model, str) and (model.endswith((".toml", ".json")) or "/" in model):
+        data["model"] = _absolute(model, base)
+    if isinstance(sliced, str):
+        chip, colon, shape = sliced.rpartition(":")
+        if chip.endswith(".toml") or "/" in chip:
+            data["slice"] = f"{_absolute(chip, base)}{colon}{shape}"
+    if not isinstance(traffic, dict):
+        return
+    mix, trace = traffic.get("mix"), traffic.get("trace")
+    if isinstance(mix, str) and (mix.endswith(".toml") or "/" in mix):
+        traffic["mix"] = _absolute(mix, base)
+    if isinstance(trace, str):
+        traffic["trace"] = _absolute(trace, base)
+    elif isinstance(trace, dict) and isinstance(trace.get("file"), str):
+        trace["file"] = _absolute(trace["file"], base)
+
+
+def _absolute(text: str, base: Path) -> str:
+    # An absolute path stays itself when joined to a base.
+    return str(base / Path(text).expanduser())

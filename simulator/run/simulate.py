@@ -1,0 +1,278 @@
+"""Run a scenario: resolve, split the stream over replicas, drive an engine each, summarise."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from simulator import __version__
+from simulator.engine.records import FINISHED, EngineResult, Requests
+from simulator.errors import InfeasibleError, InputError
+from simulator.results.store import Result
+from simulator.results.summary import Figure, Replications, Summary
+from simulator.results.tables import Table
+from simulator.run.outcome import Outcome, split
+from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
+from simulator.run.scenario import Scenario
+from simulator.run.statistics import between_seeds
+from simulator.run.summarise import summarise
+from simulator.traffic import Stream, build_stream
+
+#: Called with (steps done, steps in all, what is done now).
+Progress = Callable[[int, int, str], None]
+
+#: Packages whose versions a result depends on.
+_PACKAGES = ("numpy", "numba", "duckdb")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One simulated scenario: the result to write or print, and what it was made from."""
+
+    result: Result
+    resolved: Resolved
+    outcome: Outcome
+    """Of the first seed."""
+
+    @property
+    def summary(self) -> Summary:
+        """The run's summary."""
+        return self.result.summary
+
+
+def run_scenario(
+    scenario: Scenario,
+    *,
+    seed: int | None = None,
+    seeds: int = 1,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Run:
+    """Simulate a scenario.
+
+    Parameters
+    ----------
+    seed
+        instead of the scenario's own; the resolved scenario of the result carries it.
+    seeds
+        replications, with seeds ``seed``, ``seed`` + 1, …; tables and figures are of the first, the summary gets
+        between-seed intervals of every figure.
+    workers
+        replicas simulated at the same time. The result does not depend on it.
+
+    Raises
+    ------
+    InputError, UnpriceableError
+        If the scenario is malformed, contradicts itself or cannot be priced.
+    InfeasibleError
+        If the model does not fit on the slice, or no request fits into the engine.
+    """
+    if seeds < 1:
+        raise InputError(f"seeds = {seeds}: must be at least 1")
+    if workers < 1:
+        raise InputError(f"workers = {workers}: must be at least 1")
+    if seed is not None:
+        scenario = scenario.model_copy(update={"run": scenario.run.model_copy(update={"seed": seed})})
+    first = scenario.run.seed
+    say = progress or _silent
+    total = 2 * seeds + 1
+    say(0, total, "compiling step costs")
+    resolved = resolve(scenario)
+    _prepare_engine(say, total)
+    runs = []
+    for k in range(seeds):
+        say(1 + 2 * k, total, f"simulating, seed {first + k}")
+        runs.append(_run_once(resolved, first + k, workers, partial(say, 2 + 2 * k, total)))
+    say(total, total, "done")
+    summary, requests, timeline, outcome = runs[0]
+    if seeds > 1:
+        summary = summary.model_copy(update={"replications": _replications([run[0] for run in runs], first)})
+    result = Result(
+        scenario=scenario.as_toml(),
+        summary=summary,
+        requests=requests,
+        timeline=timeline,
+        seed=first,
+        versions=versions(),
+        inputs=_input_digests(scenario),
+    )
+    return Run(result=result, resolved=resolved, outcome=outcome)
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    del done, total, what
+
+
+def _prepare_engine(say: Progress, total: int) -> None:
+    from simulator.engine import compiled, jit  # noqa: PLC0415 - numba takes a while to import
+
+    if not jit.is_compiled_mode():
+        say(0, total, "Numba is absent or switched off: the engine runs as plain Python, slowly, with the same results")
+    elif not jit.is_warm():
+        say(0, total, "compiling the engine (about 20 s, once per version)")
+        compiled.warm_up()
+
+
+def _run_once(
+    resolved: Resolved, seed: int, workers: int, say: Callable[[str], None]
+) -> tuple[Summary, Table, Table, Outcome]:
+    scenario = resolved.scenario
+    stream = build_stream(scenario.traffic, seed, base_folder=Path.cwd())
+    if len(stream) == 0:
+        raise InputError(f"{scenario.name}: the traffic has no requests")
+    check_contradictions(scenario, stream.concurrency)
+    requests = as_requests(stream)
+    outcome = simulate_fleet(resolved, requests, workers=workers)
+    finished = int((outcome.column("status") == FINISHED).sum())
+    if finished == 0:
+        raise InfeasibleError(_nothing_fits(resolved, requests))
+    say(f"measuring capacity, seed {seed}")
+    if requests.concurrency == 0 and float(requests.arrival_s[-1]) == 0:
+        at_once = outcome
+    else:
+        at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers)
+    capacity = int((at_once.column("status") == FINISHED).sum()) / at_once.end_s
+    about = facts(resolved, seed=seed, traffic=_source(stream, scenario), notes=stream.notes)
+    return (*summarise(outcome, capacity, about), outcome)
+
+
+def _source(stream: Stream, scenario: Scenario) -> str:
+    """Where requests come from, with a file's name in place of its path: results do not depend on folders."""
+    text = stream.source
+    trace = scenario.traffic.trace
+    for path in (trace.file if trace else None, scenario.traffic.mix):
+        if path:
+            text = text.replace(path, Path(path).name)
+    return text
+
+
+def as_requests(stream: Stream) -> Requests:
+    """A traffic stream as the engine takes it."""
+    return Requests(
+        arrival_s=stream.arrival_s,
+        prompt_tokens=stream.prompt_tokens,
+        output_tokens=stream.output_tokens,
+        cached_tokens=stream.cached_tokens,
+        max_tokens=stream.max_tokens,
+        concurrency=stream.concurrency,
+    )
+
+
+def queued_at_once(requests: Requests) -> Requests:
+    """The same requests, all queued at t = 0: what capacity is measured with."""
+    return replace(requests, arrival_s=np.zeros(len(requests)), concurrency=0)
+
+
+def simulate_fleet(resolved: Resolved, requests: Requests, *, workers: int = 1) -> Outcome:
+    """Serve a stream with the scenario's replicas, request i by replica i mod N, each independently of the others."""
+    from simulator.engine.compiled import simulate  # noqa: PLC0415 - numba takes a while to import
+
+    n = resolved.scenario.replicas
+    if len(requests) < n:
+        raise InputError(f"{resolved.scenario.name}: {len(requests)} requests cannot occupy replicas = {n}")
+    parts = split(requests, n)
+
+    def one(part: Requests) -> EngineResult:
+        return simulate(resolved.cost, resolved.settings, part)
+
+    if workers == 1 or n == 1:
+        replicas = [one(part) for part in parts]
+    else:
+        # The compiled engine holds no lock while it runs, so threads do; map keeps the order of replicas.
+        with ThreadPoolExecutor(max_workers=min(workers, n)) as pool:
+            replicas = list(pool.map(one, parts))
+    return Outcome(requests, tuple(replicas), resolved.cost.chips)
+
+
+def _nothing_fits(resolved: Resolved, requests: Requests) -> str:
+    settings = resolved.settings
+    shortest = int((requests.prompt_tokens + requests.max_tokens).min())
+    tokens = settings.num_kv_blocks * settings.block_size
+    limit = f" and max_model_len = {settings.max_model_len}" if settings.max_model_len else ""
+    return (
+        f"{resolved.scenario.name}: all {len(requests)} requests were rejected: the shortest has {shortest} tokens, "
+        f"the KV cache of a replica holds {tokens}{limit}; use a larger slice or a narrower precision"
+    )
+
+
+def _replications(summaries: Sequence[Summary], first: int) -> Replications:
+    statuses: dict[str, int] = {}
+    for summary in summaries:
+        statuses[summary.status] = statuses.get(summary.status, 0) + 1
+    collected: dict[str, list[float]] = {}
+    for summary in summaries:
+        for path, value in figures(summary).items():
+            collected.setdefault(path, []).append(value)
+    found = {}
+    for path, values in collected.items():
+        mean, low, high = between_seeds(values)
+        found[path] = Figure(mean=mean, low=low, high=high, n=len(values))
+    return Replications(seeds=list(range(first, first + len(summaries))), statuses=statuses, figures=found)
+
+
+_SECTIONS = (
+    "load",
+    "latency",
+    "slo",
+    "throughput",
+    "occupancy",
+    "utilisation",
+    "chip_seconds_per_query",
+    "prices",
+    "energy",
+    "breakdown",
+)
+
+
+def figures(summary: Summary) -> dict[str, float]:
+    """Every numeric figure of a summary by its path, e.g. ``latency.ttft_s.p99``; an estimate gives its value."""
+    found: dict[str, float] = {}
+
+    def walk(path: str, item: object) -> None:
+        if isinstance(item, dict):
+            if "value" in item and "reason" in item:
+                walk(path, item["value"])
+                return
+            for key, value in item.items():
+                walk(f"{path}.{key}", value)
+        elif isinstance(item, int | float) and not isinstance(item, bool):
+            found[path] = float(item)
+
+    document = summary.model_dump(mode="json")
+    for section in _SECTIONS:
+        walk(section, document[section])
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    found = {"chipseconds": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def _input_digests(scenario: Scenario) -> dict[str, str]:
+    """SHA-256 of the user's own files that a scenario names."""
+    chip = scenario.slice.rpartition(":")[0]
+    trace = scenario.traffic.trace
+    candidates = {
+        "model": scenario.model,
+        "slice": chip,
+        "traffic.mix": scenario.traffic.mix,
+        "traffic.trace": trace.file if trace else None,
+    }
+    return {
+        name: hashlib.sha256(Path(text).read_bytes()).hexdigest()
+        for name, text in candidates.items()
+        if isinstance(text, str) and Path(text).is_file()
+    }
