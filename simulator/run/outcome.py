@@ -262,11 +262,12 @@ def accepted(outcome: Outcome) -> NDArray[np.bool_]:
 
 
 def timeline_integral(replica: EngineResult, name: str, edges: Array) -> Array:
-    """Integral of a timeline column of one replica over each interval between ``edges``, exact for its step function."""
+    """Integral of a timeline column of one replica between ``edges``; it is constant within each timeline interval."""
     timeline, width = replica.timeline, replica.timeline_interval_s
     if len(timeline["start_s"]) == 0:
         return np.zeros(len(edges) - 1)
-    starts = np.append(timeline["start_s"], timeline["start_s"][-1] + width)
+    # A replica's last interval may reach past its end, where nothing happens.
+    starts = np.append(timeline["start_s"], min(timeline["start_s"][-1] + width, replica.end_s))
     cumulative = np.append(0.0, np.cumsum(timeline[name] * width))
     return np.diff(np.interp(edges, starts, cumulative))
 

@@ -22,8 +22,8 @@ BATCHES = 20
 LEVEL = 0.95
 #: A percentile needs this many observations beyond it for an interval to mean anything.
 MIN_BEYOND = 20
-#: One-sided level of the backlog test: one in a thousand steady runs is called growing.
-TREND_LEVEL = 0.001
+#: One-sided level of the backlog test: one in two hundred steady runs with a backlog would be called growing.
+TREND_LEVEL = 0.005
 
 # Two-sided 95 % points of Student's t for 1 … 30 degrees of freedom (any statistics table).
 _T_95 = (

@@ -1,0 +1,135 @@
+"""The commands simulate, compare and scenarios as a shell sees them: streams, exit codes, nothing half-written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from simulator.cli.main import cli
+from simulator.errors import ChipsecondsError, InfeasibleError, InputError
+
+NAME = "llama-3-8b-azure-chat"
+SMALL = ["--set", "traffic.n_requests=400"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=True)
+
+
+def shell(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "simulator.cli.main", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_summary_fits_a_hundred_columns_and_says_the_answer():
+    found = call("simulate", NAME, *SMALL)
+    assert found.exit_code == 0, found.output
+    assert max(map(len, found.stdout.splitlines())) <= 100
+    for word in (
+        "chip-seconds busy",
+        "provisioned (idle included)",
+        "1 chip",
+        "TTFT",
+        "p99",
+        "Conservation",
+        "= 400 finished",
+    ):
+        assert word in found.stdout
+
+
+def test_json_is_one_document_with_the_same_figures(tmp_path):
+    found = call("simulate", NAME, *SMALL, "--json", "--out", tmp_path / "run")
+    assert found.exit_code == 0
+    document = json.loads(found.stdout)
+    assert document == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert document["ledger"]["chips"] == 1
+    assert "seed 1" in found.stderr
+
+
+def test_nothing_is_written_without_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("simulate", NAME, *SMALL).exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overloaded_run_is_an_answer():
+    found = call("simulate", "overloaded", "--set", "traffic.n_requests=3000")
+    assert found.exit_code == 0
+    assert "OVERLOADED" in found.stdout
+    assert "headroom -" in found.stdout
+    assert "p99" not in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["simulate", "llama-3-8b-azure"], InputError, "did you mean 'llama-3-8b-azure-chat'"),
+        (["simulate", NAME, "--set", "engine.max_seqs=3"], InputError, "max_num_seqs"),
+        (["simulate", NAME, "--set", "model=llama-3-70b"], InfeasibleError, "does not fit"),
+        (["simulate", NAME, "--set", "traffic.trace=missing.csv"], InputError, "missing.csv"),
+        (["compare", "nowhere", "nowhere"], InputError, "no such result"),
+        (["scenarios", "show", "nothing"], InputError, "unknown scenario"),
+    ],
+)
+def test_errors_reach_the_top_as_this_packages_own(arguments, error, message):
+    found = call(*arguments)
+    assert isinstance(found.exception, error), found.output
+    assert message in str(found.exception)
+
+
+def test_a_folder_that_is_not_a_result_is_refused_before_the_run(tmp_path):
+    (tmp_path / "thesis.txt").write_text("words")
+    found = call("simulate", NAME, "--out", tmp_path)
+    assert isinstance(found.exception, InputError)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    assert "simulating" not in found.stderr
+
+
+def test_exit_codes_and_streams_in_a_real_shell(tmp_path):
+    wrong = shell("simulate", NAME, "--set", "replicas=none", "--out", tmp_path / "run")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("chipseconds: ")
+    assert "Traceback" not in wrong.stderr
+    assert list(tmp_path.iterdir()) == []
+    no = shell("simulate", NAME, "--set", "model=llama-3-70b")
+    assert (no.returncode, no.stdout) == (1, "")
+
+
+def test_results_are_compared_figure_by_figure(tmp_path):
+    for name, rate in (("a", 10), ("b", 20), ("c", 10)):
+        setting = f"traffic.arrival.rate_per_s={rate}"
+        assert call("simulate", NAME, *SMALL, "--set", setting, "--out", tmp_path / name).exit_code == 0
+    same = call("compare", tmp_path / "a", tmp_path / "c")
+    assert "no difference" in same.stdout
+    found = call("compare", tmp_path / "a", tmp_path / "b")
+    assert found.exit_code == 0
+    assert "traffic.arrival.rate_per_s" in found.stdout
+    assert "chip_seconds_per_query.busy" in found.stdout
+    assert max(map(len, found.stdout.splitlines())) <= 120
+    document = json.loads(call("compare", tmp_path / "a", tmp_path / "b", "--json").stdout)
+    assert not document["equal"]
+    rate = next(d for d in document["scenario"] if d["path"] == "traffic.arrival.rate_per_s")
+    assert rate["relative"] == 1.0
+    assert json.loads(call("compare", tmp_path / "a", tmp_path / "c", "--json").stdout)["equal"]
+
+
+def test_a_scenario_can_be_listed_shown_copied_and_run(tmp_path):
+    assert NAME in call("scenarios").stdout
+    assert NAME in [s["name"] for s in json.loads(call("scenarios", "list", "--json").stdout)["scenarios"]]
+    assert 'model = "llama-3-8b"' in call("scenarios", "show", NAME).stdout
+    assert json.loads(call("scenarios", "show", NAME, "--json").stdout)["engine"]["block_size"] == 16
+    mine = tmp_path / "mine.toml"
+    assert call("scenarios", "new", mine, "--set", "traffic.n_requests=300").exit_code == 0
+    assert call("simulate", mine).exit_code == 0
+    again = call("scenarios", "new", mine)
+    assert isinstance(again.exception, InputError)
+    assert isinstance(call("scenarios", "new", tmp_path / "mine.txt").exception, ChipsecondsError)
+
+
+def test_seeds_add_a_table_of_intervals_between_seeds():
+    found = call("simulate", NAME, *SMALL, "--seeds", 3, "-q")
+    assert "Between 3 seeds" in found.stdout
+    assert found.stderr == ""

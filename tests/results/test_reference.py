@@ -1,0 +1,49 @@
+"""docs/results.md carries the tables that the schema's own definitions write."""
+
+from pathlib import Path
+
+from simulator.results.reference import reference_markdown
+from simulator.results.summary import Section
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
+
+
+def test_the_reference_page_is_the_schema():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    written = text.partition("<!-- reference -->")[2].strip()
+    assert written == reference_markdown().strip(), "paste reference_markdown() below the marker in docs/results.md"
+
+
+def test_figures_carry_their_unit_or_need_none():
+    unitless = {"load", "headroom_fraction", "backlog_start", "backlog_end", "backlog_trend_p", "low", "high", "value"}
+    unitless |= {
+        "mfu",
+        "mbu",
+        "mfu_busy",
+        "mbu_busy",
+        "model_flops",
+        "recomputed_flops",
+        "pue",
+        "mean",
+        "relative_error",
+    }
+    unitless |= {"mean_running", "mean_waiting", "mean_decode_batch", "mean_step_tokens", "ideal_share_of_provisioned"}
+    # Chip-seconds per query: the section's name has the unit.
+    unitless |= {"ideal", "busy", "provisioned", "prefill", "cached", "recompute", "decode"}
+    units = (
+        "_s",
+        "_usd",
+        "_bytes",
+        "_fraction",
+        "_w",
+        "_chip",
+        "_chip_hour",
+        "_per_query",
+        "_token",
+        "_user",
+        "_query_busy",
+    )
+    for record in Section.__subclasses__():
+        for name, field in record.model_fields.items():
+            if field.annotation in {float, float | None}:
+                assert name in unitless or name.endswith(units), f"{record.__name__}.{name}"
