@@ -410,7 +410,7 @@ class Replica:
                 self.itl_s.append(now_s - request.last_token_s)
             request.last_token_s = now_s
         done = [request for request in batch if request.emitted == request.output_tokens]
-        for request in sorted(done, key=lambda request: request.row):
+        for request in done:
             self.running.remove(request)
             self.free_blocks += request.blocks
             request.blocks = 0

@@ -9,7 +9,7 @@ from simulator.errors import InputError
 from simulator.roofline.compile import hidden_s, sum_over
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import MemoryFit, memory_fit
-from simulator.roofline.ops import Op, StepShape, dense_ops, merge_ops, step_op_groups
+from simulator.roofline.ops import Op, StepShape, dense_ops, merge_ops, step_op_groups, step_ops
 
 Bound = Literal["compute", "HBM", "interconnect", "overhead"]
 BOUNDS: tuple[Bound, ...] = ("compute", "HBM", "interconnect", "overhead")
@@ -206,7 +206,7 @@ def _dtype(d: Deployment, op: Op) -> str:
 def _roofline_s(d: Deployment, step: StepShape) -> float:
     """Longest of the three resources at full rate, each used without pause. [s]"""
     ideal = replace(d, efficiency=IDEAL)
-    ops = merge_ops(step_op_groups(ideal, step))
+    ops = step_ops(ideal, step)
     required = sum_over(op.hbm_bytes - op.activation_bytes for op in ops)
     return max(
         float(sum_over(op.compute_s for op in ops)),

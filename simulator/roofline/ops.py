@@ -313,6 +313,11 @@ def step_op_groups(d: Deployment, step: StepShape) -> tuple[list[Op], list[Op], 
     return dense_ops(d, step.n), attention, head_ops(d, step.R) if step.R else []
 
 
+def step_ops(d: Deployment, step: StepShape) -> list[Op]:
+    """Every op of one step in the order of the network, ops of equal name added up."""
+    return merge_ops(step_op_groups(d, step))
+
+
 def merge_ops(groups: tuple[list[Op], list[Op], list[Op]]) -> list[Op]:
     """One list of a step's ops in the order of the network, ops of equal name added up."""
     (*dense, overhead), attention, head = groups

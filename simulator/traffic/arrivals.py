@@ -17,6 +17,10 @@ from simulator.traffic.tagged import tagged
 
 Rate = Annotated[float, Field(gt=0)]
 
+#: Beyond these a gamma law is a constant, or a few huge values, for every purpose here.
+Burstiness = Annotated[float, Field(ge=1e-4, le=1e4)]
+Cv = Annotated[float, Field(ge=0.01, le=100)]
+
 
 class Poisson(Record):
     """Independent exponential gaps of mean 1/``rate_per_s``, the first one before the first request."""
@@ -40,8 +44,8 @@ class Gamma(Record):
 
     process: Literal["gamma"] = "gamma"
     rate_per_s: Rate
-    burstiness: Annotated[float, Field(gt=0)] | None = None
-    cv: Annotated[float, Field(gt=0)] | None = None
+    burstiness: Burstiness | None = None
+    cv: Cv | None = None
 
     @model_validator(mode="after")
     def _one_width(self) -> "Gamma":
@@ -98,7 +102,13 @@ class Closed(Record):
     process: Literal["closed"] = "closed"
     concurrency: Annotated[int, Field(ge=1)]
     think_s: Annotated[float, Field(ge=0)] = 0.0
-    think_cv: Annotated[float, Field(ge=0)] = 0.0
+    think_cv: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+    @model_validator(mode="after")
+    def _think_law_exists(self) -> "Closed":
+        if 0 < self.think_cv < 0.01:
+            raise ValueError(f"think_cv = {self.think_cv:g}: must be 0 (constant) or 0.01 … 100")
+        return self
 
     def times_s(self, seed: int, n: int) -> NDArray[np.float64]:
         """Think times before the first ``n`` requests; 0 for the first ``concurrency``. [s]"""

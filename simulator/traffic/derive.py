@@ -15,8 +15,14 @@ PROMPT_CLASSES = 64
 #: Hundredths, and the ends: a percentile of the table is then a percentile of the trace.
 PROMPT_PROBABILITIES = (0.0, 0.002, *(i / 100 for i in range(1, 100)), 0.998, 0.999, 1.0)
 
-#: Closer together near 1, where output lengths spread out: the mean hangs on the last few per cent.
-OUTPUT_PROBABILITIES = (0.0, 0.02, *(i / 20 for i in range(1, 19)), 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
+#: Closer together near 1, where output lengths spread out: the mean and the 99th percentile hang on the last few
+#: per cent.
+OUTPUT_PROBABILITIES = (
+    *(0.0, 0.02),
+    *(i / 20 for i in range(1, 18)),
+    *(i / 100 for i in range(90, 99)),
+    *(0.983, 0.986, 0.989, 0.992, 0.995, 0.9975, 1.0),
+)
 
 
 def length_table(prompt_tokens: NDArray[np.int64], output_tokens: NDArray[np.int64]) -> LengthTable:

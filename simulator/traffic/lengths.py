@@ -113,7 +113,7 @@ class Lognormal(Record):
     mean: Annotated[float, Field(gt=0)] | None = None
     median: Annotated[float, Field(gt=0)] | None = None
     sigma: Annotated[float, Field(ge=0, le=5)] | None = None
-    cv: Annotated[float, Field(ge=0)] | None = None
+    cv: Annotated[float, Field(ge=0, le=1000)] | None = None
     min: Tokens = 1
     max: Tokens
 

@@ -10,7 +10,7 @@ from simulator.engine.records import FINISHED, REJECTED, Requests
 from simulator.engine.reference import Replica, simulate_reference
 from tests.engine.strategies import Case, dyadic_cases, observe, real_case
 
-MANY = settings(max_examples=120, deadline=None)
+MANY = settings(max_examples=100, deadline=None)
 COLUMNS = ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
 PER_REQUEST = (
     "status",

@@ -193,6 +193,36 @@ def test_closed_loop_ties_by_hand(name):
     assert (result.idle_s, result.end_s) == (0, 8)
 
 
+# One request at a time on 4 blocks of 2 tokens; the last output token never enters the cache.
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("prompt", "output", "max_tokens", "max_model_len", "status"),
+    [
+        pytest.param(5, 4, 4, 0, FINISHED, id="5 + 4 - 1 tokens fill the cache"),
+        pytest.param(5, 5, 5, 0, REJECTED, id="one token too many for the cache"),
+        pytest.param(5, 1, 5, 0, REJECTED, id="max_tokens decides, not the true output length"),
+        pytest.param(5, 3, 3, 8, FINISHED, id="5 + 3 tokens are the longest allowed"),
+        pytest.param(5, 4, 4, 8, REJECTED, id="one token longer than allowed"),
+        pytest.param(5, 2, 4, 8, REJECTED, id="max_tokens decides about the length, too"),
+    ],
+)
+def test_rejection_at_the_limit(name, prompt, output, max_tokens, max_model_len, status):
+    settings = EngineSettings(1, 8, block_size=2, num_kv_blocks=4, max_model_len=max_model_len)
+    requests = requests_of([0, 0], [prompt, 1], [output, 1], max_tokens=[max_tokens, 1])
+    result = engine(name)(step_cost(range(9), [0, 0]), settings, requests)
+    assert result.status.tolist() == [status, FINISHED]
+
+
+# Two sequences of 3 and 5 keys meet a knot at S = 8, where g = 8 goes on with slope 3: shares are those of the piece to the
+# right, -16 + 3 S: 3·3 - 16/2 and 3·5 - 16/2, after prefills of no attention time.
+@pytest.mark.parametrize("name", NAMES)
+def test_shares_on_a_knot_are_those_of_the_piece_to_its_right(name):
+    cost = step_cost(range(9), [0, 0, 0], knots=[0, 8], slopes_s=[1, 3])
+    result = engine(name)(cost, EngineSettings(2, 8), requests_of([0, 0], [2, 4], [2, 2]))
+    np.testing.assert_allclose(result.busy_s, [2 + 1 + 1, 4 + 1 + 7], rtol=1e-12)
+    assert result.end_s == 6 + 2 + 8
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rejection_after_the_last_step_ends_the_run(name):
     settings = EngineSettings(max_num_seqs=2, max_num_batched_tokens=4, block_size=1, num_kv_blocks=4)

@@ -150,7 +150,7 @@ def test_parquet(tmp_path, kind):
         "i * 0.25" if kind == "DOUBLE" else f"(TIMESTAMP '2024-05-10 00:00:00' + i * INTERVAL 250 MILLISECOND)::{kind}"
     )
     duckdb.sql(
-        f"SELECT {value} AS arrival, i + 1 AS prompt, (i + 2)::DOUBLE AS output FROM range(5000) t(i)"
+        f"SELECT {value} AS arrival, i + 1 AS prompt, (i + 2)::DOUBLE AS output FROM range(5000) t(i)"  # noqa: S608 - our own text
     ).write_parquet(str(file))
     trace = read_trace(file)
     assert np.array_equal(trace.arrival_s, np.arange(5000) * 0.25)
