@@ -11,7 +11,7 @@ from simulator.cli.output import json_option, note, print_json
 
 _EXAMPLES = """\b
 Examples:
-  chipseconds simulate llama-3-8b-azure-chat --out runs/first --plot first.png
+  chipseconds simulate llama-3-8b-azure-chat --out runs/first --plot runs/first/run.png
   chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=20
   chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
 """
@@ -48,7 +48,7 @@ def simulate(
     if plot is not None:
         from simulator.report.run_plot import check_plot_path
 
-        check_plot_path(plot)
+        check_plot_path(plot, made=out)
     loaded = load_scenario(scenario, overrides)
     started = time.perf_counter()
     run = run_scenario(

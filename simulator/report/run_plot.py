@@ -31,8 +31,8 @@ PARTS = {
 GRID_POINTS = 400
 
 
-def check_plot_path(path: Path) -> None:
-    """Refuse, before a long run, a file that :func:`save_run_plot` could not write.
+def check_plot_path(path: Path, *, made: Path | None = None) -> None:
+    """Refuse, before a long run, a file that :func:`save_run_plot` could not write; ``made`` is a folder to come.
 
     Raises
     ------
@@ -41,7 +41,8 @@ def check_plot_path(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"--plot {path}: the file name must end in {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if not folder.is_dir() and (made is None or folder != made.absolute()):
         raise InputError(f"--plot {path}: there is no folder {path.parent}")
 
 

@@ -142,6 +142,9 @@ def test_a_run_can_be_drawn_the_same_way_twice(tmp_path):
     assert text == (tmp_path / "two.svg").read_text()
     for words in ("What users wait", "Chip-seconds per query", "TTFT ≤ 1 s"):
         assert words in text
+    inside = call("simulate", NAME, *SMALL, "-q", "--out", tmp_path / "run", "--plot", tmp_path / "run" / "run.png")
+    assert inside.exit_code == 0
+    assert (tmp_path / "run" / "run.png").stat().st_size > 10_000
     overloaded = call("simulate", "overloaded", "--set", "traffic.n_requests=3000", "--plot", tmp_path / "o.svg")
     assert overloaded.exit_code == 0
     assert "no steady state" in (tmp_path / "o.svg").read_text()
