@@ -16,6 +16,7 @@ from simulator.cli.output import json_option, note, print_json
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Replications, for between-seed intervals.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this folder.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the run to a .png, .svg or .pdf file.")
 @click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 @json_option
@@ -25,6 +26,7 @@ def simulate(
     seed: int | None,
     seeds: int,
     out: Path | None,
+    plot: Path | None,
     workers: int | None,
     quiet: bool,
     as_json: bool,
@@ -42,6 +44,10 @@ def simulate(
 
     if out is not None:
         check_writable(out)
+    if plot is not None:
+        from simulator.report.figures import check_figure_path
+
+        check_figure_path(plot)
     loaded = load_scenario(scenario, overrides)
     started = time.perf_counter()
     run = run_scenario(
@@ -56,6 +62,12 @@ def simulate(
     if out is not None:
         write_result(run.result, out)
         note(f"result written to {out}")
+    if plot is not None:
+        from simulator.report.figures import save_figure
+        from simulator.report.run_plot import draw_run
+
+        save_figure(lambda: draw_run(run.result), plot)
+        note(f"plot written to {plot}")
     if as_json:
         print_json(run.summary.model_dump(mode="json"))
     else:

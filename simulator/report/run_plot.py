@@ -1,0 +1,175 @@
+"""The picture of a run: what users saw, how full the replicas were, where the chip time went."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from simulator.report.figures import BLUE, GREEN, GREY, GRID, INK, MUTED, ORANGE, PINK, SKY, YELLOW
+from simulator.results import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Colours of the chip-time bar, in the order parts appear.
+PART_COLOURS = (BLUE, SKY, GREEN, YELLOW, ORANGE, PINK, "#44546A", "#B7C4CF")
+
+
+def draw_run(result: Result) -> "Figure":
+    """Figure of one result: CDFs of TTFT and TPOT against the SLOs, a timeline, and a bar of chip time."""
+    from matplotlib.figure import Figure
+
+    summary = result.summary
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    (top_left, top_right), (middle, _), (bottom, _) = figure.subplots(
+        3, 2, gridspec_kw={"height_ratios": [1, 0.9, 0.28]}
+    )
+    for spare in (_, figure.axes[3]):
+        spare.remove()
+    grid = top_left.get_gridspec()
+    middle.set_subplotspec(grid[1, :])
+    bottom.set_subplotspec(grid[2, :])
+    slo = summary.slo
+    arrival = result.requests["arrival_s"]
+    measured = (arrival >= summary.window.start_s) & (arrival <= summary.window.stop_s)
+    for axes, name in ((top_left, "ttft_s"), (top_right, "tpot_s")):
+        if summary.latency is None:
+            _no_steady_state(axes, name)
+        else:
+            _cdf(axes, result.requests[name][measured], name, None if slo is None else getattr(slo, name))
+    _timeline(middle, result)
+    _chip_time(bottom, summary.breakdown.fractions)
+    per_query = summary.chip_seconds_per_query
+    words = [
+        summary.scenario,
+        f"{per_query.busy:.3g} chip-seconds per query busy, {per_query.provisioned:.3g} provisioned, {per_query.ideal:.3g} ideal",
+    ]
+    if summary.load.load is not None:
+        words.append(f"load {summary.load.load:.2f}" + (", OVERLOADED" if summary.load.overloaded else ""))
+    figure.suptitle("   ·   ".join(words), x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    return figure
+
+
+def _no_steady_state(axes: "Axes", name: str) -> None:
+    _tidy(axes)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlabel(_metric(name), color=MUTED)
+    text = "overloaded: no steady state\nlatencies grow for as long as the run lasts"
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
+
+
+def _metric(name: str) -> str:
+    return name.removesuffix("_s").upper()
+
+
+def _cdf(axes: "Axes", values_s: np.ndarray, name: str, limit_s: float | None) -> None:
+    """Share of the measured requests at or below each value, as far as 1.15 times p99.5."""
+    ordered = np.sort(values_s[np.isfinite(values_s)])
+    long = len(ordered) > 0 and float(np.quantile(ordered, 0.99)) >= 10
+    scale, unit = (1.0, "s") if long else (1e3, "ms")
+    ordered = ordered * scale
+    limit = None if limit_s is None else limit_s * scale
+    _tidy(axes)
+    axes.set_xlabel(f"{_metric(name)} [{unit}]", color=MUTED)
+    axes.set_ylabel("share of requests", color=MUTED)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    if len(ordered) == 0:
+        axes.text(0.5, 0.5, "no request has one", transform=axes.transAxes, ha="center", color=MUTED)
+        return
+    shown = ordered[np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), 2000)).astype(int))]
+    share = np.searchsorted(ordered, shown, side="right") / len(ordered)
+    axes.step(shown, share, where="post", color=BLUE, linewidth=2)
+    right = float(np.quantile(ordered, 0.995)) * 1.15
+    for p, colour in ((0.5, INK), (0.99, INK)):
+        x = float(np.quantile(ordered, p, method="inverted_cdf"))
+        axes.plot([x], [p], "o", color=colour, markersize=4)
+        axes.annotate(
+            f"p{p * 100:g} {x:,.3g}",
+            (x, p),
+            xytext=(7, -12),
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
+        )
+    if limit is not None:
+        right = max(right, 1.08 * limit)
+        axes.axvline(limit, color=ORANGE, linewidth=1.5, linestyle="--")
+        axes.annotate(
+            f"SLO {limit:,.4g}",
+            (limit, 0.04),
+            xytext=(-5, 0),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=ORANGE,
+        )
+    axes.set_xlim(0, right)
+
+
+def _timeline(axes: "Axes", result: Result) -> None:
+    """Running and waiting requests (left), KV use (right), summed or averaged over replicas, against time."""
+    table = result.timeline
+    _tidy(axes)
+    start = table["start_s"]
+    interval = float(table["interval_s"].max()) if len(start) else 1.0
+    slot = np.rint(start / interval).astype(np.int64)
+    n = int(slot.max()) + 1 if len(slot) else 0
+    share = table["interval_s"] / interval
+
+    def summed(name: str) -> np.ndarray:
+        return np.bincount(slot, weights=table[name] * share, minlength=n)
+
+    replicas = max(summed("busy_fraction").max(initial=0.0), len(np.unique(table["replica"])))
+    time = np.arange(n) * interval
+    axes.fill_between(time, summed("running"), step="post", color=BLUE, alpha=0.25, linewidth=0)
+    axes.step(time, summed("running"), where="post", color=BLUE, linewidth=1.2, label="running")
+    axes.step(time, summed("waiting"), where="post", color=ORANGE, linewidth=1.2, label="waiting")
+    axes.set_xlabel("simulated time [s]", color=MUTED)
+    axes.set_ylabel("requests", color=MUTED)
+    axes.set_ylim(0)
+    axes.set_xlim(0, n * interval)
+    right = axes.twinx()
+    right.step(
+        time, summed("kv_fraction") / replicas, where="post", color=GREEN, linewidth=1.2, label="KV cache in use"
+    )
+    right.set_ylim(0, 1.02)
+    right.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    right.spines[["top", "left"]].set_visible(False)
+    right.tick_params(colors=MUTED)
+    handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, loc="upper left", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0, 1.16))
+
+
+def _chip_time(axes: "Axes", fractions: dict[str, float]) -> None:
+    """One bar: shares of chips × time."""
+    left = 0.0
+    parts = sorted((item for item in fractions.items() if item[0] != "idle"), key=lambda item: -item[1])
+    for i, (name, share) in enumerate([*parts, ("idle", fractions.get("idle", 0.0))]):
+        colour = GREY if name == "idle" else PART_COLOURS[i % len(PART_COLOURS)]
+        axes.barh(0, share, left=left, color=colour, height=0.6, edgecolor="white")
+        if share > 0.08:
+            axes.text(
+                left + share / 2,
+                0,
+                f"{name.replace('_', ' ')}\n{share:.0%}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if colour not in {YELLOW, SKY, "#B7C4CF"} else INK,
+            )
+        left += share
+    axes.set_xlim(0, 1)
+    axes.set_axis_off()
+    small = " · ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in parts if 0 < share <= 0.08)
+    axes.set_title(
+        "where the chip time went" + (f"   (also: {small})" if small else ""), loc="left", fontsize=10, color=INK
+    )
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=MUTED)
