@@ -36,7 +36,7 @@ def _napkin(*, check: bool, plot: Path | None, as_json: bool) -> None:
     from simulator.reproduction.rows import reproduce_rows
 
     if plot is not None:
-        from simulator.report.waterfall import check_figure_path
+        from simulator.report.figures import check_figure_path
 
         check_figure_path(plot)
     rows = reproduce_rows("napkin", rows_ours())
@@ -48,6 +48,7 @@ def _napkin(*, check: bool, plot: Path | None, as_json: bool) -> None:
     fastest = min(simulated, key=lambda s: s.p50_s)
     missed = [row for row in rows if not row.holds]
     if plot is not None:
+        from simulator.report.figures import save_figure
         from simulator.report.waterfall import draw_waterfall
 
         bars = [(link.what, link.chips) for link in chain]
@@ -55,12 +56,9 @@ def _napkin(*, check: bool, plot: Path | None, as_json: bool) -> None:
             (f"simulated: {cheapest.slice} at {cheapest.load:.0%} load, queueing and mixed steps", cheapest.chips)
         )
         slow = sum(link.latency_s > GOAL_S for link in chain) + (cheapest.p50_s > GOAL_S)
-        draw_waterfall(
-            bars,
-            plot,
-            title=f"Web agent on Llama-3-70B and TPU v5e: chips for {QPS:,} queries per second",
-            note=f"128k context (8k new), 128 tokens out, int4. The last {slow} miss the {GOAL_S:g} s goal.",
-        )
+        title = f"Web agent on Llama-3-70B and TPU v5e: chips for {QPS:,} queries per second"
+        remark = f"128k context (8k new), 128 tokens out, int4. The last {slow} miss the {GOAL_S:g} s goal."
+        save_figure(lambda: draw_waterfall(bars, title=title, note=remark), plot)
     if as_json:
         print_json(
             {

@@ -23,7 +23,7 @@ Examples:
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, help="Replications, for between-seed intervals.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this folder.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the run: FILE.png, .svg or .pdf.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the run to a .png, .svg or .pdf file.")
 @click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 @json_option
@@ -46,9 +46,9 @@ def simulate(
     if out is not None:
         check_writable(out)
     if plot is not None:
-        from simulator.report.run_plot import check_plot_path
+        from simulator.report.figures import check_figure_path
 
-        check_plot_path(plot, made=out)
+        check_figure_path(plot, made=out)
     loaded = load_scenario(scenario, overrides)
     started = time.perf_counter()
     run = run_scenario(
@@ -64,9 +64,10 @@ def simulate(
         write_result(run.result, out)
         note(f"result written to {out}")
     if plot is not None:
-        from simulator.report.run_plot import save_run_plot
+        from simulator.report.figures import save_figure
+        from simulator.report.run_plot import draw_run
 
-        save_run_plot(run.result, plot)
+        save_figure(lambda: draw_run(run.result), plot)
         note(f"plot written to {plot}")
     if as_json:
         print_json(run.summary.model_dump(mode="json"))

@@ -140,7 +140,7 @@ def test_a_run_can_be_drawn_the_same_way_twice(tmp_path):
         assert call("simulate", NAME, *SMALL, "-q", "--plot", tmp_path / name).exit_code == 0
     text = (tmp_path / "one.svg").read_text()
     assert text == (tmp_path / "two.svg").read_text()
-    for words in ("What users wait", "Chip-seconds per query", "TTFT ≤ 1 s"):
+    for words in ("where the chip time went", "chip-seconds per query busy", "SLO 1,000"):
         assert words in text
     inside = call("simulate", NAME, *SMALL, "-q", "--out", tmp_path / "run", "--plot", tmp_path / "run" / "run.png")
     assert inside.exit_code == 0
