@@ -9,8 +9,11 @@ from simulator.cli.output import json_option, note, print_json, print_table
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simulator.roofline.analysis import StepReport
     from simulator.roofline.deployment import Deployment
+    from simulator.roofline.ops import Number
 
 
 @click.command()
@@ -181,24 +184,22 @@ def _print(report: "StepReport") -> None:
         if step.B
         else f"prefill of {step.n:,.0f} tokens, {step.K - step.n:,.0f} cached"
     )
+    figures: dict[str, list[Number]] = {
+        "FLOP": [row.op.flops for row in report.ops],
+        "weight B": [row.op.weight_bytes for row in report.ops],
+        "KV B": [row.op.kv_read_bytes + row.op.kv_write_bytes for row in report.ops],
+        "act. B": [row.op.activation_bytes for row in report.ops],
+        "link B": [row.op.comm_bytes for row in report.ops],
+        "time s": [row.time_s for row in report.ops],
+    }
+    titles, columns = zip(*(_column(title, values) for title, values in figures.items()), strict=True)
     rows = [
-        [
-            row.op.name,
-            str(row.op.count),
-            _figure(float(row.op.flops), 1e9),
-            _figure(float(row.op.weight_bytes), 1e6),
-            _figure(float(row.op.kv_read_bytes + row.op.kv_write_bytes), 1e6),
-            _figure(float(row.op.activation_bytes), 1e6),
-            _figure(float(row.op.comm_bytes), 1e6),
-            _figure(row.time_s, 1e-6),
-            f"{row.share:.1%}",
-            row.bound,
-        ]
-        for row in report.ops
+        [row.op.name, str(row.op.count), *cells, f"{row.share:.1%}", row.bound]
+        for row, *cells in zip(report.ops, *columns, strict=True)
     ]
     print_table(
         f"{d.architecture.name} in {d.precision.name} on {d.slice.spec} (tp {d.chips}): {what}",
-        ["per chip", "count", "GFLOP", "weight MB", "KV MB", "act. MB", "link MB", "time µs", "share", "bound"],
+        ["per chip", "count", *titles, "share", "bound"],
         rows,
     )
     parts = ", ".join(f"{bound} {s / t:.0%}" for bound, s in report.bound_s.items() if s / t >= 0.005)
@@ -222,9 +223,16 @@ def _print(report: "StepReport") -> None:
         click.echo(f"{'note':<16} {line}")
 
 
-def _figure(value: float, unit: float) -> str:
-    """Three significant digits, a dash for nothing."""
-    if value == 0:
-        return "–"
-    scaled = value / unit
-    return f"{scaled:,.0f}" if scaled >= 100 else f"{scaled:.3g}"
+def _column(title: str, values: "Sequence[Number]") -> tuple[str, list[str]]:
+    """Title with the SI prefix that suits the largest value, and the values: three digits, a dash for nothing."""
+    numbers = [float(v) for v in values]
+    prefixes = {"µ": 1e-6, "m": 1e-3, "": 1.0} if title.endswith("s") else {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+    prefix = next((p for p, f in prefixes.items() if 0 < max(numbers) < 1e5 * f), list(prefixes)[1])
+    factor = prefixes[prefix]
+    *words, unit = title.split(" ")
+    cells = ["–" if v == 0 else _three_digits(v / factor) for v in numbers]
+    return " ".join([*words, f"{prefix}{unit}"]), cells
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 0.001 else "0.00"

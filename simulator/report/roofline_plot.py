@@ -45,7 +45,7 @@ def save_roofline_plot(report: StepReport, path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"--plot {path}: the file name must end in {', '.join(FORMATS)}")
-    import matplotlib as mpl  # noqa: PLC0415  # 0.3 s, only for those who plot
+    import matplotlib as mpl  # 0.3 s, only for those who plot
 
     # A fixed salt and no date: the same report gives the same file.
     with mpl.rc_context({"svg.hashsalt": "chipseconds", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
@@ -58,7 +58,7 @@ def save_roofline_plot(report: StepReport, path: Path) -> None:
 
 def draw_roofline(report: StepReport) -> "Figure":
     """Figure with the roofs, one point per op that computes, a star for the step, and a bar of the step's time."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  # as above
+    from matplotlib.figure import Figure  # as above
 
     figure = Figure(figsize=(10.5, 6.6), facecolor="white")
     axes = figure.add_axes((0.085, 0.265, 0.885, 0.585))
@@ -118,7 +118,7 @@ def _titles(figure: "Figure", report: StepReport) -> None:
 
 def _frame(axes: "Axes", report: StepReport, marks: Sequence[_Mark], star: tuple[float, float]) -> None:
     """Limits that hold the ridge and every point, log axes with SI labels, light grid."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415  # with matplotlib
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # with matplotlib
 
     chip = report.deployment.slice.chip
     peaks = [chip.peak_flops_per_s(t) for t in _dtypes(report)]

@@ -330,7 +330,7 @@ def merge_ops(groups: tuple[list[Op], list[Op], list[Op]]) -> list[Op]:
 
 def _matmul(d: Deployment, name: str, count: int, m: Matrix, n: Number, *, head: bool = False) -> Op:
     p, chip, e, some = d.precision, d.slice.chip, d.eff, np.greater(n, 0) * 1.0
-    copied_bytes = p.matrix_bytes(m.n_in, m.copied)
+    copied_bytes = p.matrix_bytes(m.n_in, m.copied) + (m.copied * p.wide_bytes if m.bias else 0.0)
     if m.split_rows:  # 8-bit scales belong to whole columns, so every chip holds all of them
         copied_bytes += p.matrix_bytes(m.n_in, m.n_out) - p.matrix_bytes(m.n_in * d.chips, m.n_out) / d.chips
     flops = n * (2 * count * m.n_in * m.n_out)

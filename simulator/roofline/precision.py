@@ -106,12 +106,11 @@ class Precision:
     def name(self) -> str:
         """A word that :func:`parse_precision` reads back as this precision (``quantize_head`` aside)."""
         group = "" if self.group_size is None else f"g{self.group_size}"
-        kv = "" if self.kv == self.wide else f"kv{self.kv}"
-        if self.weights == self.activations:
-            kv = "kv8" if kv == f"kv{self.weights}" and BITS[self.weights] == 8 else kv
+        if self.weights == self.activations and BITS[self.weights] > 4:
+            default = "fp16" if self.weights == "fp16" else "bf16"
+            kv = "" if self.kv == default else f"kv{'8' if self.kv == self.weights else self.kv}"
             return f"{self.weights}{kv}{group}"
-        kv = {"kvint8": "kv8", "kvint4": "kv4"}.get(kv, kv)
-        return f"w{_short(self.weights)}a{_short(self.activations)}{kv or 'kv16'}{group}"
+        return f"w{_short(self.weights)}a{_short(self.activations)}kv{_short(self.kv)}{group}"
 
     def matrix_bytes(self, n_in: float, n_out: float, *, head: bool = False) -> float:
         """Stored bytes of an ``[n_in, n_out]`` weight matrix with its scales; ``head``: embedding or output head. [bytes]"""

@@ -82,7 +82,7 @@ def test_napkin_incremental_prefill_is_19_5_s_and_bound_by_compute(napkin):
 )
 def test_napkin_int4_decode_step_on_2x4(napkin, batch, context, milliseconds):
     answer = report(napkin("tpu-v5e:2x4"), StepShape.decode(batch, context))
-    assert 1e3 * answer.time_s == pytest.approx(milliseconds, rel=3e-6 if batch > 1 else 3e-10)
+    assert 1e3 * answer.time_s == pytest.approx(milliseconds, abs=1e-4 if batch > 1 else 1e-9)
     assert answer.bound == "HBM"
     assert answer.mbu == pytest.approx(1)
 

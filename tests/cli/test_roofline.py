@@ -1,0 +1,132 @@
+"""``chipseconds roofline`` as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from simulator.cli.main import cli
+from simulator.errors import InfeasibleError, InputError, UnpriceableError
+
+DECODE = [
+    "--model",
+    "llama-3-70b",
+    "--slice",
+    "tpu-v5e:4x4",
+    "--precision",
+    "w8a16kv8",
+    "--decode",
+    "32",
+    "--context",
+    "8192",
+]
+PREFILL = ["--model", "llama-3-8b", "--slice", "h100-sxm:1", "--prefill", "2048"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, ["roofline", *arguments])
+
+
+def test_table_is_readable_at_100_columns():
+    for arguments in (DECODE, PREFILL, [*DECODE[:6], "--prefill", "8192", "--context", "131072"]):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+        assert max(len(line.rstrip()) for line in result.output.splitlines()) <= 100
+    assert "attention, prefill" in result.output
+
+
+def test_table_says_what_bounds_the_step():
+    output = run(*DECODE).output
+    for words in (
+        "bound by",
+        "MFU",
+        "MBU",
+        "critical batch",
+        "KV capacity",
+        "FFN gate, up",
+        "FLOP/byte",
+        "held 2 times",
+    ):
+        assert words in output
+
+
+def test_json_is_one_document_with_the_tables_figures():
+    result = run(*DECODE, "--json")
+    document = json.loads(result.stdout)
+    assert document["model"] == "llama-3-70b"
+    assert document["fits"] is True
+    assert sum(op["time_s"] for op in document["ops_per_chip"]) == pytest.approx(document["step_time_s"])
+    assert sum(document["time_by_bound_s"].values()) == pytest.approx(document["step_time_s"])
+    assert document["tokens_per_s"] == pytest.approx(32 / document["step_time_s"])
+    assert document["kv_capacity_tokens"] == document["kv_capacity_blocks"] * document["block_size_tokens"]
+    assert document["chip_seconds"] == pytest.approx(16 * document["step_time_s"])
+
+
+def test_ideal_is_faster_than_default_and_not_below_the_bound():
+    times = {}
+    for efficiency in ("default", "ideal"):
+        document = json.loads(run(*DECODE, "--json", "--efficiency", efficiency).stdout)
+        assert document["step_time_s"] >= document["roofline_bound_s"]
+        times[efficiency] = document["step_time_s"]
+    assert times["ideal"] < times["default"]
+
+
+def test_plot_is_written_and_said_on_stderr(tmp_path):
+    file = tmp_path / "roofline.svg"
+    result = run(*PREFILL, "--plot", str(file), "--json")
+    assert file.read_text().startswith("<?xml")
+    assert json.loads(result.stdout)
+    assert str(file) in result.stderr
+
+
+def test_what_does_not_fit_is_priced_and_answered_no():
+    result = run("--model", "llama-3-70b", "--slice", "tpu-v5e:1x1", "--decode", "1", "--context", "100", "--json")
+    assert isinstance(result.exception, InfeasibleError)
+    assert json.loads(result.stdout)["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "llama-3-70", "--slice", "h100-sxm:8", "--prefill", "5"], "llama-3-70b"),
+        (["--model", "llama-3-8b", "--slice", "h100-sxm:3", "--prefill", "5"], "h100-sxm:3"),
+        (["--model", "llama-3-8b", "--slice", "h100-sxm:1"], "exactly one of prefill"),
+        (["--model", "llama-3-8b", "--slice", "h100-sxm:1", "--decode", "4"], "needs a context"),
+        ([*PREFILL, "--precision", "int9"], "int9"),
+        ([*PREFILL, "--tp", "2"], "tp = 2"),
+        ([*PREFILL, "--max-num-batched-tokens", "1024"], "--prefill 2048"),
+        ([*PREFILL, "--plot", "x.bmp"], "must end in"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments, message):
+    result = run(*arguments)
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+    assert not isinstance(result.exception, UnpriceableError)
+
+
+def test_unpriceable_models_are_refused_by_name():
+    result = run("--model", "mixtral-8x7b", "--slice", "h100-sxm:8", "--prefill", "5")
+    assert isinstance(result.exception, UnpriceableError)
+    assert "mixture of experts" in str(result.exception)
+
+
+def test_heavy_packages_stay_unimported_without_a_plot():
+    code = (
+        "import sys; from click.testing import CliRunner; from simulator.cli.main import cli; "
+        f"r = CliRunner().invoke(cli, ['roofline', *{DECODE!r}]); assert r.exit_code == 0, r.output; "
+        "print([m for m in ('matplotlib', 'numba', 'duckdb', 'scipy', 'simpy') if m in sys.modules])"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.stdout.strip() == "[]"
