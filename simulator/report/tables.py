@@ -56,7 +56,7 @@ def percent(fraction: float | None) -> str:
     """A share in percent.
 
     >>> percent(0.1234), percent(0.00012), percent(1.0)
-    ('12.3 %', '0.012 %', '100 %')
+    ('12.3 %', '0.0120 %', '100 %')
     """
     return _DASH if fraction is None else f"{number(100 * fraction)} %"
 
