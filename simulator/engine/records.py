@@ -151,7 +151,7 @@ class EngineResult:
         largest inter-token latency. 0 if none.
     totals
         sums over steps: ``steps``, ``dense_tokens``, ``decode_tokens`` (ΣB), ``decode_keys`` (ΣS), ``prefill_pairs`` (ΣA),
-        ``prefill_keys`` (ΣK), ``chunks`` (ΣP), ``rows`` (ΣR), ``preemptions``, ``recomputed_tokens``, ``segments``;
+        ``prefill_keys`` (ΣK), ``window_decode_keys`` (ΣSW), ``window_prefill_pairs`` (ΣAW), ``window_prefill_keys`` (ΣKW), ``chunks`` (ΣP), ``rows`` (ΣR), ``preemptions``, ``recomputed_tokens``, ``segments``;
         and times: ``decode_attention_s``, ``prefill_attention_s``;
         and time integrals: ``running_s`` (Σ running requests × time), ``waiting_s``, ``kv_blocks_s``;
         and peaks: ``max_running``, ``max_waiting``, ``max_kv_blocks``.
@@ -179,6 +179,17 @@ class EngineResult:
     totals: dict[str, float] = field(default_factory=dict)
     timeline: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     timeline_interval_s: float = 0.0
+
+
+def window_keys(context: int, window: int, *, chunked: bool) -> int:
+    """Keys a query at ``context`` (itself included) sees through a window; 0 without one.
+
+    >>> [window_keys(t, 4, chunked=False) for t in (1, 4, 5, 9)], [window_keys(t, 4, chunked=True) for t in (1, 4, 5, 9)]
+    ([1, 4, 4, 4], [1, 4, 1, 1])
+    """
+    if window == 0:
+        return 0
+    return (context - 1) % window + 1 if chunked else min(context, window)
 
 
 def itl_bin(value_s: float) -> int:

@@ -13,9 +13,18 @@ A step is described by few integers:
 ``R`` logit rows: decoding sequences plus chunks that complete their prompt
 ===== ==========================================================================================
 
-and its time is::
+Layers that see only a window of W keys (sliding or chunked-local attention, the selected keys of sparse attention) read fewer: a
+query at context t (itself included) sees w(t) = min(t, W) keys when sliding, ((t − 1) mod W) + 1 when chunked. So there are
 
-    dense_s[n] + head_s[R] + [B > 0]·(g(S) + decode_seq_s·B) + [P > 0]·max_j(planes[j]·(A, K, P))
+====== =========================================================================================
+``SW`` as S, with w(t) in place of t
+``AW`` as A: the sum of w(t) over the chunks' queries
+``KW`` as K: keys the chunks' windowed layers read, min(p + c, c + W − 1) when sliding, (p mod W) + c when chunked
+====== =========================================================================================
+
+and the time of a step is::
+
+    dense_s[n] + head_s[R] + [B > 0]·(g(S) + window_slope_s·SW + decode_seq_s·B) + [P > 0]·max_j(planes[j]·(A, K, P, AW, KW))
 
 with ``g`` the piecewise linear curve through the decode knots. Each term is at least its own roofline bound.
 """
@@ -48,7 +57,8 @@ class StepCost:
     decode_seq_s
         time per decoding sequence that depends on neither n nor S. [s]
     prefill_planes
-        [q, 3] seconds per attention pair (A), per KV token read (K), per chunk (P); the time is the largest plane.
+        [q, 5] seconds per attention pair (A), per KV token read (K), per chunk (P), per windowed pair (AW) and per
+        windowed token read (KW); the time is the largest plane. Three columns are read as five, the last two 0.
     chips
         chips of the replica; chip-seconds are step seconds times this.
     dense_flops, dense_bytes
@@ -59,6 +69,14 @@ class StepCost:
         FLOPs per (query, key) pair over all layers; KV-cache bytes read per key (written per token), all chips.
     peak_flops_per_s, hbm_bandwidth_bytes_per_s
         of the whole replica; the denominators of MFU and MBU.
+    window, window_chunked
+        W in keys (0: no layer has a window), and whether windows are chunks of the context instead of sliding.
+    window_slope_s
+        time per windowed key of the decoding sequences. [s]
+    window_flops_per_pair, window_kv_bytes_per_token
+        as ``attention_flops_per_pair`` and ``kv_bytes_per_token``, of the windowed layers.
+    decode_seq_bytes
+        bytes a decode step moves per sequence whatever its context (recurrent state), all chips.
     dense_parts
         named shares of ``dense_s`` (same shape each, summing to it), e.g. matmul, collective, overhead.
     """
@@ -80,9 +98,21 @@ class StepCost:
     peak_flops_per_s: float
     hbm_bandwidth_bytes_per_s: float
     dense_parts: Mapping[str, Array] = field(default_factory=dict)
+    window: int = 0
+    window_chunked: bool = False
+    window_slope_s: float = 0.0
+    window_flops_per_pair: float = 0.0
+    window_kv_bytes_per_token: float = 0.0
+    decode_seq_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse tables that would give silently wrong times."""
+        if self.prefill_planes.ndim == 2 and self.prefill_planes.shape[1] == 3:
+            object.__setattr__(self, "prefill_planes", np.pad(self.prefill_planes, ((0, 0), (0, 2))))
+        if self.window < 0 or not self.window_slope_s >= 0:
+            raise InputError(f"StepCost.window = {self.window}, window_slope_s = {self.window_slope_s}: not below 0")
+        if self.window == 0 and (self.window_slope_s > 0 or self.prefill_planes[:, 3:].any()):
+            raise InputError("StepCost: windowed terms without a window")
         for name in ("dense_s", "head_s"):
             table = getattr(self, name)
             if table.ndim != 1 or len(table) < 2 or table[0] != 0:
@@ -96,8 +126,8 @@ class StepCost:
             raise InputError(f"StepCost.decode_knots must ascend from 0, got {knots}")
         if not (self.decode_slope_s >= 0).all() or self.decode_value_s[0] < 0:
             raise InputError("StepCost.decode_slope_s and decode_value_s must not be negative")
-        if self.prefill_planes.ndim != 2 or self.prefill_planes.shape[1] != 3 or not (self.prefill_planes >= 0).all():
-            raise InputError("StepCost.prefill_planes must be a [q, 3] table without negative entries")
+        if self.prefill_planes.ndim != 2 or self.prefill_planes.shape[1] != 5 or not (self.prefill_planes >= 0).all():
+            raise InputError("StepCost.prefill_planes must be a [q, 5] table without negative entries")
 
     @property
     def max_tokens(self) -> int:
@@ -114,11 +144,24 @@ class StepCost:
         j = int(np.searchsorted(self.decode_knots, S, side="right")) - 1
         return float(self.decode_value_s[j] + self.decode_slope_s[j] * (S - self.decode_knots[j]))
 
-    def prefill_attention_s(self, A: float, K: float, P: float) -> float:
+    def prefill_attention_s(self, A: float, K: float, P: float, AW: float = 0, KW: float = 0) -> float:
         """Attention time of the prefill chunks. [s]"""
-        return float((self.prefill_planes @ np.array([A, K, P])).max()) if P else 0.0
+        return float((self.prefill_planes @ np.array([A, K, P, AW, KW])).max()) if P else 0.0
 
-    def step_s(self, *, n: int, B: int = 0, S: float = 0, P: int = 0, A: float = 0, K: float = 0, R: int = 0) -> float:
+    def step_s(
+        self,
+        *,
+        n: int,
+        B: int = 0,
+        S: float = 0,
+        P: int = 0,
+        A: float = 0,
+        K: float = 0,
+        R: int = 0,
+        SW: float = 0,
+        AW: float = 0,
+        KW: float = 0,
+    ) -> float:
         """Time of one step. [s]"""
-        decode = self.decode_attention_s(S) + self.decode_seq_s * B if B else 0.0
-        return float(self.dense_s[n] + self.head_s[R]) + decode + self.prefill_attention_s(A, K, P)
+        decode = self.decode_attention_s(S) + self.window_slope_s * SW + self.decode_seq_s * B if B else 0.0
+        return float(self.dense_s[n] + self.head_s[R]) + decode + self.prefill_attention_s(A, K, P, AW, KW)
