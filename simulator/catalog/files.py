@@ -1,7 +1,9 @@
 """Where catalogue files live, and how one is read into a record with errors a person can act on."""
 
+import json
 import tomllib
 from collections.abc import Mapping
+from datetime import date, time
 from importlib.resources import files as package_files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -57,11 +59,19 @@ def read_toml(file: Traversable) -> dict[str, Any]:
 
 
 def parse(record: type[R], data: Mapping[str, Any], where: str) -> R:
-    """Validate ``data`` as ``record``; the error names file, field, value and what is allowed."""
+    """Validate ``data`` as ``record``; the error names file, field, value and what is allowed.
+
+    Validation is strict, as for JSON: a string is no number and a fraction no count, but a list is a tuple and ``1`` a float.
+    """
     try:
-        return record.model_validate(data)
+        return record.model_validate_json(json.dumps(data, default=_as_json), strict=True)
     except ValidationError as error:
         raise InputError("\n".join(_explain(record, item, where) for item in error.errors())) from None
+
+
+def _as_json(value: date | time | BaseModel) -> Any:
+    """Spell TOML's dates and times (a datetime is a date) and nested records as JSON does."""
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value.isoformat()
 
 
 def _explain(record: type[BaseModel], item: Any, where: str) -> str:

@@ -14,9 +14,9 @@ from simulator.units import to_si
 
 
 class Record(BaseModel):
-    """Base of every catalogue record: frozen, no unknown fields, no silent coercion of strings to numbers."""
+    """Base of every catalogue record: frozen, no unknown fields, no NaN. Files are read strictly (``files.parse``)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Kind = Literal["datasheet", "measured", "derived", "assumed", "recalled", "not_published"]

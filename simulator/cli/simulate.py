@@ -9,8 +9,15 @@ import click
 
 from simulator.cli.output import json_option, note, print_json
 
+_EXAMPLES = """\b
+Examples:
+  chipseconds simulate llama-3-8b-azure-chat --out runs/first --plot runs/first/run.png
+  chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=20
+  chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
+"""
 
-@click.command()
+
+@click.command(epilog=_EXAMPLES)
 @click.argument("scenario")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
@@ -31,13 +38,7 @@ def simulate(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    r"""Simulate SCENARIO: a name from `chipseconds scenarios`, a TOML file, or a result folder to run again.
-
-    \b
-    chipseconds simulate llama-3-8b-azure-chat
-    chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=8 --out runs/rate-8
-    chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
-    """
+    """Simulate SCENARIO: a name from `chipseconds scenarios`, a TOML file, or a result folder to run again."""
     from simulator.report.tables import summary_text
     from simulator.results import check_writable, write_result
     from simulator.run import load_scenario, run_scenario
@@ -47,7 +48,7 @@ def simulate(
     if plot is not None:
         from simulator.report.figures import check_figure_path
 
-        check_figure_path(plot)
+        check_figure_path(plot, made=out)
     loaded = load_scenario(scenario, overrides)
     started = time.perf_counter()
     run = run_scenario(

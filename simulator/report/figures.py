@@ -24,8 +24,8 @@ BLUE, ORANGE, GREEN, SKY, PINK, YELLOW, GREY = (
 )
 
 
-def check_figure_path(path: Path) -> None:
-    """Refuse a figure path before any work is done for it.
+def check_figure_path(path: Path, *, made: Path | None = None) -> None:
+    """Refuse a figure path before any work is done for it; ``made`` is a folder that the work will make.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def check_figure_path(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"--plot {path}: the file name must end in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
+    if not path.parent.is_dir() and (made is None or path.absolute().parent != made.absolute()):
         raise InputError(f"--plot {path}: folder {str(path.parent)!r} does not exist")
 
 

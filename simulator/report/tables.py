@@ -56,7 +56,7 @@ def percent(fraction: float | None) -> str:
     """A share in percent.
 
     >>> percent(0.1234), percent(0.00012), percent(1.0)
-    ('12.3 %', '0.012 %', '100 %')
+    ('12.3 %', '0.0120 %', '100 %')
     """
     return _DASH if fraction is None else f"{number(100 * fraction)} %"
 
@@ -128,6 +128,7 @@ def _heading(s: Summary) -> list[str]:
 
 def _answer(s: Summary) -> list[str]:
     c, load = s.chip_seconds_per_query, s.load
+    at_most, at_least = ("at most ", "at least ") if load.capacity_understated else ("", "")
     chips = s.ledger.chips
     lines = ["Answer"]
     lines += wrapped(
@@ -136,12 +137,17 @@ def _answer(s: Summary) -> list[str]:
     )
     if load.load is None:
         lines += wrapped(f"Capacity: {number(load.capacity_per_s)} requests/s (same requests, all queued at once).")
+    elif load.capacity_understated and load.load >= 1 and not load.overloaded:
+        lines += wrapped(
+            f"Load not known: {s.requests.finished:,} requests are too few to measure capacity (it is at least "
+            f"{number(load.capacity_per_s)} requests/s; they arrive at {number(load.arrival_per_s)}/s)."
+        )
     elif load.overloaded:
         lines += wrapped(_overload_sentence(load))
     else:
         lines += wrapped(
-            f"Load {number(load.load)}: {number(load.arrival_per_s)} of {number(load.capacity_per_s)} requests/s; "
-            f"headroom {percent(load.headroom_fraction)}."
+            f"Load {at_most}{number(load.load)}: {number(load.arrival_per_s)} of {number(load.capacity_per_s)} requests/s; "
+            f"headroom {at_least}{percent(load.headroom_fraction)}."
         )
     if s.slo:
         lines += wrapped(_slo_sentence(s.slo))

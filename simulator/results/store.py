@@ -12,6 +12,7 @@ No wall time, host name or user is inside, so equal runs give equal folders on o
 """
 
 import json
+import os
 import shutil
 import tomllib
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ from simulator.results.summary import SCHEMA_VERSION, Summary
 from simulator.results.tables import REQUEST_COLUMNS, REQUEST_STATES, TIMELINE_COLUMNS, Column, Table, as_table
 
 FORMAT = "chipseconds-result"
+#: Files of a result folder.
+FILES = ("meta.json", "scenario.toml", "summary.json", "requests.parquet", "timeline.parquet")
 _ROWS_PER_GROUP = 122_880
 
 
@@ -61,6 +64,8 @@ def check_writable(folder: Path) -> None:
     parent = next(p for p in folder.absolute().parents if p.exists())
     if not parent.is_dir():
         raise InputError(f"--out {folder}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {folder}: {parent} cannot be written to")
 
 
 def is_result(folder: Path) -> bool:
@@ -73,17 +78,23 @@ def is_result(folder: Path) -> bool:
 
 
 def write_result(result: Result, folder: Path) -> None:
-    """Write ``result`` to ``folder``, replacing an earlier result there.
+    """Write ``result`` to ``folder``, replacing an earlier result there but no other file that lies beside it.
 
-    Everything goes to a temporary folder beside it first, so a failure or a kill leaves the old state.
+    Everything goes to a temporary folder first, so a failure or a kill leaves the old state.
 
     Raises
     ------
     InputError
-        If ``folder`` is not free and not a result folder.
+        If ``folder`` is not free and not a result folder, or cannot be written.
     """
     check_writable(folder)
-    folder = folder.absolute()
+    try:
+        _write(result, folder.absolute())
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _write(result: Result, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -108,6 +119,9 @@ def write_result(result: Result, folder: Path) -> None:
             old = Path(mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             folder.rename(old / folder.name)
             temporary.rename(folder)
+            for other in (old / folder.name).iterdir():
+                if other.name not in FILES:
+                    other.rename(folder / other.name)
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
@@ -143,10 +157,13 @@ def write_parquet(table: Table, path: Path, *, columns: tuple[Column, ...] = REQ
     quoted = str(path).replace("'", "''")
     with duckdb.connect(config={"threads": 1, "preserve_insertion_order": True}) as connection:
         connection.register("source", dict(table))
-        connection.execute(
-            f"COPY (SELECT {', '.join(selected)} FROM source) TO '{quoted}' "  # noqa: S608 - names from our own schema
-            f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROWS_PER_GROUP})"
-        )
+        try:
+            connection.execute(
+                f"COPY (SELECT {', '.join(selected)} FROM source) TO '{quoted}' "  # noqa: S608 - names from our own schema
+                f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROWS_PER_GROUP})"
+            )
+        except duckdb.IOException as error:
+            raise InputError(f"{path.name} cannot be written: {str(error).splitlines()[0]}") from None
 
 
 def read_parquet(path: Path, columns: tuple[Column, ...]) -> Table:

@@ -110,6 +110,8 @@ class Load(Section):
     """Mean arrival rate; null for a closed loop or a batch that arrives at once."""
     capacity_per_s: float
     """Throughput of the same requests all queued at t = 0."""
+    capacity_understated: bool
+    """Fewer requests than ten full batches: the emptying at the end of the capacity run weighs on it."""
     load: float | None
     """arrival_per_s ÷ capacity_per_s."""
     headroom_fraction: float | None
@@ -123,7 +125,7 @@ class Load(Section):
     backlog_growing: bool
     """backlog_trend_p below the stated level, and the backlog grew by more than one request per replica."""
     overloaded: bool
-    """load ≥ 1, or backlog_growing."""
+    """load ≥ 1 (and, with capacity_understated, requests still waiting at the end), or backlog_growing."""
 
 
 class Slo(Section):
@@ -344,7 +346,7 @@ class Summary(Section):
     latency: Latency | None
     """Null when overloaded: there is no steady state to describe."""
     slo: Slo | None
-    """Null when the scenario sets no limits, or when overloaded."""
+    """Null when the scenario sets no limits, when overloaded, or when no request was measured."""
     throughput: Throughput
     occupancy: Occupancy
     utilisation: Utilisation

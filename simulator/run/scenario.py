@@ -145,7 +145,8 @@ def load_scenario(name_or_path: str, overrides: Iterable[str] = ()) -> Scenario:
         name of a shipped scenario, path of a file, or a result folder, whose resolved scenario is taken.
     overrides
         e.g. ``replicas=4``, ``engine.max_num_seqs=64``, ``traffic.trace=mine.csv``: a path of fields, and a value in
-        TOML's syntax, in which a word that is no TOML value is a string.
+        TOML's syntax, in which a word that is no TOML value is a string. ``traffic.trace`` takes the place of the
+        file's whole ``[traffic]`` table: the trace has lengths and times of its own.
 
     Raises
     ------
@@ -156,6 +157,7 @@ def load_scenario(name_or_path: str, overrides: Iterable[str] = ()) -> Scenario:
     data = read_toml(file)
     _absolute_paths(data, _parent(file))
     changes = [_parse_override(text) for text in overrides]
+    _make_way_for_trace(data, [path for path, _ in changes])
     for path, value in changes:
         _assign(data, path, value)
         # What an earlier file or override made absolute stays as it is.
@@ -193,6 +195,13 @@ def _parse_value(written: str) -> Any:
         except tomllib.TOMLDecodeError:
             pass
     return written
+
+
+def _make_way_for_trace(data: dict[str, Any], paths: list[list[str]]) -> None:
+    """Setting ``traffic.trace`` replaces the file's traffic: which requests come, and when, is then up to the trace."""
+    traffic = data.get("traffic")
+    if any(path[:2] == ["traffic", "trace"] for path in paths) and isinstance(traffic, dict) and "trace" not in traffic:
+        data["traffic"] = {}
 
 
 #: Tables that a file may write as one word, and the field that the word is short for.

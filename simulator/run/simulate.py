@@ -137,9 +137,8 @@ def _run_once(
         at_once = outcome
     else:
         at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers)
-    capacity = int((at_once.column("status") == FINISHED).sum()) / at_once.end_s
     about = facts(resolved, seed=seed, traffic=_source(stream, scenario), notes=stream.notes)
-    return (*summarise(outcome, capacity, about), outcome)
+    return (*summarise(outcome, at_once, about), outcome)
 
 
 def _source(stream: Stream, scenario: Scenario) -> str:

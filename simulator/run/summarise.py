@@ -78,10 +78,10 @@ class Facts:
     notes: tuple[str, ...] = ()
 
 
-def summarise(outcome: Outcome, capacity_per_s: float, facts: Facts) -> tuple[Summary, Table, Table]:
+def summarise(outcome: Outcome, at_once: Outcome, facts: Facts) -> tuple[Summary, Table, Table]:
     """Summary, requests table and timeline table of a run.
 
-    ``capacity_per_s`` is the throughput of the same requests all queued at t = 0.
+    ``at_once`` is a run of the same requests all queued at t = 0, whose throughput is the capacity.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def summarise(outcome: Outcome, capacity_per_s: float, facts: Facts) -> tuple[Su
         warm_up_fraction=facts.options.warm_up_fraction,
         drain_fraction=facts.options.drain_fraction,
     )
-    load = measure_load(outcome, measured, capacity_per_s)
+    load = measure_load(outcome, measured, at_once)
     finished = np.asarray(table["status"] == FINISHED)
     work = total_work(outcome, cost)
     used = utilisation(outcome, cost, work)
@@ -204,7 +204,7 @@ def _itl(outcome: Outcome, table: Table, finished: NDArray[np.bool_]) -> Distrib
 
 def _slo(table: Table, measured: Measured, finished: NDArray[np.bool_], options: SloOptions) -> Slo | None:
     limits = options.limits
-    if not limits:
+    if not limits or not len(measured.rows):
         return None
     good = finished.copy()
     for name, limit in limits.items():
@@ -408,6 +408,13 @@ def _warnings(
             f"the backlog grows (Mann–Kendall p = {load.backlog_trend_p:.1g} < {TREND_LEVEL:g}) although load is below 1: "
             "the arrivals are not steady, or the run is too short for its capacity to show"
         )
+    if load.capacity_understated and load.load is not None:
+        found.append(
+            f"{counts.finished:,} requests are fewer than ten full batches: capacity is understated and load overstated; "
+            "simulate more requests"
+        )
+    if not len(measured.rows):
+        found.append("no request arrived inside the measured window: simulate more requests")
     if measured.offline:
         found.append("every request arrived at once: latencies describe this batch, not a steady state")
     elif not load.overloaded:

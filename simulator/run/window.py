@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.engine.records import FINISHED
 from simulator.results.summary import Load, Window
 from simulator.run.outcome import Outcome, accepted, fleet_mean
 from simulator.run.statistics import BATCHES, TREND_LEVEL, mann_kendall_p
@@ -72,12 +73,22 @@ def measured_window(outcome: Outcome, *, warm_up_fraction: float, drain_fraction
     )
 
 
-def measure_load(outcome: Outcome, measured: Measured, capacity_per_s: float) -> Load:
+#: Full batches that a capacity run needs for its last, emptying one not to matter much.
+FULL_BATCHES = 10
+
+
+def measure_load(outcome: Outcome, measured: Measured, at_once: Outcome) -> Load:
     """Load against capacity, and the trend of the backlog.
+
+    Capacity is the throughput of ``at_once``, the same requests all queued at t = 0. A handful of requests never fills a
+    batch there, so its throughput says little; a load ≥ 1 then counts only if requests are left waiting as well.
 
     The backlog's batch means run from the warm-up cut to the last arrival: after it, every backlog shrinks.
     """
     window = measured.window
+    finished = int((at_once.column("status") == FINISHED).sum())
+    capacity_per_s = finished / at_once.end_s
+    understated = finished < FULL_BATCHES * at_once.n_replicas * at_once.peak("max_running")
     arrival = np.asarray(outcome.column("arrival_s"), dtype=np.float64)[accepted(outcome)]
     open_loop = outcome.requests.concurrency == 0 and not measured.offline and len(arrival) > 1
     rate = (len(arrival) - 1) / float(arrival.max() - arrival.min()) if open_loop else None
@@ -97,11 +108,12 @@ def measure_load(outcome: Outcome, measured: Measured, capacity_per_s: float) ->
     return Load(
         arrival_per_s=rate,
         capacity_per_s=capacity_per_s,
+        capacity_understated=understated,
         load=load,
         headroom_fraction=None if load is None else 1 - load,
         backlog_start=start,
         backlog_end=end,
         backlog_trend_p=p,
         backlog_growing=growing,
-        overloaded=growing or (load is not None and load >= 1),
+        overloaded=growing or (load is not None and load >= 1 and (not understated or end > outcome.n_replicas)),
     )

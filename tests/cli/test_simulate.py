@@ -133,3 +133,25 @@ def test_seeds_add_a_table_of_intervals_between_seeds():
     found = call("simulate", NAME, *SMALL, "--seeds", 3, "-q")
     assert "Between 3 seeds" in found.stdout
     assert found.stderr == ""
+
+
+def test_a_run_can_be_drawn_the_same_way_twice(tmp_path):
+    for name in ("one.svg", "two.svg"):
+        assert call("simulate", NAME, *SMALL, "-q", "--plot", tmp_path / name).exit_code == 0
+    text = (tmp_path / "one.svg").read_text()
+    assert text == (tmp_path / "two.svg").read_text()
+    for words in ("where the chip time went", "chip-seconds per query busy", "SLO 1,000"):
+        assert words in text
+    inside = call("simulate", NAME, *SMALL, "-q", "--out", tmp_path / "run", "--plot", tmp_path / "run" / "run.png")
+    assert inside.exit_code == 0
+    assert (tmp_path / "run" / "run.png").stat().st_size > 10_000
+    overloaded = call("simulate", "overloaded", "--set", "traffic.n_requests=3000", "--plot", tmp_path / "o.svg")
+    assert overloaded.exit_code == 0
+    assert "no steady state" in (tmp_path / "o.svg").read_text()
+
+
+@pytest.mark.parametrize("name", ["run.gif", "nowhere/run.png"])
+def test_a_plot_that_cannot_be_written_is_refused_before_the_run(tmp_path, name):
+    found = call("simulate", NAME, "--plot", tmp_path / name)
+    assert isinstance(found.exception, InputError)
+    assert "simulating" not in found.stderr

@@ -103,6 +103,30 @@ def test_a_folder_that_is_not_a_result_is_left_alone(result, tmp_path):
     assert contents(tmp_path) == {"precious": b"mine"}
 
 
+def test_other_files_in_a_result_folder_survive_a_new_run(result, tmp_path):
+    write_result(result, tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    write_result(result, tmp_path / "run")
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_parent_that_is_a_file_is_refused(result, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="not a folder"):
+        write_result(result, tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_said_in_words(result, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("simulator.results.store._write_text", full)
+    with pytest.raises(InputError, match="No space left"):
+        write_result(result, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_write_leaves_the_old_result_whole(result, tmp_path):
     folder = tmp_path / "run"
     write_result(result, folder)

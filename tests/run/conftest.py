@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from simulator.engine.compiled import simulate
-from simulator.engine.records import FINISHED, EngineSettings, Requests
+from simulator.engine.records import EngineSettings, Requests
 from simulator.results.summary import Deployment
 from simulator.roofline.step_cost import StepCost
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
@@ -102,8 +102,7 @@ class Bench:
         at_once = make_outcome(
             replace(requests, arrival_s=np.zeros(len(requests)), concurrency=0), cost, settings, replicas
         )
-        capacity = int((at_once.column("status") == FINISHED).sum()) / at_once.end_s
-        return summarise(outcome, capacity, make_facts(cost, settings, **changes))
+        return summarise(outcome, at_once, make_facts(cost, settings, **changes))
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,18 @@ def test_paths_in_a_file_start_from_the_file_and_in_an_override_from_here(tmp_pa
     assert changed.traffic.trace.file == str(tmp_path / "here.csv")
 
 
+def test_setting_a_trace_replaces_the_scenarios_traffic(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{i},10,5\n" for i in range(50)))
+    plain = load_scenario(NAME, [f"traffic.trace={file}"])
+    assert plain.traffic.mix is plain.traffic.n_requests is plain.traffic.arrival is None
+    assert run_scenario(plain).result.requests["arrival_s"].tolist() == list(range(50))
+    faster = load_scenario(
+        NAME, ["traffic.n_requests=20", f"traffic.trace={file}", 'traffic.arrival={process="offline"}']
+    )
+    assert run_scenario(faster).result.requests["arrival_s"].tolist() == [0.0] * 20
+
+
 def test_closed_loops_need_a_client_per_replica():
     closed = ['traffic.arrival={process="closed", concurrency=2}', "traffic.n_requests=20"]
     assert run_scenario(load_scenario(NAME, [*closed, "replicas=2"])).summary.load.load is None

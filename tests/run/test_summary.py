@@ -262,3 +262,12 @@ def test_energy_lies_between_idle_and_peak_power(bench):
 def test_without_a_price_there_are_no_prices(bench):
     summary, _, _ = bench.summary(bench.requests(), usd_per_chip_hour=None)
     assert summary.prices is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 30])
+def test_a_handful_of_requests_is_not_called_overloaded(bench, n):
+    # All of them fit in one batch, so the run at t = 0 measures a latency, not a capacity.
+    summary, _, _ = bench.summary(bench.requests(40.0, n))
+    assert summary.status == "ok"
+    assert n == 1 or summary.load.capacity_understated
+    assert n == 1 or any("understated" in w for w in summary.warnings)
