@@ -21,7 +21,7 @@ Examples:
 @click.argument("scenario")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, help="Replications, for between-seed intervals.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Replications, for between-seed intervals.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this folder.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the run to a .png, .svg or .pdf file.")
 @click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
@@ -31,7 +31,7 @@ def simulate(
     scenario: str,
     overrides: tuple[str, ...],
     seed: int | None,
-    seeds: int,
+    seeds: int | None,
     out: Path | None,
     plot: Path | None,
     workers: int | None,

@@ -40,7 +40,11 @@ def _prepare_cache() -> Path | None:
     """Point Numba's cache at our folder; None if no writable place exists (then every process compiles anew)."""
     if numba is None or numba.config.DISABLE_JIT:
         return None
-    folder = platformdirs.user_cache_path("chipseconds") / f"engine-{source_digest(Path(__file__).parent)}"
+    here = Path(__file__).parent
+    # Numba also compiles anew for another path or file time; with both in the name, :func:`is_warm` knows.
+    stamps = [(here / name).stat().st_mtime_ns for name in COMPILED_SOURCES]
+    place = hashlib.sha256(f"{here}/{stamps}".encode()).hexdigest()[:8]
+    folder = platformdirs.user_cache_path("chipseconds") / f"engine-{source_digest(here)}-{place}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()

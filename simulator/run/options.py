@@ -46,6 +46,8 @@ class RunOptions(Record):
     """``[run]``: the seed and the cuts of the measured window."""
 
     seed: Annotated[int, Field(ge=0)] = 1
+    seeds: Annotated[int, Field(ge=1)] = 1
+    """Replications, with seeds ``seed``, ``seed`` + 1, …, for between-seed intervals."""
     warm_up_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the arrival span at its start that is left out of the statistics."""
     drain_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05

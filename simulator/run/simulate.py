@@ -50,7 +50,7 @@ def run_scenario(
     scenario: Scenario,
     *,
     seed: int | None = None,
-    seeds: int = 1,
+    seeds: int | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Run:
@@ -58,11 +58,9 @@ def run_scenario(
 
     Parameters
     ----------
-    seed
-        instead of the scenario's own; the resolved scenario of the result carries it.
-    seeds
-        replications, with seeds ``seed``, ``seed`` + 1, …; tables and figures are of the first, the summary gets
-        between-seed intervals of every figure.
+    seed, seeds
+        instead of the scenario's own; the resolved scenario of the result carries them. With several seeds, tables and
+        figures are of the first, and the summary gets between-seed intervals of every figure.
     workers
         replicas simulated at the same time. The result does not depend on it.
 
@@ -73,25 +71,26 @@ def run_scenario(
     InfeasibleError
         If the model does not fit on the slice, or no request fits into the engine.
     """
-    if seeds < 1:
-        raise InputError(f"seeds = {seeds}: must be at least 1")
+    for name, value, least in (("seed", seed, 0), ("seeds", seeds, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name} = {value}: must be at least {least}")
     if workers < 1:
         raise InputError(f"workers = {workers}: must be at least 1")
-    if seed is not None:
-        scenario = scenario.model_copy(update={"run": scenario.run.model_copy(update={"seed": seed})})
-    first = scenario.run.seed
+    changes = {name: value for name, value in (("seed", seed), ("seeds", seeds)) if value is not None}
+    scenario = scenario.model_copy(update={"run": scenario.run.model_copy(update=changes)})
+    first, n_seeds = scenario.run.seed, scenario.run.seeds
     say = progress or _silent
-    total = 2 * seeds + 1
+    total = 2 * n_seeds + 1
     say(0, total, "compiling step costs")
     resolved = resolve(scenario)
     _prepare_engine(say, total)
     runs = []
-    for k in range(seeds):
+    for k in range(n_seeds):
         say(1 + 2 * k, total, f"simulating, seed {first + k}")
         runs.append(_run_once(resolved, first + k, workers, partial(say, 2 + 2 * k, total)))
     say(total, total, "done")
     summary, requests, timeline, outcome = runs[0]
-    if seeds > 1:
+    if n_seeds > 1:
         summary = summary.model_copy(update={"replications": _replications([run[0] for run in runs], first)})
     result = Result(
         scenario=scenario.as_toml(),

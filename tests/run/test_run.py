@@ -61,8 +61,10 @@ def test_round_robin_replicas_are_independent_runs_of_their_share(run):
     assert alone.summary.load.load == pytest.approx(2 * run.summary.load.load, rel=0.1)
 
 
-def test_seeds_give_between_seed_intervals_around_their_mean(run):
+def test_seeds_give_between_seed_intervals_around_their_mean(run, tmp_path):
     many = run_scenario(run.resolved.scenario, seeds=3)
+    write_result(many.result, tmp_path / "many")
+    assert run_scenario(load_scenario(str(tmp_path / "many"))).summary == many.summary
     replications = many.summary.replications
     assert replications.seeds == [1, 2, 3]
     assert sum(replications.statuses.values()) == 3
