@@ -287,13 +287,10 @@ class Replica:
     def chunk_work(self, past: int, tokens: int) -> tuple[int, int, int, int, int]:
         """Return what a chunk of ``tokens`` on ``past`` earlier ones adds to A, K, P, AW and KW (R9)."""
         stop, window = past + tokens, self.cost.window
-        window_pairs = sum(self.keys_in_window(context) for context in range(past + 1, stop + 1))
         if not window:
-            keys = 0
-        elif self.cost.window_chunked:
-            keys = past % window + tokens
-        else:
-            keys = min(stop, tokens + window - 1)
+            return pairs(past, tokens), stop, 1, 0, 0
+        window_pairs = sum(self.keys_in_window(context) for context in range(past + 1, stop + 1))
+        keys = past % window + tokens if self.cost.window_chunked else min(stop, tokens + window - 1)
         return pairs(past, tokens), stop, 1, window_pairs, keys
 
     def schedule(self) -> tuple[dict[Request, int], StepRecord]:
