@@ -31,10 +31,9 @@ from simulator.engine.records import (
     EngineSettings,
     Requests,
     itl_bin,
-    window_keys,
 )
 from simulator.errors import InputError
-from simulator.roofline.step_cost import StepCost
+from simulator.roofline.step_cost import StepCost, window_keys
 
 STEP_ENDS, ARRIVAL, STEP_STARTS = EventPriority(0), EventPriority(1), EventPriority(2)
 
@@ -282,7 +281,7 @@ class Replica:
 
     def keys_in_window(self, context: int) -> int:
         """Keys that the query at ``context`` sees in the windowed layers (R9)."""
-        return window_keys(context, self.cost.window, chunked=self.cost.window_chunked)
+        return int(window_keys(context, self.cost.window, chunked=self.cost.window_chunked))
 
     def chunk_work(self, past: int, tokens: int) -> tuple[int, int, int, int, int]:
         """Return what a chunk of ``tokens`` on ``past`` earlier ones adds to A, K, P, AW and KW (R9)."""
