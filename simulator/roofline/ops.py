@@ -24,7 +24,7 @@ from simulator.roofline.blocks import (
 from simulator.roofline.collectives import all_gather_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Kind, Matrix, Number, Op, all_reduce_ops, matmul_op, memory_op, sum_ops, times
-from simulator.roofline.windows import seen_keys, window_keys_read, window_pairs
+from simulator.roofline.step_cost import window_keys, window_pairs
 
 __all__ = [
     "Kind",
@@ -75,7 +75,7 @@ class StepShape:
         """
         if batch < 1 or context < 1:
             raise InputError(f"decode batch {batch} at context {context}: both must be at least 1")
-        seen = float(seen_keys(context, window, chunked=chunked))
+        seen = float(window_keys(int(context), window, chunked=chunked))
         return cls(n=batch, B=batch, S=batch * context, R=batch, SW=batch * seen)
 
     @classmethod
@@ -90,14 +90,16 @@ class StepShape:
         if tokens < 1 or past < 0:
             raise InputError(f"prefill of {tokens} tokens on {past} earlier ones: need at least 1, and not below 0")
         pairs = float(tokens * past + tokens * (tokens + 1) // 2)
+        windowed = [float(window_pairs(t, window, chunked=chunked)) for t in (past, past + tokens)]
+        read = past % window + tokens if window and chunked else min(past + tokens, tokens + window - 1)
         return cls(
             n=tokens,
             P=1,
             A=pairs,
             K=past + tokens,
             R=float(completes),
-            AW=float(window_pairs(past, tokens, window, chunked=chunked)),
-            KW=float(window_keys_read(past, tokens, window, chunked=chunked)),
+            AW=windowed[1] - windowed[0],
+            KW=read if window else 0,
         )
 
     def __add__(self, other: "StepShape") -> "StepShape":
