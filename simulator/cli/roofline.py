@@ -192,7 +192,10 @@ def _print(report: "StepReport") -> None:
         "link B": [row.op.comm_bytes for row in report.ops],
         "time s": [row.time_s for row in report.ops],
     }
-    titles, columns = zip(*(_column(title, values) for title, values in figures.items()), strict=True)
+    largest: dict[str, float] = {}  # by unit: columns in bytes share their prefix
+    for title, values in figures.items():
+        largest[title[-1]] = max(largest.get(title[-1], 0.0), *map(float, values))
+    titles, columns = zip(*(_column(t, v, largest[t[-1]]) for t, v in figures.items()), strict=True)
     rows = [
         [row.op.name, str(row.op.count), *cells, f"{row.share:.1%}", row.bound]
         for row, *cells in zip(report.ops, *columns, strict=True)
@@ -223,14 +226,12 @@ def _print(report: "StepReport") -> None:
         click.echo(f"{'note':<16} {line}")
 
 
-def _column(title: str, values: "Sequence[Number]") -> tuple[str, list[str]]:
-    """Title with the SI prefix that suits the largest value, and the values: three digits, a dash for nothing."""
-    numbers = [float(v) for v in values]
+def _column(title: str, values: "Sequence[Number]", largest: float) -> tuple[str, list[str]]:
+    """Title with the SI prefix that suits ``largest``, and the values: three digits, a dash for nothing."""
     prefixes = {"µ": 1e-6, "m": 1e-3, "": 1.0} if title.endswith("s") else {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-    prefix = next((p for p, f in prefixes.items() if 0 < max(numbers) < 1e5 * f), list(prefixes)[1])
-    factor = prefixes[prefix]
+    prefix = next((p for p, f in prefixes.items() if largest < 1e5 * f), list(prefixes)[-1])
     *words, unit = title.split(" ")
-    cells = ["–" if v == 0 else _three_digits(v / factor) for v in numbers]
+    cells = ["–" if v == 0 else _three_digits(float(v) / prefixes[prefix]) for v in values]
     return " ".join([*words, f"{prefix}{unit}"]), cells
 
 

@@ -69,12 +69,14 @@ def hidden_s(d: Deployment, ops: Sequence[Op]) -> Array:
 def dense_parts(d: Deployment, dense: Sequence[Op]) -> dict[str, Array]:
     """Time of the dense ops by what it goes to; overheads of all kinds are one part. [s]"""
     collective_s = sum_over(op.roofline_s for op in dense if op.kind == "collective")
-    return {
+    parts = {
         "matmul": sum_over(op.roofline_s for op in dense if op.kind == "matmul"),
         "elementwise": sum_over(op.roofline_s for op in dense if op.kind == "elementwise"),
-        "collective": np.zeros(d.max_num_batched_tokens + 1) + collective_s - hidden_s(d, dense),
+        "collective": collective_s - hidden_s(d, dense),
         "overhead": sum_over(op.overhead_s for op in dense),
     }
+    shape = parts["matmul"].shape
+    return {name: np.broadcast_to(part, shape) for name, part in parts.items()}
 
 
 def sum_over(figures: Iterable[Number]) -> Array:

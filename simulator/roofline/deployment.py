@@ -132,12 +132,12 @@ class Deployment:
         """Chips of the replica: the tensor-parallel degree."""
         return self.slice.n_chips if self.tp is None else self.tp
 
-    @property
+    @cached_property
     def eff(self) -> Efficiency:
         """The efficiencies in force."""
         return self.slice.chip.efficiency if self.efficiency is None else self.efficiency
 
-    @property
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The architecture's layer groups; all of them are dense decoders with full attention (checked)."""
         return tuple(

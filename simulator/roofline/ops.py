@@ -235,9 +235,9 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
                 "norms, residuals",
                 count * layer.n_norms,
                 some,
-                weight_bytes=some * count * norm_parameters(arch, layer) * wide,
-                copied_weight_bytes=some * count * norm_parameters(arch, layer) * wide * (1 - 1 / d.chips),
-                activation_bytes=n * count * layer.n_norms * own * 4 * D * wide,
+                weight_bytes=some * (count * norm_parameters(arch, layer) * wide),
+                copied_weight_bytes=_times(some, count * norm_parameters(arch, layer) * wide * (1 - 1 / d.chips)),
+                activation_bytes=n * (count * layer.n_norms * own * 4 * D * wide),
             ),
             _matmul(d, "QKV projection", count, qkv, n),
             _memory_op(
@@ -246,13 +246,13 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
                 count,
                 some,
                 # Queries and keys are rotated in place; attention reads queries and writes as much.
-                activation_bytes=n * count * (2 * queries + 2 * keys + 2 * queries) * wide,
-                kv_write_bytes=n * count * kv_token,
-                copied_kv_bytes=n * count * (kv_token - a.n_kv_heads / d.chips * p.kv_head_bytes(a.head_dim)),
+                activation_bytes=n * (count * (2 * queries + 2 * keys + 2 * queries) * wide),
+                kv_write_bytes=n * (count * kv_token),
+                copied_kv_bytes=_times(n, count * (kv_token - a.n_kv_heads / d.chips * p.kv_head_bytes(a.head_dim))),
             ),
             _matmul(d, "output projection", count, out, n),
             _matmul(d, "FFN gate, up" if layer.ffn.gated else "FFN up", count, up, n),
-            _memory_op(d, "FFN activation", count, some, activation_bytes=n * count * (up.n_out + columns) * wide),
+            _memory_op(d, "FFN activation", count, some, activation_bytes=n * (count * (up.n_out + columns) * wide)),
             _matmul(d, "FFN down", count, down, n),
             *_all_reduce(d, "all-reduce, layers", 2 * count, n),
         ]
@@ -266,7 +266,7 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
                 some,
                 weight_bytes=some * weights,
                 copied_weight_bytes=some * weights * (1 - 1 / d.chips),
-                activation_bytes=n * own * 4 * D * wide,
+                activation_bytes=n * (own * 4 * D * wide),
             )
         )
     ops.append(Op("step overhead", "overhead", overhead_s=some * e.step_overhead_s))
@@ -336,7 +336,7 @@ def _matmul(d: Deployment, name: str, count: int, m: Matrix, n: Number, *, head:
     flops = n * (2 * count * m.n_in * m.n_out)
     weights = some * (count * matrix_bytes(p, m, head=head))
     traffic = count * (m.n_in * (p.wide_bytes if head else p.input_bytes) + m.n_out * p.wide_bytes)
-    activations = n * (traffic if d.activation_traffic else 0.0)
+    activations = _times(n, traffic if d.activation_traffic else 0.0)
     compute_s = flops / (chip.peak_flops_per_s(d.head_dtype if head else d.compute_dtype) * e.matmul)
     memory_s = (weights + activations) / (chip.hbm_bandwidth_bytes_per_s * e.hbm)
     return Op(
@@ -346,12 +346,12 @@ def _matmul(d: Deployment, name: str, count: int, m: Matrix, n: Number, *, head:
         flops=flops,
         weight_bytes=weights,
         activation_bytes=activations,
-        copied_flops=n * (2 * count * m.n_in * m.copied),
-        copied_weight_bytes=some * (count * copied_bytes),
+        copied_flops=_times(n, 2 * count * m.n_in * m.copied),
+        copied_weight_bytes=_times(some, count * copied_bytes),
         compute_s=compute_s,
         memory_s=memory_s,
         roofline_s=np.maximum(compute_s, memory_s),
-        overhead_s=some * (count * e.op_overhead_s),
+        overhead_s=_times(some, count * e.op_overhead_s),
     )
 
 
@@ -389,21 +389,22 @@ def _memory_op(
     copied_kv_bytes: Number = 0.0,
 ) -> Op:
     """An op that only moves bytes."""
-    counted = float(d.activation_traffic)
-    moved = weight_bytes + counted * (activation_bytes + kv_write_bytes)
+    if not d.activation_traffic:
+        activation_bytes = kv_write_bytes = copied_kv_bytes = 0.0
+    moved = weight_bytes + activation_bytes + kv_write_bytes
     memory_s = moved / (d.slice.chip.hbm_bandwidth_bytes_per_s * d.eff.hbm)
     return Op(
         name,
         "elementwise",
         count,
         weight_bytes=weight_bytes,
-        kv_write_bytes=counted * kv_write_bytes,
-        activation_bytes=counted * activation_bytes,
+        kv_write_bytes=kv_write_bytes,
+        activation_bytes=activation_bytes,
         copied_weight_bytes=copied_weight_bytes,
-        copied_kv_bytes=counted * copied_kv_bytes,
+        copied_kv_bytes=copied_kv_bytes,
         memory_s=memory_s,
         roofline_s=memory_s,
-        overhead_s=some * (count * d.eff.op_overhead_s),
+        overhead_s=_times(some, count * d.eff.op_overhead_s),
     )
 
 
@@ -424,6 +425,11 @@ def _all_reduce(d: Deployment, name: str, count: int, n: Number) -> list[Op]:
             overhead_s=np.greater(n, 0) * (count * d.eff.collective_latency_s),
         )
     ]
+
+
+def _times(n: Number, factor: float) -> Number:
+    """``n * factor``, without an array of zeros for a factor of 0."""
+    return n * factor if factor else 0.0
 
 
 def _sum(one: Op, other: Op) -> Op:

@@ -44,6 +44,13 @@ DEPLOYMENTS = {
     "8b on two nodes, ideal": Deployment(
         load_model("llama-3-70b"), resolve_slice("h100-sxm:2x8"), efficiency=IDEAL, max_num_batched_tokens=2048
     ),
+    "nothing but weights and keys": Deployment(
+        load_model("llama-3-8b").model_copy(update={"final_norm": False}),
+        resolve_slice("h100-sxm:1"),
+        efficiency=IDEAL,
+        activation_traffic=False,
+        max_num_batched_tokens=2048,
+    ),
     "mixed groups": Deployment(mixed_groups(), resolve_slice("h100-sxm:2"), max_num_batched_tokens=2048),
 }
 COMPILED = {name: compile_step_cost(d) for name, d in DEPLOYMENTS.items()}
