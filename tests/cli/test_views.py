@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from simulator.catalog.chips import chip_names
 from simulator.catalog.models import load_model, model_names, unpriceable_features
+from simulator.roofline.variants import KNOBS
 
 ROOT = Path(__file__).resolve().parents[2]
 PARETO = ["pareto", "--model", "llama-3-70b", "--slice", "tpu-v5e:4x4", "--precision", "w8a16kv8"]
@@ -148,3 +151,21 @@ def test_heavy_packages_stay_unimported_without_a_plot():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_views_page_runs(run_cli, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "views.md").read_text(encoding="utf-8")
+    commands = [
+        shlex.split(line) for line in page.splitlines() if line.startswith("    chipseconds ") and "…" not in line
+    ]
+    assert {command[1] for command in commands} == {"pareto", "fit", "roofline"}
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        run_cli(*command[1:])
+    assert {file.name for file in tmp_path.iterdir()} == {"pareto.png", "steps.png"}
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {}
+    exec(code, names)  # noqa: S102 - our own page
+    assert names["grid"].step_s.shape == (250, 400)
+    for knob in KNOBS:
+        assert f"| `{knob}` |" in page
