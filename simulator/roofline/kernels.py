@@ -137,9 +137,9 @@ def matmul_op(
     """
     p, chip, e, some = d.precision, d.slice.chip, d.eff, np.greater(n, 0) * 1.0
     read = some if reads is None else reads
-    copied_bytes = _stored(p, m, m.n_in, m.copied) + m.copied_bias * p.wide_bytes
-    if m.split_rows:  # 8-bit scales belong to whole columns, so every chip holds all of them
-        copied_bytes += _stored(p, m, m.n_in, m.n_out) - _stored(p, m, m.n_in * d.chips, m.n_out) / d.chips
+    # Scales may belong to whole columns or blocks that a split cuts: what is over the chip's share is a copy.
+    whole = (m.n_in * d.chips, m.n_out) if m.split_rows else (m.n_in, (m.n_out - m.copied) * d.chips)
+    copied_bytes = _stored(p, m, m.n_in, m.n_out) - _stored(p, m, *whole) / d.chips + m.copied_bias * p.wide_bytes
     dtype: Dtype = {"weights": d.compute_dtype, "head": d.head_dtype, "wide": d.attention_dtype}[m.form]
     flops = n * (2 * count * m.n_in * m.n_out)
     weights = read * (count * matrix_bytes(p, m))

@@ -126,6 +126,12 @@ def test_the_table_is_the_ops_and_no_step_beats_its_bound(name):
     assert all((part >= 0).all() for part in cost.dense_parts.values())
 
 
+def test_block_scales_of_an_fp8_checkpoint_to_the_last_one():
+    # models.md 3.1: MiniMax-M2.5's FP8 checkpoint counts 13,880,064 values more than its parameters, its block scales.
+    scaled, bare = (weights_bytes(one_chip("minimax-m2.5", word)) for word in ("fp8g128", "fp8g0"))
+    assert (scaled - bare) / 4 == 13_880_064
+
+
 # Windows
 
 
