@@ -116,8 +116,11 @@ def ffn_matrices(d: Deployment, ffn: FeedForward) -> dict[str, tuple[float, Matr
             router = Matrix(D, E, bias=bias, copied=E * other, copied_bias=bias * other, form="wide")
             found = {
                 "router": (1.0, router),
-                "experts gate, up" if ffn.gated else "experts up": (E, _up(D, inputs * F / t, bias=ffn.expert_bias)),
-                "experts down": (E, _down(F / t, D, t, bias=ffn.expert_bias)),
+                "experts gate, up" if ffn.gated else "experts up": (
+                    E,
+                    replace(_up(D, inputs * F / t, bias=ffn.expert_bias), form="experts"),
+                ),
+                "experts down": (E, replace(_down(F / t, D, t, bias=ffn.expert_bias), form="experts")),
             }
             if ffn.n_shared:
                 shared = ffn.n_shared * (ffn.shared_d_ff or F)

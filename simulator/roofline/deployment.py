@@ -101,6 +101,8 @@ class Deployment:
                 f"precision {self.precision.name}: weights ({self.precision.weights}) wider than activations "
                 f"({self.precision.activations}) are computed by no engine; write w8a8 or w8a16 forms"
             )
+        if self.precision.experts_only and all(isinstance(ffn, DenseFFN) for _, ffn in self.ffns):
+            raise InputError(f"precision {self.precision.name}: {self.architecture.name} has no routed experts")
         check_efficiency(self.eff)
         self.compute_dtype  # noqa: B018  # raises now if the chip computes in nothing wide enough
         self.attention_dtype  # noqa: B018  # as above

@@ -6,6 +6,7 @@ A precision is written as one word::
     nvfp4  mxfp4                                 fp4 with one scale per 16 (activations too) or per 32 (weights only)
     w<W>a<A>                                     weights W, activations (the products' inputs) A
     …kv<K>                                       KV-cache format; without it the cache stays 16-bit
+    …-experts                                    routed experts alone are in this format, all other weights stay 16-bit
     …g<N>                                        weights per scale; for fp8, N x N weights; g0: no scales at all, KV included
 
 ``W``, ``A``, ``K`` are 16, 8, 4 or a format's name (nvfp4 and mxfp4 for ``W`` alone); 8 and 4 mean the family (``fp`` or ``int``) of the leading word,
@@ -55,6 +56,7 @@ _WORD = re.compile(
     rf"(?:w(?P<w>16|8|4|{_WEIGHTS})a(?P<a>16|8|4|{_FORMAT}))?"
     rf"(?:kv(?P<kv>16|8|4|{_FORMAT}))?"
     r"(?:g(?P<group>\d+))?"
+    r"(?P<only>-experts)?"
 )
 
 
@@ -71,6 +73,9 @@ class Precision:
         16 for fp4, a whole column for 8-bit formats. 0: no scales are counted, KV included.
     quantize_head
         whether embedding and output head are held in ``weights`` too; engines keep them 16-bit.
+    experts_only
+        whether ``weights`` and ``activations`` are those of routed experts alone, as released for gpt-oss and Kimi-K2.5;
+        all other layers are held and computed in 16 bits.
 
     >>> parse_precision("w4a16kv8").matrix_bytes(8192, 1024) * 8 / (8192 * 1024)  # bits per weight
     4.125
@@ -83,6 +88,7 @@ class Precision:
     kv: Dtype = "bf16"
     group_size: int | None = None
     quantize_head: bool = False
+    experts_only: bool = False
 
     def __post_init__(self) -> None:
         """Check the formats."""
@@ -92,6 +98,8 @@ class Precision:
                 raise InputError(f"precision.{name} = {value!r}{nearest(str(value), BITS)}")
         if self.group_size is not None and self.group_size < 0:
             raise InputError(f"precision.group_size = {self.group_size}: must be 0 (no scales) or positive")
+        if self.experts_only and self.quantize_head:
+            raise InputError("precision: quantize_head and experts_only contradict each other")
 
     @property
     def wide(self) -> Dtype:
@@ -117,6 +125,7 @@ class Precision:
     def name(self) -> str:
         """A word that :func:`parse_precision` reads back as this precision (``quantize_head`` aside)."""
         group = "" if self.group_size is None else f"g{self.group_size}"
+        group += "-experts" if self.experts_only else ""
         if self.weights == self.activations and BITS[self.weights] > 4:
             default = self.weights if self.weights in {"fp16", "fp32"} else "bf16"
             kv = "" if self.kv == default else f"kv{'8' if self.kv == self.weights else self.kv}"
@@ -211,6 +220,7 @@ def parse_precision(text: str, *, quantize_head: bool = False) -> Precision:
         kv=_dtype(kv or "16", wide, family),
         group_size=None if group is None else int(group),
         quantize_head=quantize_head,
+        experts_only=found["only"] is not None,
     )
 
 

@@ -67,9 +67,9 @@ def test_other_words_are_refused_with_the_grammar(word):
     assert repr(word) in str(caught.value)
 
 
-@given(*(st.sampled_from(sorted(BITS)) for _ in range(3)), st.sampled_from([None, 0, 32, 128]))
-def test_the_name_of_a_precision_reads_back(weights, activations, kv, group):
-    p = Precision(weights, activations, kv, group)
+@given(*(st.sampled_from(sorted(BITS)) for _ in range(3)), st.sampled_from([None, 0, 32, 128]), st.booleans())
+def test_the_name_of_a_precision_reads_back(weights, activations, kv, group, experts_only):
+    p = Precision(weights, activations, kv, group, experts_only=experts_only)
     assert parse_precision(p.name) == p
 
 
