@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from simulator.roofline.collectives import all_reduce_s
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.precision import Dtype, Precision
+from simulator.roofline.precision import BITS, Dtype, Precision
 
 Number = float | NDArray[np.float64]
 """A figure of one step, or an array of them over steps of different size."""
+
+#: Rows of a tile of products for which a weight is unpacked once (assumed: the usual width of GPU tiles).
+TILE_ROWS = 128
 
 Kind = Literal["matmul", "attention", "elementwise", "collective", "overhead"]
 
@@ -153,7 +156,11 @@ def matmul_op(
         m.n_in * (p.input_bytes if narrow and m.form != "head" else p.wide_bytes) + m.n_out * p.wide_bytes
     )
     activations = times(n, traffic if d.activation_traffic else 0.0)
-    compute_s = flops / (chip.peak_flops_per_s(dtype) * e.matmul)
+    work = flops
+    if narrow and BITS[p.weights] < BITS[dtype] and d.unpacking_flops:
+        unpacked = np.maximum(read, n * (1 / TILE_ROWS))  # every weight once, and again for each further tile of rows
+        work = flops + unpacked * (d.unpacking_flops * count * m.n_in * m.n_out)
+    compute_s = work / (chip.peak_flops_per_s(dtype) * e.matmul)
     memory_s = (weights + activations) / (chip.hbm_bandwidth_bytes_per_s * e.hbm)
     return Op(
         name,
