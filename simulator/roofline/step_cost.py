@@ -107,7 +107,7 @@ class StepCost:
     window_flops_per_pair, window_kv_bytes_per_token
         as ``attention_flops_per_pair`` and ``kv_bytes_per_token``, of the windowed layers.
     decode_seq_bytes
-        bytes a decode step moves per sequence whatever its context (recurrent state), all chips.
+        bytes moved per sequence whatever its context (recurrent state), all chips: by a decode step as by a chunk.
     dense_parts
         named shares of ``dense_s`` (same shape each, summing to it), e.g. matmul, collective, overhead.
     """

@@ -48,7 +48,7 @@ def total_work(outcome: Outcome, cost: StepCost) -> Work:
         + float(by_rows @ cost.head_bytes[:rows])
         + cost.kv_bytes_per_token * keys_read
         + cost.window_kv_bytes_per_token * window_read
-        + cost.decode_seq_bytes * outcome.total("decode_tokens")
+        + cost.decode_seq_bytes * (outcome.total("decode_tokens") + outcome.total("chunks"))
     )
     recomputed = 0.0
     again = outcome.total("recomputed_tokens")
