@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.errors import InputError
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.ops import (
     Number,
@@ -27,6 +28,11 @@ def compile_step_cost(d: Deployment) -> StepCost:
     Equals :func:`step_time_s` of the same step: at constant efficiencies every term is linear in S, A, K and P on
     each side of a bound, so one knot, and one plane more than there are layer groups, hold it exactly.
     """
+    if d.stage != (1, 1):
+        raise InputError(
+            f"stage {d.stage[0]} of {d.stage[1]}: the engines run whole replicas; a pipeline emits a token per sequence only "
+            "once per round of its stages, which no table of steps can say; price it with chipseconds roofline"
+        )
     dense = dense_ops(d, np.arange(d.max_num_batched_tokens + 1, dtype=np.float64))
     head = head_ops(d, np.arange(d.max_num_seqs + 1, dtype=np.float64))
     launches, one_key = decode_attention_ops(d, 1.0, 0.0), decode_attention_ops(d, 0.0, 1.0)

@@ -55,6 +55,9 @@ class Deployment:
     sequence_parallel
         True: norms and residuals are split over tokens between a reduce-scatter and an all-gather; False: every
         chip does them all after an all-reduce. The collective takes the same time. None: True on a torus.
+    stage
+        which of how many pipeline stages this is; the first holds the embedding, the last the final norm and the head.
+        ``architecture`` has the stage's layers only (see :mod:`simulator.roofline.pipeline`).
     """
 
     architecture: Architecture
@@ -71,6 +74,7 @@ class Deployment:
     kv_layout: Literal["heads", "even"] = "heads"
     activation_traffic: bool = True
     sequence_parallel: bool | None = None
+    stage: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be priced, does not exist or contradicts itself."""
@@ -88,6 +92,8 @@ class Deployment:
             )
         if not 0 <= self.overlap <= 1:
             raise InputError(f"deployment.overlap = {self.overlap}: must be 0 … 1")
+        if not 1 <= self.stage[0] <= self.stage[1]:
+            raise InputError(f"deployment.stage = {self.stage}: must be (which, of how many), counted from 1")
         if not self.workspace_bytes >= 0:
             raise InputError(f"deployment.workspace_bytes = {self.workspace_bytes}: must not be negative")
         if self.kv_layout not in {"heads", "even"}:
@@ -131,6 +137,16 @@ class Deployment:
     def chips(self) -> int:
         """Chips of the replica: the tensor-parallel degree."""
         return self.slice.n_chips if self.tp is None else self.tp
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the embedding is here."""
+        return self.stage[0] == 1
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the final norm, the head and the sampler are here."""
+        return self.stage[0] == self.stage[1]
 
     @cached_property
     def eff(self) -> Efficiency:

@@ -67,10 +67,13 @@ class MemoryFit:
 def weights_bytes(d: Deployment) -> float:
     """Stored weights of one chip: layers, norms, embedding (once if tied), head, positions, scales. [bytes]"""
     p, arch = d.precision, d.architecture
-    total = matrix_bytes(p, head_matrix(d), head=True) + final_norm_parameters(arch) * p.wide_bytes
-    if not arch.tied_embeddings:
-        total += p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
-    total += arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
+    total = 0.0
+    if d.is_last_stage:
+        total += matrix_bytes(p, head_matrix(d), head=True) + final_norm_parameters(arch) * p.wide_bytes
+    if d.is_first_stage:
+        if not (arch.tied_embeddings and d.is_last_stage):
+            total += p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
+        total += arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
     for layer in d.layers:
         matrices = (f(d, layer) for f in (qkv_matrix, output_matrix, up_matrix, down_matrix))
         per_layer = sum(matrix_bytes(p, m) for m in matrices) + norm_parameters(arch, layer) * p.wide_bytes
@@ -90,7 +93,7 @@ def activations_bytes(d: Deployment) -> float:
         for x in d.layers
     )
     tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + inside) * wide
-    return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4)
+    return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4) * d.is_last_stage
 
 
 def memory_fit(d: Deployment) -> MemoryFit:

@@ -219,10 +219,12 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
     D, wide, some = arch.d_model, p.wide_bytes, np.greater(n, 0) * 1.0
     own = 1 / d.chips if d.splits_tokens else 1.0  # share of the tokens whose norms and residuals this chip does
     row_bytes = p.matrix_bytes(D, 1, head=True) / d.chips + (wide / d.chips * D if arch.learned_positions else 0)
-    ops = [
-        _memory_op(d, "embedding lookup", 1, some, activation_bytes=n * (row_bytes + own * D * wide)),
-        *_all_reduce(d, "all-reduce, embed.", 1, n),
-    ]
+    ops = []
+    if d.is_first_stage:
+        ops += [
+            _memory_op(d, "embedding lookup", 1, some, activation_bytes=n * (row_bytes + own * D * wide)),
+            *_all_reduce(d, "all-reduce, embed.", 1, n),
+        ]
     for layer in d.layers:
         a, count = layer.attention, layer.count
         qkv, out, up, down = (f(d, layer) for f in (qkv_matrix, output_matrix, up_matrix, down_matrix))
@@ -256,7 +258,7 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
             _matmul(d, "FFN down", count, down, n),
             *_all_reduce(d, "all-reduce, layers", 2 * count, n),
         ]
-    if arch.final_norm:
+    if arch.final_norm and d.is_last_stage:
         weights = final_norm_parameters(arch) * wide
         ops.append(
             _memory_op(
@@ -274,7 +276,9 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
 
 
 def head_ops(d: Deployment, R: Number) -> list[Op]:
-    """Output head, logits exchange and sampling for ``R`` rows. Nothing for R = 0."""
+    """Output head, logits exchange and sampling for ``R`` rows. Nothing for R = 0, or before the last stage."""
+    if not d.is_last_stage:
+        return []
     e, vocabulary, some = d.eff, d.architecture.vocab_size, np.greater(R, 0) * 1.0
     ops = [_matmul(d, "output head", 1, head_matrix(d), R, head=True)]
     if d.chips > 1:
