@@ -129,7 +129,7 @@ def _print_search(found: "Search") -> None:
         if t.report is None:
             return [str(t.sharding), "–", "–", "–", t.reason]
         r = t.report
-        sequences = f"{r.replica_tokens * t.sharding.replicas:,.0f}" if r.stages[0].step.B else "–"
+        sequences = f"{r.replica_tokens * t.sharding.dp:,.0f}" if r.stages[0].step.B else "–"
         return [str(t.sharding), f"{1e3 * r.time_s:,.2f}", f"{r.tokens_per_s_per_chip:,.1f}", sequences, ""]
 
     print_table(

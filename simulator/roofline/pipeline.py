@@ -16,9 +16,10 @@ left the one before and its predecessor has left this one. With m chunks of equa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from simulator.catalog.architecture import Architecture, LayerGroup
+from simulator.catalog.models import attention_windows
 from simulator.catalog.slices import Slice
 from simulator.errors import InfeasibleError, InputError, UnpriceableError
 from simulator.roofline.analysis import StepReport, report
@@ -26,7 +27,14 @@ from simulator.roofline.collectives import all_gather_s, send_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import MemoryFit, memory_fit
 from simulator.roofline.ops import StepShape
-from simulator.roofline.sharding import Links, Sharding, check_sharding, link_domains
+from simulator.roofline.sharding import Links, Sharding, check_sharding, link_domains, subdomains
+
+
+class Windows(TypedDict):
+    """The window of a model's windowed layers, 0 without any, and whether it is chunked."""
+
+    window: int
+    chunked: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class ShardedDeployment:
     @property
     def kv_tokens(self) -> int:
         """Tokens of KV cache the slice holds, all replicas together."""
-        return self.sharding.replicas * self.memory.kv_tokens
+        return self.sharding.dp * self.memory.kv_tokens
 
 
 def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **settings: Any) -> ShardedDeployment:
@@ -68,7 +76,7 @@ def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **setti
     InputError
         If the sharding breaks a rule of the model or the slice.
     UnpriceableError
-        For context and expert parallelism, which have no price yet.
+        For context parallelism, which has no price yet.
 
     Examples
     --------
@@ -80,15 +88,16 @@ def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **setti
     [(40, 8), (40, 8)]
     """
     check_sharding(architecture, slice_, sharding)
-    for name, what in (("cp", "context"), ("ep", "expert")):
-        if getattr(sharding, name) > 1:
-            raise UnpriceableError(f"sharding {sharding}: {what} parallelism is not priced yet; use tp, pp or dp")
+    if sharding.cp > 1:
+        raise UnpriceableError(f"sharding {sharding}: context parallelism is not priced yet; use tp, pp or dp")
     links = link_domains(slice_, sharding)
     inner = links.tp or slice_.domains[:1]
     if not links.tp:
         inner = (replace(inner[0], dims=(1,) * len(inner[0].dims), wraps=(False,) * len(inner[0].dims)),)
     spec = slice_.spec if sharding.tp == slice_.n_chips else f"{slice_.spec} (tp{sharding.tp} of it)"
     part = Slice(spec, slice_.chip, sharding.tp, tuple(inner))
+    group, stages_left = sharding.tp * sharding.dp, sharding.cp * sharding.pp
+    experts = subdomains(slice_, [group, stages_left])[0] if sharding.ep > 1 else ()
     parts = split_layers(architecture, sharding.pp)
     stages = tuple(
         Deployment(
@@ -96,6 +105,7 @@ def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **setti
             slice=part,
             tp=sharding.tp,
             stage=(i, sharding.pp),
+            expert_domains=experts,
             **settings,
         )
         for i, groups in enumerate(parts, start=1)
@@ -177,7 +187,7 @@ class ShardedReport:
     @property
     def tokens_per_s(self) -> float:
         """Of the slice, all replicas busy: new tokens of decodes, prompt tokens of prefills."""
-        return self.deployment.sharding.replicas * self.replica_tokens / self.period_s
+        return self.deployment.sharding.dp * self.replica_tokens / self.period_s
 
     @property
     def tokens_per_s_per_chip(self) -> float:
@@ -218,17 +228,17 @@ def sharded_report(
         total = prefill if context is None else context
         if not 1 <= prefill <= total:
             raise InputError(f"prefill = {prefill} of context = {total}: need 1 ≤ prefill ≤ context")
-        shapes = _chunks(prefill, total - prefill, min(micro_batches or pp, prefill))
+        shapes = _chunks(d, prefill, total - prefill, min(micro_batches or pp, prefill))
         tokens = float(prefill)
     else:
         if context is None:
             raise InputError("decode needs a context: the length of each sequence, its new token included")
         if decode is None or decode < 1:
             raise InputError(f"decode = {decode}: need at least 1 sequence")
-        sequences = -(-decode // d.sharding.replicas)
+        sequences = -(-decode // d.sharding.dp)
         m = min(micro_batches or pp, sequences)
-        shapes = [StepShape.decode(-(-sequences // m), context)] * m
-        tokens = decode / d.sharding.replicas
+        shapes = [StepShape.decode(-(-sequences // m), context, **windows(d))] * m
+        tokens = decode / d.sharding.dp
     reports = [tuple(report(stage, shape) for stage in d.stages) for shape in dict.fromkeys(shapes)]
     times = {shape: [r.time_s for r in row] for shape, row in zip(dict.fromkeys(shapes), reports, strict=True)}
     table = [times[shape] for shape in shapes]
@@ -288,12 +298,18 @@ def require_sharded_fit(d: ShardedDeployment) -> MemoryFit:
     )
 
 
-def _chunks(tokens: int, past: int, m: int) -> list[StepShape]:
+def windows(d: ShardedDeployment) -> Windows:
+    """Windows of the whole model's layers, as a step must say them; a stage may have none of those layers."""
+    found = attention_windows(d.architecture)
+    return {"window": next((w for w, _ in found), 0), "chunked": any(chunked for _, chunked in found)}
+
+
+def _chunks(d: ShardedDeployment, tokens: int, past: int, m: int) -> list[StepShape]:
     """A prompt in ``m`` chunks, the first ones a token longer where they are uneven; the last emits a token."""
     shapes = []
     for i in range(m):
         size = tokens // m + (i < tokens % m)
-        shapes.append(StepShape.prefill(size, past, completes=i == m - 1))
+        shapes.append(StepShape.prefill(size, past, completes=i == m - 1, **windows(d)))
         past += size
     return shapes
 

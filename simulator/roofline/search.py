@@ -100,7 +100,7 @@ def search(
 def largest_batch(d: ShardedDeployment, context: int) -> int:
     """Sequences of ``context`` tokens that fit on the slice, at least one per replica and at most ``max_num_seqs``."""
     per_sequence = -(-context // d.memory.block_size)
-    return d.sharding.replicas * max(1, min(d.memory.kv_blocks // per_sequence, d.stages[0].max_num_seqs))
+    return d.sharding.dp * max(1, min(d.memory.kv_blocks // per_sequence, d.stages[0].max_num_seqs))
 
 
 def _too_small(d: ShardedDeployment, prefill: int | None, decode: int | None, context: int | None) -> str:
@@ -109,7 +109,7 @@ def _too_small(d: ShardedDeployment, prefill: int | None, decode: int | None, co
     if not fit.fits:
         needed = (fit.weights_bytes + fit.activations_bytes + fit.workspace_bytes) / 1e9
         return f"needs {needed:.1f} GB per chip before any KV cache, has {fit.usable_bytes / 1e9:.1f} GB"
-    sequences = -(-decode // d.sharding.replicas) if decode else 1
+    sequences = -(-decode // d.sharding.dp) if decode else 1
     blocks = sequences * -(-(context or prefill or 1) // fit.block_size)
     if blocks > fit.kv_blocks:
         return f"the KV cache of a replica holds {fit.kv_tokens:,} tokens, {blocks * fit.block_size:,} are needed"

@@ -110,6 +110,8 @@ def test_tables_start_at_zero_and_never_fall(name):
 
 def test_groups_of_unlike_attention_need_a_plane_each_and_all_are_used():
     cost = COMPILED["mixed groups"]
-    assert cost.prefill_planes.shape == (4, 3)
-    largest = {int(np.argmax(cost.prefill_planes @ np.array([1.0, ratio, 0.0]))) for ratio in np.logspace(-4, 3, 400)}
+    assert cost.prefill_planes.shape == (4, 5)
+    largest = {
+        int(np.argmax(cost.prefill_planes @ np.array([1.0, ratio, 0.0, 0.0, 0.0]))) for ratio in np.logspace(-4, 3, 400)
+    }
     assert largest == {0, 1, 2, 3}
