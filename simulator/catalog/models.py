@@ -6,11 +6,9 @@ from pathlib import Path
 
 from simulator.catalog.architecture import (
     Architecture,
-    GatedDeltaNet,
     LatentAttention,
-    Mamba2,
-    MoEFFN,
     SoftmaxAttention,
+    SparseIndexer,
 )
 from simulator.catalog.files import data_folder, names_in, parse, read_toml
 from simulator.catalog.huggingface import HuggingFaceModel, read_huggingface
@@ -78,41 +76,34 @@ def read_model(name_or_path: str) -> HuggingFaceModel:
     raise InputError(f"unknown model {name_or_path!r}{nearest(name_or_path, known)}")
 
 
-def unpriceable_features(architecture: Architecture) -> list[str]:
-    """Names of what the cost model cannot price yet; empty for dense decoders with full MHA, GQA or MQA.
-
-    Sinks, biases and Q/K norms are priced as the parameters they are; multi-token-prediction layers are unused
-    unless asked for; neither is a reason.
+def attention_windows(architecture: Architecture) -> list[tuple[int, bool]]:
+    """Windows of the attention layers, as keys and whether chunked; the keys that sparse attention selects are one too.
 
     Examples
     --------
-    >>> unpriceable_features(load_model("llama-3-70b"))
-    []
-    >>> unpriceable_features(load_model("deepseek-v3"))
-    ['latent attention (MLA)', 'mixture of experts']
+    >>> attention_windows(load_model("gemma-3-27b")), attention_windows(load_model("llama-3-70b"))
+    ([(1024, False)], [])
     """
-    found: dict[str, None] = {}
+    found: dict[tuple[int, bool], None] = {}
     for group in architecture.layers:
         match group.mixer:
-            case None:
-                found["layers of a single block"] = None
-            case SoftmaxAttention():
-                if group.mixer.window is not None:
-                    found[f"{group.mixer.window_kind}-window attention"] = None
-                if group.mixer.gated_output:
-                    found["gated attention output"] = None
-            case LatentAttention():
-                found["latent attention (MLA)"] = None
-                if group.mixer.indexer is not None:
-                    found["sparse attention (indexer)"] = None
-            case GatedDeltaNet():
-                found["recurrent state (gated delta net)"] = None
-            case Mamba2():
-                found["recurrent state (Mamba-2)"] = None
-        if group.ffn is None:
-            found["layers of a single block"] = None
-        elif isinstance(group.ffn, MoEFFN):
-            found["mixture of experts"] = None
-    if architecture.parallel_attention_ffn:
-        found["parallel attention and feed-forward"] = None
+            case SoftmaxAttention(window=int(window)):
+                found[window, group.mixer.window_kind == "chunked"] = None
+            case LatentAttention(indexer=SparseIndexer(top_k=top_k)):
+                found[top_k, False] = None
+            case _:
+                pass
     return list(found)
+
+
+def unpriceable_features(architecture: Architecture) -> list[str]:
+    """Names of what the cost model cannot price yet; empty for every architecture of the catalogue.
+
+    Multi-token-prediction layers are unused unless asked for, and no reason.
+
+    Examples
+    --------
+    >>> unpriceable_features(load_model("deepseek-v3"))
+    []
+    """
+    return ["attention windows of several sizes"] if len(attention_windows(architecture)) > 1 else []

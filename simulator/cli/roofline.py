@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 @click.option("--precision", default="bf16", show_default=True, help="bf16, fp8, w8a16kv8, w4a16kv8g32 …")
 @click.option("--quantize-head", is_flag=True, help="Hold embedding and output head in the weights' format too.")
 @click.option("--tp", type=int, help="Tensor-parallel degree; all chips of the slice by default.")
+@click.option("--pp", type=int, help="Pipeline stages; the other chips are tensor-parallel unless --tp says otherwise.")
+@click.option("--shard", "sharding", help="How the model lies on the slice: tp8pp2, tp4dp2 …, or auto: try them all.")
+@click.option(
+    "--objective",
+    type=click.Choice(["latency", "throughput"]),
+    help="What --shard auto looks for: least time (default), or most tokens per second and chip.",
+)
+@click.option("--micro-batches", type=click.IntRange(min=1), help="Batches in flight in a pipeline; one per stage.")
 @click.option("--prefill", type=click.IntRange(min=1), help="Price a prefill of this many new tokens.")
 @click.option("--decode", type=click.IntRange(min=1), help="Price a decode step of this many sequences.")
 @click.option(
@@ -55,6 +63,7 @@ def roofline(plot: Path | None, as_json: bool, **options: Any) -> None:
     \b
     chipseconds roofline --model llama-3-70b --slice tpu-v5e:4x4 --precision w8a16kv8 --decode 32 --context 8192
     chipseconds roofline --model llama-3-8b --slice h100-sxm:1 --prefill 2048 --plot prefill.png
+    chipseconds roofline --model llama-3-70b --slice h100-sxm:2x8 --shard auto --decode 64 --context 8192
 
     Figures are per chip unless they say otherwise. A deployment that does not fit is priced all the same, and the
     command ends with exit code 1.
@@ -62,6 +71,11 @@ def roofline(plot: Path | None, as_json: bool, **options: Any) -> None:
     from simulator.roofline.analysis import step_report
     from simulator.roofline.memory import require_fit
 
+    if any(options[name] is not None for name in ("pp", "sharding", "objective", "micro_batches")):
+        from simulator.cli.sharded import sharded_roofline
+
+        sharded_roofline(options, plot=plot, as_json=as_json)
+        return
     deployment = _deployment(options)
     prefill, decode, context = options["prefill"], options["decode"], options["context"]
     for name, size, limit in (
@@ -74,7 +88,7 @@ def roofline(plot: Path | None, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(document(report))
     else:
-        _print(report)
+        print_report(report)
     if plot is not None:
         from simulator.report.roofline_plot import save_roofline_plot
 
@@ -174,7 +188,7 @@ def document(report: "StepReport") -> dict[str, Any]:
     }
 
 
-def _print(report: "StepReport") -> None:
+def print_report(report: "StepReport") -> None:
     """Op table, then the step in a few lines."""
     from simulator.units import format_si
 
@@ -192,7 +206,10 @@ def _print(report: "StepReport") -> None:
         "link B": [row.op.comm_bytes for row in report.ops],
         "time s": [row.time_s for row in report.ops],
     }
-    titles, columns = zip(*(_column(title, values) for title, values in figures.items()), strict=True)
+    largest: dict[str, float] = {}  # by unit: columns in bytes share their prefix
+    for title, values in figures.items():
+        largest[title[-1]] = max(largest.get(title[-1], 0.0), *map(float, values))
+    titles, columns = zip(*(_column(t, v, largest[t[-1]]) for t, v in figures.items()), strict=True)
     rows = [
         [row.op.name, str(row.op.count), *cells, f"{row.share:.1%}", row.bound]
         for row, *cells in zip(report.ops, *columns, strict=True)
@@ -223,14 +240,12 @@ def _print(report: "StepReport") -> None:
         click.echo(f"{'note':<16} {line}")
 
 
-def _column(title: str, values: "Sequence[Number]") -> tuple[str, list[str]]:
-    """Title with the SI prefix that suits the largest value, and the values: three digits, a dash for nothing."""
-    numbers = [float(v) for v in values]
+def _column(title: str, values: "Sequence[Number]", largest: float) -> tuple[str, list[str]]:
+    """Title with the SI prefix that suits ``largest``, and the values: three digits, a dash for nothing."""
     prefixes = {"µ": 1e-6, "m": 1e-3, "": 1.0} if title.endswith("s") else {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-    prefix = next((p for p, f in prefixes.items() if 0 < max(numbers) < 1e5 * f), list(prefixes)[1])
-    factor = prefixes[prefix]
+    prefix = next((p for p, f in prefixes.items() if largest < 1e5 * f), list(prefixes)[-1])
     *words, unit = title.split(" ")
-    cells = ["–" if v == 0 else _three_digits(v / factor) for v in numbers]
+    cells = ["–" if v == 0 else _three_digits(float(v) / prefixes[prefix]) for v in values]
     return " ".join([*words, f"{prefix}{unit}"]), cells
 
 

@@ -181,17 +181,6 @@ class EngineResult:
     timeline_interval_s: float = 0.0
 
 
-def window_keys(context: int, window: int, *, chunked: bool) -> int:
-    """Keys a query at ``context`` (itself included) sees through a window; 0 without one.
-
-    >>> [window_keys(t, 4, chunked=False) for t in (1, 4, 5, 9)], [window_keys(t, 4, chunked=True) for t in (1, 4, 5, 9)]
-    ([1, 4, 4, 4], [1, 4, 1, 1])
-    """
-    if window == 0:
-        return 0
-    return (context - 1) % window + 1 if chunked else min(context, window)
-
-
 def itl_bin(value_s: float) -> int:
     """Bin of one inter-token latency (reference form; the compiled engine reads the float's bits)."""
     mantissa, exponent = np.frexp(value_s)

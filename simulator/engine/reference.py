@@ -8,7 +8,7 @@ then arrivals join, then the next step is scheduled.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappush
 from itertools import pairwise
@@ -33,7 +33,7 @@ from simulator.engine.records import (
     itl_bin,
 )
 from simulator.errors import InputError
-from simulator.roofline.step_cost import StepCost
+from simulator.roofline.step_cost import StepCost, window_keys
 
 STEP_ENDS, ARRIVAL, STEP_STARTS = EventPriority(0), EventPriority(1), EventPriority(2)
 
@@ -118,6 +118,9 @@ class StepRecord:
     A: int
     K: int
     R: int
+    SW: int
+    AW: int
+    KW: int
     scheduled: dict[int, int]
     computed: dict[int, int]
     blocks: dict[int, int]
@@ -191,8 +194,9 @@ class Replica:
         self.steps_by_tokens = [0] * (settings.max_num_batched_tokens + 1)
         self.steps_by_rows = [0] * (settings.max_num_seqs + 1)
         counts = ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "prefill_keys", "chunks")
+        windowed = ("window_decode_keys", "window_prefill_pairs", "window_prefill_keys")
         more = ("rows", "preemptions", "recomputed_tokens", "segments", "max_running", "max_waiting", "max_kv_blocks")
-        self.totals = dict.fromkeys(counts + more, 0) | dict.fromkeys(
+        self.totals = dict.fromkeys(counts + windowed + more, 0) | dict.fromkeys(
             ("decode_attention_s", "prefill_attention_s"), 0.0
         )
         for _ in range(self.requests.concurrency or len(self.rows)):
@@ -275,6 +279,19 @@ class Replica:
         request.blocks += missing
         self.free_blocks -= missing
 
+    def keys_in_window(self, context: int) -> int:
+        """Keys that the query at ``context`` sees in the windowed layers (R9)."""
+        return int(window_keys(context, self.cost.window, chunked=self.cost.window_chunked))
+
+    def chunk_work(self, past: int, tokens: int) -> tuple[int, int, int, int, int]:
+        """Return what a chunk of ``tokens`` on ``past`` earlier ones adds to A, K, P, AW and KW (R9)."""
+        stop, window = past + tokens, self.cost.window
+        if not window:
+            return pairs(past, tokens), stop, 1, 0, 0
+        window_pairs = sum(self.keys_in_window(context) for context in range(past + 1, stop + 1))
+        keys = past % window + tokens if self.cost.window_chunked else min(stop, tokens + window - 1)
+        return pairs(past, tokens), stop, 1, window_pairs, keys
+
     def schedule(self) -> tuple[dict[Request, int], StepRecord]:
         """Choose the tokens of the step that starts now (R5 to R8); return them and what they cost (R9)."""
         now_s = self.clock.now
@@ -315,16 +332,15 @@ class Replica:
             if not request.preemptions:
                 request.scheduled_s = now_s
 
-        chunks = {request: tokens for request, tokens in batch.items() if request.in_prefill}
-        decodes = [request for request in batch if request not in chunks]
+        decodes = [request for request in batch if not request.in_prefill]
+        chunks = [self.chunk_work(one.computed, tokens) for one, tokens in batch.items() if one.in_prefill]
         work = {
             "n": sum(batch.values()),
             "B": len(decodes),
             "S": sum(request.computed + 1 for request in decodes),
-            "P": len(chunks),
-            "A": sum(pairs(request.computed, tokens) for request, tokens in chunks.items()),
-            "K": sum(request.computed + tokens for request, tokens in chunks.items()),
+            **{name: sum(chunk[i] for chunk in chunks) for i, name in enumerate(("A", "K", "P", "AW", "KW"))},
             "R": sum(request.computed + tokens == request.known for request, tokens in batch.items()),
+            "SW": sum(self.keys_in_window(request.computed + 1) for request in decodes),
         }
         self.totals["preemptions"] += len(preempted)
         used = self.settings.num_kv_blocks - self.free_blocks
@@ -357,16 +373,15 @@ class Replica:
         slope_s = float(cost.decode_slope_s[piece])
         intercept_s = float(cost.decode_value_s[piece]) - slope_s * float(cost.decode_knots[piece])
         planes = [[float(entry) for entry in plane] for plane in cost.prefill_planes]
-        per_pair_s, per_key_s, per_chunk_s = max(
-            planes, key=lambda plane: plane[0] * step.A + plane[1] * step.K + plane[2] * step.P
-        )
+        plane = max(planes, key=lambda plane: dot(plane, (step.A, step.K, step.P, step.AW, step.KW)))
+        per_key_s = plane[1]
         for request, tokens in batch.items():
             start, stop = request.computed, request.computed + tokens
             share_s = dense_per_token_s * tokens
             if stop == request.known:
                 share_s += head_per_row_s
             if request.in_prefill:
-                share_s += per_pair_s * pairs(start, tokens) + per_key_s * stop + per_chunk_s
+                share_s += dot(plane, self.chunk_work(start, tokens))
                 again = max(0, min(stop, request.seen) - start)
                 request.busy_prefill_s += share_s
                 request.busy_cached_s += per_key_s * request.cached_tokens
@@ -374,8 +389,10 @@ class Replica:
                 self.totals["recomputed_tokens"] += again
             else:
                 share_s += slope_s * (start + 1) + intercept_s / step.B + cost.decode_seq_s
+                share_s += cost.window_slope_s * self.keys_in_window(start + 1)
             request.busy_s += share_s
 
+        decode_s = cost.decode_attention_s(step.S) + cost.window_slope_s * step.SW + cost.decode_seq_s * step.B
         self.steps_by_tokens[step.n] += 1
         self.steps_by_rows[step.R] += 1
         sums = {
@@ -386,10 +403,13 @@ class Replica:
             "decode_keys": step.S,
             "prefill_pairs": step.A,
             "prefill_keys": step.K,
+            "window_decode_keys": step.SW,
+            "window_prefill_pairs": step.AW,
+            "window_prefill_keys": step.KW,
             "chunks": step.P,
             "rows": step.R,
-            "decode_attention_s": cost.decode_attention_s(step.S) + cost.decode_seq_s * step.B if step.B else 0.0,
-            "prefill_attention_s": cost.prefill_attention_s(step.A, step.K, step.P),
+            "decode_attention_s": decode_s if step.B else 0.0,
+            "prefill_attention_s": cost.prefill_attention_s(step.A, step.K, step.P, step.AW, step.KW),
         }
         for name, value in sums.items():
             self.totals[name] += value
@@ -474,6 +494,15 @@ def pairs(past: int, tokens: int) -> int:
     36
     """
     return tokens * past + tokens * (tokens + 1) // 2
+
+
+def dot(coefficients: Sequence[float], amounts: Sequence[int]) -> float:
+    """Sum of products.
+
+    >>> dot([0.5, 0.25], [3, 4])
+    2.5
+    """
+    return sum((a * b for a, b in zip(coefficients, amounts, strict=True)), start=0.0)
 
 
 def timeline(pieces: list[Piece], interval_s: float) -> dict[str, NDArray[np.float64]]:

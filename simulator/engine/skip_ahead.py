@@ -10,7 +10,9 @@ How a sequence is known without being visited:
 * its finish is a key (step index, slot) in a heap; preempted sequences leave stale keys that are dropped when they surface;
 * its need for a new block at step J is the residue (computed − J) mod block_size in a histogram that never moves;
 * its share of time is the difference of three running sums between joining and leaving the batch:
-  ``W`` (what a token pays), ``R0`` = Σ slope and ``R1`` = Σ slope·step.
+  ``W`` (what a token pays), ``R0`` = Σ slope and ``R1`` = Σ slope·step;
+* its keys in windowed layers grow by one per step until the window is full: a second heap holds the steps at which
+  sequences stop growing (and, when windows are chunks of the context, start over).
 
 Everything lives in arrays owned by the caller, so a run can be cut at any time and resumed.
 """
@@ -19,7 +21,7 @@ import math
 from typing import Any, NamedTuple
 
 from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
-from simulator.engine.jit import compiled
+from simulator.engine.jit import compiled, inlined
 from simulator.engine.records import FINISHED, ITL_BINS, ITL_MIN_EXPONENT, REJECTED, RUNNING, WAITING
 
 # indices into State.ints
@@ -53,8 +55,14 @@ from simulator.engine.records import FINISHED, ITL_BINS, ITL_MIN_EXPONENT, REJEC
     MAX_RUNNING,
     MAX_WAITING,
     MAX_BLOCKS,
+    WINDOW_SUM,
+    N_GROWING,
+    N_EVENTS,
+    WINDOW_DECODE_KEYS,
+    WINDOW_PAIRS,
+    WINDOW_KEYS,
     N_INTS,
-) = range(30)
+) = range(36)
 # indices into State.floats
 (
     CLOCK,
@@ -94,6 +102,9 @@ class CostTable(NamedTuple):
     slope: Any
     seq: float
     planes: Any
+    window: int
+    window_chunked: bool
+    window_slope: float
 
 
 class Limits(NamedTuple):
@@ -160,9 +171,11 @@ class State(NamedTuple):
     r0: Any
     r1: Any
     last_token: Any
+    events: Any
+    event_step: Any
+    growing: Any
     chunk_slot: Any
     chunk_size: Any
-    done: Any
     timeline: Any
     bits_f: Any
     bits_i: Any
@@ -284,6 +297,80 @@ def _take_blocks(
 
 
 @compiled
+def _window_pairs(context: int, window: int, chunked: bool) -> int:
+    """Σ w(t) over t = 1 … ``context``: windowed keys of the first ``context`` queries of a sequence."""
+    if chunked:
+        cycles = context // window
+        rest = context - cycles * window
+        return cycles * (window * (window + 1) // 2) + rest * (rest + 1) // 2
+    if context <= window:
+        return context * (context + 1) // 2
+    return window * (window + 1) // 2 + (context - window) * window
+
+
+@inlined
+def _chunk_pairs(cost: CostTable, done: int, size: int) -> int:
+    """Windowed pairs of a chunk of ``size`` tokens on ``done`` earlier ones."""
+    pairs = _window_pairs(done + size, cost.window, cost.window_chunked)
+    return pairs - _window_pairs(done, cost.window, cost.window_chunked)
+
+
+@inlined
+def _chunk_keys(cost: CostTable, done: int, size: int) -> int:
+    """Keys that a chunk's windowed layers read."""
+    if cost.window_chunked:
+        return done % cost.window + size
+    return min(done + size, size + cost.window - 1)
+
+
+@inlined
+def _push_event(cost: CostTable, state: State, slot: int, seen: int) -> None:
+    """Note when a sequence that now sees ``seen`` keys stops growing, or starts over; full windows that slide never do."""
+    ints = state.ints
+    step = ints[STEP]
+    if seen < cost.window:
+        state.growing[slot] = 1
+        ints[N_GROWING] += 1
+        state.event_step[slot] = step + cost.window - seen
+    elif cost.window_chunked and cost.window > 1:
+        state.growing[slot] = 0
+        state.event_step[slot] = step + 1
+    else:
+        state.growing[slot] = 0
+        state.event_step[slot] = -1
+        return
+    if ints[N_EVENTS] == len(state.events):
+        size = 0
+        for i in range(ints[N_EVENTS]):
+            key = state.events[i]
+            if state.event_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+                size = push_key(state.events, size, key)
+        ints[N_EVENTS] = size
+    ints[N_EVENTS] = push_key(state.events, ints[N_EVENTS], state.event_step[slot] << SLOT_BITS | slot)
+
+
+@inlined
+def _pass_events(cost: CostTable, state: State) -> None:
+    """Bring the windowed sums to the present step; stale events are dropped."""
+    ints = state.ints
+    while ints[N_EVENTS] > 0:
+        key = state.events[0]
+        slot = key & ((1 << SLOT_BITS) - 1)
+        if state.event_step[slot] == key >> SLOT_BITS:
+            if key >> SLOT_BITS > ints[STEP]:
+                return
+            ints[N_EVENTS] = pop_key(state.events, ints[N_EVENTS])
+            if state.growing[slot] == 1:  # the window is full
+                ints[N_GROWING] -= 1
+                _push_event(cost, state, slot, cost.window)
+            else:  # the next chunk of the context begins
+                ints[WINDOW_SUM] += 1 - cost.window
+                _push_event(cost, state, slot, 1)
+        else:
+            ints[N_EVENTS] = pop_key(state.events, ints[N_EVENTS])
+
+
+@compiled
 def _spread(timeline: Any, row: int, interval: float, start: float, end: float, weight: float) -> None:
     """Add ``weight`` × time to the intervals that [start, end] touches, in proportion."""
     b = int(start / interval)
@@ -311,10 +398,15 @@ def _widen(timeline: Any, floats: Any, end: float) -> float:
     return interval
 
 
-@compiled
-def _settle(state: State, out: Outcome, slot: int, step: int) -> None:
+@inlined
+def _settle(cost: CostTable, state: State, out: Outcome, slot: int, step: int) -> None:
     """Charge a decoding sequence for the steps since it joined, or was last settled."""
     floats = state.floats
+    if cost.window > 0:
+        start = state.computed[slot]
+        keys = _window_pairs(start + step - state.joined[slot], cost.window, cost.window_chunked)
+        keys -= _window_pairs(start, cost.window, cost.window_chunked)
+        out.busy[state.row[slot]] += cost.window_slope * keys
     first_keys = state.computed[slot] + 1 - (state.joined[slot] - state.ints[STEP_ORIGIN])
     out.busy[state.row[slot]] += (
         (floats[SHARE_W] - state.w[slot])
@@ -326,7 +418,7 @@ def _settle(state: State, out: Outcome, slot: int, step: int) -> None:
     state.joined[slot] = step
 
 
-@compiled
+@inlined
 def _join(state: State, slot: int, step: int) -> None:
     """Remember the running sums at which a sequence starts (or goes on) decoding."""
     state.joined[slot] = step
@@ -336,14 +428,14 @@ def _join(state: State, slot: int, step: int) -> None:
 
 
 @compiled
-def _rebase(state: State, out: Outcome) -> None:
+def _rebase(cost: CostTable, state: State, out: Outcome) -> None:
     """Charge everyone and restart the running sums at zero."""
     ints = state.ints
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
         if slot != ints[PARTIAL]:
-            _settle(state, out, slot, step)
+            _settle(cost, state, out, slot, step)
             state.w[slot] = 0.0
             state.r0[slot] = 0.0
             state.r1[slot] = 0.0
@@ -354,7 +446,7 @@ def _rebase(state: State, out: Outcome) -> None:
     ints[STEP_ORIGIN] = step
 
 
-@compiled
+@inlined
 def _unlink(state: State, slot: int) -> None:
     """Take a request out of the running list."""
     ints = state.ints
@@ -370,25 +462,31 @@ def _unlink(state: State, slot: int) -> None:
     ints[N_RUNNING] -= 1
 
 
-@compiled
-def _leave_batch(state: State, out: Outcome, slot: int, block_size: int) -> None:
+@inlined
+def _leave_batch(cost: CostTable, state: State, out: Outcome, slot: int, block_size: int) -> None:
     """Settle a decoding sequence and take it out of the batch's sums."""
     ints = state.ints
     step = ints[STEP]
-    _settle(state, out, slot, step)
+    if cost.window > 0:
+        ints[WINDOW_SUM] -= cost.window
+        if state.growing[slot] == 1:
+            ints[WINDOW_SUM] += state.event_step[slot] - step
+            ints[N_GROWING] -= 1
+        state.event_step[slot] = -1
+    _settle(cost, state, out, slot, step)
     ints[BATCH] -= 1
     ints[KEYS_SUM] -= state.computed[slot] + 1
     state.residues[_residue(state.computed[slot] - step, block_size)] -= 1
 
 
-@compiled
-def _preempt(state: State, out: Outcome, slot: int, block_size: int) -> None:
+@inlined
+def _preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size: int) -> None:
     """R6: free all blocks, forget the cache, go to the front of the queue."""
     ints = state.ints
     if slot == ints[PARTIAL]:
         ints[PARTIAL] = -1
     else:
-        _leave_batch(state, out, slot, block_size)
+        _leave_batch(cost, state, out, slot, block_size)
         state.finish_step[slot] = -1
         state.last_token[slot] = state.floats[CLOCK]
     computed = state.computed[slot]
@@ -404,11 +502,11 @@ def _preempt(state: State, out: Outcome, slot: int, block_size: int) -> None:
     out.status[row] = WAITING
 
 
-@compiled
-def _finish(state: State, out: Outcome, slot: int, block_size: int) -> int:
-    """Free blocks and slot of a request that has left the batch; return its row."""
+@inlined
+def _finish(state: State, out: Outcome, slot: int, block_size: int) -> None:
+    """Free blocks and slot of a request that has left the batch."""
     ints = state.ints
-    row = int(state.row[slot])
+    row = state.row[slot]
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
     ints[FREE_BLOCKS] += _blocks_for(state.computed[slot], block_size)
@@ -416,10 +514,9 @@ def _finish(state: State, out: Outcome, slot: int, block_size: int) -> int:
     _unlink(state, slot)
     state.free_slots[ints[N_FREE_SLOTS]] = slot
     ints[N_FREE_SLOTS] += 1
-    return row
 
 
-@compiled
+@inlined
 def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_now: bool) -> None:
     """R2, R4: let everything that has arrived by now (or before now) join the queue, or be rejected."""
     ints, floats = state.ints, state.floats
@@ -460,7 +557,7 @@ def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_
             _spread(state.timeline, T_WAITING, floats[INTERVAL], when, now, 1.0)
 
 
-@compiled
+@inlined
 def _release(stream: Stream, state: State, now: float) -> None:
     """R3: in a closed loop, one who leaves makes room for the next."""
     row = state.ints[NEXT_ROW]
@@ -503,8 +600,10 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             continue
         if t >= until:
             return False
+        if cost.window > 0:
+            _pass_events(cost, state)
         if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-            _rebase(state, out)
+            _rebase(cost, state, out)
 
         # --- R5: every decoding sequence, in order of admission ---
         step = ints[STEP]
@@ -519,7 +618,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                     gone = False
                     while ints[FREE_BLOCKS] < 1 and not gone:
                         victim = ints[LAST]
-                        _preempt(state, out, victim, bs)
+                        _preempt(cost, state, out, victim, bs)
                         gone = victim == slot
                     if gone:
                         break
@@ -534,6 +633,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
         tokens = batch
         pairs = 0
         keys = 0
+        window_pairs = 0
+        window_keys = 0
         free = ints[FREE_BLOCKS] - (0 if took_blocks else step_need)
         room = limits.budget - batch
         slot = ints[PARTIAL]
@@ -543,7 +644,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             want = min(stream.prompt[row] + state.emitted[slot] - done, room)
             missing = _blocks_for(done + want, bs) - _blocks_for(done, bs)
             if missing > free:
-                _preempt(state, out, slot, bs)
+                _preempt(cost, state, out, slot, bs)
                 preempted = True
                 free += _blocks_for(done, bs)
             else:
@@ -552,6 +653,9 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                 tokens += want
                 pairs += want * done + want * (want + 1) // 2
                 keys += done + want
+                if cost.window > 0:
+                    window_pairs += _chunk_pairs(cost, done, want)
+                    window_keys += _chunk_keys(cost, done, want)
                 state.chunk_slot[0] = slot
                 state.chunk_size[0] = want
                 chunks = 1
@@ -596,6 +700,9 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                 tokens += want
                 pairs += want * done + want * (want + 1) // 2
                 keys += done + want
+                if cost.window > 0:
+                    window_pairs += _chunk_pairs(cost, done, want)
+                    window_keys += _chunk_keys(cost, done, want)
                 state.chunk_slot[chunks] = slot
                 state.chunk_size[chunks] = want
                 chunks += 1
@@ -627,12 +734,13 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             ints[KNOT] = knot
             slope = cost.slope[knot]
             attention = cost.value[knot] + slope * (total_keys - cost.knots[knot]) + cost.seq * batch
+            attention += cost.window_slope * ints[WINDOW_SUM]
             d0 += attention
 
         if chunks == 0:
             # --- a segment of decode steps ---
             k = 1
-            q = slope * batch
+            q = slope * batch + cost.window_slope * ints[N_GROWING]
             if not preempted:
                 while True:
                     key = state.heap[0]
@@ -642,6 +750,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                 k = (key >> SLOT_BITS) - step
                 if knot + 1 < n_knots:
                     k = min(k, (math.ceil(cost.knots[knot + 1]) - total_keys + batch - 1) // batch)
+                if ints[N_EVENTS] > 0:
+                    k = min(k, (state.events[0] >> SLOT_BITS) - step)
                 k = _steps_with_blocks(state.residues, bs, step, k, batch, ints[FREE_BLOCKS])
                 stop = until
                 if waiting == 0 and running < limits.max_num_seqs:
@@ -668,6 +778,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             plane = 0
             for j in range(cost.planes.shape[0]):
                 value = cost.planes[j, 0] * pairs + cost.planes[j, 1] * keys + cost.planes[j, 2] * chunks
+                if cost.window > 0:
+                    value += cost.planes[j, 3] * window_pairs + cost.planes[j, 4] * window_keys
                 if value > best:
                     best = value
                     plane = j
@@ -708,6 +820,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             ints[DECODE_TOKENS] += k * batch
             ints[DECODE_KEYS] += k * total_keys + batch * growth
             ints[KEYS_SUM] = total_keys + k * batch
+            ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
+            ints[WINDOW_SUM] += k * ints[N_GROWING]
             floats[DECODE_ATTENTION] += k * attention + q * growth
             intercept = cost.value[knot] - slope * cost.knots[knot]
             floats[SHARE_W] += k * (per_token + per_row + cost.seq + intercept / batch)
@@ -723,6 +837,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             ints[CHUNKS] += chunks
             ints[PREFILL_PAIRS] += pairs
             ints[PREFILL_KEYS] += keys
+            ints[WINDOW_PAIRS] += window_pairs
+            ints[WINDOW_KEYS] += window_keys
             ints[PARTIAL] = -1
             for c in range(chunks):
                 slot = state.chunk_slot[c]
@@ -736,6 +852,9 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                     + cost.planes[plane, 1] * (done + size)
                     + cost.planes[plane, 2]
                 )
+                if cost.window > 0:
+                    pays += cost.planes[plane, 3] * _chunk_pairs(cost, done, size)
+                    pays += cost.planes[plane, 4] * _chunk_keys(cost, done, size)
                 out.busy_cached[row] += cost.planes[plane, 1] * stream.cached[row]
                 if done + size == known:
                     pays += per_row
@@ -759,12 +878,16 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                 state.emitted[slot] += 1
                 rest = stream.output[row] - state.emitted[slot]
                 if rest == 0:
-                    state.done[n_done] = _finish(state, out, slot, bs)
+                    _finish(state, out, slot, bs)
                     n_done += 1
                     continue
                 _join(state, slot, step)
                 ints[BATCH] += 1
                 ints[KEYS_SUM] += done + 1
+                if cost.window > 0:
+                    seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
+                    ints[WINDOW_SUM] += seen
+                    _push_event(cost, state, slot, seen)
                 state.residues[_residue(done - step, bs)] += 1
                 state.finish_step[slot] = step + rest
                 if ints[HEAP_SIZE] == len(state.heap):
@@ -777,17 +900,16 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
             slot = key & ((1 << SLOT_BITS) - 1)
             if state.finish_step[slot] == key >> SLOT_BITS:
-                _leave_batch(state, out, slot, bs)
-                state.done[n_done] = _finish(state, out, slot, bs)
+                _leave_batch(cost, state, out, slot, bs)
+                _finish(state, out, slot, bs)
                 n_done += 1
         if closed and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)
-            state.done[:n_done].sort()
             for _ in range(n_done):
                 _release(stream, state, end)
 
 
-@compiled
+@inlined
 def _drop_stale(state: State) -> None:
     """Rebuild the finish heap from the keys that still hold."""
     ints = state.ints

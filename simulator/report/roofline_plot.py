@@ -228,7 +228,8 @@ def _labels(axes: "Axes", marks: Sequence[_Mark], star: tuple[float, float]) -> 
     ]
     items.insert(0, ("the step", star_pt, 9.0, star))
     points = [(*paper[id(m)], _radius_pt(m)) for m in marks] + [(*star_pt, 9.0)]
-    roofs = _roof_points(axes) * 72 / dpi
+    lines_pt = _roof_points(axes) * 72 / dpi
+    leaders = np.empty((0, 2))
     corners = (
         axes.transData.transform([(a, b) for a, b in zip(axes.get_xlim(), axes.get_ylim(), strict=True)]) * 72 / dpi
     )
@@ -239,7 +240,7 @@ def _labels(axes: "Axes", marks: Sequence[_Mark], star: tuple[float, float]) -> 
         width, height = 5.5 * max(map(len, lines)), 13.0 * len(lines)
         box = min(
             _candidates(at, radius, width, height),
-            key=lambda b: _cost(b, at, points, roofs, placed, corners),
+            key=lambda b: _cost(b, at, points, lines_pt, leaders, placed, corners),
         )
         placed.append(box)
         inside = np.clip(at, box[:2], box[2:])
@@ -258,6 +259,7 @@ def _labels(axes: "Axes", marks: Sequence[_Mark], star: tuple[float, float]) -> 
             zorder=7,
         )
         if far:
+            leaders = np.concatenate([leaders, _leader(at, inside)])
             axes.annotate(
                 "",
                 xy,
@@ -296,6 +298,7 @@ def _cost(
     at: "Array",
     points: Sequence[tuple[float, float, float]],
     roofs: "Array",
+    leaders: "Array",
     placed: Sequence[_Box],
     corners: "Array",
 ) -> float:
@@ -305,9 +308,22 @@ def _cost(
     cost = 1e6 * float(x0 < left + 4 or x1 > right - 2 or y0 < bottom + 2 or y1 > top)
     cost += sum(1e4 for b in placed if x0 < b[2] + 3 and x1 > b[0] - 3 and y0 < b[3] + 2 and y1 > b[1] - 2)
     cost += sum(3e3 for x, y, r in points if np.hypot(x - np.clip(x, x0, x1), y - np.clip(y, y0, y1)) < r)
-    on_roof = (roofs[:, 0] > x0 - 2) & (roofs[:, 0] < x1 + 2) & (roofs[:, 1] > y0 - 1) & (roofs[:, 1] < y1 + 1)
+    leader = _leader(at, np.array([np.clip(at[0], x0, x1), np.clip(at[1], y0, y1)]))
+    cost += 2e3 * (sum(bool(_within(leader, b).any()) for b in placed) + bool(_within(leaders, box).any()))
+    on_roof = _within(roofs, (x0 - 2, y0 - 1, x1 + 2, y1 + 1))
     cost += 300 * bool(on_roof.any()) + 10 * float(on_roof.sum())
     return cost + float(np.hypot(at[0] - np.clip(at[0], x0, x1), at[1] - np.clip(at[1], y0, y1)))
+
+
+def _leader(at: "Array", to: "Array") -> "Array":
+    """Points along the line from a point to its label."""
+    return at + np.linspace(0, 1, 20)[:, None] * (to - at)
+
+
+def _within(points: "Array", box: _Box) -> "NDArray[np.bool_]":
+    """Which points lie in a box."""
+    x, y = points[:, 0], points[:, 1]
+    return (x > box[0]) & (x < box[2]) & (y > box[1]) & (y < box[3])
 
 
 def _roof_points(axes: "Axes") -> "Array":

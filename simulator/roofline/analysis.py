@@ -101,12 +101,13 @@ class StepReport:
 def critical_batch(d: Deployment) -> float:
     """Tokens at which the layers' matrix products take as long to compute as their weights take to load. [tokens]
 
-    Activation traffic left out, as in the usual peak ÷ bandwidth figure, which this is at efficiency 1 and 16-bit
-    weights; efficiencies move it by matmul ÷ hbm.
+    Activation traffic left out, as in the usual peak ÷ bandwidth figure, which this is for dense models at efficiency 1
+    and 16-bit weights; efficiencies move it by matmul ÷ hbm. Of experts, all are loaded: so many tokens touch them all.
     """
-    products = [op for op in dense_ops(d, 1.0) if op.kind == "matmul"]
+    tokens = 1e9
+    products = [op for op in dense_ops(d, tokens) if op.kind == "matmul"]
     load_s = sum_over(op.weight_bytes for op in products) / (d.slice.chip.hbm_bandwidth_bytes_per_s * d.eff.hbm)
-    return float(load_s / sum_over(op.compute_s for op in products))
+    return float(load_s / sum_over(op.compute_s for op in products)) * tokens
 
 
 def step_report(
@@ -138,10 +139,11 @@ def step_report(
                 f"prefill = {prefill} of context = {total}: need 1 ≤ prefill ≤ context; the context is the length at "
                 "the end of the step, cached and new tokens together"
             )
-        return report(d, StepShape.prefill(prefill, total - prefill))
+        shape = StepShape.prefill(prefill, total - prefill, window=d.window, chunked=d.window_chunked)
+        return report(d, shape)
     if context is None:
         raise InputError("decode needs a context: the length of each sequence, its new token included")
-    return report(d, StepShape.decode(decode or 0, context))
+    return report(d, StepShape.decode(decode or 0, context, window=d.window, chunked=d.window_chunked))
 
 
 def report(d: Deployment, step: StepShape) -> StepReport:
@@ -160,7 +162,7 @@ def report(d: Deployment, step: StepShape) -> StepReport:
         bound_s[resource] += op_s - float(op.overhead_s)
         bound_s["overhead"] += float(op.overhead_s)
         bound = "overhead" if float(op.overhead_s) > op_s / 2 else resource
-        rows.append(OpReport(op, op_s, op_s / time_s, bound, _dtype(d, op)))
+        rows.append(OpReport(op, op_s, op_s / time_s, bound, op.dtype))
     flops = d.chips * float(sum_over(op.flops - op.copied_flops for op in merged))
     required = d.chips * float(sum_over(op.hbm_bytes - op.activation_bytes for op in merged))
     chip = d.slice.chip
@@ -195,12 +197,6 @@ def _resource(op: Op) -> Bound:
     if op.kind == "overhead":
         return "overhead"
     return "compute" if op.compute_s >= op.memory_s else "HBM"
-
-
-def _dtype(d: Deployment, op: Op) -> str:
-    if op.kind == "matmul":
-        return d.head_dtype if op.name == "output head" else d.compute_dtype
-    return d.attention_dtype if op.kind == "attention" else ""
 
 
 def _roofline_s(d: Deployment, step: StepShape) -> float:

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.errors import InputError
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.ops import (
     Number,
     Op,
     StepShape,
+    context_attention_ops,
     decode_attention_ops,
     dense_ops,
     head_ops,
@@ -24,32 +26,54 @@ Array = NDArray[np.float64]
 def compile_step_cost(d: Deployment) -> StepCost:
     """Table of step times of ``d``, from 0 to ``max_num_batched_tokens`` tokens and ``max_num_seqs`` rows.
 
-    Equals :func:`step_time_s` of the same step: at constant efficiencies every term is linear in S, A, K and P on
-    each side of a bound, so one knot, and one plane more than there are layer groups, hold it exactly.
+    Equals :func:`step_time_s` of the same step: at constant efficiencies every term is linear in S, SW, B, A, K, P, AW
+    and KW on each side of a bound, so one knot, and a plane for each state of the layers, hold it exactly. Prefill
+    expands the latents of MLA for every key it reads but dense[n] counts the new tokens' already; so dense[n] goes
+    without the expansion's n·z seconds, and K·z and B·z stand in the planes and in ``decode_seq_s``.
     """
-    dense = dense_ops(d, np.arange(d.max_num_batched_tokens + 1, dtype=np.float64))
+    if d.stage != (1, 1) or d.expert_ranks > 1:
+        what = (
+            f"stage {d.stage[0]} of {d.stage[1]}"
+            if d.stage[1] > 1
+            else f"one of {d.expert_ranks:g} ranks that share experts"
+        )
+        raise InputError(
+            f"{what}: the engines run replicas whose every step gives each sequence a token and waits for no other "
+            "engine; price this one with chipseconds roofline"
+        )
+    n = np.arange(d.max_num_batched_tokens + 1, dtype=np.float64)
+    dense = dense_ops(d, n)
     head = head_ops(d, np.arange(d.max_num_seqs + 1, dtype=np.float64))
-    launches, one_key = decode_attention_ops(d, 1.0, 0.0), decode_attention_ops(d, 0.0, 1.0)
+    launch, key, seen = (decode_attention_ops(d, *x) for x in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
+    expansion_s = float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))
     parts = dense_parts(d, dense)
+    if expansion_s:
+        parts["matmul"] = parts["matmul"] - n * expansion_s
     chips = d.chips
     return StepCost(
         dense_s=sum_over(parts.values()),
         head_s=sum_over(op.time_s for op in head) - hidden_s(d, head),
         decode_knots=np.zeros(1),
-        decode_value_s=np.array([sum_over(op.overhead_s for op in launches)]),
-        decode_slope_s=np.array([sum_over(op.roofline_s for op in one_key)]),
-        decode_seq_s=0.0,
-        prefill_planes=_prefill_planes(d),
+        decode_value_s=np.array([sum_over(op.overhead_s for op in launch)]),
+        decode_slope_s=np.array([sum_over(op.roofline_s for op in key)]),
+        decode_seq_s=float(sum_over(op.roofline_s for op in launch)) + expansion_s,
+        prefill_planes=_prefill_planes(d, expansion_s),
         chips=chips,
         dense_flops=chips * sum_over(op.flops - op.copied_flops for op in dense),
         dense_bytes=chips * sum_over(op.weight_bytes + op.kv_write_bytes for op in dense),
         head_flops=chips * sum_over(op.flops - op.copied_flops for op in head),
         head_bytes=chips * sum_over(op.weight_bytes for op in head),
-        attention_flops_per_pair=chips * float(sum_over(op.flops for op in one_key)),
-        kv_bytes_per_token=chips * d.kv_bytes_per_token,
+        attention_flops_per_pair=chips * float(sum_over(op.flops - op.copied_flops for op in key)),
+        kv_bytes_per_token=chips * float(sum_over(op.kv_read_bytes for op in key)),
         peak_flops_per_s=chips * d.peak_flops_per_s,
         hbm_bandwidth_bytes_per_s=chips * d.slice.chip.hbm_bandwidth_bytes_per_s,
         dense_parts=parts,
+        window=d.window,
+        window_chunked=d.window_chunked,
+        window_slope_s=float(sum_over(op.roofline_s for op in seen)),
+        window_flops_per_pair=chips * float(sum_over(op.flops - op.copied_flops for op in seen)),
+        window_kv_bytes_per_token=chips * float(sum_over(op.kv_read_bytes for op in seen)),
+        decode_seq_bytes=chips * float(sum_over(op.kv_read_bytes + op.kv_write_bytes for op in launch)),
     )
 
 
@@ -69,12 +93,14 @@ def hidden_s(d: Deployment, ops: Sequence[Op]) -> Array:
 def dense_parts(d: Deployment, dense: Sequence[Op]) -> dict[str, Array]:
     """Time of the dense ops by what it goes to; overheads of all kinds are one part. [s]"""
     collective_s = sum_over(op.roofline_s for op in dense if op.kind == "collective")
-    return {
+    parts: dict[str, Array] = {
         "matmul": sum_over(op.roofline_s for op in dense if op.kind == "matmul"),
         "elementwise": sum_over(op.roofline_s for op in dense if op.kind == "elementwise"),
-        "collective": np.zeros(d.max_num_batched_tokens + 1) + collective_s - hidden_s(d, dense),
+        "collective": collective_s - hidden_s(d, dense),
         "overhead": sum_over(op.overhead_s for op in dense),
     }
+    shape = parts["matmul"].shape
+    return {name: np.broadcast_to(part, shape) for name, part in parts.items()}
 
 
 def sum_over(figures: Iterable[Number]) -> Array:
@@ -82,19 +108,26 @@ def sum_over(figures: Iterable[Number]) -> Array:
     return np.asarray(sum(figures, np.zeros(())), dtype=np.float64)
 
 
-def _prefill_planes(d: Deployment) -> Array:
-    """Planes whose largest is the attention time of chunks: a sum over layer groups of max(compute, memory).
+def _prefill_planes(d: Deployment, expansion_s: float) -> Array:
+    """Planes whose largest is the attention time of chunks: a sum over layers of max(compute, memory).
 
-    As K/A grows, groups turn memory-bound one by one, the one with the least compute per key first. The plane of each
-    such state bounds the sum from below everywhere, and is the sum where the state holds.
+    As K/A grows, the layers that see all keys turn memory-bound one kind after the other, the one with the least compute
+    per key first; so do the windowed ones as KW/AW grows, independently. The plane of each such state bounds the
+    sum from below everywhere, and is the sum where the state holds.
     """
-    pairs = [float(op.roofline_s) for op in prefill_attention_ops(d, 0.0, 1.0, 0.0)]
-    keys = [float(op.roofline_s) for op in prefill_attention_ops(d, 0.0, 0.0, 1.0)]
-    chunk_s = float(sum_over(op.overhead_s for op in prefill_attention_ops(d, 1.0, 0.0, 0.0)))
-    order = sorted(range(len(pairs)), key=lambda g: keys[g] / pairs[g])
-    return np.array(
-        [
-            [sum(pairs[g] for g in order[:j]), sum(keys[g] for g in order[j:]), chunk_s]
-            for j in range(len(order), -1, -1)
-        ]
-    )
+
+    def seconds(*sizes: float) -> list[float]:
+        return [float(op.roofline_s) for op in prefill_attention_ops(d, *sizes)]
+
+    launches = prefill_attention_ops(d, 1.0, 0.0, 0.0)
+    chunk_s = float(sum_over(op.time_s for op in launches))
+    full = _states(seconds(0.0, 1.0, 0.0), seconds(0.0, 0.0, 1.0))
+    windowed = _states(seconds(0.0, 0.0, 0.0, 1.0, 0.0), seconds(0.0, 0.0, 0.0, 0.0, 1.0))
+    return np.array([[a, k + expansion_s, chunk_s, aw, kw] for a, k in full for aw, kw in windowed])
+
+
+def _states(pairs: Sequence[float], keys: Sequence[float]) -> list[tuple[float, float]]:
+    """Seconds per pair and per key of each state of some ops, of which those bound by memory come last."""
+    ops = [(p, k) for p, k in zip(pairs, keys, strict=True) if p or k]
+    ops.sort(key=lambda op: op[1] / op[0])
+    return [(sum(p for p, _ in ops[:j]), sum(k for _, k in ops[j:])) for j in range(len(ops), -1, -1)]

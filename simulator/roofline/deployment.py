@@ -2,27 +2,27 @@
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from math import gcd, prod
 from typing import Literal
 
-from simulator.catalog.architecture import Architecture, DenseFFN, SoftmaxAttention
+from simulator.catalog.architecture import (
+    Architecture,
+    DenseFFN,
+    FeedForward,
+    GatedDeltaNet,
+    LatentAttention,
+    Mamba2,
+    Mixer,
+    SoftmaxAttention,
+)
 from simulator.catalog.chips import Efficiency
-from simulator.catalog.models import unpriceable_features
-from simulator.catalog.slices import Slice
+from simulator.catalog.models import attention_windows, unpriceable_features
+from simulator.catalog.slices import LinkDomain, Slice
 from simulator.errors import InputError, UnpriceableError
 from simulator.roofline.precision import BITS, WIDER, Dtype, Precision
 
 #: Context, NCCL buffers, captured graphs, compiled programs. Assumed; the sources quote 0.4 to 3.9 GB for GPUs.
 WORKSPACE_BYTES = 1e9
-
-
-@dataclass(frozen=True)
-class Layer:
-    """``count`` equal dense decoder layers, as the cost model reads them."""
-
-    count: int
-    attention: SoftmaxAttention
-    ffn: DenseFFN
-    n_norms: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,15 @@ class Deployment:
     sequence_parallel
         True: norms and residuals are split over tokens between a reduce-scatter and an all-gather; False: every
         chip does them all after an all-reduce. The collective takes the same time. None: True on a torus.
+    expert_imbalance
+        factor of at least 1 on the time of routed experts: the busiest against the mean. Routing is even at 1.
+    stage
+        which of how many pipeline stages this is; the first holds the embedding, the last the final norm and the head.
+        ``architecture`` has the stage's layers only (see :mod:`simulator.roofline.pipeline`).
+    expert_domains
+        links of the chips over which whole routed experts are spread, innermost level first; none: every chip has a
+        share of every expert. More chips than ``tp`` are further attention ranks, each with as many tokens as this
+        one (see :mod:`simulator.roofline.sharding`).
     """
 
     architecture: Architecture
@@ -71,6 +80,9 @@ class Deployment:
     kv_layout: Literal["heads", "even"] = "heads"
     activation_traffic: bool = True
     sequence_parallel: bool | None = None
+    expert_imbalance: float = 1.0
+    stage: tuple[int, int] = (1, 1)
+    expert_domains: tuple[LinkDomain, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be priced, does not exist or contradicts itself."""
@@ -88,8 +100,12 @@ class Deployment:
             )
         if not 0 <= self.overlap <= 1:
             raise InputError(f"deployment.overlap = {self.overlap}: must be 0 … 1")
+        if not 1 <= self.stage[0] <= self.stage[1]:
+            raise InputError(f"deployment.stage = {self.stage}: must be (which, of how many), counted from 1")
         if not self.workspace_bytes >= 0:
             raise InputError(f"deployment.workspace_bytes = {self.workspace_bytes}: must not be negative")
+        if not 1 <= self.expert_imbalance < float("inf"):
+            raise InputError(f"deployment.expert_imbalance = {self.expert_imbalance}: must be finite and at least 1")
         if self.kv_layout not in {"heads", "even"}:
             raise InputError(f"deployment.kv_layout = {self.kv_layout!r}: must be 'heads' or 'even'")
         if BITS[self.precision.weights] > BITS[self.precision.activations]:
@@ -112,20 +128,49 @@ class Deployment:
                 else "tensor parallelism spans the whole slice"
             )
             raise InputError(f"tp = {tp} on {self.slice.spec} ({chips} chips): tp must be {chips}; {rule}")
-        for layer in self.layers:
-            a, f = layer.attention, layer.ffn
-            for what, size in (("query heads", a.n_heads), ("feed-forward columns", f.d_ff)):
-                if size % tp:
-                    allowed = [d for d in range(1, size + 1) if a.n_heads % d == 0 == f.d_ff % d and d <= 1024]
-                    raise InputError(
-                        f"tp = {tp}: {self.architecture.name} has {size} {what}, which {tp} does not divide; "
-                        f"allowed: {', '.join(map(str, allowed))}"
-                    )
-            if self.kv_layout == "heads" and a.n_kv_heads % tp and tp % a.n_kv_heads:
+        sizes = self._split_sizes()
+        for what, size in sizes:
+            if size % tp:
+                common = gcd(*(size for _, size in sizes))
+                allowed = [x for x in range(1, min(common, 1024) + 1) if common % x == 0]
                 raise InputError(
-                    f"tp = {tp}: neither divides the {a.n_kv_heads} KV heads of {self.architecture.name} nor is a "
-                    "multiple of them; kv_layout = 'even' spreads the cache without regard to heads"
+                    f"tp = {tp}: {self.architecture.name} has {size} {what}, which {tp} does not divide; "
+                    f"allowed: {', '.join(map(str, allowed))}"
                 )
+        for _, mixer in self.mixers:
+            if isinstance(mixer, SoftmaxAttention) and self.kv_layout == "heads":
+                heads = mixer.n_kv_heads
+                if heads % tp and tp % heads:
+                    raise InputError(
+                        f"tp = {tp}: neither divides the {heads} KV heads of {self.architecture.name} nor is a "
+                        "multiple of them; kv_layout = 'even' spreads the cache without regard to heads"
+                    )
+            if isinstance(mixer, Mamba2) and mixer.n_groups % tp and tp % mixer.n_groups:
+                raise InputError(
+                    f"tp = {tp}: neither divides the {mixer.n_groups} Mamba-2 groups of {self.architecture.name} nor "
+                    "is a multiple of them"
+                )
+
+    def _split_sizes(self) -> list[tuple[str, int]]:
+        """What tensor parallelism divides, by name."""
+        found: dict[tuple[str, int], None] = {}
+        for _, mixer in self.mixers:
+            match mixer:
+                case SoftmaxAttention() | LatentAttention():
+                    found["query heads", mixer.n_heads] = None
+                case GatedDeltaNet():
+                    found["key heads", mixer.n_key_heads] = None
+                case Mamba2():
+                    found["Mamba-2 heads", mixer.n_heads] = None
+        for _, ffn in self.ffns:
+            if isinstance(ffn, DenseFFN):
+                found["feed-forward columns", ffn.d_ff] = None
+            else:
+                if self.expert_chips == 1:
+                    found["columns per expert", ffn.d_ff] = None
+                if ffn.n_shared:
+                    found["columns of shared experts", ffn.n_shared * (ffn.shared_d_ff or ffn.d_ff)] = None
+        return list(found)
 
     @property
     def chips(self) -> int:
@@ -133,36 +178,108 @@ class Deployment:
         return self.slice.n_chips if self.tp is None else self.tp
 
     @property
+    def expert_chips(self) -> int:
+        """Chips over which whole experts are spread; 1: none are."""
+        return prod(domain.size for domain in self.expert_domains)
+
+    @property
+    def expert_ranks(self) -> float:
+        """Attention ranks, this one included, whose tokens meet in the experts."""
+        return self.expert_chips / self.chips if self.expert_chips > 1 else 1.0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the embedding is here."""
+        return self.stage[0] == 1
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the final norm, the head and the sampler are here."""
+        return self.stage[0] == self.stage[1]
+
+    @cached_property
     def eff(self) -> Efficiency:
         """The efficiencies in force."""
         return self.slice.chip.efficiency if self.efficiency is None else self.efficiency
 
+    @cached_property
+    def mixers(self) -> tuple[tuple[int, Mixer], ...]:
+        """The different mixers of the layers, each with its number; windowed and full ones differ."""
+        found: dict[Mixer, int] = {}
+        for group in self.architecture.layers:
+            if group.mixer is not None:
+                found[group.mixer] = found.get(group.mixer, 0) + group.count
+        return tuple((count, mixer) for mixer, count in found.items())
+
+    @cached_property
+    def ffns(self) -> tuple[tuple[int, FeedForward], ...]:
+        """The different feed-forward blocks of the layers, each with its number."""
+        found: dict[FeedForward, int] = {}
+        for group in self.architecture.layers:
+            if group.ffn is not None:
+                found[group.ffn] = found.get(group.ffn, 0) + group.count
+        return tuple((count, ffn) for ffn, count in found.items())
+
     @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The architecture's layer groups; all of them are dense decoders with full attention (checked)."""
-        return tuple(
-            Layer(g.count, g.mixer, g.ffn, g.n_norms)
-            for g in self.architecture.layers
-            if isinstance(g.mixer, SoftmaxAttention) and isinstance(g.ffn, DenseFFN)
+    def reductions(self) -> int:
+        """All-reduces of the layers: one after each block, and one for both where attention and feed-forward are parallel."""
+        parallel = self.architecture.parallel_attention_ffn
+        return sum(
+            g.count * (1 if parallel else (g.mixer is not None) + (g.ffn is not None)) for g in self.architecture.layers
         )
 
-    def kv_heads_per_chip(self, layer: Layer) -> float:
+    @cached_property
+    def window(self) -> int:
+        """Keys that windowed layers see at most, or that sparse attention selects; 0: every layer sees all."""
+        return next((window for window, _ in attention_windows(self.architecture)), 0)
+
+    @cached_property
+    def window_chunked(self) -> bool:
+        """Whether windows are chunks of the context instead of sliding."""
+        return any(chunked for _, chunked in attention_windows(self.architecture))
+
+    def kv_heads_per_chip(self, attention: SoftmaxAttention) -> float:
         """KV heads one chip stores and reads; a fraction under ``kv_layout = "even"``."""
-        share = layer.attention.n_kv_heads / self.chips
+        share = attention.n_kv_heads / self.chips
         return share if self.kv_layout == "even" else max(1.0, share)
+
+    def groups_per_chip(self, mamba: Mamba2) -> float:
+        """Groups of B and C one chip computes; with more chips than groups each has a copy of one."""
+        return max(1.0, mamba.n_groups / self.chips)
+
+    @property
+    def latent_share(self) -> float:
+        """Part of each latent one chip stores: all of it, as every head attends to it, unless the layout is even."""
+        return 1 / self.chips if self.kv_layout == "even" else 1.0
 
     @property
     def kv_copies(self) -> float:
         """Copies of the KV cache over all chips (largest over the layers)."""
-        return max(self.kv_heads_per_chip(x) * self.chips / x.attention.n_kv_heads for x in self.layers)
+        copies = [1.0]
+        for _, mixer in self.mixers:
+            if isinstance(mixer, SoftmaxAttention):
+                copies.append(self.kv_heads_per_chip(mixer) * self.chips / mixer.n_kv_heads)
+            elif isinstance(mixer, LatentAttention):
+                copies.append(self.latent_share * self.chips)
+        return max(copies)
+
+    def kv_bytes(self, *, windowed: bool) -> float:
+        """KV-cache bytes of one token on one chip in the layers whose cache a window bounds, or in all others. [bytes]"""
+        total, p = 0.0, self.precision
+        for count, mixer in self.mixers:
+            if isinstance(mixer, SoftmaxAttention) and (mixer.window is not None) == windowed:
+                total += count * self.kv_heads_per_chip(mixer) * p.kv_head_bytes(mixer.head_dim)
+            elif isinstance(mixer, LatentAttention) and not windowed:
+                index = mixer.indexer
+                latent = p.latent_bytes(mixer.kv_rank, mixer.rope_dim, sparse=index is not None)
+                index_key = 0.0 if index is None else p.index_key_bytes(index.head_dim)
+                total += count * self.latent_share * (latent + index_key)
+        return total
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """KV-cache bytes of one token on one chip, scales and copies included. [bytes]"""
-        return sum(
-            x.count * self.kv_heads_per_chip(x) * self.precision.kv_head_bytes(x.attention.head_dim)
-            for x in self.layers
-        )
+        """KV-cache bytes of one token on one chip before any window is full, scales and copies included. [bytes]"""
+        return self.kv_bytes(windowed=False) + self.kv_bytes(windowed=True)
 
     @property
     def splits_tokens(self) -> bool:
@@ -185,6 +302,11 @@ class Deployment:
     def attention_dtype(self) -> Dtype:
         """Format of the attention products: 16-bit whatever the cache is held in."""
         return self._runs_in(self.precision.wide)
+
+    @cached_property
+    def index_dtype(self) -> Dtype:
+        """Format of a sparse indexer's products: its keys are FP8."""
+        return self._runs_in("fp8")
 
     def _runs_in(self, dtype: Dtype) -> Dtype:
         chip = self.slice.chip
@@ -211,12 +333,11 @@ class Deployment:
             for want, got in asked.items()
             if want != got
         ]
+        kv_heads = {x.n_kv_heads for _, x in self.mixers if isinstance(x, SoftmaxAttention)}
         if self.kv_copies > 1:
-            found.append(
-                f"{self.chips} chips share {self.layers[0].attention.n_kv_heads} KV heads: "
-                f"the KV cache is held {self.kv_copies:g} times"
-            )
-        if self.kv_layout == "even" and any(self.chips > x.attention.n_kv_heads for x in self.layers):
+            what = f"share {min(kv_heads)} KV heads" if kv_heads else "each need the whole latents"
+            found.append(f"{self.chips} chips {what}: the KV cache is held {self.kv_copies:g} times")
+        if self.kv_layout == "even" and self.chips > min(kv_heads, default=1):
             found.append("kv_layout = even: the exchange that an even KV layout needs is not priced")
         return tuple(found)
 

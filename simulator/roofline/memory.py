@@ -2,19 +2,13 @@
 
 from dataclasses import dataclass, replace
 
+from simulator.catalog.architecture import MoEFFN
 from simulator.catalog.slices import legal_slices, resolve_slice
 from simulator.errors import ChipsecondsError, InfeasibleError
+from simulator.roofline.blocks import ffn_matrices, head_matrix, mixer_matrices, state_bytes
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.ops import (
-    down_matrix,
-    final_norm_parameters,
-    head_matrix,
-    matrix_bytes,
-    norm_parameters,
-    output_matrix,
-    qkv_matrix,
-    up_matrix,
-)
+from simulator.roofline.kernels import matrix_bytes
+from simulator.roofline.ops import vector_parameters
 
 
 @dataclass(frozen=True)
@@ -30,9 +24,11 @@ class MemoryFit:
     weights_bytes, activations_bytes, workspace_bytes
         what is taken before the KV cache. [bytes]
     kv_bytes_per_token
-        of one token on one chip, scales and copies included. [bytes]
+        that a token in a block takes on one chip, scales and copies included. [bytes]
     block_size
         tokens per KV block.
+    reserved_bytes
+        what ``max_num_seqs`` sequences keep besides their blocks: recurrent state, and full windows. [bytes]
     """
 
     capacity_bytes: float
@@ -42,11 +38,13 @@ class MemoryFit:
     workspace_bytes: float
     kv_bytes_per_token: float
     block_size: int
+    reserved_bytes: float = 0.0
 
     @property
     def kv_bytes(self) -> float:
         """What is left for the KV cache; negative if even the rest does not fit. [bytes]"""
-        return self.usable_bytes - self.weights_bytes - self.activations_bytes - self.workspace_bytes
+        taken = self.weights_bytes + self.activations_bytes + self.workspace_bytes + self.reserved_bytes
+        return self.usable_bytes - taken
 
     @property
     def kv_blocks(self) -> int:
@@ -65,38 +63,53 @@ class MemoryFit:
 
 
 def weights_bytes(d: Deployment) -> float:
-    """Stored weights of one chip: layers, norms, embedding (once if tied), head, positions, scales. [bytes]"""
+    """Stored weights of one chip: layers with every expert, norms, embedding (once if tied), head, positions, scales. [bytes]"""
     p, arch = d.precision, d.architecture
-    total = matrix_bytes(p, head_matrix(d), head=True) + final_norm_parameters(arch) * p.wide_bytes
-    if not arch.tied_embeddings:
-        total += p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
-    total += arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
-    for layer in d.layers:
-        matrices = (f(d, layer) for f in (qkv_matrix, output_matrix, up_matrix, down_matrix))
-        per_layer = sum(matrix_bytes(p, m) for m in matrices) + norm_parameters(arch, layer) * p.wide_bytes
-        total += layer.count * per_layer
+    total = vector_parameters(d)[0] * p.wide_bytes
+    if d.is_last_stage:
+        total += matrix_bytes(p, head_matrix(d))
+    if d.is_first_stage:
+        if not (arch.tied_embeddings and d.is_last_stage):
+            total += p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
+        total += arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
+    for count, mixer in d.mixers:
+        total += count * sum(matrix_bytes(p, m) for m in mixer_matrices(d, mixer).values())
+    for count, ffn in d.ffns:
+        total += count * sum(each * matrix_bytes(p, m) for each, m in ffn_matrices(d, ffn).values())
     return total
 
 
 def activations_bytes(d: Deployment) -> float:
     """Peak activations of a step of ``max_num_batched_tokens`` on one chip. [bytes]
 
-    The residual stream and one normed copy, the widest pair of neighbouring tensors inside a layer, and the logits
-    of ``max_num_seqs`` rows, 16-bit and FP32. An estimate: engines measure theirs in a profiling run.
+    The residual stream and one normed copy, the widest pair of neighbouring tensors inside a layer (of experts: all
+    that a token visits), and the logits of ``max_num_seqs`` rows, 16-bit and FP32. An estimate: engines measure
+    theirs in a profiling run.
     """
     wide = d.precision.wide_bytes
-    inside = max(
-        max(qkv_matrix(d, x).n_out + output_matrix(d, x).n_in, up_matrix(d, x).n_out + down_matrix(d, x).n_in)
-        for x in d.layers
-    )
-    tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + inside) * wide
-    return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4)
+    pairs = [0.0]
+    for _, mixer in d.mixers:
+        *inner, out = mixer_matrices(d, mixer).values()
+        pairs.append(max(m.n_out for m in inner) + out.n_in)
+    for _, ffn in d.ffns:
+        visits: float = ffn.top_k if isinstance(ffn, MoEFFN) else 1
+        if isinstance(ffn, MoEFFN) and d.expert_chips > 1:  # a chip has a share of the visits to whole experts
+            visits /= d.chips
+        up, down, *_ = (m for name, (_, m) in ffn_matrices(d, ffn).items() if name.endswith((" up", " down")))
+        pairs.append(visits * (up.n_out + down.n_in))
+    tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + max(pairs)) * wide
+    return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4) * d.is_last_stage
 
 
 def memory_fit(d: Deployment) -> MemoryFit:
-    """How a deployment fills the memory of each of its chips, whether it fits or not."""
+    """How a deployment fills the memory of each of its chips, whether it fits or not.
+
+    The cache of windowed layers is held in one of two ways, whichever leaves room for more tokens: full windows of
+    ``max_num_seqs`` sequences set aside, and blocks for the other layers alone; or blocks for all layers alike, as
+    engines do that keep one table of blocks. Models with windowed layers alone always do the latter.
+    """
     capacity = d.slice.chip.hbm_capacity_bytes
-    return MemoryFit(
+    paged = MemoryFit(
         capacity_bytes=capacity,
         usable_bytes=capacity * d.gpu_memory_utilization,
         weights_bytes=weights_bytes(d),
@@ -104,7 +117,19 @@ def memory_fit(d: Deployment) -> MemoryFit:
         workspace_bytes=d.workspace_bytes,
         kv_bytes_per_token=d.kv_bytes_per_token,
         block_size=d.block_size,
+        reserved_bytes=d.max_num_seqs * sequence_state_bytes(d),
     )
+    full = d.kv_bytes(windowed=False)
+    if not full or full == d.kv_bytes_per_token:
+        return paged
+    windows = d.max_num_seqs * d.window * d.kv_bytes(windowed=True)
+    set_aside = replace(paged, kv_bytes_per_token=full, reserved_bytes=paged.reserved_bytes + windows)
+    return max(paged, set_aside, key=lambda fit: fit.kv_blocks)
+
+
+def sequence_state_bytes(d: Deployment) -> float:
+    """Recurrent state of one sequence on one chip, whatever its length. [bytes]"""
+    return sum(count * state_bytes(d, mixer) for count, mixer in d.mixers)
 
 
 def smallest_slice(d: Deployment) -> str | None:
@@ -136,6 +161,8 @@ def require_fit(d: Deployment) -> MemoryFit:
         f"activations at {d.max_num_batched_tokens} tokens": fit.activations_bytes,
         "workspace": fit.workspace_bytes,
     }
+    if fit.reserved_bytes:
+        gb[f"state and windows of {d.max_num_seqs} sequences"] = fit.reserved_bytes
     parts = " + ".join(f"{value / 1e9:.2f} GB {what}" for what, value in gb.items())
     better = smallest_slice(d)
     hint = (

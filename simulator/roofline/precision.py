@@ -141,6 +141,20 @@ class Precision:
                 scale = -(-head_dim // FP4_GROUP) * FP4_SCALE_BYTES
         return 2 * (head_dim * BITS[self.kv] / 8 + scale)
 
+    def latent_bytes(self, kv_rank: int, rope_dim: int, *, sparse: bool = False) -> float:
+        """Bytes of one token's latent in one layer, scales included; ``sparse``: in the layout of sparse kernels. [bytes]
+
+        >>> Precision().latent_bytes(512, 64), parse_precision("fp8kv8").latent_bytes(512, 64, sparse=True)
+        (1152.0, 656.0)
+        """
+        if self.kv == "fp8" and sparse and self.group_size != 0:
+            return kv_rank + -(-kv_rank // 128) * 4 + rope_dim * self.wide_bytes
+        return self.kv_head_bytes(kv_rank + rope_dim) / 2
+
+    def index_key_bytes(self, head_dim: int) -> float:
+        """Bytes of one token's index key in one layer: FP8 with an FP32 scale, whatever the precision. [bytes]"""
+        return head_dim + (0.0 if self.group_size == 0 else 4.0)
+
 
 def parse_precision(text: str, *, quantize_head: bool = False) -> Precision:
     """Read a precision word (grammar at the top of this module).

@@ -40,6 +40,37 @@ from simulator.errors import InputError
 Array = NDArray[np.float64]
 
 
+Counts = int | NDArray[np.int64]
+
+
+def window_keys(context: Counts, window: int, *, chunked: bool) -> Counts:
+    """Keys a query at ``context`` (itself included) sees through a window: w(t) above; 0 without a window.
+
+    >>> [window_keys(t, 4, chunked=False) for t in (1, 4, 5, 9)], [window_keys(t, 4, chunked=True) for t in (1, 4, 5, 9)]
+    ([1, 4, 4, 4], [1, 4, 1, 1])
+    """
+    if window == 0:
+        return 0 * context
+    if chunked:
+        return (context - 1) % window + 1
+    return min(context, window) if isinstance(context, int) else np.minimum(context, window)
+
+
+def window_pairs(context: Counts, window: int, *, chunked: bool) -> Counts:
+    """Windowed (query, key) pairs of the first ``context`` tokens of a sequence: the sum of w(t) over t = 1 … context.
+
+    >>> [window_pairs(t, 4, chunked=False) for t in (0, 4, 6)], [window_pairs(t, 4, chunked=True) for t in (0, 4, 6)]
+    ([0, 10, 18], [0, 10, 13])
+    """
+    if window == 0:
+        return 0 * context
+    if chunked:
+        cycles, rest = context // window, context % window
+        return cycles * (window * (window + 1) // 2) + rest * (rest + 1) // 2
+    short = window_keys(context, window, chunked=False)
+    return short * (short + 1) // 2 + (context - short) * window
+
+
 @dataclass(frozen=True)
 class StepCost:
     """Times of one deployment's steps, and the FLOPs and bytes behind them.
@@ -76,7 +107,7 @@ class StepCost:
     window_flops_per_pair, window_kv_bytes_per_token
         as ``attention_flops_per_pair`` and ``kv_bytes_per_token``, of the windowed layers.
     decode_seq_bytes
-        bytes a decode step moves per sequence whatever its context (recurrent state), all chips.
+        bytes moved per sequence whatever its context (recurrent state), all chips: by a decode step as by a chunk.
     dense_parts
         named shares of ``dense_s`` (same shape each, summing to it), e.g. matmul, collective, overhead.
     """

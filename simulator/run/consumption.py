@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from simulator.engine.records import FINISHED, EngineSettings
 from simulator.results.summary import Utilisation
-from simulator.roofline.step_cost import StepCost
+from simulator.roofline.step_cost import StepCost, window_keys, window_pairs
 from simulator.run.outcome import Outcome
 
 Array = NDArray[np.float64]
@@ -34,30 +34,45 @@ def total_work(outcome: Outcome, cost: StepCost) -> Work:
     by_tokens, by_rows = outcome.steps_by_tokens, outcome.steps_by_rows
     tokens, rows = len(by_tokens), len(by_rows)
     pairs = outcome.total("decode_keys") + outcome.total("prefill_pairs")
+    window = outcome.total("window_decode_keys") + outcome.total("window_prefill_pairs")
     keys_read = outcome.total("decode_keys") + outcome.total("prefill_keys")
+    window_read = outcome.total("window_decode_keys") + outcome.total("window_prefill_keys")
     flops = (
         float(by_tokens @ cost.dense_flops[:tokens])
         + float(by_rows @ cost.head_flops[:rows])
         + cost.attention_flops_per_pair * pairs
+        + cost.window_flops_per_pair * window
     )
     hbm_bytes = (
         float(by_tokens @ cost.dense_bytes[:tokens])
         + float(by_rows @ cost.head_bytes[:rows])
         + cost.kv_bytes_per_token * keys_read
+        + cost.window_kv_bytes_per_token * window_read
+        + cost.decode_seq_bytes * (outcome.total("decode_tokens") + outcome.total("chunks"))
     )
     recomputed = 0.0
     again = outcome.total("recomputed_tokens")
     if again:
-        recomputed = cost.dense_flops[1] * again + cost.attention_flops_per_pair * (pairs - useful_pairs(outcome))
+        full, windowed = useful_pairs(outcome, cost)
+        recomputed = (
+            cost.dense_flops[1] * again
+            + cost.attention_flops_per_pair * (pairs - full)
+            + cost.window_flops_per_pair * (window - windowed)
+        )
     return Work(flops=flops, recomputed_flops=float(recomputed), hbm_bytes=hbm_bytes)
 
 
-def useful_pairs(outcome: Outcome) -> int:
-    """(Query, key) pairs the finished requests need when every token is computed once."""
+def useful_pairs(outcome: Outcome, cost: StepCost) -> tuple[int, int]:
+    """(Query, key) pairs the finished requests need when every token is computed once; the same through the window."""
     done = outcome.column("status") == FINISHED
     cached = outcome.requests.cached_tokens[done]
     computed = outcome.requests.prompt_tokens[done] + outcome.requests.output_tokens[done] - 1
-    return int((computed * (computed + 1) // 2 - cached * (cached + 1) // 2).sum())
+
+    def windowed(context: NDArray[np.int64]) -> int:
+        return int(np.sum(window_pairs(context, cost.window, chunked=cost.window_chunked)))
+
+    full = int((computed * (computed + 1) // 2 - cached * (cached + 1) // 2).sum())
+    return full, windowed(computed) - windowed(cached)
 
 
 def utilisation(outcome: Outcome, cost: StepCost, work: Work) -> Utilisation:
@@ -101,6 +116,8 @@ def ideal_chip_seconds(
     keys = batch * context
     knot = np.searchsorted(cost.decode_knots, keys, side="right") - 1
     attention = cost.decode_value_s[knot] + cost.decode_slope_s[knot] * (keys - cost.decode_knots[knot])
+    seen = window_keys(np.rint(context).astype(np.int64), cost.window, chunked=cost.window_chunked)
+    attention += cost.window_slope_s * batch * seen
     shared = np.interp(batch, np.arange(len(cost.dense_s)), cost.dense_s) + np.interp(
         batch, np.arange(len(cost.head_s)), cost.head_s
     )
@@ -118,10 +135,20 @@ def _prefill_alone_s(
     while len(rows):
         past = done[rows]
         chunk = np.minimum(prompt_tokens[rows] - past, budget)
-        pairs = chunk * past + chunk * (chunk + 1) // 2
-        attention = np.stack([pairs, past + chunk, np.ones_like(chunk)], axis=1) @ cost.prefill_planes.T
+        attention = _chunk_figures(past, chunk, cost) @ cost.prefill_planes.T
         last = past + chunk == prompt_tokens[rows]
         total[rows] += cost.dense_s[chunk] + attention.max(axis=1) + np.where(last, cost.head_s[1], 0.0)
         done[rows] = past + chunk
         rows = rows[~last]
     return total
+
+
+def _chunk_figures(past: NDArray[np.int64], chunk: NDArray[np.int64], cost: StepCost) -> Array:
+    """[m, 5] A, K, P, AW, KW of chunks of ``chunk`` tokens on ``past`` earlier ones, each alone in its step."""
+    pairs = chunk * past + chunk * (chunk + 1) // 2
+    windowed, read = 0 * chunk, 0 * chunk
+    if cost.window:
+        before, after = (window_pairs(t, cost.window, chunked=cost.window_chunked) for t in (past, past + chunk))
+        windowed = np.asarray(after - before)
+        read = past % cost.window + chunk if cost.window_chunked else np.minimum(past + chunk, chunk + cost.window - 1)
+    return np.stack([pairs, past + chunk, np.ones_like(chunk), windowed, read], axis=1).astype(np.float64)

@@ -5,6 +5,7 @@ two engines can be asked for equality. Real-looking cases have smooth costs and 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -32,7 +33,9 @@ def one_of(pick: Pick, options: Sequence):
     return options[pick(0, len(options) - 1)]
 
 
-def step_cost(dense_s, head_s, *, knots=(0,), value_s=0.0, slopes_s=(0.0,), decode_seq_s=0.0, planes=((0, 0, 0),)):
+def step_cost(
+    dense_s, head_s, *, knots=(0,), value_s=0.0, slopes_s=(0.0,), decode_seq_s=0.0, planes=((0, 0, 0),), **window
+):
     """A StepCost whose times are given and whose FLOPs and bytes are of no interest; g starts at ``value_s``."""
     values = value_s + np.concatenate([[0.0], np.cumsum(np.diff(knots) * np.array(slopes_s[:-1]))])
     return StepCost(
@@ -52,6 +55,7 @@ def step_cost(dense_s, head_s, *, knots=(0,), value_s=0.0, slopes_s=(0.0,), deco
         kv_bytes_per_token=1.0,
         peak_flops_per_s=1.0,
         hbm_bandwidth_bytes_per_s=1.0,
+        **window,
     )
 
 
@@ -81,6 +85,14 @@ def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float) -> St
         knots.append(knots[-1] + pick(1, 40))
         slopes.append(slope_s * pick(0, 5))
     planes = [[slope_s * pick(0, 3), slope_s * pick(0, 7), grid_s * pick(0, 2)] for _ in range(pick(1, 3))]
+    window, window_slope_s = {}, max(SLOPE_GRID_S, slope_s)
+    if pick(0, 1):
+        window = {
+            "window": one_of(pick, (pick(1, 8), pick(1, 20), pick(1, 60))),
+            "window_chunked": bool(pick(0, 1)),
+            "window_slope_s": window_slope_s * pick(0, 5),
+        }
+        planes = [[*plane, window_slope_s * pick(0, 3), window_slope_s * pick(0, 7)] for plane in planes]
     return step_cost(
         dense,
         head,
@@ -89,6 +101,7 @@ def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float) -> St
         slopes_s=slopes,
         decode_seq_s=grid_s * pick(0, 1),
         planes=planes,
+        **window,
     )
 
 
@@ -167,7 +180,10 @@ def dyadic_cases(draw: st.DrawFn) -> Case:
 
 
 def real_case(seed: int) -> Case:
-    """A case with smooth costs, Poisson arrivals or a closed loop, and a KV cache under pressure."""
+    """A case with smooth costs, Poisson arrivals or a closed loop, and a KV cache under pressure.
+
+    Seeds of 3k have no window, 3k + 1 a sliding and 3k + 2 a chunked one.
+    """
     rng = np.random.default_rng(seed)
     max_num_seqs = int(rng.integers(2, 17))
     max_num_batched_tokens = int(rng.integers(64, 400))
@@ -200,6 +216,14 @@ def real_case(seed: int) -> Case:
     concurrency = int(rng.integers(1, 12)) if seed % 4 == 0 else 0
     gap_s = rng.exponential(0.05, count)
     arrivals = gap_s if concurrency else np.cumsum(gap_s)
+    if seed % 3:
+        cost = replace(
+            cost,
+            window=int(rng.integers(2, 150)),
+            window_chunked=seed % 3 == 2,
+            window_slope_s=rng.uniform(1e-8, 3e-6),
+            prefill_planes=np.hstack([cost.prefill_planes[:, :3], rng.uniform(0, 1, (3, 2)) * [4e-8, 9e-7]]),
+        )
     return Case(cost, settings, requests_of(arrivals, prompt, output, cached, max_tokens, concurrency))
 
 
@@ -239,6 +263,11 @@ def events_of(case: Case, result, steps: Sequence[StepRecord]) -> set[str]:
         events.add("two clients freed at once")
     if any(a.running == b.running and slope(a) != slope(b) for a, b in pairwise(decode_only)):
         events.add("knot crossed during a run")
+    contexts = _contexts_that_grow(decode_only)
+    if cost.window and not cost.window_chunked and cost.window in contexts:
+        events.add("window saturated during decode")
+    if cost.window > 1 and cost.window_chunked and any(context % cost.window == 0 for context in contexts):
+        events.add("chunk window wrapped")
     if any(len(step.running) == settings.max_num_seqs and step.waiting for step in steps):
         events.add("max_num_seqs full")
     if any(_blocked_by_memory(case, step) for step in steps):
@@ -254,6 +283,12 @@ def events_of(case: Case, result, steps: Sequence[StepRecord]) -> set[str]:
     if requests.concurrency:
         events.add("closed loop")
     return events
+
+
+def _contexts_that_grow(decode_only: Sequence[StepRecord]) -> set[int]:
+    """Contexts of decoding requests that grow by one in the next step of the same batch."""
+    same_batch = [step for step, after in pairwise(decode_only) if step.running == after.running]
+    return {step.computed[row] + 1 for step in same_batch for row in step.scheduled}
 
 
 def _preempted_itself(before: StepRecord, step: StepRecord) -> bool:

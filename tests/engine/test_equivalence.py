@@ -27,6 +27,9 @@ WHOLE_TOTALS = (
     "decode_keys",
     "prefill_pairs",
     "prefill_keys",
+    "window_decode_keys",
+    "window_prefill_pairs",
+    "window_prefill_keys",
     "chunks",
     "rows",
     "preemptions",
@@ -43,6 +46,8 @@ FREQUENT = (
     "full token budget",
     "arrival at a step's end",
     "knot crossed during a run",
+    "window saturated during decode",
+    "chunk window wrapped",
     "max_num_seqs full",
     "admission blocked by memory",
     "several chunks in a step",
@@ -153,7 +158,15 @@ def test_twice_the_times_is_the_same_run_at_half_the_speed(name):
     simulate = engine(name)
     for seed in range(10):
         cost, engine_settings, requests = real_case(seed)
-        times = ("dense_s", "head_s", "decode_value_s", "decode_slope_s", "decode_seq_s", "prefill_planes")
+        times = (
+            "dense_s",
+            "head_s",
+            "decode_value_s",
+            "decode_slope_s",
+            "decode_seq_s",
+            "window_slope_s",
+            "prefill_planes",
+        )
         slow_cost = replace(cost, **{column: 2 * getattr(cost, column) for column in times})
         slow_requests = replace(requests, arrival_s=2 * requests.arrival_s)
         fast, slow = simulate(cost, engine_settings, requests), simulate(slow_cost, engine_settings, slow_requests)

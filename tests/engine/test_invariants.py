@@ -1,5 +1,6 @@
 """The invariants of docs/engine-rules.md, at every step of random runs of the reference engine."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -111,6 +112,35 @@ def test_every_token_is_computed_once_or_counted_as_recomputed(case):  # I7
     assert (result.totals["recomputed_tokens"] > 0) <= (result.totals["preemptions"] > 0)
     assert result.preemptions.sum() == result.totals["preemptions"]
     assert result.itl_counts.sum() == (requests.output_tokens - 1)[done].sum()
+
+
+@MANY
+@given(dyadic_cases(), st.integers(1, 30), st.booleans())
+def test_every_computed_token_sees_its_window_once(case, window, chunked):  # R9
+    requests = case.requests
+    windowed = replace(case.cost, window=window, window_chunked=chunked)
+    result, _, _ = observe(Case(windowed, case.settings, requests))
+    once = 0
+    for row in np.flatnonzero(result.status == FINISHED):
+        last = requests.prompt_tokens[row] + requests.output_tokens[row] - 1
+        for token in range(requests.cached_tokens[row] + 1, last + 1):
+            in_chunk = ((key - 1) // window == (token - 1) // window for key in range(1, token + 1))
+            once += sum(in_chunk) if chunked else len(range(1, token + 1)[-window:])
+    seen = result.totals["window_decode_keys"] + result.totals["window_prefill_pairs"]
+    assert seen == once if not result.totals["recomputed_tokens"] else seen > once
+
+
+@MANY
+@given(dyadic_cases(), st.booleans())
+def test_the_widest_window_is_none_and_the_narrowest_sees_each_token_itself(case, chunked):
+    for window in (1, 1000):
+        cost = replace(case.cost, window=window, window_chunked=chunked)
+        _, steps, _ = observe(Case(cost, case.settings, case.requests))
+        for step in steps:
+            if window == 1:
+                assert (step.B, step.n - step.B, step.n - step.B) == (step.SW, step.AW, step.KW)
+            else:
+                assert (step.SW, step.AW, step.KW) == (step.S, step.A, step.K)
 
 
 @MANY

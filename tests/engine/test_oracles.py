@@ -110,11 +110,19 @@ def test_littles_law_over_a_run_that_empties(name, seed):
     assert present == pytest.approx(rate_per_s * (result.finish_s - result.arrival_s).mean(), rel=1e-12)
 
 
+def keys_seen(cost, context: int) -> range:
+    """Positions, from 1, of the keys that the query at ``context`` sees in the windowed layers: a mask's row."""
+    window = cost.window or 1
+    first = (context - 1) // window * window + 1 if cost.window_chunked else max(1, context - window + 1)
+    return range(first, context + 1) if cost.window else range(0)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2], ids=["no window", "sliding window", "chunked window"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("prompt", "cached"), [(1, 0), (100, 0), (100, 99), (64, 0), (500, 0), (500, 130)])
-def test_ttft_without_load_is_the_time_of_the_prefill_steps(name, prompt, cached):
+def test_ttft_without_load_is_the_time_of_the_prefill_steps(name, prompt, cached, seed):
     budget = 64
-    cost = real_case(1).cost
+    cost = real_case(seed).cost
     settings = EngineSettings(max_num_seqs=2, max_num_batched_tokens=budget, num_kv_blocks=1000)
     result = engine(name)(cost, settings, requests_of([0.7], [prompt], [3], cached=[cached]))
     starts = list(range(cached, prompt, budget))
@@ -126,11 +134,13 @@ def test_ttft_without_load_is_the_time_of_the_prefill_steps(name, prompt, cached
             A=sum(range(start + 1, stop + 1)),  # the token at position i attends to i tokens, itself included
             K=stop,
             R=int(stop == prompt),
+            AW=sum(len(keys_seen(cost, i)) for i in range(start + 1, stop + 1)),
+            KW=len(set().union(*(keys_seen(cost, i) for i in range(start + 1, stop + 1)))),
         )
         for start, stop in zip(starts, stops, strict=True)
     )
     assert result.first_token_s[0] - 0.7 == pytest.approx(ttft_s, rel=1e-12)
-    decode_s = [cost.step_s(n=1, B=1, S=prompt + i, R=1) for i in (1, 2)]
+    decode_s = [cost.step_s(n=1, B=1, S=prompt + i, R=1, SW=len(keys_seen(cost, prompt + i))) for i in (1, 2)]
     assert result.finish_s[0] - result.first_token_s[0] == pytest.approx(sum(decode_s), rel=1e-9)
     assert result.busy_s[0] == pytest.approx(ttft_s + sum(decode_s), rel=1e-12)
 
@@ -164,17 +174,25 @@ def test_clients_without_think_time_keep_their_number_in_the_system(name):
     assert time_in_system_s.sum() == pytest.approx(clients * last_release_s, rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3], ids=["sliding window", "chunked window", "no window"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_full_batch_decodes_at_the_speed_of_its_steps(name):
+def test_a_full_batch_decodes_at_the_speed_of_its_steps(name, seed):
     """Equal requests all there at time 0: one prefill, then output − 1 steps of the whole batch."""
-    batch, prompt, output = 6, 10, 50
-    cost = real_case(3).cost
-    assert cost.max_rows >= batch
+    prompt, output = 10, 150  # past the end of either window
+    cost = real_case(seed).cost
+    batch = min(6, cost.max_rows)
     settings = EngineSettings(max_num_seqs=batch, max_num_batched_tokens=64, num_kv_blocks=1000)
     result = engine(name)(cost, settings, requests_of([0] * batch, [prompt] * batch, [output] * batch))
     pairs = batch * prompt * (prompt + 1) // 2
-    prefill_s = cost.step_s(n=batch * prompt, P=batch, A=pairs, K=batch * prompt, R=batch)
-    decodes_s = [cost.step_s(n=batch, B=batch, S=batch * (prompt + i), R=batch) for i in range(1, output)]
+    window_pairs = batch * sum(len(keys_seen(cost, i)) for i in range(1, prompt + 1))
+    window_keys = batch * len(set().union(*(keys_seen(cost, i) for i in range(1, prompt + 1))))
+    prefill_s = cost.step_s(
+        n=batch * prompt, P=batch, A=pairs, K=batch * prompt, R=batch, AW=window_pairs, KW=window_keys
+    )
+    decodes_s = [
+        cost.step_s(n=batch, B=batch, S=batch * context, R=batch, SW=batch * len(keys_seen(cost, context)))
+        for context in range(prompt + 1, prompt + output)
+    ]
     np.testing.assert_allclose(result.first_token_s, prefill_s, rtol=1e-12)
     np.testing.assert_allclose(result.finish_s, prefill_s + sum(decodes_s), rtol=1e-11)
     np.testing.assert_allclose(result.busy_s, (prefill_s + sum(decodes_s)) / batch, rtol=1e-11)

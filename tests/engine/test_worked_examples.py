@@ -1,4 +1,4 @@
-"""Three runs worked out by hand from docs/engine-rules.md."""
+"""Runs worked out by hand from docs/engine-rules.md."""
 
 import numpy as np
 import pytest
@@ -71,6 +71,9 @@ def test_three_requests_by_hand(name):
         "decode_keys": 14,
         "prefill_pairs": 24,
         "prefill_keys": 13,
+        "window_decode_keys": 0,
+        "window_prefill_pairs": 0,
+        "window_prefill_keys": 0,
         "chunks": 4,
         "rows": 6,
         "preemptions": 0,
@@ -110,6 +113,9 @@ def test_three_requests_step_by_step():
         A=0,
         K=0,
         R=2,
+        SW=0,
+        AW=0,
+        KW=0,
         scheduled={0: 1, 1: 1},
         computed={0: 6, 1: 2},
         blocks={0: 4, 1: 2},
@@ -122,6 +128,54 @@ def test_three_requests_step_by_step():
         rejected=0,
     )
     assert [step.running for step in steps] == [(0,), (0, 1), (0, 1), (1, 2)]
+
+
+# Windows of 3 keys, no limit of memory: a sliding one sees 1 2 3 3 3 … keys at contexts 1 2 3 4 5 …, a chunked one 1 2 3 1 2 3 …
+#
+#   cost    dense n; g slope 1/4; 1/2 per windowed key and 1 per decoding sequence; planes A/8 + AW/4 and K/8 + P/4 + KW/2
+#   engine  2 sequences, 4 tokens per step
+#   rows    0: at 0, prompt 6, output 4;  1: at 0, prompt 2 of which 1 cached, output 3
+#
+#                                               sliding                       chunked
+#   step                                        AW KW SW  time                AW KW SW  time
+#   row 0 chunk 4 on 0 (A 10, K 4)               9  4     4 + max(3.5, 2.75)   7  4     4 + max(3, 2.75)
+#   row 0 chunk 2 on 4; row 1 chunk 1 on 1       8  6     3 + max(3.625, 4.5)  7  5     3 + max(3.375, 4)
+#     (A 13, K 8; row 0 sees keys 3 to 6, or 4 to 6; row 1 keys 1 and 2)
+#   rows 0, 1 decode at contexts 7, 3                  6  2 + 2.5 + 3 + 2           4   2 + 2.5 + 2 + 2
+#   rows 0, 1 decode at contexts 8, 4                  6  2 + 3 + 3 + 2             3   2 + 3 + 1.5 + 2
+#   row 0 decodes at context 9                         3  1 + 2.25 + 1.5 + 1        3   1 + 2.25 + 1.5 + 1
+#
+# Shares, step by step: sliding 7.5 | 5, 2.5 | 5.25, 4.25 | 5.5, 4.5 | 5.75; chunked 7 | 4.5, 2.5 | 4.25, 4.25 | 5, 3.5 | 5.75
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("chunked", "ends_s", "busy_s", "busy_prefill_s", "totals"),
+    [
+        pytest.param(
+            False, [7.5, 15, 24.5, 34.5, 40.25], [29, 11.25], [12.5, 2.5], [15, 17, 10, 20.25, 8], id="sliding"
+        ),
+        pytest.param(True, [7, 14, 22.5, 31, 36.75], [26.5, 10.25], [11.5, 2.5], [10, 14, 9, 17.75, 7], id="chunked"),
+    ],
+)
+def test_windows_by_hand(name, chunked, ends_s, busy_s, busy_prefill_s, totals):
+    cost = step_cost(
+        range(5),
+        [0] * 3,
+        slopes_s=[0.25],
+        decode_seq_s=1,
+        planes=[[0.125, 0, 0, 0.25, 0], [0, 0.125, 0.25, 0, 0.5]],
+        window=3,
+        window_chunked=chunked,
+        window_slope_s=0.5,
+    )
+    result = engine(name)(cost, EngineSettings(2, 4), requests_of([0, 0], [6, 2], [4, 3], cached=[0, 1]))
+    assert result.scheduled_s.tolist() == [0, ends_s[0]]
+    assert result.first_token_s.tolist() == [ends_s[1]] * 2
+    assert result.finish_s.tolist() == [ends_s[4], ends_s[3]]
+    np.testing.assert_allclose(result.busy_s, busy_s, rtol=1e-12)
+    np.testing.assert_allclose(result.busy_prefill_s, busy_prefill_s, rtol=1e-12)
+    np.testing.assert_allclose(result.busy_cached_s, [0, 0.125], rtol=1e-12)
+    names = ("window_decode_keys", "window_prefill_pairs", "window_prefill_keys")
+    assert [result.totals[key] for key in (*names, "decode_attention_s", "prefill_attention_s")] == totals
 
 
 # Preemption: 5 blocks of 2, 8 tokens per step, a token takes 1 s and nothing else does.

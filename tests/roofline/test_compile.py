@@ -44,6 +44,13 @@ DEPLOYMENTS = {
     "8b on two nodes, ideal": Deployment(
         load_model("llama-3-70b"), resolve_slice("h100-sxm:2x8"), efficiency=IDEAL, max_num_batched_tokens=2048
     ),
+    "nothing but weights and keys": Deployment(
+        load_model("llama-3-8b").model_copy(update={"final_norm": False}),
+        resolve_slice("h100-sxm:1"),
+        efficiency=IDEAL,
+        activation_traffic=False,
+        max_num_batched_tokens=2048,
+    ),
     "mixed groups": Deployment(mixed_groups(), resolve_slice("h100-sxm:2"), max_num_batched_tokens=2048),
 }
 COMPILED = {name: compile_step_cost(d) for name, d in DEPLOYMENTS.items()}
@@ -103,6 +110,8 @@ def test_tables_start_at_zero_and_never_fall(name):
 
 def test_groups_of_unlike_attention_need_a_plane_each_and_all_are_used():
     cost = COMPILED["mixed groups"]
-    assert cost.prefill_planes.shape == (4, 3)
-    largest = {int(np.argmax(cost.prefill_planes @ np.array([1.0, ratio, 0.0]))) for ratio in np.logspace(-4, 3, 400)}
+    assert cost.prefill_planes.shape == (4, 5)
+    largest = {
+        int(np.argmax(cost.prefill_planes @ np.array([1.0, ratio, 0.0, 0.0, 0.0]))) for ratio in np.logspace(-4, 3, 400)
+    }
     assert largest == {0, 1, 2, 3}

@@ -102,7 +102,7 @@ def test_model_flops_leave_recomputation_out(bench):
     assert thrashing.flops > free.flops
     assert thrashing.flops - thrashing.recomputed_flops == pytest.approx(free.flops, rel=1e-12)
     pairs = roomy.total("decode_keys") + roomy.total("prefill_pairs")
-    assert useful_pairs(roomy) == pairs
+    assert useful_pairs(roomy, cost) == (pairs, 0)
     # By hand: every token but a request's last is computed once, token i attends to i keys, each output has a row.
     p, o = requests.prompt_tokens, requests.output_tokens
     n = p + o - 1
@@ -271,3 +271,34 @@ def test_a_handful_of_requests_is_not_called_overloaded(bench, n):
     assert summary.status == "ok"
     assert n == 1 or summary.load.capacity_understated
     assert n == 1 or any("understated" in w for w in summary.warnings)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_windowed_layers_are_counted_by_what_they_see(bench, chunked):
+    window = 37
+    full = bench.cost()
+    cost = replace(
+        full,
+        window=window,
+        window_chunked=chunked,
+        window_slope_s=1e-7,
+        window_flops_per_pair=3e4,
+        window_kv_bytes_per_token=7e3,
+    )
+    outcome = bench.outcome(bench.requests(20.0, 60), cost)
+    requests = outcome.requests
+
+    def seen(context):
+        return (context - 1) % window + 1 if chunked else min(context, window)
+
+    pairs = [
+        sum(seen(t) for t in range(1, p + o))
+        for p, o in zip(requests.prompt_tokens, requests.output_tokens, strict=True)
+    ]
+    assert useful_pairs(outcome, cost)[1] == sum(pairs)
+    assert outcome.total("window_decode_keys") + outcome.total("window_prefill_pairs") == sum(pairs)
+    more = total_work(outcome, cost)
+    less = total_work(outcome, replace(cost, window_flops_per_pair=0.0, window_kv_bytes_per_token=0.0))
+    assert more.flops - less.flops == pytest.approx(3e4 * sum(pairs), rel=1e-9)
+    read = outcome.total("window_decode_keys") + outcome.total("window_prefill_keys")
+    assert more.hbm_bytes - less.hbm_bytes == pytest.approx(7e3 * read, rel=1e-9)

@@ -1,0 +1,429 @@
+"""The blocks of a layer under tensor parallelism: their matrices on one chip, and the ops they run.
+
+Mixers: softmax attention, full or windowed; latent attention (MLA), absorbed when decoding and expanded in prefill,
+with or without a sparse indexer (DSA); gated delta net and Mamba-2. Feed-forward blocks: dense, and mixtures of experts.
+The formulas, op by op, are in ``docs/roofline.md``; symbols as in :mod:`simulator.catalog.parameters`.
+"""
+
+from dataclasses import replace
+from typing import assert_never
+
+import numpy as np
+
+from simulator.catalog.architecture import (
+    Architecture,
+    DenseFFN,
+    FeedForward,
+    GatedDeltaNet,
+    LatentAttention,
+    Mamba2,
+    Mixer,
+    MoEFFN,
+    SoftmaxAttention,
+)
+from simulator.roofline.deployment import Deployment
+from simulator.roofline.kernels import Matrix, Number, Op, all_to_all_op, attention_op, matmul_op, memory_op, times
+
+GDN_FLOPS = 7
+"""FLOPs of the delta rule per token and element of the state: decay, read, correct, write, query."""
+MAMBA_FLOPS = 6
+"""FLOPs of the state-space recurrence per token and element of the state."""
+STATE_BYTES = 4
+"""Bytes per element of recurrent state, whatever the precision of the rest."""
+
+
+def mixer_matrices(d: Deployment, mixer: Mixer) -> dict[str, Matrix]:
+    """Matrices of one mixer on one chip, by the name of their product."""
+    D, t = d.architecture.d_model, d.chips
+    match mixer:
+        case SoftmaxAttention(n_heads=N, n_kv_heads=K, head_dim=H):
+            queries, keys = N / t * H, 2 * d.kv_heads_per_chip(mixer) * H
+            gate = queries if mixer.gated_output else 0.0
+            bias = queries + keys if mixer.qkv_bias else 0.0
+            return {
+                "QKV projection": Matrix(D, queries + gate + keys, bias=bias, copied=keys - 2 * K * H / t),
+                "output projection": Matrix(queries, D, bias=D / t if mixer.o_bias else 0.0, split_rows=True),
+            }
+        case LatentAttention(n_heads=N, q_rank=q, kv_rank=kv, nope_dim=nope, rope_dim=rope, v_dim=v):
+            down = kv + rope + (q or 0)
+            found = {
+                "latent projections": Matrix(D, down, copied=down * (1 - 1 / t)),
+                "query projection": Matrix(q or D, N / t * (nope + rope)),
+                "latent up-projection": Matrix(kv, N / t * (nope + v)),
+                "output projection": Matrix(N / t * v, D, split_rows=True),
+            }
+            if mixer.indexer is not None:  # every rank picks the same keys, so every rank has the whole indexer
+                queries, keys = mixer.indexer.n_heads * mixer.indexer.head_dim, mixer.indexer.head_dim
+                weights = mixer.indexer.n_heads
+                found["indexer queries"] = Matrix(q or D, queries, copied=queries * (1 - 1 / t))
+                found["indexer keys"] = Matrix(D, keys + weights, copied=(keys + weights) * (1 - 1 / t))
+            return found
+        case GatedDeltaNet(n_value_heads=heads, value_dim=dv):
+            kd, vd = mixer.n_key_heads * mixer.key_dim, heads * dv
+            return {
+                "GDN projections": Matrix(D, (2 * kd + 2 * vd + 2 * heads) / t),
+                "output projection": Matrix(vd / t, D, split_rows=True),
+            }
+        case Mamba2(n_heads=heads, head_dim=P, state_dim=S):
+            groups = 2 * d.groups_per_chip(mixer) * S
+            return {
+                "Mamba projections": Matrix(
+                    D, (2 * heads * P + heads) / t + groups, copied=groups - 2 * mixer.n_groups * S / t
+                ),
+                "output projection": Matrix(heads * P / t, D, split_rows=True),
+            }
+        case _:
+            assert_never(mixer)
+
+
+def mixer_vectors(d: Deployment, mixer: Mixer) -> tuple[float, float]:
+    """Parameters of one mixer on one chip outside its matrices, and the part of them that other chips hold too."""
+    t = d.chips
+    match mixer:
+        case SoftmaxAttention(n_heads=N, n_kv_heads=K, head_dim=H):
+            every = {"none": 0, "per_head": 2 * H, "full": (N + K) * H}[mixer.qk_norm] + (N if mixer.sinks else 0)
+            return every, every * (1 - 1 / t)
+        case LatentAttention():
+            index = 0 if mixer.indexer is None else 2 * mixer.indexer.head_dim
+            every = (mixer.q_rank or 0) + mixer.kv_rank + index
+            return every, every * (1 - 1 / t)
+        case GatedDeltaNet(n_value_heads=heads, value_dim=dv):
+            channels = 2 * mixer.n_key_heads * mixer.key_dim + heads * dv
+            return (mixer.conv * channels + 2 * heads) / t + dv, dv * (1 - 1 / t)
+        case Mamba2(n_heads=heads, n_groups=G, state_dim=S):
+            inner, taps = heads * mixer.head_dim, mixer.conv + 1
+            groups = 2 * d.groups_per_chip(mixer) * S
+            return (taps * inner + 3 * heads + inner) / t + taps * groups, taps * (groups - 2 * G * S / t)
+        case _:
+            assert_never(mixer)
+
+
+def ffn_matrices(d: Deployment, ffn: FeedForward) -> dict[str, tuple[float, Matrix]]:
+    """Matrices of one feed-forward block on one chip, by the name of their product, each with how many there are."""
+    D, t = d.architecture.d_model, d.chips
+    inputs = 2 if ffn.gated else 1
+    match ffn:
+        case DenseFFN(d_ff=F):
+            return {
+                "FFN gate, up" if ffn.gated else "FFN up": (1, _up(D, inputs * F / t, bias=ffn.bias)),
+                "FFN down": (1, _down(F / t, D, t, bias=ffn.bias)),
+            }
+        case MoEFFN(d_ff=F, n_experts=E):
+            bias = E * (ffn.router_bias + ffn.score_correction_bias)
+            # A score-correction bias and the router's own are small vectors; every chip routes every token.
+            router = Matrix(D, E, bias=bias, copied=E * (1 - 1 / t), form="wide")
+            up, down = _up(D, inputs * F / t, bias=ffn.expert_bias), _down(F / t, D, t, bias=ffn.expert_bias)
+            if d.expert_chips > 1:  # some whole experts in place of a share of each
+                up, down = _up(D, inputs * F, bias=ffn.expert_bias), Matrix(F, D, bias=D if ffn.expert_bias else 0.0)
+            found = {
+                "router": (1.0, router),
+                "experts gate, up" if ffn.gated else "experts up": (E / d.expert_chips, up),
+                "experts down": (E / d.expert_chips, down),
+            }
+            if ffn.n_shared:
+                shared = ffn.n_shared * (ffn.shared_d_ff or F)
+                name = "shared experts gate, up" if ffn.gated else "shared experts up"
+                found[name] = (1.0, _up(D, inputs * shared / t, bias=False))
+                found["shared experts down"] = (1.0, _down(shared / t, D, t, bias=False))
+            if ffn.shared_gate:
+                found["shared experts' gate"] = (1.0, Matrix(D, 1, copied=1 - 1 / t, form="wide"))
+            return found
+        case _:
+            assert_never(ffn)
+
+
+def _up(n_in: float, n_out: float, *, bias: bool) -> Matrix:
+    return Matrix(n_in, n_out, bias=n_out if bias else 0.0)
+
+
+def _down(n_in: float, n_out: float, chips: int, *, bias: bool) -> Matrix:
+    return Matrix(n_in, n_out, bias=n_out / chips if bias else 0.0, split_rows=True)
+
+
+def head_matrix(d: Deployment) -> Matrix:
+    """Output head on one chip; the vocabulary is split, without padding."""
+    columns = d.architecture.vocab_size / d.chips
+    return Matrix(d.architecture.d_model, columns, bias=columns if d.architecture.head_bias else 0.0, form="head")
+
+
+def norm_parameters(architecture: Architecture) -> float:
+    """Parameters of one norm of the model's width."""
+    return architecture.d_model * (2 if architecture.norm == "layer" else 1)
+
+
+def touched_experts(n_experts: int, top_k: int, n: Number) -> Number:
+    """Distinct experts that ``n`` tokens touch in expectation, each choosing ``top_k`` evenly and on its own.
+
+    >>> [round(float(touched_experts(256, 8, n)), 1) for n in (0, 1, 64, 4096)]
+    [0.0, 8.0, 222.4, 256.0]
+    """
+    return (
+        n_experts * -np.expm1(n * np.log1p(-top_k / n_experts)) if top_k < n_experts else n_experts * np.minimum(n, 1)
+    )
+
+
+def mixer_ops(d: Deployment, count: int, mixer: Mixer, n: Number) -> list[Op]:
+    """Ops of ``count`` mixers that depend on the number of tokens alone."""
+    p, some, t = d.precision, np.greater(n, 0) * 1.0, d.chips
+    wide = p.wide_bytes
+    products = {name: matmul_op(d, name, count, m, n) for name, m in mixer_matrices(d, mixer).items()}
+    last = products.pop("output projection")
+    ops = list(products.values())
+    match mixer:
+        case SoftmaxAttention(n_heads=N, n_kv_heads=K, head_dim=H):
+            queries, keys = N / t * H, 2 * d.kv_heads_per_chip(mixer) * H
+            written = d.kv_heads_per_chip(mixer) * p.kv_head_bytes(H)
+            # Queries and keys are rotated in place; attention reads queries and writes as much.
+            moved = (2 * queries + 2 * keys + 2 * queries) * wide
+            ops.append(_write_op(d, count, n, moved, written, K / t * p.kv_head_bytes(H)))
+            if mixer.gated_output:
+                ops.append(memory_op(d, "output gate", count, some, activation_bytes=n * (count * 3 * queries * wide)))
+        case LatentAttention(n_heads=N, kv_rank=kv, nope_dim=nope, rope_dim=rope, v_dim=v):
+            heads = N / t * (2 * rope + nope + rope + v)
+            norms = 2 * ((mixer.q_rank or 0) + kv)
+            written = latent_bytes(d, mixer) + index_bytes(d, mixer)
+            moved = (heads + 2 * (kv + rope) + norms) * wide
+            copied = d.latent_share * t
+            ops.append(_write_op(d, count, n, moved, written, written / copied))
+        case GatedDeltaNet(n_value_heads=heads, key_dim=dk, value_dim=dv):
+            channels = (2 * mixer.n_key_heads * dk + heads * dv) / t
+            ops += _recurrence_ops(d, count, n, channels, 2 * heads * dv / t, GDN_FLOPS * heads * dk * dv / t)
+        case Mamba2(n_heads=heads, head_dim=P, state_dim=S):
+            channels = heads * P / t + 2 * d.groups_per_chip(mixer) * S
+            ops += _recurrence_ops(d, count, n, channels, 2 * heads * P / t, MAMBA_FLOPS * heads * P * S / t)
+        case _:
+            assert_never(mixer)
+    return [*ops, last]
+
+
+def _write_op(d: Deployment, count: int, n: Number, moved: float, written: float, own: float) -> Op:
+    """Rotation of queries and keys, and the write of new keys, of which ``own`` bytes are no copy."""
+    return memory_op(
+        d,
+        "rotary, KV write",
+        count,
+        np.greater(n, 0) * 1.0,
+        activation_bytes=n * (count * moved),
+        kv_write_bytes=n * (count * written),
+        copied_kv_bytes=times(n, count * (written - own)),
+    )
+
+
+def _recurrence_ops(d: Deployment, count: int, n: Number, channels: float, gated: float, flops: float) -> list[Op]:
+    """Short convolution, the recurrence itself, and the gated norm of its outputs; the state is priced apart."""
+    some, wide = np.greater(n, 0) * 1.0, d.precision.wide_bytes
+    return [
+        memory_op(d, "convolution", count, some, activation_bytes=n * (count * 2 * channels * wide)),
+        memory_op(
+            d,
+            "recurrence, gate",
+            2 * count,
+            some,
+            activation_bytes=n * (count * (channels + 2 * gated) * wide),
+            flops=n * (count * flops),
+        ),
+    ]
+
+
+def ffn_ops(d: Deployment, count: int, ffn: FeedForward, n: Number) -> list[Op]:
+    """Ops of ``count`` feed-forward blocks."""
+    if isinstance(ffn, MoEFFN):
+        return _moe_ops(d, count, ffn, n)
+    some, wide = np.greater(n, 0) * 1.0, d.precision.wide_bytes
+    (up, (_, wider)), (down, (_, narrower)) = ffn_matrices(d, ffn).items()
+    moved = (wider.n_out + narrower.n_in) * wide
+    return [
+        matmul_op(d, up, count, wider, n),
+        memory_op(d, "FFN activation", count, some, activation_bytes=n * (count * moved)),
+        matmul_op(d, down, count, narrower, n),
+    ]
+
+
+def _moe_ops(d: Deployment, count: int, ffn: MoEFFN, n: Number) -> list[Op]:
+    D, t, wide, some = d.architecture.d_model, d.chips, d.precision.wide_bytes, np.greater(n, 0) * 1.0
+    # Visits to, and experts touched on, this chip: its share of what the tokens of all ranks need.
+    touched = touched_experts(ffn.n_experts, ffn.top_k, n * d.expert_ranks) / d.expert_chips
+    ops, routed = [], n * ffn.top_k
+    if d.expert_chips > 1:
+        routed = routed / t
+    for name, (_, m) in ffn_matrices(d, ffn).items():
+        if name.startswith("experts"):
+            op = matmul_op(d, name, count, m, routed, reads=touched, slowdown=d.expert_imbalance)
+            if d.expert_chips > 1:  # all wait for the busiest chip, which has at least one expert to load
+                op = replace(op, roofline_s=op.roofline_s / np.minimum(1.0, np.where(some > 0, touched, 1.0)))
+            ops.append(op)
+        else:
+            ops.append(matmul_op(d, name, count, m, n))
+    columns = ffn.top_k * ffn.d_ff + ffn.n_shared * (ffn.shared_d_ff or ffn.d_ff)
+    moved = ((2 if ffn.gated else 1) + 1) * columns / t * wide
+    launches = 2 if ffn.n_shared else 1
+    ops.insert(2, memory_op(d, "FFN activation", launches * count, some, activation_bytes=n * (count * moved)))
+    # Scores are read back for the choice; each expert's output is read again to be summed.
+    moved = (2 * ffn.n_experts + (ffn.top_k + bool(ffn.n_shared) + 1) * D) * wide
+    ops.append(memory_op(d, "route, combine", 2 * count, some, activation_bytes=n * (count * moved)))
+    if d.expert_chips > 1:
+        visits = n * (d.expert_ranks * ffn.top_k * D)
+        ops.append(all_to_all_op(d, "all-to-all, dispatch", count, visits * d.precision.input_bytes))
+        ops.append(all_to_all_op(d, "all-to-all, combine", count, visits * wide))
+    return ops
+
+
+def latent_bytes(d: Deployment, mixer: LatentAttention) -> float:
+    """Cache of one token in one layer on one chip, index keys apart: the latent, which no rank can do without. [bytes]"""
+    return d.latent_share * d.precision.latent_bytes(mixer.kv_rank, mixer.rope_dim, sparse=mixer.indexer is not None)
+
+
+def index_bytes(d: Deployment, mixer: LatentAttention) -> float:
+    """Index key of one token in one layer on one chip; 0 without an indexer. [bytes]"""
+    return 0.0 if mixer.indexer is None else d.latent_share * d.precision.index_key_bytes(mixer.indexer.head_dim)
+
+
+def state_bytes(d: Deployment, mixer: Mixer) -> float:
+    """Recurrent state of one sequence in one layer on one chip: FP32, and the inputs of the convolution. [bytes]"""
+    t, wide = d.chips, d.precision.wide_bytes
+    match mixer:
+        case GatedDeltaNet(n_value_heads=heads, key_dim=dk, value_dim=dv):
+            channels = (2 * mixer.n_key_heads * dk + heads * dv) / t
+            return heads * dk * dv / t * STATE_BYTES + (mixer.conv - 1) * channels * wide
+        case Mamba2(n_heads=heads, head_dim=P, state_dim=S):
+            channels = heads * P / t + 2 * d.groups_per_chip(mixer) * S
+            return heads * P * S / t * STATE_BYTES + (mixer.conv - 1) * channels * wide
+        case _:
+            return 0.0
+
+
+def decode_ops(d: Deployment, count: int, mixer: Mixer, B: Number, S: Number, SW: Number) -> list[Op]:
+    """What ``count`` mixers do for ``B`` decoding sequences that see ``S`` keys in full layers, ``SW`` in windowed ones."""
+    some = np.greater(B, 0) * 1.0
+    match mixer:
+        case SoftmaxAttention():
+            return [_softmax_op(d, "attention, decode", count, mixer, some, S, S, SW, SW)]
+        case LatentAttention():
+            seen = S if mixer.indexer is None else SW
+            return [
+                *_indexer_ops(d, "indexer, decode", count, mixer, some, S, S),
+                _absorbed_op(d, "attention, decode", count, mixer, some, seen, seen),
+            ]
+        case _:
+            return [_state_op(d, "state, decode", count, mixer, B)]
+
+
+def prefill_ops(
+    d: Deployment, count: int, mixer: Mixer, P: Number, A: Number, K: Number, AW: Number, KW: Number
+) -> list[Op]:
+    """What ``count`` mixers do for ``P`` chunks with ``A`` pairs over ``K`` keys, ``AW`` over ``KW`` in windowed layers."""
+    name = "attention, prefill"
+    match mixer:
+        case SoftmaxAttention():
+            return [_softmax_op(d, name, count, mixer, P, A, K, AW, KW)]
+        case LatentAttention():
+            if mixer.indexer is not None:  # selected keys are gathered as latents, so prefill is absorbed too
+                index = _indexer_ops(d, "indexer, prefill", count, mixer, P, A, K)
+                return [*index, _absorbed_op(d, name, count, mixer, P, AW, KW)]
+            return [_expanded_op(d, name, count, mixer, P, A, K)]
+        case _:
+            return [_state_op(d, "state, prefill", count, mixer, P)]
+
+
+def context_ops(d: Deployment, count: int, mixer: Mixer, past: Number) -> list[Op]:
+    """Expanding the latents of ``past`` earlier tokens for a prefill; their weights are read for the new tokens anyway."""
+    if not isinstance(mixer, LatentAttention) or mixer.indexer is not None:
+        return []
+    m = mixer_matrices(d, mixer)["latent up-projection"]
+    op = matmul_op(d, "latent up-projection, context", count, m, past, reads=0.0)
+    return [replace(op, copied_flops=op.flops, overhead_s=0.0)]  # the launch is that of the new tokens
+
+
+def _softmax_op(
+    d: Deployment,
+    name: str,
+    count: int,
+    a: SoftmaxAttention,
+    launches: Number,
+    A: Number,
+    K: Number,
+    AW: Number,
+    KW: Number,
+) -> Op:
+    pairs, keys = (A, K) if a.window is None else (AW, KW)
+    kv, held = count * d.precision.kv_head_bytes(a.head_dim), d.kv_heads_per_chip(a)
+    return attention_op(
+        d,
+        name,
+        count,
+        launches,
+        flops=pairs * (4 * count * a.n_heads / d.chips * a.head_dim),
+        read_bytes=keys * (kv * held),
+        copied_bytes=keys * (kv * (held - a.n_kv_heads / d.chips)),
+    )
+
+
+def _expanded_op(
+    d: Deployment, name: str, count: int, a: LatentAttention, launches: Number, pairs: Number, keys: Number
+) -> Op:
+    """Attention over keys and values expanded from the latents, which are written and read again per head."""
+    heads = count * a.n_heads / d.chips
+    latent = count * latent_bytes(d, a)
+    return attention_op(
+        d,
+        name,
+        count,
+        launches,
+        flops=pairs * (2 * heads * (a.nope_dim + a.rope_dim + a.v_dim)),
+        read_bytes=keys * latent,
+        copied_bytes=keys * (latent - latent / (d.latent_share * d.chips)),
+        activation_bytes=keys * (heads * (a.nope_dim + a.v_dim) * d.precision.wide_bytes),
+    )
+
+
+def _absorbed_op(
+    d: Deployment, name: str, count: int, a: LatentAttention, launches: Number, pairs: Number, keys: Number
+) -> Op:
+    """Attention over the latents themselves, the up-projection absorbed into queries and outputs: more FLOPs, fewer bytes."""
+    heads = count * a.n_heads / d.chips
+    latent = count * latent_bytes(d, a)
+    absorbed = 2 * a.kv_rank + a.rope_dim
+    saved = max(0, absorbed - (a.nope_dim + a.rope_dim + a.v_dim))  # by the expanded form, which is the model's own
+    return attention_op(
+        d,
+        name,
+        count,
+        launches,
+        flops=pairs * (2 * heads * absorbed),
+        copied_flops=pairs * (2 * heads * saved),
+        read_bytes=keys * latent,
+        copied_bytes=keys * (latent - latent / (d.latent_share * d.chips)),
+    )
+
+
+def _indexer_ops(
+    d: Deployment, name: str, count: int, a: LatentAttention, launches: Number, pairs: Number, keys: Number
+) -> list[Op]:
+    """Scores of every key by the indexer, on every chip alike."""
+    if a.indexer is None:
+        return []
+    flops = pairs * (2 * count * a.indexer.n_heads * a.indexer.head_dim)
+    index = count * index_bytes(d, a)
+    return [
+        attention_op(
+            d,
+            name,
+            count,
+            launches,
+            flops=flops,
+            copied_flops=flops * (1 - 1 / d.chips),
+            read_bytes=keys * index,
+            copied_bytes=keys * (index - index / (d.latent_share * d.chips)),
+            dtype=d.index_dtype,
+        )
+    ]
+
+
+def _state_op(d: Deployment, name: str, count: int, mixer: Mixer, sequences: Number) -> Op:
+    """Reading and writing the whole state of each sequence; the recurrence's launch and FLOPs are among the dense ops."""
+    state = sequences * (count * state_bytes(d, mixer))
+    copied: Number = 0.0
+    if isinstance(mixer, Mamba2):
+        groups = d.groups_per_chip(mixer) - mixer.n_groups / d.chips
+        copied = sequences * (count * (mixer.conv - 1) * 2 * groups * mixer.state_dim * d.precision.wide_bytes)
+    return attention_op(d, name, count, 0.0, flops=0.0, read_bytes=state, written_bytes=state, copied_bytes=2 * copied)

@@ -1,0 +1,287 @@
+"""Kernels: what one op computes, moves and takes on one chip.
+
+An op takes::
+
+    max(FLOPs / (peak · matmul or attention), (weights + activations) / (HBM · hbm) + KV / (HBM · kv)) + count · overhead
+
+which is never less than its roofline bound [1]_; collectives follow :mod:`simulator.roofline.collectives`.
+
+.. [1] S. Williams, A. Waterman, D. Patterson, "Roofline", Commun. ACM 52(4), 2009, doi:10.1145/1498765.1498785.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.roofline.collectives import all_reduce_s, all_to_all_s
+from simulator.roofline.deployment import Deployment
+from simulator.roofline.precision import Dtype, Precision
+
+Number = float | NDArray[np.float64]
+"""A figure of one step, or an array of them over steps of different size."""
+
+Kind = Literal["matmul", "attention", "elementwise", "collective", "overhead"]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One kind of kernel in a step, per chip, summed over its ``count`` launches.
+
+    Attributes
+    ----------
+    name, kind
+        what it is; ops of several layer groups share a name.
+    count
+        launches per step.
+    flops
+        floating-point operations; a multiply-add is two.
+    weight_bytes, kv_read_bytes, kv_write_bytes, activation_bytes
+        HBM traffic; recurrent state counts as KV.
+    comm_bytes
+        bytes the chip takes in over its links.
+    copied_flops, copied_weight_bytes, copied_kv_bytes
+        parts of the above that are no work of the model: another chip does them as well, an earlier step did them, or
+        a leaner form of the product does without. The sum over chips less these is the unsharded figure.
+    compute_s, memory_s, network_s
+        time on each resource, at the deployment's efficiency. [s]
+    roofline_s
+        the longest of the three; summed over layer groups, of which each has its own bound. [s]
+    overhead_s
+        launches and other fixed time. [s]
+    dtype
+        format of its arithmetic; empty if it does none.
+    """
+
+    name: str
+    kind: Kind
+    count: int = 1
+    flops: Number = 0.0
+    weight_bytes: Number = 0.0
+    kv_read_bytes: Number = 0.0
+    kv_write_bytes: Number = 0.0
+    activation_bytes: Number = 0.0
+    comm_bytes: Number = 0.0
+    copied_flops: Number = 0.0
+    copied_weight_bytes: Number = 0.0
+    copied_kv_bytes: Number = 0.0
+    compute_s: Number = 0.0
+    memory_s: Number = 0.0
+    network_s: Number = 0.0
+    roofline_s: Number = 0.0
+    overhead_s: Number = 0.0
+    dtype: str = ""
+
+    @property
+    def hbm_bytes(self) -> Number:
+        """All HBM traffic."""
+        return self.weight_bytes + self.kv_read_bytes + self.kv_write_bytes + self.activation_bytes
+
+    @property
+    def time_s(self) -> Number:
+        """Time of the op on its own. [s]"""
+        return self.roofline_s + self.overhead_s
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The shard of a weight matrix (or of several side by side) that one chip multiplies with.
+
+    Attributes
+    ----------
+    n_in, n_out
+        rows and columns of the shard.
+    bias
+        bias elements of the shard.
+    copied
+        the part of ``n_out`` that repeats what other chips hold.
+    split_rows
+        whether the matrix is split over its inputs (chips' outputs are summed) or over its outputs.
+    form
+        ``weights``: the precision's; ``head``: that of embedding and head; ``wide``: 16-bit whatever the precision.
+    """
+
+    n_in: float
+    n_out: float
+    bias: float = 0.0
+    copied: float = 0.0
+    split_rows: bool = False
+    form: Literal["weights", "head", "wide"] = "weights"
+
+
+def matrix_bytes(p: Precision, m: Matrix) -> float:
+    """Stored bytes of a shard, scales and biases included. [bytes]"""
+    return _stored(p, m, m.n_in, m.n_out) + m.bias * p.wide_bytes
+
+
+def _stored(p: Precision, m: Matrix, n_in: float, n_out: float) -> float:
+    if m.form == "wide":
+        return n_in * n_out * p.wide_bytes
+    return p.matrix_bytes(n_in, n_out, head=m.form == "head")
+
+
+def matmul_op(
+    d: Deployment, name: str, count: int, m: Matrix, n: Number, *, reads: Number | None = None, slowdown: float = 1.0
+) -> Op:
+    """``count`` products of ``n`` rows with a matrix like ``m``.
+
+    Parameters
+    ----------
+    reads
+        times the weights are read per launch; None: once when there is a row. A grouped product of experts reads as
+        many matrices as there are experts touched.
+    slowdown
+        factor of at least 1 on the op's time.
+    """
+    p, chip, e, some = d.precision, d.slice.chip, d.eff, np.greater(n, 0) * 1.0
+    read = some if reads is None else reads
+    copied_bytes = _stored(p, m, m.n_in, m.copied) + (m.copied * p.wide_bytes if m.bias else 0.0)
+    if m.split_rows:  # 8-bit scales belong to whole columns, so every chip holds all of them
+        copied_bytes += _stored(p, m, m.n_in, m.n_out) - _stored(p, m, m.n_in * d.chips, m.n_out) / d.chips
+    dtype: Dtype = {"weights": d.compute_dtype, "head": d.head_dtype, "wide": d.attention_dtype}[m.form]
+    flops = n * (2 * count * m.n_in * m.n_out)
+    weights = read * (count * matrix_bytes(p, m))
+    traffic = count * (m.n_in * (p.input_bytes if m.form == "weights" else p.wide_bytes) + m.n_out * p.wide_bytes)
+    activations = times(n, traffic if d.activation_traffic else 0.0)
+    compute_s = flops / (chip.peak_flops_per_s(dtype) * e.matmul)
+    memory_s = (weights + activations) / (chip.hbm_bandwidth_bytes_per_s * e.hbm)
+    return Op(
+        name,
+        "matmul",
+        count,
+        flops=flops,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        copied_flops=times(n, 2 * count * m.n_in * m.copied),
+        copied_weight_bytes=times(read, count * copied_bytes),
+        compute_s=compute_s,
+        memory_s=memory_s,
+        roofline_s=np.maximum(compute_s, memory_s) if slowdown == 1 else slowdown * np.maximum(compute_s, memory_s),
+        overhead_s=times(some, count * e.op_overhead_s),
+        dtype=dtype,
+    )
+
+
+def attention_op(
+    d: Deployment,
+    name: str,
+    count: int,
+    launches: Number,
+    *,
+    flops: Number,
+    copied_flops: Number = 0.0,
+    read_bytes: Number,
+    written_bytes: Number = 0.0,
+    copied_bytes: Number = 0.0,
+    activation_bytes: Number = 0.0,
+    dtype: Dtype | None = None,
+) -> Op:
+    """Attention over the cache, ``launches`` times in each of ``count`` layers; figures are of all of them."""
+    chip, e = d.slice.chip, d.eff
+    form: Dtype = d.attention_dtype if dtype is None else dtype
+    moved = activation_bytes if d.activation_traffic else 0.0
+    compute_s = flops / (chip.peak_flops_per_s(form) * e.attention)
+    memory_s = (read_bytes + written_bytes) / (chip.hbm_bandwidth_bytes_per_s * e.kv)
+    memory_s = memory_s + moved / (chip.hbm_bandwidth_bytes_per_s * e.hbm)
+    return Op(
+        name,
+        "attention",
+        count,
+        flops=flops,
+        copied_flops=copied_flops,
+        kv_read_bytes=read_bytes,
+        kv_write_bytes=written_bytes,
+        activation_bytes=moved,
+        copied_kv_bytes=copied_bytes,
+        compute_s=compute_s,
+        memory_s=memory_s,
+        roofline_s=np.maximum(compute_s, memory_s),
+        overhead_s=launches * (count * e.op_overhead_s),
+        dtype=form,
+    )
+
+
+def memory_op(
+    d: Deployment,
+    name: str,
+    count: int,
+    some: Number,
+    *,
+    activation_bytes: Number,
+    weight_bytes: Number = 0.0,
+    copied_weight_bytes: Number = 0.0,
+    kv_write_bytes: Number = 0.0,
+    copied_kv_bytes: Number = 0.0,
+    flops: Number = 0.0,
+) -> Op:
+    """An op that only moves bytes, or whose arithmetic (``flops``, at attention's rate) is small beside them."""
+    if not d.activation_traffic:
+        activation_bytes = kv_write_bytes = copied_kv_bytes = 0.0
+    moved = weight_bytes + activation_bytes + kv_write_bytes
+    memory_s = moved / (d.slice.chip.hbm_bandwidth_bytes_per_s * d.eff.hbm)
+    computes = isinstance(flops, np.ndarray) or flops > 0
+    compute_s: Number = 0.0
+    if computes:
+        compute_s = flops / (d.slice.chip.peak_flops_per_s(d.attention_dtype) * d.eff.attention)
+    return Op(
+        name,
+        "elementwise",
+        count,
+        flops=flops,
+        weight_bytes=weight_bytes,
+        kv_write_bytes=kv_write_bytes,
+        activation_bytes=activation_bytes,
+        copied_weight_bytes=copied_weight_bytes,
+        copied_kv_bytes=copied_kv_bytes,
+        compute_s=compute_s,
+        memory_s=memory_s,
+        roofline_s=np.maximum(compute_s, memory_s) if computes else memory_s,
+        overhead_s=times(some, count * d.eff.op_overhead_s),
+        dtype=d.attention_dtype if computes else "",
+    )
+
+
+def all_reduce_ops(d: Deployment, name: str, count: int, n: Number) -> list[Op]:
+    """``count`` all-reduces of the residual stream; none on one chip."""
+    if d.chips == 1:
+        return []
+    size = n * (d.architecture.d_model * d.precision.wide_bytes)
+    time = count * all_reduce_s(size, d.slice.domains, link=d.eff.link)
+    return [
+        Op(
+            name,
+            "collective",
+            count,
+            comm_bytes=count * 2 * size * (1 - 1 / d.chips),
+            network_s=time,
+            roofline_s=time,
+            overhead_s=np.greater(n, 0) * (count * d.eff.collective_latency_s),
+        )
+    ]
+
+
+def all_to_all_op(d: Deployment, name: str, count: int, size_bytes: Number) -> Op:
+    """``count`` exchanges of ``size_bytes``, of all chips together, between attention ranks and experts."""
+    ep = d.expert_chips
+    time = count * all_to_all_s(size_bytes, d.expert_domains, link=d.eff.link)
+    return Op(
+        name,
+        "collective",
+        count,
+        comm_bytes=size_bytes * (count * (ep - 1) / ep**2),
+        network_s=time,
+        roofline_s=time,
+        overhead_s=np.greater(size_bytes, 0) * (count * d.eff.collective_latency_s),
+    )
+
+
+def times(n: Number, factor: float) -> Number:
+    """``n * factor``, without an array of zeros for a factor of 0."""
+    return n * factor if factor else 0.0
+
+
+def sum_ops(one: Op, other: Op) -> Op:
+    """Add two ops of one name."""
+    kept = {"name", "kind", "dtype"}
+    return replace(one, **{f: getattr(one, f) + getattr(other, f) for f in vars(one) if f not in kept})
