@@ -164,7 +164,7 @@ def _print_report(report: "ShardedReport") -> None:
     print_report(slowest)
     decode = bool(slowest.step.B)
     lines = {
-        "sharding": f"{d.sharding}: {d.sharding.replicas} replica(s) of {d.sharding.pp} stage(s) on {d.sharding.tp} chip(s) each",
+        "sharding": f"{d.sharding}: {_in_words(d.sharding)}",
         "round" if decode else "prompt": f"{format_si(report.time_s, 's')}"
         + (" per output token" if decode else " until its first token"),
         "whole slice": f"{report.tokens_per_s:,.0f} tokens/s, per chip {report.tokens_per_s_per_chip:,.1f}",
@@ -178,3 +178,10 @@ def _print_report(report: "ShardedReport") -> None:
     click.echo()
     for name, text in lines.items():
         click.echo(f"{name:<16} {text}")
+
+
+def _in_words(s: "Sharding") -> str:
+    stage = f"{s.pp} stage(s) on {s.tp} chip(s) each"
+    if s.ep == 1:
+        return f"{s.dp} replica(s) of {stage}"
+    return f"{s.dp} attention rank(s) of {stage}, whole experts spread over the {s.ep} chips of a stage"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from simulator.catalog.architecture import Architecture
+from simulator.catalog.architecture import Architecture, MoEFFN
 from simulator.catalog.slices import Slice
 from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.pipeline import ShardedDeployment, ShardedReport, shard, sharded_report
@@ -44,13 +44,21 @@ class Search:
         return report
 
 
-def shardings(chips: int) -> list[Sharding]:
+def shardings(chips: int, *, experts: bool = False) -> list[Sharding]:
     """Every split of the chips over tensor parallelism, pipeline stages and replicas.
+
+    With ``experts``, each also with whole experts spread over the chips of a stage, its replicas being attention ranks.
 
     >>> [str(s) for s in shardings(4)]
     ['tp4', 'tp2pp2', 'tp2dp2', 'pp4', 'pp2dp2', 'dp4']
     """
-    return [Sharding(tp=tp, pp=pp, dp=chips // tp // pp) for tp in _divisors(chips) for pp in _divisors(chips // tp)]
+    return [
+        Sharding(tp=tp, pp=pp, dp=dp, ep=ep)
+        for tp in _divisors(chips)
+        for pp in _divisors(chips // tp)
+        for dp in [chips // tp // pp]
+        for ep in ([1, tp * dp] if experts and tp * dp > 1 else [1])
+    ]
 
 
 def search(
@@ -82,7 +90,8 @@ def search(
     if fill and (objective != "throughput" or context is None):
         raise InputError("give prefill (tokens) or decode (batch); only throughput at a context finds its own batch")
     tried = []
-    for sharding in shardings(slice_.n_chips):
+    moe = any(isinstance(group.ffn, MoEFFN) for group in architecture.layers)
+    for sharding in shardings(slice_.n_chips, experts=moe):
         try:
             d = shard(architecture, slice_, sharding, **settings)
         except InputError as error:
