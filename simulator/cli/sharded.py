@@ -1,6 +1,5 @@
 """``chipseconds roofline --shard …``: a model over a whole slice, in one sharding or the best of all."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from simulator.roofline.sharding import Sharding
 
 
-def sharded_roofline(options: dict[str, Any], *, plot: Path | None, as_json: bool) -> None:
+def sharded_roofline(options: dict[str, Any], *, as_json: bool) -> None:
     """Price what the options ask for, print it, and demand that it fits."""
     from simulator.catalog.chips import IDEAL
     from simulator.catalog.models import load_model
@@ -24,8 +23,6 @@ def sharded_roofline(options: dict[str, Any], *, plot: Path | None, as_json: boo
     from simulator.roofline.precision import parse_precision
     from simulator.roofline.search import search
 
-    if plot is not None:
-        raise InputError("--plot draws one chip's ops on the whole slice; leave --shard and --pp out")
     question = {name: options[name] for name in ("prefill", "decode", "context")}
     architecture, slice_ = load_model(options["model"]), resolve_slice(options["slice_spec"])
     settings = {

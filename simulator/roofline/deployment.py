@@ -88,8 +88,7 @@ class Deployment:
         """Refuse what cannot be priced, does not exist or contradicts itself."""
         unpriced = unpriceable_features(self.architecture)
         if unpriced:
-            verb = "is" if len(unpriced) == 1 else "are"
-            raise UnpriceableError(f"{self.architecture.name}: {' and '.join(unpriced)} {verb} not priced yet")
+            raise UnpriceableError(f"{self.architecture.name}: not priced yet: {', '.join(unpriced)}")
         self._check_sharding()
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
