@@ -179,6 +179,8 @@ def _print_report(report: "ShardedReport") -> None:
 
 def _in_words(s: "Sharding") -> str:
     stage = f"{s.pp} stage(s) on {s.tp} chip(s) each"
+    if s.cp > 1:
+        return f"{s.dp} replica(s) that split a prompt over {s.cp} groups of {s.tp} chip(s)"
     if s.ep == 1:
         return f"{s.dp} replica(s) of {stage}"
     return f"{s.dp} attention rank(s) of {stage}, whole experts spread over the {s.ep} chips of a stage"
