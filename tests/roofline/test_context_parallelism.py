@@ -28,7 +28,7 @@ def lay(text, model=LLAMA, spec="h100-sxm:8", **settings):
 def test_the_parts_do_the_work_of_the_whole(text, model):
     model = load_model(model)
     whole = step_report(Deployment(model, resolve_slice("h100-sxm:1")), prefill=32768)
-    part = sharded_report(lay(text, model), prefill=32768).stages[0]
+    part = sharded_report(lay(text, model, max_num_batched_tokens=32768), prefill=32768).stages[0]
     cp = parse_sharding(text).cp
     rows = (cp - 1) * 2 * model.d_model * model.vocab_size  # every part is priced with the one row of logits
     assert cp * part.model_flops - rows == pytest.approx(whole.model_flops)
@@ -36,7 +36,7 @@ def test_the_parts_do_the_work_of_the_whole(text, model):
 
 def test_gather_by_hand():
     # 32 layers of 8 heads of 128 keys and values, 2 bytes; four chips each with a quarter of 65,536 tokens.
-    report = sharded_report(lay("cp4dp2", efficiency=IDEAL), prefill=65536)
+    report = sharded_report(lay("cp4dp2", efficiency=IDEAL, max_num_batched_tokens=65536), prefill=65536)
     (gather,) = [row for row in report.stages[0].ops if row.op.name == "all-gather, keys"]
     domain = resolve_slice("h100-sxm:4").domains
     layer = 65536 * 2 * 8 * 128 * 2.0
