@@ -56,6 +56,8 @@ def main() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "simulator.cli.main", *COMMAND]
     measure("compile_step_cost, 8192 tokens", lambda: compile_step_cost(d), repeats)
+    experts = Deployment(load_model("deepseek-v3"), resolve_slice("h100-sxm:8"), parse_precision("fp8"))
+    measure("… of DeepSeek-V3 on h100-sxm:8", lambda: compile_step_cost(experts), repeats)
     measure("step_report", lambda: step_report(d, decode=32, context=8192), repeats)
     measure(
         "chipseconds roofline, new process",

@@ -14,6 +14,8 @@ from simulator.errors import ChipsecondsError, nearest
 #: command -> (module, one-line help). The function in the module carries the command's name.
 COMMANDS = {
     "roofline": ("simulator.cli.roofline", "What one prefill or decode step costs, op by op, and what bounds it."),
+    "pareto": ("simulator.cli.pareto", "Latency against throughput of decoding, over the batch and context."),
+    "fit": ("simulator.cli.fit", "What fits where: smallest slices, KV capacity and batch of every chip."),
     "simulate": ("simulator.cli.simulate", "Run a scenario: TTFT, TPOT, goodput and chip-seconds per query."),
     "compare": ("simulator.cli.compare", "Compare two simulation results."),
     "reproduce": ("simulator.cli.reproduce", "Published numbers against ours."),

@@ -75,31 +75,13 @@ def list_models(as_json: bool) -> None:
                 _billions(row["total_parameters"]),
                 _billions(row["active_parameters"]) if row["active_parameters"] != row["total_parameters"] else "",
                 f"{row['kv_cache_bytes_per_token_bf16']:,}",
-                "not yet: " + ", ".join(map(_short, row["not_priced_yet"])) if row["not_priced_yet"] else "yes",
+                "not yet: " + ", ".join(row["not_priced_yet"]) if row["not_priced_yet"] else "yes",
             ]
             for row in rows
         ],
         note="Active: parameters one token uses, where that is fewer (experts). KV: bf16, before a window is full; "
         "recurrent state not included. `models show NAME` for one model with its sources.",
     )
-
-
-_SHORT = {
-    "mixture of experts": "MoE",
-    "latent attention (MLA)": "MLA",
-    "sparse attention (indexer)": "sparse attention",
-    "sliding-window attention": "window",
-    "chunked-window attention": "chunked window",
-    "recurrent state (gated delta net)": "GDN state",
-    "recurrent state (Mamba-2)": "Mamba-2 state",
-    "parallel attention and feed-forward": "parallel block",
-    "gated attention output": "output gate",
-    "layers of a single block": "single-block layers",
-}
-
-
-def _short(feature: str) -> str:
-    return _SHORT.get(feature, feature)
 
 
 def _mixer_words(mixer: "Mixer | None") -> str:

@@ -56,25 +56,48 @@ if TYPE_CHECKING:
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw a roofline plot: FILE.png, .svg or .pdf."
 )
+@click.option(
+    "--waterfall",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw where the time of steps goes, part by part, over --over.",
+)
+@click.option(
+    "--over", help="For --waterfall: batches (tokens of a prefill) or precisions, by commas. Default: batches."
+)
+@click.option(
+    "--what-if", "what_if_", help="Factors, by commas: hbm=2,compute=2,link=2,latency=0.5,overhead=0.5; or all."
+)
 @json_option
-def roofline(plot: Path | None, as_json: bool, **options: Any) -> None:
+def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options: Any) -> None:
     r"""What one prefill or decode step costs, op by op, and what bounds it.
 
     \b
     chipseconds roofline --model llama-3-70b --slice tpu-v5e:4x4 --precision w8a16kv8 --decode 32 --context 8192
     chipseconds roofline --model llama-3-8b --slice h100-sxm:1 --prefill 2048 --plot prefill.png
     chipseconds roofline --model llama-3-70b --slice h100-sxm:2x8 --shard auto --decode 64 --context 8192
+    chipseconds roofline … --what-if hbm=2,link=2 --waterfall steps.png --over 1,8,64
 
     Figures are per chip unless they say otherwise. A deployment that does not fit is priced all the same, and the
     command ends with exit code 1.
     """
+    from simulator.cli.roofline_views import print_what_if, save_waterfall, waterfall_steps, what_if_rows
     from simulator.roofline.analysis import step_report
     from simulator.roofline.memory import require_fit
 
+    for figure in (plot, waterfall):
+        if figure is not None:
+            from simulator.report.figures import check_figure_path
+
+            check_figure_path(figure)
+    if options["over"] is not None and waterfall is None:
+        raise InputError(f"--over {options['over']}: only with --waterfall")
     if any(options[name] is not None for name in ("pp", "sharding", "objective", "micro_batches")):
         from simulator.cli.sharded import sharded_roofline
 
-        sharded_roofline(options, plot=plot, as_json=as_json)
+        for name, value in (("plot", plot), ("waterfall", waterfall), ("what-if", options["what_if_"])):
+            if value is not None:
+                raise InputError(f"--{name} is for one replica on the whole slice; leave --shard and --pp out")
+        sharded_roofline(options, as_json=as_json)
         return
     deployment = _deployment(options)
     prefill, decode, context = options["prefill"], options["decode"], options["context"]
@@ -85,10 +108,17 @@ def roofline(plot: Path | None, as_json: bool, **options: Any) -> None:
         if size is not None and size > limit:
             raise InputError(f"--{name} {size}: more than one step may hold ({limit}); raise --max-num-… or drop it")
     report = step_report(deployment, prefill=prefill, decode=decode, context=context)
+    changes = what_if_rows(report, options["what_if_"]) if options["what_if_"] is not None else []
+    steps = waterfall_steps(report, options["over"]) if waterfall is not None else None
     if as_json:
-        print_json(document(report))
+        print_json(document(report) | {"what_if": [vars(change) for change in changes]})
     else:
         print_report(report)
+        if changes:
+            print_what_if(report, changes)
+    if steps is not None and waterfall is not None:
+        save_waterfall(steps, waterfall)
+        note(f"waterfall written to {waterfall}")
     if plot is not None:
         from simulator.report.roofline_plot import save_roofline_plot
 

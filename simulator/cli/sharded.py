@@ -1,6 +1,5 @@
 """``chipseconds roofline --shard …``: a model over a whole slice, in one sharding or the best of all."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from simulator.roofline.sharding import Sharding
 
 
-def sharded_roofline(options: dict[str, Any], *, plot: Path | None, as_json: bool) -> None:
+def sharded_roofline(options: dict[str, Any], *, as_json: bool) -> None:
     """Price what the options ask for, print it, and demand that it fits."""
     from simulator.catalog.chips import IDEAL
     from simulator.catalog.models import load_model
@@ -24,8 +23,6 @@ def sharded_roofline(options: dict[str, Any], *, plot: Path | None, as_json: boo
     from simulator.roofline.precision import parse_precision
     from simulator.roofline.search import search
 
-    if plot is not None:
-        raise InputError("--plot draws one chip's ops on the whole slice; leave --shard and --pp out")
     question = {name: options[name] for name in ("prefill", "decode", "context")}
     architecture, slice_ = load_model(options["model"]), resolve_slice(options["slice_spec"])
     settings = {
@@ -164,7 +161,7 @@ def _print_report(report: "ShardedReport") -> None:
     print_report(slowest)
     decode = bool(slowest.step.B)
     lines = {
-        "sharding": f"{d.sharding}: {d.sharding.replicas} replica(s) of {d.sharding.pp} stage(s) on {d.sharding.tp} chip(s) each",
+        "sharding": f"{d.sharding}: {_in_words(d.sharding)}",
         "round" if decode else "prompt": f"{format_si(report.time_s, 's')}"
         + (" per output token" if decode else " until its first token"),
         "whole slice": f"{report.tokens_per_s:,.0f} tokens/s, per chip {report.tokens_per_s_per_chip:,.1f}",
@@ -178,3 +175,12 @@ def _print_report(report: "ShardedReport") -> None:
     click.echo()
     for name, text in lines.items():
         click.echo(f"{name:<16} {text}")
+
+
+def _in_words(s: "Sharding") -> str:
+    stage = f"{s.pp} stage(s) on {s.tp} chip(s) each"
+    if s.cp > 1:
+        return f"{s.dp} replica(s) that split a prompt over {s.cp} groups of {s.tp} chip(s)"
+    if s.ep == 1:
+        return f"{s.dp} replica(s) of {stage}"
+    return f"{s.dp} attention rank(s) of {stage}, whole experts spread over the {s.ep} chips of a stage"

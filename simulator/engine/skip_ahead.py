@@ -22,7 +22,18 @@ from typing import Any, NamedTuple
 
 from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.records import FINISHED, ITL_BINS, ITL_MIN_EXPONENT, REJECTED, RUNNING, WAITING
+from simulator.engine.progressions import (
+    blocks_for,
+    count_itl,
+    end_of_steps,
+    residue,
+    spread,
+    steps_to_reach,
+    steps_with_blocks,
+    take_blocks,
+    window_pairs,
+)
+from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
 
 # indices into State.ints
 (
@@ -87,9 +98,6 @@ SLOT_BITS = 20
 """A finish key is step << SLOT_BITS | slot."""
 REBASE_STEPS = 1 << 14
 """Running sums restart after this many steps, before the differences lose digits."""
-RAW_SHIFT = 45
-"""Bits of a float64 below the 7 leading mantissa bits that index an ITL bin."""
-RAW_ORIGIN = (1023 + ITL_MIN_EXPONENT) << 7
 
 
 class CostTable(NamedTuple):
@@ -181,138 +189,11 @@ class State(NamedTuple):
     bits_i: Any
 
 
-@compiled
-def _blocks_for(tokens: int, block_size: int) -> int:
-    """Blocks that hold ``tokens``; a shift for vLLM's usual 16, because integer division is slow."""
-    if block_size == 16:
-        return (tokens + 15) >> 4
-    return (tokens + block_size - 1) // block_size
-
-
-@compiled
-def _residue(tokens: int, block_size: int) -> int:
-    """Non-negative ``tokens`` mod ``block_size``."""
-    if block_size == 16:
-        return tokens & 15
-    return tokens % block_size
-
-
-@compiled
-def _end(t: float, d0: float, q: float, k: int) -> float:
-    """End of the k-th step of a progression that starts at t; written once, so that every use rounds alike."""
-    return t + (k * d0 + q * (0.5 * (k * (k - 1))))
-
-
-@compiled
-def _steps_to_reach(t: float, d0: float, q: float, target: float, k_max: int) -> int:
-    """Smallest k in 1 … k_max whose step ends at or after ``target`` (k_max if none does)."""
-    if _end(t, d0, q, k_max) < target or k_max <= 1:
-        return k_max
-    dt = target - t
-    if q == 0.0:
-        guess = dt / d0
-    else:
-        half = d0 - 0.5 * q
-        guess = 2.0 * dt / (half + math.sqrt(half * half + 2.0 * q * dt))
-    k = min(max(math.ceil(guess), 1), k_max)
-    while k > 1 and _end(t, d0, q, k - 1) >= target:
-        k -= 1
-    while _end(t, d0, q, k) < target:
-        k += 1
-    return k
-
-
-@compiled
-def _count_itl(itl: Any, bits_f: Any, bits_i: Any, d0: float, q: float, k: int, weight: int) -> None:
-    """Add the latencies d0 + q·i, i < k, each ``weight`` times."""
-    i = 0
-    while i < k:
-        bits_f[0] = d0 + q * i
-        raw = bits_i[0] >> RAW_SHIFT
-        index = min(max(raw - RAW_ORIGIN, 0), ITL_BINS - 1)
-        bits_f[0] = d0 + q * (k - 1)
-        if bits_i[0] >> RAW_SHIFT == raw or q == 0.0:
-            itl[index] += (k - i) * weight
-            return
-        bits_i[0] = (raw + 1) << RAW_SHIFT
-        edge = bits_f[0]
-        after = min(max(math.ceil((edge - d0) / q), i + 1), k)
-        while after > i + 1 and d0 + q * (after - 1) >= edge:
-            after -= 1
-        while after < k and d0 + q * after < edge:
-            after += 1
-        itl[index] += (after - i) * weight
-        i = after
-
-
-@compiled
-def _steps_with_blocks(residues: Any, block_size: int, step: int, k: int, batch: int, free: int) -> int:
-    """Largest number of decode steps, at most k, that ``free`` blocks allow."""
-    if free >= batch * ((k - 1) // block_size + 1):
-        return k
-    cycles = free // batch
-    rest = free - cycles * batch
-    steps = cycles * block_size
-    i = _residue(-step, block_size)
-    while steps < k and residues[i] <= rest:
-        rest -= residues[i]
-        steps += 1
-        i = i - 1 if i > 0 else block_size - 1
-    return min(steps, k)
-
-
-@compiled
-def _take_blocks(
-    residues: Any, block_size: int, step: int, k: int, batch: int, owned: int, d0: float, q: float
-) -> tuple[int, float]:
-    """Blocks owned after k decode steps from ``step`` on, and Σ over them of (blocks owned) × (step length)."""
-    i = _residue(-step, block_size)
-    total = 0.0
-    own = owned
-    first = 0
-    if k > block_size:  # whole cycles, each taking one block per sequence, summed in closed form
-        cycles = k // block_size
-        first = cycles * block_size
-        a0 = 0.0
-        a1 = 0.0
-        for j in range(block_size):
-            own += residues[i]
-            a0 += own
-            a1 += float(own) * j
-            i = i - 1 if i > 0 else block_size - 1
-        s1 = 0.5 * cycles * (cycles - 1)
-        s2 = (cycles - 1) * cycles * (2.0 * cycles - 1) / 6.0
-        per = float(block_size)
-        total = cycles * (d0 * a0 + q * a1)
-        total += s1 * (d0 * batch * per + q * per * a0 + q * batch * 0.5 * per * (per - 1))
-        total += s2 * q * per * per * batch
-        own = owned + cycles * batch
-    length = d0 + q * first
-    for _ in range(first, k):
-        own += residues[i]
-        total += own * length
-        length += q
-        i = i - 1 if i > 0 else block_size - 1
-    return own, total
-
-
-@compiled
-def _window_pairs(context: int, window: int, chunked: bool) -> int:
-    """Σ w(t) over t = 1 … ``context``: windowed keys of the first ``context`` queries of a sequence."""
-    if chunked:
-        cycles = context // window
-        rest = context - cycles * window
-        return cycles * (window * (window + 1) // 2) + rest * (rest + 1) // 2
-    if context <= window:
-        return context * (context + 1) // 2
-    return window * (window + 1) // 2 + (context - window) * window
-
-
 @inlined
 def _chunk_pairs(cost: CostTable, done: int, size: int) -> int:
     """Windowed pairs of a chunk of ``size`` tokens on ``done`` earlier ones."""
-    pairs = _window_pairs(done + size, cost.window, cost.window_chunked)
-    return pairs - _window_pairs(done, cost.window, cost.window_chunked)
+    pairs = window_pairs(done + size, cost.window, cost.window_chunked)
+    return pairs - window_pairs(done, cost.window, cost.window_chunked)
 
 
 @inlined
@@ -371,19 +252,6 @@ def _pass_events(cost: CostTable, state: State) -> None:
 
 
 @compiled
-def _spread(timeline: Any, row: int, interval: float, start: float, end: float, weight: float) -> None:
-    """Add ``weight`` × time to the intervals that [start, end] touches, in proportion."""
-    b = int(start / interval)
-    x = start
-    while x < end:
-        edge = min((b + 1) * interval, end)
-        if edge > x:
-            timeline[row, b] += weight * (edge - x)
-            x = edge
-        b += 1
-
-
-@compiled
 def _widen(timeline: Any, floats: Any, end: float) -> float:
     """Double the interval, merging pairs, until ``end`` lies inside the timeline; return the interval."""
     interval = float(floats[INTERVAL])
@@ -404,8 +272,8 @@ def _settle(cost: CostTable, state: State, out: Outcome, slot: int, step: int) -
     floats = state.floats
     if cost.window > 0:
         start = state.computed[slot]
-        keys = _window_pairs(start + step - state.joined[slot], cost.window, cost.window_chunked)
-        keys -= _window_pairs(start, cost.window, cost.window_chunked)
+        keys = window_pairs(start + step - state.joined[slot], cost.window, cost.window_chunked)
+        keys -= window_pairs(start, cost.window, cost.window_chunked)
         out.busy[state.row[slot]] += cost.window_slope * keys
     first_keys = state.computed[slot] + 1 - (state.joined[slot] - state.ints[STEP_ORIGIN])
     out.busy[state.row[slot]] += (
@@ -476,7 +344,7 @@ def _leave_batch(cost: CostTable, state: State, out: Outcome, slot: int, block_s
     _settle(cost, state, out, slot, step)
     ints[BATCH] -= 1
     ints[KEYS_SUM] -= state.computed[slot] + 1
-    state.residues[_residue(state.computed[slot] - step, block_size)] -= 1
+    state.residues[residue(state.computed[slot] - step, block_size)] -= 1
 
 
 @inlined
@@ -491,7 +359,7 @@ def _preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size:
         state.last_token[slot] = state.floats[CLOCK]
     computed = state.computed[slot]
     state.seen[slot] = max(state.seen[slot], computed)
-    ints[FREE_BLOCKS] += _blocks_for(computed, block_size)
+    ints[FREE_BLOCKS] += blocks_for(computed, block_size)
     state.computed[slot] = 0
     _unlink(state, slot)
     state.stack[ints[N_PREEMPTED]] = slot
@@ -509,7 +377,7 @@ def _finish(state: State, out: Outcome, slot: int, block_size: int) -> None:
     row = state.row[slot]
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
-    ints[FREE_BLOCKS] += _blocks_for(state.computed[slot], block_size)
+    ints[FREE_BLOCKS] += blocks_for(state.computed[slot], block_size)
     state.finish_step[slot] = -1
     _unlink(state, slot)
     state.free_slots[ints[N_FREE_SLOTS]] = slot
@@ -540,7 +408,7 @@ def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_
             ints[NEXT_ROW] = row + 1
         out.arrival[row] = when
         longest = stream.prompt[row] + stream.max_tokens[row]
-        blocks = _blocks_for(longest - 1, limits.block_size)
+        blocks = blocks_for(longest - 1, limits.block_size)
         if (0 < limits.max_model_len < longest) or blocks > limits.num_blocks:
             out.status[row] = REJECTED
             if closed:
@@ -554,7 +422,7 @@ def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_
             if when <= floats[LAST_START]:  # it waited while later steps of the segment were scheduled
                 waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
                 ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
-            _spread(state.timeline, T_WAITING, floats[INTERVAL], when, now, 1.0)
+            spread(state.timeline, T_WAITING, floats[INTERVAL], when, now, 1.0)
 
 
 @inlined
@@ -607,14 +475,14 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
 
         # --- R5: every decoding sequence, in order of admission ---
         step = ints[STEP]
-        step_need = state.residues[_residue(-step, bs)]
+        step_need = state.residues[residue(-step, bs)]
         preempted = False
         took_blocks = True
         if step_need > ints[FREE_BLOCKS]:
             preempted = True
             slot = ints[FIRST]
             while slot >= 0:
-                if slot != ints[PARTIAL] and _residue(state.computed[slot] + step - state.joined[slot], bs) == 0:
+                if slot != ints[PARTIAL] and residue(state.computed[slot] + step - state.joined[slot], bs) == 0:
                     gone = False
                     while ints[FREE_BLOCKS] < 1 and not gone:
                         victim = ints[LAST]
@@ -631,10 +499,6 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
         # --- R5, R7: chunks ---
         chunks = 0
         tokens = batch
-        pairs = 0
-        keys = 0
-        window_pairs = 0
-        window_keys = 0
         free = ints[FREE_BLOCKS] - (0 if took_blocks else step_need)
         room = limits.budget - batch
         slot = ints[PARTIAL]
@@ -642,20 +506,15 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             row = state.row[slot]
             done = state.computed[slot]
             want = min(stream.prompt[row] + state.emitted[slot] - done, room)
-            missing = _blocks_for(done + want, bs) - _blocks_for(done, bs)
+            missing = blocks_for(done + want, bs) - blocks_for(done, bs)
             if missing > free:
                 _preempt(cost, state, out, slot, bs)
                 preempted = True
-                free += _blocks_for(done, bs)
+                free += blocks_for(done, bs)
             else:
                 free -= missing
                 room -= want
                 tokens += want
-                pairs += want * done + want * (want + 1) // 2
-                keys += done + want
-                if cost.window > 0:
-                    window_pairs += _chunk_pairs(cost, done, want)
-                    window_keys += _chunk_keys(cost, done, want)
                 state.chunk_slot[0] = slot
                 state.chunk_size[0] = want
                 chunks = 1
@@ -671,8 +530,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                     known = stream.prompt[row]
                 done = stream.cached[row]
                 want = min(known - done, room)
-                need = _blocks_for(done + want, bs)
-                if need > free or (limits.reserve_full and _blocks_for(known, bs) > free):
+                need = blocks_for(done + want, bs)
+                if need > free or (limits.reserve_full and blocks_for(known, bs) > free):
                     break
                 if resumed:
                     ints[N_PREEMPTED] -= 1
@@ -698,11 +557,6 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                 free -= need
                 room -= want
                 tokens += want
-                pairs += want * done + want * (want + 1) // 2
-                keys += done + want
-                if cost.window > 0:
-                    window_pairs += _chunk_pairs(cost, done, want)
-                    window_keys += _chunk_keys(cost, done, want)
                 state.chunk_slot[chunks] = slot
                 state.chunk_size[chunks] = want
                 chunks += 1
@@ -714,10 +568,21 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
 
         # --- R9: what the step costs ---
         rows = batch
+        pairs = 0
+        keys = 0
+        seen_pairs = 0
+        seen_keys = 0
         for c in range(chunks):
             slot = state.chunk_slot[c]
             row = state.row[slot]
-            if state.computed[slot] + state.chunk_size[c] == stream.prompt[row] + state.emitted[slot]:
+            done = state.computed[slot]
+            size = state.chunk_size[c]
+            pairs += size * done + size * (size + 1) // 2
+            keys += done + size
+            if cost.window > 0:
+                seen_pairs += _chunk_pairs(cost, done, size)
+                seen_keys += _chunk_keys(cost, done, size)
+            if done + size == stream.prompt[row] + state.emitted[slot]:
                 rows += 1
         total_keys = ints[KEYS_SUM]
         d0 = cost.dense[tokens] + cost.head[rows]
@@ -752,23 +617,23 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                     k = min(k, (math.ceil(cost.knots[knot + 1]) - total_keys + batch - 1) // batch)
                 if ints[N_EVENTS] > 0:
                     k = min(k, (state.events[0] >> SLOT_BITS) - step)
-                k = _steps_with_blocks(state.residues, bs, step, k, batch, ints[FREE_BLOCKS])
+                k = steps_with_blocks(state.residues, bs, step, k, batch, ints[FREE_BLOCKS])
                 stop = until
                 if waiting == 0 and running < limits.max_num_seqs:
                     stop = min(stop, next_arrival)
-                k = _steps_to_reach(t, d0, q, stop, k)
+                k = steps_to_reach(t, d0, q, stop, k)
                 interval = floats[INTERVAL]
                 edge = (int(t / interval) + 1) * interval
-                if k > 1 and _end(t, d0, q, k) > edge:
-                    k = _steps_to_reach(t, d0, q, edge, k)
-                    if k > 1 and _end(t, d0, q, k) > edge:
+                if k > 1 and end_of_steps(t, d0, q, k) > edge:
+                    k = steps_to_reach(t, d0, q, edge, k)
+                    if k > 1 and end_of_steps(t, d0, q, k) > edge:
                         k -= 1
-            end = _end(t, d0, q, k)
+            end = end_of_steps(t, d0, q, k)
             owned = limits.num_blocks - ints[FREE_BLOCKS]
             if took_blocks:
                 blocks_integral = owned * (end - t)
             else:
-                owned, blocks_integral = _take_blocks(state.residues, bs, step, k, batch, owned, d0, q)
+                owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, owned, d0, q)
                 ints[FREE_BLOCKS] = limits.num_blocks - owned
         else:
             k = 1
@@ -779,7 +644,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             for j in range(cost.planes.shape[0]):
                 value = cost.planes[j, 0] * pairs + cost.planes[j, 1] * keys + cost.planes[j, 2] * chunks
                 if cost.window > 0:
-                    value += cost.planes[j, 3] * window_pairs + cost.planes[j, 4] * window_keys
+                    value += cost.planes[j, 3] * seen_pairs + cost.planes[j, 4] * seen_keys
                 if value > best:
                     best = value
                     plane = j
@@ -791,7 +656,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
 
         # --- account for the segment ---
         floats[CLOCK] = end
-        floats[LAST_START] = _end(t, d0, q, k - 1)
+        floats[LAST_START] = end_of_steps(t, d0, q, k - 1)
         ints[STEP] = step + k
         ints[STEPS] += k
         ints[SEGMENTS] += 1
@@ -808,10 +673,10 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             state.timeline[T_BLOCKS, b] += blocks_integral
             state.timeline[T_BUSY, b] += length
         else:
-            _spread(state.timeline, T_RUNNING, interval, t, end, running)
-            _spread(state.timeline, T_WAITING, interval, t, end, waiting)
-            _spread(state.timeline, T_BLOCKS, interval, t, end, blocks_integral / length)
-            _spread(state.timeline, T_BUSY, interval, t, end, 1.0)
+            spread(state.timeline, T_RUNNING, interval, t, end, running)
+            spread(state.timeline, T_WAITING, interval, t, end, waiting)
+            spread(state.timeline, T_BLOCKS, interval, t, end, blocks_integral / length)
+            spread(state.timeline, T_BUSY, interval, t, end, 1.0)
         floats[RUNNING_INTEGRAL] += running * length
         floats[WAITING_INTEGRAL] += waiting * length
         floats[BLOCKS_INTEGRAL] += blocks_integral
@@ -827,7 +692,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             floats[SHARE_W] += k * (per_token + per_row + cost.seq + intercept / batch)
             floats[SHARE_R0] += k * slope
             floats[SHARE_R1] += slope * (k * (step - ints[STEP_ORIGIN]) + growth)
-            _count_itl(out.itl, state.bits_f, state.bits_i, d0, q, k, batch)
+            count_itl(out.itl, state.bits_f, state.bits_i, d0, q, k, batch)
             floats[ITL_MAX] = max(floats[ITL_MAX], d0 + q * (k - 1))
         step += k
 
@@ -837,8 +702,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             ints[CHUNKS] += chunks
             ints[PREFILL_PAIRS] += pairs
             ints[PREFILL_KEYS] += keys
-            ints[WINDOW_PAIRS] += window_pairs
-            ints[WINDOW_KEYS] += window_keys
+            ints[WINDOW_PAIRS] += seen_pairs
+            ints[WINDOW_KEYS] += seen_keys
             ints[PARTIAL] = -1
             for c in range(chunks):
                 slot = state.chunk_slot[c]
@@ -873,7 +738,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                     out.first_token[row] = end
                 else:
                     gap = end - state.last_token[slot]
-                    _count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
+                    count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
                     floats[ITL_MAX] = max(floats[ITL_MAX], gap)
                 state.emitted[slot] += 1
                 rest = stream.output[row] - state.emitted[slot]
@@ -888,7 +753,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                     seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
                     ints[WINDOW_SUM] += seen
                     _push_event(cost, state, slot, seen)
-                state.residues[_residue(done - step, bs)] += 1
+                state.residues[residue(done - step, bs)] += 1
                 state.finish_step[slot] = step + rest
                 if ints[HEAP_SIZE] == len(state.heap):
                     _drop_stale(state)

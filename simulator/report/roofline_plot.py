@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simulator.errors import InputError
+from simulator.report.figures import BLUE, GREEN, GREY, GRID, INK, MUTED, ORANGE, save_figure
 from simulator.roofline.analysis import BOUNDS, Bound, OpReport, StepReport
 from simulator.units import format_si
 
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-#: Okabe-Ito: told apart by colour-blind readers too.
-COLOURS: dict[Bound, str] = {"compute": "#D55E00", "HBM": "#0072B2", "interconnect": "#009E73", "overhead": "#8A8F98"}
-INK, MUTED, GRID = "#1F2933", "#616E7C", "#E4E7EB"
-FORMATS = (".png", ".svg", ".pdf")
+COLOURS: dict[Bound, str] = {"compute": ORANGE, "HBM": BLUE, "interconnect": GREEN, "overhead": GREY}
 CLUSTER_PT = 20.0
 """Points nearer than this share one label. [typographic points]"""
 SMALLEST_SHARE = 0.005
@@ -41,24 +38,14 @@ def save_roofline_plot(report: StepReport, path: Path) -> None:
     Raises
     ------
     InputError
-        If the suffix is none of .png, .svg, .pdf, or the file cannot be written.
+        If the path is refused or cannot be written.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--plot {path}: the file name must end in {', '.join(FORMATS)}")
-    import matplotlib as mpl  # 0.3 s, only for those who plot
-
-    # A fixed salt and no date: the same report gives the same file.
-    with mpl.rc_context({"svg.hashsalt": "chipseconds", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = draw_roofline(report)
-        try:
-            figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-        except OSError as error:
-            raise InputError(f"--plot {path}: cannot be written: {error.strerror}") from None
+    save_figure(lambda: draw_roofline(report), path)
 
 
 def draw_roofline(report: StepReport) -> "Figure":
     """Figure with the roofs, one point per op that computes, a star for the step, and a bar of the step's time."""
-    from matplotlib.figure import Figure  # as above
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 6.6), facecolor="white")
     axes = figure.add_axes((0.085, 0.265, 0.885, 0.585))

@@ -40,8 +40,10 @@ def mixer_matrices(d: Deployment, mixer: Mixer) -> dict[str, Matrix]:
             queries, keys = N / t * H, 2 * d.kv_heads_per_chip(mixer) * H
             gate = queries if mixer.gated_output else 0.0
             bias = queries + keys if mixer.qkv_bias else 0.0
+            again = keys - 2 * K * H / t
+            copied_bias = again if mixer.qkv_bias else 0.0
             return {
-                "QKV projection": Matrix(D, queries + gate + keys, bias=bias, copied=keys - 2 * K * H / t),
+                "QKV projection": Matrix(D, queries + gate + keys, bias=bias, copied=again, copied_bias=copied_bias),
                 "output projection": Matrix(queries, D, bias=D / t if mixer.o_bias else 0.0, split_rows=True),
             }
         case LatentAttention(n_heads=N, q_rank=q, kv_rank=kv, nope_dim=nope, rope_dim=rope, v_dim=v):
@@ -110,8 +112,8 @@ def ffn_matrices(d: Deployment, ffn: FeedForward) -> dict[str, tuple[float, Matr
             }
         case MoEFFN(d_ff=F, n_experts=E):
             bias = E * (ffn.router_bias + ffn.score_correction_bias)
-            # A score-correction bias and the router's own are small vectors; every chip routes every token.
-            router = Matrix(D, E, bias=bias, copied=E * (1 - 1 / t), form="wide")
+            other = 1 - 1 / t  # every chip routes every token
+            router = Matrix(D, E, bias=bias, copied=E * other, copied_bias=bias * other, form="wide")
             up, down = _up(D, inputs * F / t, bias=ffn.expert_bias), _down(F / t, D, t, bias=ffn.expert_bias)
             if d.expert_chips > 1:  # some whole experts in place of a share of each
                 up, down = _up(D, inputs * F, bias=ffn.expert_bias), Matrix(F, D, bias=D if ffn.expert_bias else 0.0)

@@ -31,6 +31,8 @@ def compile_step_cost(d: Deployment) -> StepCost:
     expands the latents of MLA for every key it reads but dense[n] counts the new tokens' already; so dense[n] goes
     without the expansion's n·z seconds, and K·z and B·z stand in the planes and in ``decode_seq_s``.
     """
+    if d.context_domains:
+        raise InputError("context parallelism splits prompts and cannot decode; the engines do both")
     if d.stage != (1, 1) or d.expert_ranks > 1:
         what = (
             f"stage {d.stage[0]} of {d.stage[1]}"

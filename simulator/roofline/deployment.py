@@ -64,6 +64,9 @@ class Deployment:
         links of the chips over which whole routed experts are spread, innermost level first; none: every chip has a
         share of every expert. More chips than ``tp`` are further attention ranks, each with as many tokens as this
         one (see :mod:`simulator.roofline.sharding`).
+    context_domains
+        links of the chips over which the tokens of a prompt are split, each of them with all the layers; steps are those of
+        one of them.
     """
 
     architecture: Architecture
@@ -83,13 +86,13 @@ class Deployment:
     expert_imbalance: float = 1.0
     stage: tuple[int, int] = (1, 1)
     expert_domains: tuple[LinkDomain, ...] = ()
+    context_domains: tuple[LinkDomain, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be priced, does not exist or contradicts itself."""
         unpriced = unpriceable_features(self.architecture)
         if unpriced:
-            verb = "is" if len(unpriced) == 1 else "are"
-            raise UnpriceableError(f"{self.architecture.name}: {' and '.join(unpriced)} {verb} not priced yet")
+            raise UnpriceableError(f"{self.architecture.name}: not priced yet: {', '.join(unpriced)}")
         self._check_sharding()
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:

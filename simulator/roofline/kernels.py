@@ -94,8 +94,8 @@ class Matrix:
         rows and columns of the shard.
     bias
         bias elements of the shard.
-    copied
-        the part of ``n_out`` that repeats what other chips hold.
+    copied, copied_bias
+        the parts of ``n_out`` and ``bias`` that repeat what other chips hold.
     split_rows
         whether the matrix is split over its inputs (chips' outputs are summed) or over its outputs.
     form
@@ -106,6 +106,7 @@ class Matrix:
     n_out: float
     bias: float = 0.0
     copied: float = 0.0
+    copied_bias: float = 0.0
     split_rows: bool = False
     form: Literal["weights", "head", "wide"] = "weights"
 
@@ -136,7 +137,7 @@ def matmul_op(
     """
     p, chip, e, some = d.precision, d.slice.chip, d.eff, np.greater(n, 0) * 1.0
     read = some if reads is None else reads
-    copied_bytes = _stored(p, m, m.n_in, m.copied) + (m.copied * p.wide_bytes if m.bias else 0.0)
+    copied_bytes = _stored(p, m, m.n_in, m.copied) + m.copied_bias * p.wide_bytes
     if m.split_rows:  # 8-bit scales belong to whole columns, so every chip holds all of them
         copied_bytes += _stored(p, m, m.n_in, m.n_out) - _stored(p, m, m.n_in * d.chips, m.n_out) / d.chips
     dtype: Dtype = {"weights": d.compute_dtype, "head": d.head_dtype, "wide": d.attention_dtype}[m.form]

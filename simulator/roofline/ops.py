@@ -6,10 +6,12 @@ blocks of different layer groups are one op. Kernels are priced in :mod:`simulat
 activation functions and sampling are counted as memory traffic, without FLOPs.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from simulator.catalog.architecture import LatentAttention, SoftmaxAttention
 from simulator.errors import InputError
 from simulator.roofline.blocks import (
     context_ops,
@@ -195,6 +197,27 @@ def context_attention_ops(d: Deployment, past: Number) -> list[Op]:
     return [op for count, mixer in d.mixers for op in context_ops(d, count, mixer, past)]
 
 
+def context_gather_ops(d: Deployment, K: Number, KW: Number) -> list[Op]:
+    """Gathers of the keys and values that chips with other parts of a prompt hold, ``KW`` of them in windowed layers."""
+    if not d.context_domains:
+        return []
+    layers = sum(count for count, mixer in d.mixers if isinstance(mixer, SoftmaxAttention | LatentAttention))
+    size = K * d.kv_bytes(windowed=False) + KW * d.kv_bytes(windowed=True)
+    time = layers * all_gather_s(size / layers, d.context_domains, link=d.eff.link)
+    chips = math.prod(domain.size for domain in d.context_domains)
+    return [
+        Op(
+            "all-gather, keys",
+            "collective",
+            layers,
+            comm_bytes=size * (1 - 1 / chips),
+            network_s=time,
+            roofline_s=time,
+            overhead_s=np.greater(size, 0) * (layers * d.eff.collective_latency_s),
+        )
+    ]
+
+
 def step_op_groups(d: Deployment, step: StepShape) -> tuple[list[Op], list[Op], list[Op]]:
     """Every op of one step, in three lists: dense ops, attention, output head.
 
@@ -212,6 +235,7 @@ def step_op_groups(d: Deployment, step: StepShape) -> tuple[list[Op], list[Op], 
     if step.P:
         attention += prefill_attention_ops(d, step.P, step.A, step.K, step.AW, step.KW)
         attention += context_attention_ops(d, max(0.0, step.K - (step.n - step.B)))
+        attention += context_gather_ops(d, step.K, step.KW)
     return dense_ops(d, step.n), attention, head_ops(d, step.R) if step.R else []
 
 

@@ -11,7 +11,11 @@ through all the stages and all micro-batches' time in the slowest stage.
 left the one before and its predecessor has left this one. With m chunks of equal time in pp equal stages that is
 (m + pp − 1) chunk times, so (pp − 1)/(m + pp − 1) of each stage's time is a bubble [1]_.
 
+*Context parallelism.* The chips of a group split a prompt, each with about as many query-key pairs, and gather each
+layer's keys and values before its attention [2]_; a ring that hides this behind the attention is not credited.
+
 .. [1] Y. Huang et al., "GPipe", NeurIPS 2019 (recalled).
+.. [2] H. Liu et al., "Ring Attention", 2023 (recalled); the gather is its simplest form.
 """
 
 from collections.abc import Sequence
@@ -21,7 +25,7 @@ from typing import Any, TypedDict
 from simulator.catalog.architecture import Architecture, LayerGroup
 from simulator.catalog.models import attention_windows
 from simulator.catalog.slices import Slice
-from simulator.errors import InfeasibleError, InputError, UnpriceableError
+from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.analysis import StepReport, report
 from simulator.roofline.collectives import all_gather_s, send_s
 from simulator.roofline.deployment import Deployment
@@ -63,9 +67,14 @@ class ShardedDeployment:
         return min((memory_fit(d) for d in self.stages), key=lambda fit: (fit.kv_tokens, fit.kv_bytes))
 
     @property
+    def replica_kv_tokens(self) -> int:
+        """Tokens of KV cache a replica holds; chips that split a prompt hold a part each."""
+        return self.sharding.cp * self.memory.kv_tokens
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens of KV cache the slice holds, all replicas together."""
-        return self.sharding.dp * self.memory.kv_tokens
+        return self.sharding.dp * self.replica_kv_tokens
 
 
 def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **settings: Any) -> ShardedDeployment:
@@ -75,8 +84,6 @@ def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **setti
     ------
     InputError
         If the sharding breaks a rule of the model or the slice.
-    UnpriceableError
-        For context parallelism, which has no price yet.
 
     Examples
     --------
@@ -88,8 +95,6 @@ def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **setti
     [(40, 8), (40, 8)]
     """
     check_sharding(architecture, slice_, sharding)
-    if sharding.cp > 1:
-        raise UnpriceableError(f"sharding {sharding}: context parallelism is not priced yet; use tp, pp or dp")
     links = link_domains(slice_, sharding)
     inner = links.tp or slice_.domains[:1]
     if not links.tp:
@@ -98,6 +103,9 @@ def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **setti
     part = Slice(spec, slice_.chip, sharding.tp, tuple(inner))
     group, stages_left = sharding.tp * sharding.dp, sharding.cp * sharding.pp
     experts = subdomains(slice_, [group, stages_left])[0] if sharding.ep > 1 else ()
+    if sharding.cp > 1:  # a chip has its part of the tokens of a step
+        limit = settings.get("max_num_batched_tokens", Deployment.max_num_batched_tokens)
+        settings["max_num_batched_tokens"] = -(-limit // sharding.cp)
     parts = split_layers(architecture, sharding.pp)
     stages = tuple(
         Deployment(
@@ -106,6 +114,7 @@ def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **setti
             tp=sharding.tp,
             stage=(i, sharding.pp),
             expert_domains=experts,
+            context_domains=links.cp,
             **settings,
         )
         for i, groups in enumerate(parts, start=1)
@@ -212,7 +221,7 @@ def sharded_report(
     decode
         sequences of the whole slice; the fullest replica and micro-batch are priced.
     micro_batches
-        default: one per stage (but no empty one).
+        default: one per stage (but no empty one). A prompt is cut into more if ``max_num_batched_tokens`` demands it.
 
     Raises
     ------
@@ -228,9 +237,18 @@ def sharded_report(
         total = prefill if context is None else context
         if not 1 <= prefill <= total:
             raise InputError(f"prefill = {prefill} of context = {total}: need 1 ≤ prefill ≤ context")
-        shapes = _chunks(d, prefill, total - prefill, min(micro_batches or pp, prefill))
+        steps = -(-prefill // (d.stages[0].max_num_batched_tokens * d.sharding.cp))
+        shapes = _chunks(d, prefill, total - prefill, min(max(micro_batches or pp, steps), prefill))
+        if d.sharding.cp > 1:
+            if prefill < d.sharding.cp:
+                raise InputError(f"prefill = {prefill}: cp = {d.sharding.cp} splits no fewer tokens than that")
+            shapes = [_part(shape, d.sharding.cp) for shape in shapes]
         tokens = float(prefill)
     else:
+        if d.sharding.cp > 1:
+            raise InputError(
+                f"sharding {d.sharding}: cp splits the tokens of a prompt; a decode step has one per sequence"
+            )
         if context is None:
             raise InputError("decode needs a context: the length of each sequence, its new token included")
         if decode is None or decode < 1:
@@ -312,6 +330,11 @@ def _chunks(d: ShardedDeployment, tokens: int, past: int, m: int) -> list[StepSh
         shapes.append(StepShape.prefill(size, past, completes=i == m - 1, **windows(d)))
         past += size
     return shapes
+
+
+def _part(shape: StepShape, cp: int) -> StepShape:
+    """What the busiest of ``cp`` chips does of a chunk: the parts are cut so that each has as many pairs, over all keys."""
+    return replace(shape, n=-(-int(shape.n) // cp), A=shape.A / cp, AW=shape.AW / cp)
 
 
 def _sends_s(d: ShardedDeployment, n: float) -> list[float]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from simulator.catalog.architecture import Architecture
+from simulator.catalog.architecture import Architecture, MoEFFN
 from simulator.catalog.slices import Slice
 from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.pipeline import ShardedDeployment, ShardedReport, shard, sharded_report
@@ -44,13 +44,30 @@ class Search:
         return report
 
 
-def shardings(chips: int) -> list[Sharding]:
+def shardings(chips: int, *, experts: bool = False, prompts: bool = False) -> list[Sharding]:
     """Every split of the chips over tensor parallelism, pipeline stages and replicas.
+
+    With ``experts``, each also with whole experts spread over the chips of a stage, its replicas being attention ranks.
+    With ``prompts``, also over context parallelism without stages.
 
     >>> [str(s) for s in shardings(4)]
     ['tp4', 'tp2pp2', 'tp2dp2', 'pp4', 'pp2dp2', 'dp4']
     """
-    return [Sharding(tp=tp, pp=pp, dp=chips // tp // pp) for tp in _divisors(chips) for pp in _divisors(chips // tp)]
+    found = [
+        Sharding(tp=tp, pp=pp, dp=dp, ep=ep)
+        for tp in _divisors(chips)
+        for pp in _divisors(chips // tp)
+        for dp in [chips // tp // pp]
+        for ep in ([1, tp * dp] if experts and tp * dp > 1 else [1])
+    ]
+    if prompts:
+        found += [
+            Sharding(tp=tp, cp=cp, dp=chips // tp // cp)
+            for tp in _divisors(chips)
+            for cp in _divisors(chips // tp)
+            if cp > 1
+        ]
+    return found
 
 
 def search(
@@ -82,7 +99,8 @@ def search(
     if fill and (objective != "throughput" or context is None):
         raise InputError("give prefill (tokens) or decode (batch); only throughput at a context finds its own batch")
     tried = []
-    for sharding in shardings(slice_.n_chips):
+    moe = any(isinstance(group.ffn, MoEFFN) for group in architecture.layers)
+    for sharding in shardings(slice_.n_chips, experts=moe, prompts=prefill is not None):
         try:
             d = shard(architecture, slice_, sharding, **settings)
         except InputError as error:
@@ -107,12 +125,13 @@ def _too_small(d: ShardedDeployment, prefill: int | None, decode: int | None, co
     """Why the asked sequences do not fit in memory; empty if they do."""
     fit = d.memory
     if not fit.fits:
-        needed = (fit.weights_bytes + fit.activations_bytes + fit.workspace_bytes) / 1e9
-        return f"needs {needed:.1f} GB per chip before any KV cache, has {fit.usable_bytes / 1e9:.1f} GB"
+        taken = (fit.weights_bytes + fit.activations_bytes + fit.workspace_bytes) / 1e9
+        return f"needs {taken:.1f} GB per chip before any KV cache, has {fit.usable_bytes / 1e9:.1f} GB"
     sequences = -(-decode // d.sharding.dp) if decode else 1
     blocks = sequences * -(-(context or prefill or 1) // fit.block_size)
-    if blocks > fit.kv_blocks:
-        return f"the KV cache of a replica holds {fit.kv_tokens:,} tokens, {blocks * fit.block_size:,} are needed"
+    if blocks > fit.kv_blocks * d.sharding.cp:
+        needed = blocks * fit.block_size
+        return f"the KV cache of a replica holds {d.replica_kv_tokens:,} tokens, {needed:,} are needed"
     return ""
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 
-from simulator.catalog.architecture import Architecture, MoEFFN
+from simulator.catalog.architecture import Architecture, GatedDeltaNet, Mamba2, MoEFFN
 from simulator.catalog.slices import LinkDomain, Slice
 from simulator.errors import InputError
 from simulator.roofline.collectives import all_gather_s
@@ -107,6 +107,10 @@ def check_sharding(architecture: Architecture, slice_: Slice, s: Sharding) -> No
         raise InputError(f"{where}: {s.pp} stages for {architecture.n_layers} layers; a stage needs at least one layer")
     if s.cp > 1 and s.pp > 1:
         raise InputError(f"{where}: context parallelism inside a pipeline is not priced; use cp or pp")
+    if s.cp > 1 and s.ep > 1:
+        raise InputError(f"{where}: context parallelism of attention ranks is not priced; use cp or ep")
+    if s.cp > 1 and any(isinstance(g.mixer, GatedDeltaNet | Mamba2) for g in architecture.layers):
+        raise InputError(f"{where}: recurrent layers pass a state from token to token, so cp cannot split a prompt")
     if s.ep > 1:
         _check_experts(architecture, s, where)
     link_domains(slice_, s)

@@ -5,6 +5,7 @@ Every length is a function of (seed, cause, request index) alone, see :mod:`simu
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -32,12 +33,12 @@ class Fixed(Record):
         return np.full(max(stop - start, 0), self.tokens, dtype=np.int64)
 
 
-class _Uniform(Record):
+class _Uniform(Record, ABC):
     """Whole numbers, all equally likely, between two bounds that the subclass knows."""
 
+    @abstractmethod
     def bounds(self) -> tuple[int, int]:
         """Smallest and largest length, both included. [tokens]"""
-        raise NotImplementedError
 
     def sample(self, seed: int, cause: str, start: int, stop: int) -> NDArray[np.int64]:
         """Lengths of requests ``start`` … ``stop`` − 1. [tokens]"""

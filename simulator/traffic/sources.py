@@ -10,6 +10,7 @@ import glob
 import gzip
 import json
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -62,7 +63,7 @@ def _refusal(file: Path, error: Exception) -> InputError:
     return InputError(f"{file}: cannot be read: {first_line}")
 
 
-class _Text:
+class _Text(ABC):
     """What CSV and JSON lines share: opening, decoding, and turning damage into an error with a line."""
 
     def __init__(self, file: Path) -> None:
@@ -74,9 +75,9 @@ class _Text:
             return gzip.open(self.file, "rt", encoding="utf-8-sig", newline="")
         return self.file.open(encoding="utf-8-sig", newline="")
 
+    @abstractmethod
     def _records(self, lines: IO[str]) -> Iterator[tuple[int, Any]]:
         """Yield (line number, record); raise InputError where a record is broken."""
-        raise NotImplementedError
 
     def records(self) -> Iterator[tuple[int, Any]]:
         """Yield every record with the number of its first line."""

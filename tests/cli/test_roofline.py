@@ -109,10 +109,19 @@ def test_bad_input_is_one_clear_error(arguments, message):
     assert not isinstance(result.exception, UnpriceableError)
 
 
-def test_unpriceable_models_are_refused_by_name():
-    result = run("--model", "mixtral-8x7b", "--slice", "h100-sxm:8", "--prefill", "5")
-    assert isinstance(result.exception, UnpriceableError)
-    assert "mixture of experts" in str(result.exception)
+@pytest.mark.parametrize(
+    ("model", "ops"),
+    [
+        ("mixtral-8x7b", {"router", "experts gate, up", "experts down"}),
+        ("deepseek-v3", {"latent projections", "latent up-projection", "shared experts down", "attention, decode"}),
+        ("glm-5", {"indexer keys", "indexer, decode", "attention, decode"}),
+        ("nemotron-h-8b", {"Mamba projections", "recurrence, gate", "state, decode", "FFN down"}),
+        ("qwen3-next-80b-a3b", {"GDN projections", "state, decode", "output gate", "experts down"}),
+    ],
+)
+def test_other_architectures_have_ops_of_their_own(model, ops):
+    result = run("--model", model, "--slice", "h100-sxm:8", "--decode", "5", "--context", "9000", "--json")
+    assert ops <= {row["op"] for row in json.loads(result.stdout)["ops_per_chip"]}
 
 
 def test_heavy_packages_stay_unimported_without_a_plot():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from simulator.catalog.chips import IDEAL
 from simulator.catalog.models import load_model
 from simulator.catalog.slices import resolve_slice
-from simulator.errors import InfeasibleError, InputError, UnpriceableError
+from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.analysis import step_report
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
@@ -124,6 +124,12 @@ def test_chunks_of_a_prompt_overlap_in_the_stages():
     assert cut.time_s >= cut.period_s
 
 
+def test_a_prompt_is_cut_as_small_as_a_step_demands():
+    d = lay("h100-sxm:2x8", "tp8pp2", max_num_batched_tokens=2048)
+    assert sharded_report(d, prefill=16384).micro_batches == 8
+    assert sharded_report(d, prefill=16384, micro_batches=16).micro_batches == 16
+
+
 def test_stages_in_a_node_send_faster_than_stages_in_two():
     near = sharded_report(lay("h100-sxm:8", "tp4pp2"), prefill=4096, micro_batches=1)
     far = sharded_report(lay("h100-sxm:2x8", "tp8pp2"), prefill=4096, micro_batches=1)
@@ -172,13 +178,6 @@ def test_what_does_not_fit_is_said():
 def test_engines_do_not_run_stages():
     with pytest.raises(InputError, match="stage 1 of 2"):
         compile_step_cost(lay("h100-sxm:2x8", "tp8pp2").stages[0])
-
-
-@pytest.mark.parametrize(("text", "what"), [("tp4cp2", "context"), ("dp8ep8", "expert")])
-def test_unpriced_parallelism_is_refused_by_name(text, what):
-    model = load_model("mixtral-8x7b" if what == "expert" else "llama-3-8b")
-    with pytest.raises(UnpriceableError, match=f"{what} parallelism is not priced"):
-        lay("h100-sxm:8", text, model)
 
 
 @pytest.mark.parametrize(

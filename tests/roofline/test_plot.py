@@ -71,5 +71,8 @@ def test_same_report_same_file(tmp_path, suffix):
 def test_bad_paths_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"must end in \.png, \.svg, \.pdf"):
         save_roofline_plot(reported(), tmp_path / "plot.docx")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="does not exist"):
         save_roofline_plot(reported(), tmp_path / "missing" / "plot.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        save_roofline_plot(reported(), tmp_path / "folder.png")

@@ -31,7 +31,7 @@ def test_every_split_of_the_chips_is_tried_once(chips):
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_nothing_legal_beats_the_best(objective, question):
     found = search(LLAMA, NODES, objective=objective, context=8192, **question)
-    assert len(found.tried) == 15
+    assert len(found.tried) == (25 if "prefill" in question else 15)
     for tried in found.tried:
         if tried.report is None:
             assert tried.reason
