@@ -126,7 +126,7 @@ def _print_search(found: "Search") -> None:
         if t.report is None:
             return [str(t.sharding), "–", "–", "–", t.reason]
         r = t.report
-        sequences = f"{r.replica_tokens * t.sharding.dp:,.0f}" if r.stages[0].step.B else "–"
+        sequences = f"{r.replica_tokens * t.sharding.dp:,.0f}" if r.step.B else "–"
         return [str(t.sharding), f"{1e3 * r.time_s:,.2f}", f"{r.tokens_per_s_per_chip:,.1f}", sequences, ""]
 
     print_table(
@@ -142,7 +142,7 @@ def _print_report(report: "ShardedReport") -> None:
     from simulator.units import format_si
 
     d = report.deployment
-    slowest = max(report.stages, key=lambda r: r.time_s)
+    number, slowest = max(enumerate(report.stages, start=1), key=lambda r: r[1].time_s)
     if d.sharding.pp > 1:
         rows = [
             [
@@ -157,7 +157,7 @@ def _print_report(report: "ShardedReport") -> None:
         ]
         title = f"{d.architecture.name} on {d.slice.spec} as {d.sharding}, one micro-batch"
         print_table(title, ["stage", "layers", "time ms", "bound", "weights GB/chip", "KV tokens"], rows)
-        click.echo(f"\nThe slowest stage, number {slowest.deployment.stage[0]}:")
+        click.echo(f"\nThe slowest stage, number {number}:")
     print_report(slowest)
     decode = bool(slowest.step.B)
     lines = {

@@ -20,6 +20,7 @@ layer's keys and values before its attention [2]_; a ring that hides this behind
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypedDict
 
 from simulator.catalog.architecture import Architecture, LayerGroup
@@ -28,6 +29,7 @@ from simulator.catalog.slices import Slice
 from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.analysis import StepReport, report
 from simulator.roofline.collectives import all_gather_s, send_s
+from simulator.roofline.compile import step_time_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import MemoryFit, memory_fit
 from simulator.roofline.ops import StepShape
@@ -50,7 +52,8 @@ class ShardedDeployment:
     architecture, slice, sharding
         the whole model and slice, and how one lies on the other.
     stages
-        one deployment per pipeline stage of one replica; ``chips`` of each are the tensor-parallel ones.
+        one deployment per pipeline stage of one replica; ``chips`` of each are the tensor-parallel ones. Equal inner
+        stages are one object, numbered as the first of them.
     links
         what each degree of parallelism communicates over.
     """
@@ -61,10 +64,10 @@ class ShardedDeployment:
     stages: tuple[Deployment, ...]
     links: Links
 
-    @property
+    @cached_property
     def memory(self) -> MemoryFit:
         """Of a chip of the stage that holds the fewest tokens of KV cache: it sets the replica's capacity."""
-        return min((memory_fit(d) for d in self.stages), key=lambda fit: (fit.kv_tokens, fit.kv_bytes))
+        return min((memory_fit(d) for d in _different(self.stages)), key=lambda fit: (fit.kv_tokens, fit.kv_bytes))
 
     @property
     def replica_kv_tokens(self) -> int:
@@ -107,19 +110,23 @@ def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **setti
         limit = settings.get("max_num_batched_tokens", Deployment.max_num_batched_tokens)
         settings["max_num_batched_tokens"] = -(-limit // sharding.cp)
     parts = split_layers(architecture, sharding.pp)
-    stages = tuple(
-        Deployment(
-            architecture=architecture.model_copy(update={"layers": groups}) if sharding.pp > 1 else architecture,
-            slice=part,
-            tp=sharding.tp,
-            stage=(i, sharding.pp),
-            expert_domains=experts,
-            context_domains=links.cp,
-            **settings,
+    stages: list[Deployment] = []
+    for i, groups in enumerate(parts, start=1):
+        if 2 < i < sharding.pp and groups is parts[i - 2]:
+            stages.append(stages[-1])
+            continue
+        stages.append(
+            Deployment(
+                architecture=architecture.model_copy(update={"layers": groups}) if sharding.pp > 1 else architecture,
+                slice=part,
+                tp=sharding.tp,
+                stage=(i, sharding.pp),
+                expert_domains=experts,
+                context_domains=links.cp,
+                **settings,
+            )
         )
-        for i, groups in enumerate(parts, start=1)
-    )
-    return ShardedDeployment(architecture, slice_, sharding, stages, links)
+    return ShardedDeployment(architecture, slice_, sharding, tuple(stages), links)
 
 
 def split_layers(architecture: Architecture, pp: int) -> tuple[tuple[LayerGroup, ...], ...]:
@@ -146,17 +153,18 @@ def split_layers(architecture: Architecture, pp: int) -> tuple[tuple[LayerGroup,
     sizes = [n // pp] * pp
     for i in range(n % pp):
         sizes[pp - 2 - i if pp > 1 else 0] += 1
-    stages, queue = [], [(g, g.count) for g in groups]
+    stages: list[tuple[LayerGroup, ...]] = []
+    seen: dict[tuple[tuple[int, int], ...], tuple[LayerGroup, ...]] = {}
+    at, left = 0, groups[0].count  # group, and layers of it not yet in a stage
     for size in sizes:
-        taken, left = [], size
-        while left:
-            group, count = queue.pop(0)
-            used = min(count, left)
-            taken.append(group.model_copy(update={"count": used}))
-            left -= used
-            if count > used:
-                queue.insert(0, (group, count - used))
-        stages.append(tuple(taken))
+        cut, missing = [], size
+        while missing:
+            if not left:
+                at, left = at + 1, groups[at + 1].count
+            used = min(left, missing)
+            cut.append((at, used))
+            left, missing = left - used, missing - used
+        stages.append(seen.setdefault(tuple(cut), tuple(groups[g].model_copy(update={"count": k}) for g, k in cut)))
     return tuple(stages)
 
 
@@ -168,8 +176,10 @@ class ShardedReport:
     ----------
     deployment
         what was priced.
-    stages
-        the report of each stage, for one micro-batch (the largest, or a prompt's last chunk).
+    step
+        one micro-batch: the largest, or a prompt's last chunk.
+    stages_s
+        time of each stage for it. [s]
     replica_tokens
         tokens that one replica processes in ``time_s``.
     micro_batches
@@ -185,13 +195,20 @@ class ShardedReport:
     """
 
     deployment: ShardedDeployment
-    stages: tuple[StepReport, ...]
+    step: StepShape
+    stages_s: tuple[float, ...]
     replica_tokens: float
     micro_batches: int
     send_s: float
     time_s: float
     period_s: float
     bubble: float
+
+    @cached_property
+    def stages(self) -> tuple[StepReport, ...]:
+        """The report of each stage on :attr:`step`."""
+        found = {id(stage): report(stage, self.step) for stage in _different(self.deployment.stages)}
+        return tuple(found[id(stage)] for stage in self.deployment.stages)
 
     @property
     def tokens_per_s(self) -> float:
@@ -257,8 +274,7 @@ def sharded_report(
         m = min(micro_batches or pp, sequences)
         shapes = [StepShape.decode(-(-sequences // m), context, **windows(d))] * m
         tokens = decode / d.sharding.dp
-    reports = [tuple(report(stage, shape) for stage in d.stages) for shape in dict.fromkeys(shapes)]
-    times = {shape: [r.time_s for r in row] for shape, row in zip(dict.fromkeys(shapes), reports, strict=True)}
+    times = {shape: _stages_s(d, shape) for shape in dict.fromkeys(shapes)}
     table = [times[shape] for shape in shapes]
     sends = _sends_s(d, max(shape.n for shape in shapes))
     slowest_s = max(sum(column) for column in zip(*table, strict=True))
@@ -267,7 +283,8 @@ def sharded_report(
     busy_s = sum(map(sum, table))
     return ShardedReport(
         deployment=d,
-        stages=reports[-1],
+        step=shapes[-1],
+        stages_s=tuple(table[-1]),
         replica_tokens=tokens,
         micro_batches=len(shapes),
         send_s=max(sends, default=0.0),
@@ -275,6 +292,17 @@ def sharded_report(
         period_s=slowest_s if prefill is not None else time_s,
         bubble=max(0.0, 1 - busy_s / (pp * time_s)),
     )
+
+
+def _different(stages: Sequence[Deployment]) -> list[Deployment]:
+    """Stages without repetitions of one object."""
+    return list({id(stage): stage for stage in stages}.values())
+
+
+def _stages_s(d: ShardedDeployment, shape: StepShape) -> list[float]:
+    """Time of one micro-batch in each stage. [s]"""
+    found = {id(stage): step_time_s(stage, shape) for stage in _different(d.stages)}
+    return [found[id(stage)] for stage in d.stages]
 
 
 def flow_s(times_s: Sequence[Sequence[float]], sends_s: Sequence[float]) -> float:

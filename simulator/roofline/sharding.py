@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import product
 
 from simulator.catalog.architecture import Architecture, GatedDeltaNet, Mamba2, MoEFFN
@@ -219,6 +220,7 @@ class _Level:
     def left(self) -> int:
         return math.prod(self.lengths)
 
+    @lru_cache(maxsize=4096)  # noqa: B019  # levels are values, few, and the same for every sharding that is tried
     def take(self, size: int) -> tuple[LinkDomain, "_Level"]:
         """The best group of ``size`` and the level without it."""
         boxes = [dims for dims in product(*(_divisors(n) for n in self.lengths)) if math.prod(dims) == size]
