@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 #: Parts of a step in the order they are stacked, with their colours.
 PARTS = {
-    "FFN": BLUE,
+    "FFN, experts": BLUE,
     "attention projections": SKY,
-    "attention over the KV cache": ORANGE,
-    "norms, rotary, KV write": YELLOW,
+    "attention over the cache": ORANGE,
+    "norms, rotary, KV writes": YELLOW,
     "collectives": GREEN,
     "embedding and head": PINK,
     "overheads": GREY,
@@ -32,12 +32,12 @@ def part_of(row: OpReport) -> str:
     if op.kind == "overhead":
         return "overheads"
     if op.kind == "attention":
-        return "attention over the KV cache"
+        return "attention over the cache"
     if any(word in name for word in ("embedding", "head", "sampling")):
         return "embedding and head"
-    if any(word in name for word in ("ffn", "expert", "router")):
-        return "FFN"
-    return "attention projections" if op.kind == "matmul" else "norms, rotary, KV write"
+    if any(word in name for word in ("ffn", "expert", "route")):
+        return "FFN, experts"
+    return "attention projections" if op.kind == "matmul" else "norms, rotary, KV writes"
 
 
 def step_parts(report: StepReport) -> dict[str, tuple[float, float]]:
@@ -103,7 +103,7 @@ def draw_step_bars(bars: Sequence[tuple[str, StepReport]], *, over: str) -> "Fig
     axes.tick_params(length=0, labelsize=10, labelcolor=MUTED)
     used = [p for p in PARTS if any(sum(found[p]) > 2e-3 * longest for found in parts)]
     handles = [Patch(facecolor=PARTS[p], label=p) for p in reversed(used)]
-    handles.append(Patch(facecolor="#CBD2D9", edgecolor="white", hatch="////", label="loading weights or KV"))
+    handles.append(Patch(facecolor="#CBD2D9", edgecolor="white", hatch="////", label="loading weights or cache"))
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=10)
     figure.suptitle(_title(first, bars), x=0.01, ha="left", fontsize=15, fontweight="bold", color=INK)
     return figure

@@ -119,8 +119,8 @@ def ffn_matrices(d: Deployment, ffn: FeedForward) -> dict[str, tuple[float, Matr
                 up, down = _up(D, inputs * F, bias=ffn.expert_bias), Matrix(F, D, bias=D if ffn.expert_bias else 0.0)
             found = {
                 "router": (1.0, router),
-                "experts gate, up" if ffn.gated else "experts up": (E / d.expert_chips, up),
-                "experts down": (E / d.expert_chips, down),
+                "experts gate, up" if ffn.gated else "experts up": (E / d.expert_chips, replace(up, form="experts")),
+                "experts down": (E / d.expert_chips, replace(down, form="experts")),
             }
             if ffn.n_shared:
                 shared = ffn.n_shared * (ffn.shared_d_ff or F)

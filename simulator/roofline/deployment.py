@@ -15,7 +15,7 @@ from simulator.catalog.architecture import (
     Mixer,
     SoftmaxAttention,
 )
-from simulator.catalog.chips import Efficiency
+from simulator.catalog.chips import IDEAL, Efficiency
 from simulator.catalog.models import attention_windows, unpriceable_features
 from simulator.catalog.slices import LinkDomain, Slice
 from simulator.errors import InputError, UnpriceableError
@@ -23,6 +23,9 @@ from simulator.roofline.precision import BITS, WIDER, Dtype, Precision
 
 #: Context, NCCL buffers, captured graphs, compiled programs. Assumed; the sources quote 0.4 to 3.9 GB for GPUs.
 WORKSPACE_BYTES = 1e9
+
+#: Two vector operations per weight, convert and scale, on units a 16th as fast as the matrix units. Assumed.
+DEQUANTIZATION_FLOPS = 32.0
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,13 @@ class Deployment:
         the exchange this takes is *not* priced.
     activation_traffic
         True: inputs and outputs of every op and KV writes cross HBM. False: only weights and KV reads do, as in
-        textbook rooflines.
+        textbook rooflines, and unpacking weights is free.
     sequence_parallel
         True: norms and residuals are split over tokens between a reduce-scatter and an all-gather; False: every
         chip does them all after an all-reduce. The collective takes the same time. None: True on a torus.
+    dequantization_flops
+        what unpacking and scaling one weight costs a product in a wider format, in FLOPs of the matrix units' rate; paid
+        for each weight read and again for each further 128 rows. Nothing at :data:`~simulator.catalog.chips.IDEAL`. [FLOP]
     expert_imbalance
         factor of at least 1 on the time of routed experts: the busiest against the mean. Routing is even at 1.
     stage
@@ -83,6 +89,7 @@ class Deployment:
     kv_layout: Literal["heads", "even"] = "heads"
     activation_traffic: bool = True
     sequence_parallel: bool | None = None
+    dequantization_flops: float = DEQUANTIZATION_FLOPS
     expert_imbalance: float = 1.0
     stage: tuple[int, int] = (1, 1)
     expert_domains: tuple[LinkDomain, ...] = ()
@@ -107,6 +114,8 @@ class Deployment:
             raise InputError(f"deployment.stage = {self.stage}: must be (which, of how many), counted from 1")
         if not self.workspace_bytes >= 0:
             raise InputError(f"deployment.workspace_bytes = {self.workspace_bytes}: must not be negative")
+        if not 0 <= self.dequantization_flops < float("inf"):
+            raise InputError(f"deployment.dequantization_flops = {self.dequantization_flops}: must not be negative")
         if not 1 <= self.expert_imbalance < float("inf"):
             raise InputError(f"deployment.expert_imbalance = {self.expert_imbalance}: must be finite and at least 1")
         if self.kv_layout not in {"heads", "even"}:
@@ -116,6 +125,8 @@ class Deployment:
                 f"precision {self.precision.name}: weights ({self.precision.weights}) wider than activations "
                 f"({self.precision.activations}) are computed by no engine; write w8a8 or w8a16 forms"
             )
+        if self.precision.experts_only and all(isinstance(ffn, DenseFFN) for _, ffn in self.ffns):
+            raise InputError(f"precision {self.precision.name}: {self.architecture.name} has no routed experts")
         check_efficiency(self.eff)
         self.compute_dtype  # noqa: B018  # raises now if the chip computes in nothing wide enough
         self.attention_dtype  # noqa: B018  # as above
@@ -204,6 +215,11 @@ class Deployment:
     def eff(self) -> Efficiency:
         """The efficiencies in force."""
         return self.slice.chip.efficiency if self.efficiency is None else self.efficiency
+
+    @cached_property
+    def unpacking_flops(self) -> float:
+        """:attr:`dequantization_flops` as charged: not in textbook rooflines, nor by the bare datasheet. [FLOP]"""
+        return self.dequantization_flops if self.activation_traffic and self.eff != IDEAL else 0.0
 
     @cached_property
     def mixers(self) -> tuple[tuple[int, Mixer], ...]:

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from simulator.roofline.collectives import all_reduce_s, all_to_all_s
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.precision import Dtype, Precision
+from simulator.roofline.precision import BITS, Dtype, Precision
 
 Number = float | NDArray[np.float64]
 """A figure of one step, or an array of them over steps of different size."""
+
+#: Rows of a tile of products for which a weight is unpacked once (assumed: the usual width of GPU tiles).
+TILE_ROWS = 128
 
 Kind = Literal["matmul", "attention", "elementwise", "collective", "overhead"]
 
@@ -99,7 +102,8 @@ class Matrix:
     split_rows
         whether the matrix is split over its inputs (chips' outputs are summed) or over its outputs.
     form
-        ``weights``: the precision's; ``head``: that of embedding and head; ``wide``: 16-bit whatever the precision.
+        ``weights``: the precision's; ``experts``: as well, in routed experts; ``head``: that of embedding and head;
+        ``wide``: 16-bit whatever the precision.
     """
 
     n_in: float
@@ -108,7 +112,13 @@ class Matrix:
     copied: float = 0.0
     copied_bias: float = 0.0
     split_rows: bool = False
-    form: Literal["weights", "head", "wide"] = "weights"
+    form: Literal["weights", "experts", "head", "wide"] = "weights"
+
+    def quantised(self, p: Precision) -> bool:
+        """Whether the matrix is held in the precision's weights."""
+        if self.form == "head":
+            return p.quantize_head
+        return self.form == "experts" or (self.form == "weights" and not p.experts_only)
 
 
 def matrix_bytes(p: Precision, m: Matrix) -> float:
@@ -117,9 +127,7 @@ def matrix_bytes(p: Precision, m: Matrix) -> float:
 
 
 def _stored(p: Precision, m: Matrix, n_in: float, n_out: float) -> float:
-    if m.form == "wide":
-        return n_in * n_out * p.wide_bytes
-    return p.matrix_bytes(n_in, n_out, head=m.form == "head")
+    return p.matrix_bytes(n_in, n_out) if m.quantised(p) else n_in * n_out * p.wide_bytes
 
 
 def matmul_op(
@@ -137,15 +145,22 @@ def matmul_op(
     """
     p, chip, e, some = d.precision, d.slice.chip, d.eff, np.greater(n, 0) * 1.0
     read = some if reads is None else reads
-    copied_bytes = _stored(p, m, m.n_in, m.copied) + m.copied_bias * p.wide_bytes
-    if m.split_rows:  # 8-bit scales belong to whole columns, so every chip holds all of them
-        copied_bytes += _stored(p, m, m.n_in, m.n_out) - _stored(p, m, m.n_in * d.chips, m.n_out) / d.chips
-    dtype: Dtype = {"weights": d.compute_dtype, "head": d.head_dtype, "wide": d.attention_dtype}[m.form]
+    # Scales may belong to whole columns or blocks that a split cuts: what is over the chip's share is a copy.
+    whole = (m.n_in * d.chips, m.n_out) if m.split_rows else (m.n_in, (m.n_out - m.copied) * d.chips)
+    copied_bytes = _stored(p, m, m.n_in, m.n_out) - _stored(p, m, *whole) / d.chips + m.copied_bias * p.wide_bytes
+    narrow = m.quantised(p)
+    dtype = d.compute_dtype if narrow else d.attention_dtype
     flops = n * (2 * count * m.n_in * m.n_out)
     weights = read * (count * matrix_bytes(p, m))
-    traffic = count * (m.n_in * (p.input_bytes if m.form == "weights" else p.wide_bytes) + m.n_out * p.wide_bytes)
+    traffic = count * (
+        m.n_in * (p.input_bytes if narrow and m.form != "head" else p.wide_bytes) + m.n_out * p.wide_bytes
+    )
     activations = times(n, traffic if d.activation_traffic else 0.0)
-    compute_s = flops / (chip.peak_flops_per_s(dtype) * e.matmul)
+    work = flops
+    if narrow and BITS[p.weights] < BITS[dtype] and d.unpacking_flops:
+        unpacked = np.maximum(read, n * (1 / TILE_ROWS))  # every weight once, and again for each further tile of rows
+        work = flops + unpacked * (d.unpacking_flops * count * m.n_in * m.n_out)
+    compute_s = work / (chip.peak_flops_per_s(dtype) * e.matmul)
     memory_s = (weights + activations) / (chip.hbm_bandwidth_bytes_per_s * e.hbm)
     return Op(
         name,

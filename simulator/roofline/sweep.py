@@ -14,7 +14,7 @@ from simulator.errors import InputError
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import MemoryFit, memory_fit
-from simulator.roofline.step_cost import StepCost
+from simulator.roofline.step_cost import StepCost, window_keys
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -107,8 +107,7 @@ def sweep_decode(cost: StepCost, fit: MemoryFit, batch: ArrayLike, context: Arra
     if cost.decode_seq_s:
         step_s += cost.decode_seq_s * B
     if cost.window_slope_s:
-        seen = (C - 1) % cost.window + 1 if cost.window_chunked else np.minimum(C, cost.window)
-        step_s += cost.window_slope_s * (B * seen)
+        step_s += cost.window_slope_s * (B * window_keys(C, cost.window, chunked=cost.window_chunked))
     per_chip = B / (cost.chips * step_s)
     return DecodeSweep(B, C, step_s, per_chip, max_batch(fit, C) >= B)
 

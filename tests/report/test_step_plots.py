@@ -72,7 +72,7 @@ def test_parts_add_up_to_the_step(spec, step):
 
 
 def test_ffn_turns_from_loading_to_computing_with_the_batch():
-    few, many = (step_parts(step_report(deployment(), decode=b, context=2048))["FFN"] for b in (1, 256))
+    few, many = (step_parts(step_report(deployment(), decode=b, context=2048))["FFN, experts"] for b in (1, 256))
     assert few[0] > 1000 * few[1] > 0  # the activation function alone has no weights
     assert many[0] == 0 < many[1]
 

@@ -126,6 +126,34 @@ def test_the_table_is_the_ops_and_no_step_beats_its_bound(name):
     assert all((part >= 0).all() for part in cost.dense_parts.values())
 
 
+def test_block_scales_of_an_fp8_checkpoint_to_the_last_one():
+    # models.md 3.1: MiniMax-M2.5's FP8 checkpoint counts 13,880,064 values more than its parameters, its block scales.
+    scaled, bare = (weights_bytes(one_chip("minimax-m2.5", word)) for word in ("fp8g128", "fp8g0"))
+    assert (scaled - bare) / 4 == 13_880_064
+
+
+def test_kimis_checkpoint_to_the_last_byte():
+    # models.md 3.1: routed experts in INT4 with one bf16 scale per 32, everything else bf16. Besides the text model the
+    # checkpoint holds a vision tower and projector, FP32 score biases, and 8 bytes of shape per packed matrix.
+    vision, biases, packed = 416_866_032 + 54_277_888, 60 * 384, 60 * 384 * 3
+    text = weights_bytes(one_chip("kimi-k2.5", "int4g32-experts"))
+    assert text + 2 * vision + 2 * biases + 8 * packed == 595_148_192_736
+
+
+def test_experts_alone_may_be_quantised():
+    d = one_chip("gpt-oss-120b", "mxfp4-experts")
+    found = {op.name: op for op in dense_ops(d, 1e6)}
+    routed = count(load_model("gpt-oss-120b")).routed_experts
+    biases = 36 * 128 * (2 * 2880 + 2880)
+    held = found["experts gate, up"].weight_bytes + found["experts down"].weight_bytes
+    assert held == pytest.approx((routed - biases) * 4.25 / 8 + 2 * biases)
+    assert found["QKV projection"].weight_bytes == dense_ops(one_chip("gpt-oss-120b"), 1e6)[2].weight_bytes
+    fp8 = {op.name: op.dtype for op in dense_ops(one_chip("mixtral-8x7b", "fp8-experts"), 8.0)}
+    assert (fp8["experts down"], fp8["QKV projection"], fp8["router"]) == ("fp8", "bf16", "bf16")
+    with pytest.raises(InputError, match="llama-3-8b has no routed experts"):
+        one_chip("llama-3-8b", "mxfp4-experts")
+
+
 # Windows
 
 

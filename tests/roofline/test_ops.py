@@ -305,6 +305,35 @@ def test_overheads_are_counted_once_per_launch(architecture):
     assert extra(row_overhead_s=1e-5) == pytest.approx(5e-5)
 
 
+def test_narrow_weights_pay_for_unpacking_once_per_tile_of_rows(architecture):
+    d = Deployment(architecture(), resolve_slice("h100-sxm:1"), parse_precision("w4a16"), dequantization_flops=32.0)
+    free, chip = replace(d, dequantization_flops=0.0), d.slice.chip
+
+    def extra_s(n, dear=d, cheap=free):
+        pairs = zip(dense_ops(dear, n), dense_ops(cheap, n), strict=True)
+        return {a.name: a.compute_s - b.compute_s for a, b in pairs if a.kind == "matmul"}
+
+    weights = 4 * 512 * 1024  # four layers of the down projection
+    for n, times in ((1.0, 1), (128.0, 1), (1280.0, 10)):
+        expected = times * 32 * weights / (chip.peak_flops_per_s("bf16") * d.eff.matmul)
+        assert extra_s(n)["FFN down"] == pytest.approx(expected)
+    assert step_ops(d, StepShape.decode(9, 9))[1].flops == step_ops(free, StepShape.decode(9, 9))[1].flops
+    for same in (replace(d, precision=parse_precision("int8")), replace(d, activation_traffic=False)):
+        assert set(extra_s(64.0, same, replace(same, dequantization_flops=0.0)).values()) == {0.0}
+    assert step_time_s(replace(d, efficiency=IDEAL), StepShape.prefill(500)) == step_time_s(
+        replace(free, efficiency=IDEAL), StepShape.prefill(500)
+    )
+    with pytest.raises(InputError, match=r"dequantization_flops = -1\.0"):
+        replace(d, dequantization_flops=-1.0)
+
+
+def test_weights_a_chip_has_no_units_for_are_unpacked_too():
+    a100 = Deployment(load_model("llama-3-8b"), resolve_slice("a100-80-sxm:1"), parse_precision("fp8"))
+    assert a100.compute_dtype == "bf16"
+    step = StepShape.prefill(4096)
+    assert step_time_s(a100, step) > step_time_s(replace(a100, dequantization_flops=0.0), step)
+
+
 def test_tokens_split_over_a_torus_do_their_norms_once(architecture):
     d = Deployment(architecture(), resolve_slice("tpu-v5e:2x2"))
     norms = {x: step_ops(replace(d, sequence_parallel=x), StepShape.prefill(64))[2] for x in (True, False, None)}

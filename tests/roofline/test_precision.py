@@ -29,6 +29,12 @@ from simulator.roofline.precision import BITS, Precision, parse_precision
         ("wfp8a16kvfp8", "fp8", "bf16", "fp8"),
         ("w4afp8kvfp8", "int4", "fp8", "fp8"),
         ("wfp4afp4kvfp8", "fp4", "fp4", "fp8"),
+        ("fp32", "fp32", "fp32", "fp32"),
+        ("fp32kvbf16", "fp32", "fp32", "bf16"),
+        ("nvfp4kv8", "fp4", "fp4", "fp8"),
+        ("mxfp4", "fp4", "bf16", "bf16"),
+        ("wnvfp4a16", "fp4", "bf16", "bf16"),
+        ("wmxfp4afp8kvfp8", "fp4", "fp8", "fp8"),
         (" W8A16KV8 ", "int8", "bf16", "int8"),
     ],
 )
@@ -38,7 +44,22 @@ def test_words(word, weights, activations, kv):
 
 
 @pytest.mark.parametrize(
-    "word", ["", "kv8", "w8", "a16", "w8a16kv", "bf17", "int8w8a8", "w8a16kv8g", "w3a16", "fp8 kv8", "g32"]
+    "word",
+    [
+        "",
+        "kv8",
+        "w8",
+        "a16",
+        "w8a16kv",
+        "bf17",
+        "int8w8a8",
+        "w8a16kv8g",
+        "w3a16",
+        "fp8 kv8",
+        "g32",
+        "mxfp4g16",
+        "bf16kvnvfp4",
+    ],
 )
 def test_other_words_are_refused_with_the_grammar(word):
     with pytest.raises(InputError, match=r"precision = ") as caught:
@@ -46,9 +67,9 @@ def test_other_words_are_refused_with_the_grammar(word):
     assert repr(word) in str(caught.value)
 
 
-@given(*(st.sampled_from(sorted(BITS)) for _ in range(3)), st.sampled_from([None, 0, 32, 128]))
-def test_the_name_of_a_precision_reads_back(weights, activations, kv, group):
-    p = Precision(weights, activations, kv, group)
+@given(*(st.sampled_from(sorted(BITS)) for _ in range(3)), st.sampled_from([None, 0, 32, 128]), st.booleans())
+def test_the_name_of_a_precision_reads_back(weights, activations, kv, group, experts_only):
+    p = Precision(weights, activations, kv, group, experts_only=experts_only)
     assert parse_precision(p.name) == p
 
 
@@ -65,6 +86,11 @@ def test_the_name_of_a_precision_reads_back(weights, activations, kv, group):
         ("int8g0", 8.0),
         ("int8", 8 + 16 / 4096),
         ("fp8", 8 + 16 / 4096),
+        ("fp32", 32),
+        ("nvfp4", 4.5),
+        ("mxfp4", 4.25),
+        ("fp8g128", 8 + 32 / 128**2),
+        ("int8g128", 8 + 16 / 128),
     ],
 )
 def test_bits_per_weight_count_the_scales(word, bits):
@@ -98,3 +124,15 @@ def test_bad_fields_are_refused():
         Precision(weights="int7")
     with pytest.raises(InputError, match=r"group_size = -1"):
         Precision(group_size=-1)
+
+
+def test_blocks_are_counted_whole():
+    # 576 columns make five blocks of 128, as in the latent projection of DeepSeek-V3's checkpoint.
+    assert parse_precision("fp8g128").matrix_bytes(7168, 576) == 7168 * 576 + 56 * 5 * 4
+
+
+def test_under_fp32_nothing_is_16_bit():
+    p = parse_precision("fp32")
+    assert p.wide == "fp32"
+    assert p.kv_head_bytes(128) == 2 * 128 * 4
+    assert p.matrix_bytes(1024, 1000, head=True) == 4 * 1024 * 1000
