@@ -190,7 +190,7 @@ def parse_precision(text: str, *, quantize_head: bool = False) -> Precision:
         If the word does not follow the grammar, or says one thing twice.
 
     >>> parse_precision("fp8kv8")
-    Precision(weights='fp8', activations='fp8', kv='fp8', group_size=None, quantize_head=False)
+    Precision(weights='fp8', activations='fp8', kv='fp8', group_size=None, quantize_head=False, experts_only=False)
     """
     found = _WORD.fullmatch(text.strip().lower())
     if found is None or not any(found.group(part) for part in ("word", "w")):
