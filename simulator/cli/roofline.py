@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 @click.option("--precision", default="bf16", show_default=True, help="bf16, fp8, w8a16kv8, w4a16kv8g32 …")
 @click.option("--quantize-head", is_flag=True, help="Hold embedding and output head in the weights' format too.")
 @click.option("--tp", type=int, help="Tensor-parallel degree; all chips of the slice by default.")
+@click.option("--pp", type=int, help="Pipeline stages; the other chips are tensor-parallel unless --tp says otherwise.")
+@click.option("--shard", "sharding", help="How the model lies on the slice: tp8pp2, tp4dp2 …, or auto: try them all.")
+@click.option(
+    "--objective",
+    type=click.Choice(["latency", "throughput"]),
+    help="What --shard auto looks for: least time (default), or most tokens per second and chip.",
+)
+@click.option("--micro-batches", type=click.IntRange(min=1), help="Batches in flight in a pipeline; one per stage.")
 @click.option("--prefill", type=click.IntRange(min=1), help="Price a prefill of this many new tokens.")
 @click.option("--decode", type=click.IntRange(min=1), help="Price a decode step of this many sequences.")
 @click.option(
@@ -66,6 +74,7 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
     \b
     chipseconds roofline --model llama-3-70b --slice tpu-v5e:4x4 --precision w8a16kv8 --decode 32 --context 8192
     chipseconds roofline --model llama-3-8b --slice h100-sxm:1 --prefill 2048 --plot prefill.png
+    chipseconds roofline --model llama-3-70b --slice h100-sxm:2x8 --shard auto --decode 64 --context 8192
     chipseconds roofline … --what-if hbm=2,link=2 --waterfall steps.png --over 1,8,64
 
     Figures are per chip unless they say otherwise. A deployment that does not fit is priced all the same, and the
@@ -82,6 +91,14 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
             check_figure_path(figure)
     if options["over"] is not None and waterfall is None:
         raise InputError(f"--over {options['over']}: only with --waterfall")
+    if any(options[name] is not None for name in ("pp", "sharding", "objective", "micro_batches")):
+        from simulator.cli.sharded import sharded_roofline
+
+        for name, value in (("plot", plot), ("waterfall", waterfall), ("what-if", options["what_if_"])):
+            if value is not None:
+                raise InputError(f"--{name} is for one replica on the whole slice; leave --shard and --pp out")
+        sharded_roofline(options, as_json=as_json)
+        return
     deployment = _deployment(options)
     prefill, decode, context = options["prefill"], options["decode"], options["context"]
     for name, size, limit in (
@@ -96,7 +113,7 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
     if as_json:
         print_json(document(report) | {"what_if": [vars(change) for change in changes]})
     else:
-        _print(report)
+        print_report(report)
         if changes:
             print_what_if(report, changes)
     if steps is not None and waterfall is not None:
@@ -201,7 +218,7 @@ def document(report: "StepReport") -> dict[str, Any]:
     }
 
 
-def _print(report: "StepReport") -> None:
+def print_report(report: "StepReport") -> None:
     """Op table, then the step in a few lines."""
     from simulator.units import format_si
 

@@ -22,7 +22,7 @@ from simulator.catalog.architecture import (
     SoftmaxAttention,
 )
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.kernels import Matrix, Number, Op, attention_op, matmul_op, memory_op, times
+from simulator.roofline.kernels import Matrix, Number, Op, all_to_all_op, attention_op, matmul_op, memory_op, times
 
 GDN_FLOPS = 7
 """FLOPs of the delta rule per token and element of the state: decay, read, correct, write, query."""
@@ -114,18 +114,18 @@ def ffn_matrices(d: Deployment, ffn: FeedForward) -> dict[str, tuple[float, Matr
             bias = E * (ffn.router_bias + ffn.score_correction_bias)
             other = 1 - 1 / t  # every chip routes every token
             router = Matrix(D, E, bias=bias, copied=E * other, copied_bias=bias * other, form="wide")
+            up, down = _up(D, inputs * F / t, bias=ffn.expert_bias), _down(F / t, D, t, bias=ffn.expert_bias)
+            if d.expert_chips > 1:  # some whole experts in place of a share of each
+                up, down = _up(D, inputs * F, bias=ffn.expert_bias), Matrix(F, D, bias=D if ffn.expert_bias else 0.0)
             found = {
                 "router": (1.0, router),
-                "experts gate, up" if ffn.gated else "experts up": (
-                    E,
-                    replace(_up(D, inputs * F / t, bias=ffn.expert_bias), form="experts"),
-                ),
-                "experts down": (E, replace(_down(F / t, D, t, bias=ffn.expert_bias), form="experts")),
+                "experts gate, up" if ffn.gated else "experts up": (E / d.expert_chips, replace(up, form="experts")),
+                "experts down": (E / d.expert_chips, replace(down, form="experts")),
             }
             if ffn.n_shared:
                 shared = ffn.n_shared * (ffn.shared_d_ff or F)
-                up = "shared experts gate, up" if ffn.gated else "shared experts up"
-                found[up] = (1.0, _up(D, inputs * shared / t, bias=False))
+                name = "shared experts gate, up" if ffn.gated else "shared experts up"
+                found[name] = (1.0, _up(D, inputs * shared / t, bias=False))
                 found["shared experts down"] = (1.0, _down(shared / t, D, t, bias=False))
             if ffn.shared_gate:
                 found["shared experts' gate"] = (1.0, Matrix(D, 1, copied=1 - 1 / t, form="wide"))
@@ -243,11 +243,17 @@ def ffn_ops(d: Deployment, count: int, ffn: FeedForward, n: Number) -> list[Op]:
 
 def _moe_ops(d: Deployment, count: int, ffn: MoEFFN, n: Number) -> list[Op]:
     D, t, wide, some = d.architecture.d_model, d.chips, d.precision.wide_bytes, np.greater(n, 0) * 1.0
-    touched = touched_experts(ffn.n_experts, ffn.top_k, n)
+    # Visits to, and experts touched on, this chip: its share of what the tokens of all ranks need.
+    touched = touched_experts(ffn.n_experts, ffn.top_k, n * d.expert_ranks) / d.expert_chips
     ops, routed = [], n * ffn.top_k
+    if d.expert_chips > 1:
+        routed = routed / t
     for name, (_, m) in ffn_matrices(d, ffn).items():
         if name.startswith("experts"):
-            ops.append(matmul_op(d, name, count, m, routed, reads=touched, slowdown=d.expert_imbalance))
+            op = matmul_op(d, name, count, m, routed, reads=touched, slowdown=d.expert_imbalance)
+            if d.expert_chips > 1:  # all wait for the busiest chip, which has at least one expert to load
+                op = replace(op, roofline_s=op.roofline_s / np.minimum(1.0, np.where(some > 0, touched, 1.0)))
+            ops.append(op)
         else:
             ops.append(matmul_op(d, name, count, m, n))
     columns = ffn.top_k * ffn.d_ff + ffn.n_shared * (ffn.shared_d_ff or ffn.d_ff)
@@ -256,7 +262,12 @@ def _moe_ops(d: Deployment, count: int, ffn: MoEFFN, n: Number) -> list[Op]:
     ops.insert(2, memory_op(d, "FFN activation", launches * count, some, activation_bytes=n * (count * moved)))
     # Scores are read back for the choice; each expert's output is read again to be summed.
     moved = (2 * ffn.n_experts + (ffn.top_k + bool(ffn.n_shared) + 1) * D) * wide
-    return [*ops, memory_op(d, "route, combine", 2 * count, some, activation_bytes=n * (count * moved))]
+    ops.append(memory_op(d, "route, combine", 2 * count, some, activation_bytes=n * (count * moved)))
+    if d.expert_chips > 1:
+        visits = n * (d.expert_ranks * ffn.top_k * D)
+        ops.append(all_to_all_op(d, "all-to-all, dispatch", count, visits * d.precision.input_bytes))
+        ops.append(all_to_all_op(d, "all-to-all, combine", count, visits * wide))
+    return ops
 
 
 def latent_bytes(d: Deployment, mixer: LatentAttention) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.errors import InputError
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.ops import (
     Number,
@@ -30,6 +31,18 @@ def compile_step_cost(d: Deployment) -> StepCost:
     expands the latents of MLA for every key it reads but dense[n] counts the new tokens' already; so dense[n] goes
     without the expansion's n·z seconds, and K·z and B·z stand in the planes and in ``decode_seq_s``.
     """
+    if d.context_domains:
+        raise InputError("context parallelism splits prompts and cannot decode; the engines do both")
+    if d.stage != (1, 1) or d.expert_ranks > 1:
+        what = (
+            f"stage {d.stage[0]} of {d.stage[1]}"
+            if d.stage[1] > 1
+            else f"one of {d.expert_ranks:g} ranks that share experts"
+        )
+        raise InputError(
+            f"{what}: the engines run replicas whose every step gives each sequence a token and waits for no other "
+            "engine; price this one with chipseconds roofline"
+        )
     n = np.arange(d.max_num_batched_tokens + 1, dtype=np.float64)
     dense = dense_ops(d, n)
     head = head_ops(d, np.arange(d.max_num_seqs + 1, dtype=np.float64))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from math import gcd
+from math import gcd, prod
 from typing import Literal
 
 from simulator.catalog.architecture import (
@@ -17,7 +17,7 @@ from simulator.catalog.architecture import (
 )
 from simulator.catalog.chips import IDEAL, Efficiency
 from simulator.catalog.models import attention_windows, unpriceable_features
-from simulator.catalog.slices import Slice
+from simulator.catalog.slices import LinkDomain, Slice
 from simulator.errors import InputError, UnpriceableError
 from simulator.roofline.precision import BITS, WIDER, Dtype, Precision
 
@@ -63,6 +63,16 @@ class Deployment:
         for each weight read and again for each further 128 rows. Nothing at :data:`~simulator.catalog.chips.IDEAL`. [FLOP]
     expert_imbalance
         factor of at least 1 on the time of routed experts: the busiest against the mean. Routing is even at 1.
+    stage
+        which of how many pipeline stages this is; the first holds the embedding, the last the final norm and the head.
+        ``architecture`` has the stage's layers only (see :mod:`simulator.roofline.pipeline`).
+    expert_domains
+        links of the chips over which whole routed experts are spread, innermost level first; none: every chip has a
+        share of every expert. More chips than ``tp`` are further attention ranks, each with as many tokens as this
+        one (see :mod:`simulator.roofline.sharding`).
+    context_domains
+        links of the chips over which the tokens of a prompt are split, each of them with all the layers; steps are those of
+        one of them.
     """
 
     architecture: Architecture
@@ -81,6 +91,9 @@ class Deployment:
     sequence_parallel: bool | None = None
     dequantization_flops: float = DEQUANTIZATION_FLOPS
     expert_imbalance: float = 1.0
+    stage: tuple[int, int] = (1, 1)
+    expert_domains: tuple[LinkDomain, ...] = ()
+    context_domains: tuple[LinkDomain, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be priced, does not exist or contradicts itself."""
@@ -97,6 +110,8 @@ class Deployment:
             )
         if not 0 <= self.overlap <= 1:
             raise InputError(f"deployment.overlap = {self.overlap}: must be 0 … 1")
+        if not 1 <= self.stage[0] <= self.stage[1]:
+            raise InputError(f"deployment.stage = {self.stage}: must be (which, of how many), counted from 1")
         if not self.workspace_bytes >= 0:
             raise InputError(f"deployment.workspace_bytes = {self.workspace_bytes}: must not be negative")
         if not 0 <= self.dequantization_flops < float("inf"):
@@ -165,7 +180,8 @@ class Deployment:
             if isinstance(ffn, DenseFFN):
                 found["feed-forward columns", ffn.d_ff] = None
             else:
-                found["columns per expert", ffn.d_ff] = None
+                if self.expert_chips == 1:
+                    found["columns per expert", ffn.d_ff] = None
                 if ffn.n_shared:
                     found["columns of shared experts", ffn.n_shared * (ffn.shared_d_ff or ffn.d_ff)] = None
         return list(found)
@@ -174,6 +190,26 @@ class Deployment:
     def chips(self) -> int:
         """Chips of the replica: the tensor-parallel degree."""
         return self.slice.n_chips if self.tp is None else self.tp
+
+    @property
+    def expert_chips(self) -> int:
+        """Chips over which whole experts are spread; 1: none are."""
+        return prod(domain.size for domain in self.expert_domains)
+
+    @property
+    def expert_ranks(self) -> float:
+        """Attention ranks, this one included, whose tokens meet in the experts."""
+        return self.expert_chips / self.chips if self.expert_chips > 1 else 1.0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the embedding is here."""
+        return self.stage[0] == 1
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the final norm, the head and the sampler are here."""
+        return self.stage[0] == self.stage[1]
 
     @cached_property
     def eff(self) -> Efficiency:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.roofline.collectives import all_reduce_s
+from simulator.roofline.collectives import all_reduce_s, all_to_all_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.precision import BITS, Dtype, Precision
 
@@ -275,6 +275,21 @@ def all_reduce_ops(d: Deployment, name: str, count: int, n: Number) -> list[Op]:
             overhead_s=np.greater(n, 0) * (count * d.eff.collective_latency_s),
         )
     ]
+
+
+def all_to_all_op(d: Deployment, name: str, count: int, size_bytes: Number) -> Op:
+    """``count`` exchanges of ``size_bytes``, of all chips together, between attention ranks and experts."""
+    ep = d.expert_chips
+    time = count * all_to_all_s(size_bytes, d.expert_domains, link=d.eff.link)
+    return Op(
+        name,
+        "collective",
+        count,
+        comm_bytes=size_bytes * (count * (ep - 1) / ep**2),
+        network_s=time,
+        roofline_s=time,
+        overhead_s=np.greater(size_bytes, 0) * (count * d.eff.collective_latency_s),
+    )
 
 
 def times(n: Number, factor: float) -> Number:

@@ -65,10 +65,13 @@ class MemoryFit:
 def weights_bytes(d: Deployment) -> float:
     """Stored weights of one chip: layers with every expert, norms, embedding (once if tied), head, positions, scales. [bytes]"""
     p, arch = d.precision, d.architecture
-    total = matrix_bytes(p, head_matrix(d)) + vector_parameters(d)[0] * p.wide_bytes
-    if not arch.tied_embeddings:
-        total += p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
-    total += arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
+    total = vector_parameters(d)[0] * p.wide_bytes
+    if d.is_last_stage:
+        total += matrix_bytes(p, head_matrix(d))
+    if d.is_first_stage:
+        if not (arch.tied_embeddings and d.is_last_stage):
+            total += p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
+        total += arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
     for count, mixer in d.mixers:
         total += count * sum(matrix_bytes(p, m) for m in mixer_matrices(d, mixer).values())
     for count, ffn in d.ffns:
@@ -89,11 +92,13 @@ def activations_bytes(d: Deployment) -> float:
         *inner, out = mixer_matrices(d, mixer).values()
         pairs.append(max(m.n_out for m in inner) + out.n_in)
     for _, ffn in d.ffns:
-        visits = ffn.top_k if isinstance(ffn, MoEFFN) else 1
+        visits: float = ffn.top_k if isinstance(ffn, MoEFFN) else 1
+        if isinstance(ffn, MoEFFN) and d.expert_chips > 1:  # a chip has a share of the visits to whole experts
+            visits /= d.chips
         up, down, *_ = (m for name, (_, m) in ffn_matrices(d, ffn).items() if name.endswith((" up", " down")))
         pairs.append(visits * (up.n_out + down.n_in))
     tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + max(pairs)) * wide
-    return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4)
+    return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4) * d.is_last_stage
 
 
 def memory_fit(d: Deployment) -> MemoryFit:

@@ -6,10 +6,12 @@ blocks of different layer groups are one op. Kernels are priced in :mod:`simulat
 activation functions and sampling are counted as memory traffic, without FLOPs.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from simulator.catalog.architecture import LatentAttention, SoftmaxAttention
 from simulator.errors import InputError
 from simulator.roofline.blocks import (
     context_ops,
@@ -113,11 +115,13 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
     D, wide, some = arch.d_model, p.wide_bytes, np.greater(n, 0) * 1.0
     own = 1 / d.chips if d.splits_tokens else 1.0  # share of the tokens whose norms and residuals this chip does
     row_bytes = p.matrix_bytes(D, 1, head=True) / d.chips + (wide / d.chips * D if arch.learned_positions else 0)
-    norms = sum(g.count * g.n_norms for g in arch.layers) + int(arch.final_norm)
+    norms = norm_count(d)
     held, copied = vector_parameters(d)
-    ops = [
-        memory_op(d, "embedding lookup", 1, some, activation_bytes=n * (row_bytes + own * D * wide)),
-        *all_reduce_ops(d, "all-reduce, embed.", 1, n),
+    ops = []
+    if d.is_first_stage:
+        ops.append(memory_op(d, "embedding lookup", 1, some, activation_bytes=n * (row_bytes + own * D * wide)))
+        ops += all_reduce_ops(d, "all-reduce, embed.", 1, n)
+    ops.append(
         memory_op(
             d,
             "norms, residuals",
@@ -126,8 +130,8 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
             weight_bytes=some * (held * wide),
             copied_weight_bytes=times(some, copied * wide),
             activation_bytes=n * (norms * own * 4 * D * wide),
-        ),
-    ]
+        )
+    )
     for count, mixer in d.mixers:
         ops += mixer_ops(d, count, mixer, n)
     for count, ffn in d.ffns:
@@ -137,10 +141,14 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
     return ops
 
 
+def norm_count(d: Deployment) -> int:
+    """Norms of the model's width, the one before the head included where it is."""
+    return sum(g.count * g.n_norms for g in d.architecture.layers) + int(d.architecture.final_norm and d.is_last_stage)
+
+
 def vector_parameters(d: Deployment) -> tuple[float, float]:
     """Parameters of one chip outside matrices, such as norms, and the part of them that other chips hold too."""
-    norms = sum(g.count * g.n_norms for g in d.architecture.layers) + int(d.architecture.final_norm)
-    held = norms * norm_parameters(d.architecture)
+    held = norm_count(d) * norm_parameters(d.architecture)
     copied = held * (1 - 1 / d.chips)
     for count, mixer in d.mixers:
         here, again = mixer_vectors(d, mixer)
@@ -149,7 +157,9 @@ def vector_parameters(d: Deployment) -> tuple[float, float]:
 
 
 def head_ops(d: Deployment, R: Number) -> list[Op]:
-    """Output head, logits exchange and sampling for ``R`` rows. Nothing for R = 0."""
+    """Output head, logits exchange and sampling for ``R`` rows. Nothing for R = 0, or before the last stage."""
+    if not d.is_last_stage:
+        return []
     e, vocabulary, some = d.eff, d.architecture.vocab_size, np.greater(R, 0) * 1.0
     ops = [matmul_op(d, "output head", 1, head_matrix(d), R)]
     if d.chips > 1:
@@ -187,6 +197,27 @@ def context_attention_ops(d: Deployment, past: Number) -> list[Op]:
     return [op for count, mixer in d.mixers for op in context_ops(d, count, mixer, past)]
 
 
+def context_gather_ops(d: Deployment, K: Number, KW: Number) -> list[Op]:
+    """Gathers of the keys and values that chips with other parts of a prompt hold, ``KW`` of them in windowed layers."""
+    if not d.context_domains:
+        return []
+    layers = sum(count for count, mixer in d.mixers if isinstance(mixer, SoftmaxAttention | LatentAttention))
+    size = K * d.kv_bytes(windowed=False) + KW * d.kv_bytes(windowed=True)
+    time = layers * all_gather_s(size / layers, d.context_domains, link=d.eff.link)
+    chips = math.prod(domain.size for domain in d.context_domains)
+    return [
+        Op(
+            "all-gather, keys",
+            "collective",
+            layers,
+            comm_bytes=size * (1 - 1 / chips),
+            network_s=time,
+            roofline_s=time,
+            overhead_s=np.greater(size, 0) * (layers * d.eff.collective_latency_s),
+        )
+    ]
+
+
 def step_op_groups(d: Deployment, step: StepShape) -> tuple[list[Op], list[Op], list[Op]]:
     """Every op of one step, in three lists: dense ops, attention, output head.
 
@@ -204,6 +235,7 @@ def step_op_groups(d: Deployment, step: StepShape) -> tuple[list[Op], list[Op], 
     if step.P:
         attention += prefill_attention_ops(d, step.P, step.A, step.K, step.AW, step.KW)
         attention += context_attention_ops(d, max(0.0, step.K - (step.n - step.B)))
+        attention += context_gather_ops(d, step.K, step.KW)
     return dense_ops(d, step.n), attention, head_ops(d, step.R) if step.R else []
 
 

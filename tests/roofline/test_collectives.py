@@ -15,6 +15,8 @@ from simulator.roofline.collectives import (
     all_to_all_s,
     point_to_point_s,
     reduce_scatter_s,
+    scale_out_domain,
+    send_s,
 )
 
 MATRIX = 2.0 * 2048 * 8192  # bf16[2048, 8192]
@@ -84,6 +86,75 @@ def test_gpus_all_to_all_in_a_node():
     assert all_to_all_s(8e9, nvlink(8)) == pytest.approx(8e9 * 7 / (450e9 * 64))
 
 
+@pytest.mark.parametrize("nodes", [2, 4, 32])
+def test_gpus_all_to_all_across_nodes(nodes):
+    # B(M − 1)/(M² W_node) between nodes of eight with 400 GB/s each; inside, everything is passed on once.
+    node, between = nvlink(8), nvlink(nodes, 50e9)
+    outer = all_to_all_s(8e9, [node, between]) - 8e9 / nodes * 7 / (450e9 * 64)
+    assert outer == pytest.approx(8e9 * (nodes - 1) / (nodes**2 * 400e9))
+
+
+@pytest.mark.parametrize(
+    ("level", "groups", "chips_inside", "gb_per_s"),
+    [("node", 8, 1, 514), ("leaf of 32 nodes", 32, 8, 413), ("spine of 4 leaves", 4, 256, 17100)],
+)
+def test_gpus_all_gather_bandwidth_of_each_level(level, groups, chips_inside, gb_per_s):
+    # Size over time: a leaf's node has 8 x 50 GB/s, a spine's leaf 256 x 50 GB/s.
+    levels = [nvlink(chips_inside, math.inf), nvlink(groups, 450e9 if chips_inside == 1 else 50e9)]
+    assert 1e12 / all_gather_s(1e12, levels) / 1e9 == pytest.approx(gb_per_s, rel=0.003), level
+
+
+def test_gpus_4_5_two_nodes_gather_bound_by_the_node():
+    # Fabric B/800e9, node B/514e9; here one after the other.
+    fabric = all_gather_s(1e9, [nvlink(8, math.inf), nvlink(2, 50e9)])
+    node = all_gather_s(1e9, [nvlink(8)])
+    assert (1e9 / fabric, 1e9 / node) == (pytest.approx(800e9), pytest.approx(514.3e9, rel=1e-3))
+    assert all_gather_s(1e9, [nvlink(8), nvlink(2, 50e9)]) == pytest.approx(fabric + node)
+
+
+def test_tpu_latency_threshold():
+    # 1 us per hop x 45 GB/s: 45 kB per transfer; on an 8-ring, shards of that size make arrays of 360 kB.
+    assert all_gather_s(360e3, [ring((8,))]) == pytest.approx(4e-6)
+    assert all_gather_s(359e3, [ring((8,))]) == pytest.approx(4e-6)
+    assert all_gather_s(400e3, [ring((8,))]) > 4e-6
+
+
+def test_nvl72_gathers_in_one_domain_where_nodes_of_eight_need_the_network():
+    rack = resolve_slice("gb200:72")
+    nodes = resolve_slice("b200:9x8")
+    assert len(rack.domains) == 1
+    assert len(nodes.domains) == 2
+    size = 1e9
+    expected = size * 71 / 72 / rack.domains[0].bandwidth_bytes_per_s + rack.domains[0].latency_s
+    assert all_reduce_s(size, rack.domains) == pytest.approx(2 * expected)
+    assert all_reduce_s(size, rack.domains) < all_reduce_s(size, nodes.domains)
+
+
+def test_tpu_slices_are_joined_by_the_data_centre_network():
+    pod = resolve_slice("tpu-v5e:16x16")
+    dcn = scale_out_domain(pod, 4)
+    # Every chip has 1/256 of the array to exchange at 3.125 GB/s.
+    outer = all_gather_s(256e6, [*pod.domains, dcn]) - all_gather_s(256e6, pod.domains)
+    assert outer == pytest.approx(1e6 * 3 / 4 / 3.125e9 + dcn.latency_s)
+
+
+def test_a_chip_without_network_cards_is_not_joined():
+    with pytest.raises(InputError, match="no scale-out network"):
+        scale_out_domain(resolve_slice("m4-max:1"), 2)
+
+
+def test_pcie_box_sends_everything_through_the_host_link():
+    box = resolve_slice("l4:4").domains
+    assert box[0].kind == "pcie"
+    W = box[0].bandwidth_bytes_per_s
+    assert all_gather_s(1e9, box) == pytest.approx(1e9 * 3 / 4 / W + box[0].latency_s)
+
+
+def test_send_to_the_next_group_uses_one_link_and_one_hop():
+    assert send_s(4.5e6, ring((4, 4))) == pytest.approx(1e-4 + 1e-6)
+    assert send_s(4.5e6, nvlink(1)) == 0
+
+
 def test_all_to_all_on_a_ring_is_a_quarter_of_an_all_gather():
     assert all_to_all_s(1e9, ring((8,))) == pytest.approx(all_gather_s(1e9, [ring((8,))]) / 4)
 
@@ -130,6 +201,7 @@ DOMAINS = st.one_of(
     ),
 )
 COLLECTIVES = (all_gather_s, reduce_scatter_s, all_reduce_s)
+EVERY = (*COLLECTIVES, all_to_all_s)
 
 
 def links_of(domain):
@@ -146,12 +218,33 @@ def test_never_below_what_one_chip_must_take_in(domain, size, collective):
     assert collective(size, [domain]) >= bound * (1 - 1e-12)
 
 
-@given(DOMAINS, st.floats(1, 1e12), st.sampled_from(COLLECTIVES), st.floats(0.01, 1), st.floats(0, 1e-3))
+@given(DOMAINS, st.floats(1, 1e12), st.sampled_from(EVERY), st.floats(0.01, 1), st.floats(0, 1e-3))
 def test_efficiency_and_latency_never_speed_up(domain, size, collective, link, latency):
     assert collective(size, [domain], link=link, latency_s=latency) >= collective(size, [domain])
 
 
-@given(DOMAINS, st.floats(1, 1e12), st.sampled_from(COLLECTIVES))
+@given(DOMAINS, st.floats(1, 1e12))
+def test_all_to_all_is_never_below_what_one_chip_must_send(domain, size):
+    n = domain.size
+    bound = size * (n - 1) / n**2 / (max(1, links_of(domain)) * domain.bandwidth_bytes_per_s)
+    assert all_to_all_s(size, domain) >= bound * (1 - 1e-12)
+
+
+@given(DOMAINS, DOMAINS, st.floats(1, 1e12))
+def test_reduce_scatter_and_gather_make_an_all_reduce(inner, outer, size):
+    levels = [inner, outer]
+    parts = reduce_scatter_s(size, levels) + all_gather_s(size, levels)
+    assert all_reduce_s(size, levels) == pytest.approx(parts)
+
+
+@given(DOMAINS, DOMAINS, st.floats(1, 1e12), st.sampled_from(EVERY))
+def test_a_second_level_never_speeds_a_gather_up(inner, outer, size, collective):
+    if collective is not all_to_all_s:  # an exchange among more chips has less to send per chip
+        assert collective(size, [inner, outer]) >= collective(size, [inner])
+    assert collective(size, [inner, outer]) >= 0
+
+
+@given(DOMAINS, st.floats(1, 1e12), st.sampled_from(EVERY))
 def test_doubling_the_links_never_slows(domain, size, collective):
     faster = LinkDomain(domain.kind, domain.dims, domain.wraps, 2 * domain.bandwidth_bytes_per_s, domain.latency_s)
     assert collective(size, [faster]) <= collective(size, [domain])
