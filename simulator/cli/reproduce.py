@@ -180,7 +180,15 @@ def _print_agent(chain: Sequence["Link"], simulated: Sequence["Simulated"]) -> N
     print_table(
         f"\nChips for {QPS:,} queries per second, correction by correction",
         ("after", "chip-s/query", "chips", "one query alone"),
-        [(link.what, f"{link.chip_seconds:.3f}", f"{link.chips:,.0f}", f"{link.latency_s:.2f} s") for link in chain],
+        [
+            (
+                "\n".join(wrap(link.what, 66)),
+                f"{link.chip_seconds:.3f}",
+                f"{link.chips:,.0f}",
+                f"{link.latency_s:.2f} s",
+            )
+            for link in chain
+        ],
     )
     print_table(
         "\nSimulated: one replica that prefills and decodes, cached_tokens = 122,880, scaled to the fleet",
@@ -210,10 +218,11 @@ def _print_agent(chain: Sequence["Link"], simulated: Sequence["Simulated"]) -> N
             for s in simulated
         ],
     )
-    click.echo(
-        f"\nCheapest simulated: {cheapest.chips:,.0f} chips on {cheapest.slice}, "
+    summary = (
+        f"Cheapest simulated: {cheapest.chips:,.0f} chips on {cheapest.slice}, "
         f"{cheapest.chips / chain[0].chips:.1f} times the published {chain[0].chips:,.0f}; "
         f"its median query takes {cheapest.missed_by:.0f} times the {GOAL_S:g} s goal, "
         f"and even alone on {fastest.slice} a query takes {min(s.alone_s for s in simulated):.2f} s. "
         "Speculation and separate prefill and decode pools are not in this figure yet."
     )
+    click.echo("\n" + "\n".join(wrap(summary, 110)))

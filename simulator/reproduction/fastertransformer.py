@@ -8,12 +8,12 @@ from functools import partial
 from simulator.catalog.models import load_model
 from simulator.catalog.parameters import count
 from simulator.catalog.slices import resolve_slice
-from simulator.errors import UnpriceableError
 from simulator.reproduction.rows import Ours, Published, read_published
 from simulator.roofline.compile import step_time_s
-from simulator.roofline.deployment import Deployment
 from simulator.roofline.ops import StepShape
+from simulator.roofline.pipeline import ShardedDeployment, flow_s, shard, sharded_report
 from simulator.roofline.precision import parse_precision
+from simulator.roofline.sharding import Sharding
 
 CHIP = "a100-80-sxm"
 
@@ -28,18 +28,32 @@ def rows_ours() -> Ours:
 
 def request_ms(row: Published) -> float:
     """Prefill and all decode steps of a static batch. [ms]"""
-    if row["pp"]:
-        raise UnpriceableError(f"pipeline parallelism over {row['pp']} stages is not priced here yet")
-    nodes, rest = divmod(int(row["chips"]), 8)
-    d = Deployment(
-        architecture=load_model(row["model"]),
-        slice=resolve_slice(f"{CHIP}:{nodes}x8" if nodes > 1 and not rest else f"{CHIP}:{row['chips']}"),
+    nodes, chips = int(row["chips"]) // 8, int(row["chips"])
+    stages = int(row["pp"] or 1)
+    d = shard(
+        load_model(row["model"]),
+        resolve_slice(f"{CHIP}:{nodes}x8" if nodes > 1 else f"{CHIP}:{chips}"),
+        Sharding(tp=chips // stages, pp=stages),
         precision=parse_precision("fp16"),
     )
     batch, prompt, output = (int(row[name]) for name in ("batch", "prompt", "output"))
-    every_prompt = StepShape(n=batch * prompt, P=batch, A=batch * prompt * (prompt + 1) / 2, K=batch * prompt, R=batch)
-    decodes = (StepShape.decode(batch, prompt + i) for i in range(1, output))
-    return (step_time_s(d, every_prompt) + sum(step_time_s(d, step) for step in decodes)) * 1e3
+    decodes_s = (sharded_report(d, decode=batch, context=prompt + i).time_s for i in range(1, output))
+    return (_prefill_s(d, batch, prompt) + sum(decodes_s)) * 1e3
+
+
+def _prefill_s(d: ShardedDeployment, batch: int, prompt: int) -> float:
+    """All prompts of a batch, in as many micro-batches as there are stages. [s]"""
+    pp = d.sharding.pp
+    sizes = [batch // pp + (i < batch % pp) for i in range(pp)]
+    times = [[step_time_s(stage, _prompts(size, prompt)) for stage in d.stages] for size in sizes if size]
+    send_s = sharded_report(d, prefill=len(times) * max(sizes) * prompt, micro_batches=len(times)).send_s
+    return flow_s(times, [send_s] * (pp - 1))
+
+
+def _prompts(batch: int, prompt: int) -> StepShape:
+    """Whole prompts in one step."""
+    tokens = batch * prompt
+    return StepShape(n=tokens, P=batch, A=tokens * (prompt + 1) / 2, K=tokens, R=batch)
 
 
 def _mfu(row: Published) -> float:

@@ -143,7 +143,11 @@ def read_published(table: str) -> list[dict[str, str]]:
                 raise InputError(f"reproduction table {table}: {item['id']}: kind {kind!r}{nearest(kind, _kinds())}")
             if kind == "tolerance" and not item["tolerance"]:
                 raise InputError(f"reproduction table {table}: {item['id']}: a tolerance row states its tolerance")
-            rows.append(item | {"kind": kind, "id": item["id"] if len(kinds) == 1 else f"{item['id']}.{kind}"})
+            several = {
+                "id": f"{item['id']}.{kind}",
+                "quantity": item["quantity"] + (", bound" if kind == "bound" else ""),
+            }
+            rows.append(item | {"kind": kind} | (several if len(kinds) > 1 else {}))
     twice = sorted({row["id"] for row in rows if sum(row["id"] == other["id"] for other in rows) > 1})
     if twice:
         raise InputError(f"reproduction table {table}: two rows each: {', '.join(twice)}")

@@ -13,6 +13,7 @@ from simulator.reproduction.rows import Ours
 from simulator.reproduction.textbook import V4P_LINK, axis, chip_with, decoder, grid, textbook, v5e
 from simulator.roofline.analysis import critical_batch
 from simulator.roofline.collectives import all_gather_s, all_reduce_s, point_to_point_s
+from simulator.roofline.layouts import FeedForward, two_dimensional_beats_one_on_three_axes
 from simulator.roofline.ops import Op, StepShape, step_ops
 from simulator.roofline.precision import parse_precision
 
@@ -106,9 +107,6 @@ def _sharding() -> dict[str, Callable[[], float]]:
         per_byte = float(all_gather_s(1e12, [domain])) / 1e12
         return float(all_gather_s(1e-6, [domain])) / per_byte
 
-    def two_dimensional() -> float:
-        raise UnpriceableError("two-dimensional weight-stationary layouts are not priced yet")
-
     return {
         "gather-wrapped": gather(big, axis(4, wraps=True)),
         "gather-open": gather(big, axis(4, wraps=False)),
@@ -120,7 +118,7 @@ def _sharding() -> dict[str, Callable[[], float]]:
         "gather-tiny": gather(BF16 * 128, ring),
         "hop-bytes": lambda: latency_bytes(8) / 8 / 1e3,
         "hop-bytes-8": lambda: latency_bytes(8) / 1e3,
-        "two-dimensional": two_dimensional,
+        "two-dimensional": lambda: two_dimensional_beats_one_on_three_axes(FeedForward(8192, 32768)),
     }
 
 

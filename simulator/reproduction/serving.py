@@ -166,15 +166,17 @@ def _same(n: int, prompt: int, output: int, *, concurrency: int = 0) -> Requests
 def _degrees(row: Published) -> list[int]:
     """Tensor-parallel degrees to consider: the stated one, or all that divide the chips.
 
+    A bound's links are free and its cache is spread evenly, so pipeline stages count there as tensor parallelism.
+
     Raises
     ------
     UnpriceableError
-        If the source says pipeline parallelism, or the model is not priced at any degree.
+        If an estimate needs pipeline parallelism, or the model is not priced at any degree.
     """
-    if row["pp"]:
-        raise UnpriceableError(f"pipeline parallelism over {row['pp']} stages is not priced here yet")
+    if row["pp"] and row["kind"] != "bound":
+        raise UnpriceableError("pipeline stages are not simulated by the engine yet, so not priced here")
     if row["tp"]:
-        return [int(row["tp"])]
+        return [int(row["tp"]) * int(row["pp"] or 1)]
     found = []
     for tp in DEGREES:
         if int(row["chips"]) % tp:

@@ -34,7 +34,7 @@ def simulated():
 
 @pytest.mark.parametrize(("name", "row"), JUDGED, ids=lambda value: getattr(value, "id", value))
 def test_row_holds(name, row):
-    assert row.verdict in {"held", "not priced"}, f"{name}: {row.expected} {row.unit}, ours {row.ours}"
+    assert row.verdict == "held", f"{name}: {row.expected} {row.unit}, ours {row.ours}"
 
 
 def test_only_what_the_cost_model_refuses_is_left_out():
@@ -64,7 +64,7 @@ def test_estimates_stay_under_their_bounds(simulated):
 
 
 def test_default_efficiencies_follow_published_throughput(simulated):
-    assert tally(simulated["trtllm"]).median_error < 0.15
+    assert tally([row for row in simulated["trtllm"] if "Llama" in row.section]).median_error < 0.12
     assert tally(simulated["mlperf"]).median_error < 0.30
     curve = [row for row in simulated["trtllm"] if row.id.startswith("nim-")]
     assert len(curve) == 24
@@ -83,6 +83,14 @@ def test_a_printed_value_that_differs_is_explained(name):
     slips = [row for row in FOUND[name] if "slip of the book" in row.note]
     assert slips
     assert all(row.printed for row in slips)
+
+
+def test_latency_of_large_dense_models_is_in_the_right_range():
+    found = FOUND["pope"] + FOUND["fastertransformer"]
+    latencies = [row for row in found if row.kind == "reported"]
+    assert len(latencies) == 4 + 43
+    # Old software on old kernels: the catalogue's efficiencies are optimistic by less than a factor of 2.2, and hardly pessimistic.
+    assert all(-0.55 < row.difference < 0.1 for row in latencies)
 
 
 def test_the_slips_of_the_serving_chapter_are_not_reproduced():
@@ -220,11 +228,11 @@ def test_command_prints_one_line_per_table(run_cli, monkeypatch):
     assert max(map(len, map(str.rstrip, printed.splitlines()))) <= 110
 
 
-@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize("name", TABLES)
 def test_command_prints_within_110_columns(run_cli, name):
     printed = run_cli("reproduce", name).stdout
     assert max(map(len, map(str.rstrip, printed.splitlines()))) <= 110
-    assert f"{name}: {len(FOUND[name])} rows" in printed
+    assert re.search(rf"^{name}: \d+ rows, \d+ held", printed, re.MULTILINE)
 
 
 def test_command_checks_and_writes(run_cli, monkeypatch, tmp_path):
