@@ -340,7 +340,22 @@ class Deployment:
     @property
     def peak_flops_per_s(self) -> float:
         """Datasheet rate of one chip in :attr:`compute_dtype`. [FLOP/s]"""
-        return self.slice.chip.peak_flops_per_s(self.compute_dtype)
+        return self.rate_flops_per_s(self.compute_dtype)
+
+    def rate_flops_per_s(self, dtype: Dtype) -> float:
+        """Datasheet rate of one chip in ``dtype``, looked up once. [FLOP/s]"""
+        if dtype not in self._rates:
+            self._rates[dtype] = self.slice.chip.peak_flops_per_s(dtype)
+        return self._rates[dtype]
+
+    @cached_property
+    def _rates(self) -> dict[str, float]:
+        return {}
+
+    @cached_property
+    def hbm_bytes_per_s(self) -> float:
+        """Datasheet HBM bandwidth of one chip. [bytes/s]"""
+        return self.slice.chip.hbm_bandwidth_bytes_per_s
 
     @property
     def notes(self) -> tuple[str, ...]:

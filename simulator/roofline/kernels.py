@@ -143,7 +143,7 @@ def matmul_op(
     slowdown
         factor of at least 1 on the op's time.
     """
-    p, chip, e, some = d.precision, d.slice.chip, d.eff, np.greater(n, 0) * 1.0
+    p, e, some = d.precision, d.eff, np.greater(n, 0) * 1.0
     read = some if reads is None else reads
     # Scales may belong to whole columns or blocks that a split cuts: what is over the chip's share is a copy.
     whole = (m.n_in * d.chips, m.n_out) if m.split_rows else (m.n_in, (m.n_out - m.copied) * d.chips)
@@ -160,8 +160,8 @@ def matmul_op(
     if narrow and BITS[p.weights] < BITS[dtype] and d.unpacking_flops:
         unpacked = np.maximum(read, n * (1 / TILE_ROWS))  # every weight once, and again for each further tile of rows
         work = flops + unpacked * (d.unpacking_flops * count * m.n_in * m.n_out)
-    compute_s = work / (chip.peak_flops_per_s(dtype) * e.matmul)
-    memory_s = (weights + activations) / (chip.hbm_bandwidth_bytes_per_s * e.hbm)
+    compute_s = work / (d.rate_flops_per_s(dtype) * e.matmul)
+    memory_s = (weights + activations) / (d.hbm_bytes_per_s * e.hbm)
     return Op(
         name,
         "matmul",
@@ -194,12 +194,12 @@ def attention_op(
     dtype: Dtype | None = None,
 ) -> Op:
     """Attention over the cache, ``launches`` times in each of ``count`` layers; figures are of all of them."""
-    chip, e = d.slice.chip, d.eff
+    e = d.eff
     form: Dtype = d.attention_dtype if dtype is None else dtype
     moved = activation_bytes if d.activation_traffic else 0.0
-    compute_s = flops / (chip.peak_flops_per_s(form) * e.attention)
-    memory_s = (read_bytes + written_bytes) / (chip.hbm_bandwidth_bytes_per_s * e.kv)
-    memory_s = memory_s + moved / (chip.hbm_bandwidth_bytes_per_s * e.hbm)
+    compute_s = flops / (d.rate_flops_per_s(form) * e.attention)
+    memory_s = (read_bytes + written_bytes) / (d.hbm_bytes_per_s * e.kv)
+    memory_s = memory_s + moved / (d.hbm_bytes_per_s * e.hbm)
     return Op(
         name,
         "attention",
@@ -235,11 +235,11 @@ def memory_op(
     if not d.activation_traffic:
         activation_bytes = kv_write_bytes = copied_kv_bytes = 0.0
     moved = weight_bytes + activation_bytes + kv_write_bytes
-    memory_s = moved / (d.slice.chip.hbm_bandwidth_bytes_per_s * d.eff.hbm)
+    memory_s = moved / (d.hbm_bytes_per_s * d.eff.hbm)
     computes = isinstance(flops, np.ndarray) or flops > 0
     compute_s: Number = 0.0
     if computes:
-        compute_s = flops / (d.slice.chip.peak_flops_per_s(d.attention_dtype) * d.eff.attention)
+        compute_s = flops / (d.rate_flops_per_s(d.attention_dtype) * d.eff.attention)
     return Op(
         name,
         "elementwise",

@@ -18,6 +18,7 @@ the block-scaled FP8 of DeepSeek-V3's checkpoint. Examples: ``w8a16kv8``,
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, cast, get_args
 
 from simulator.errors import InputError, nearest
@@ -101,7 +102,7 @@ class Precision:
         if self.experts_only and self.quantize_head:
             raise InputError("precision: quantize_head and experts_only contradict each other")
 
-    @property
+    @cached_property
     def wide(self) -> Dtype:
         """The format of residuals, norms, attention arithmetic and unquantised matrices: 16-bit, or fp32 with fp32 activations."""
         if self.activations == "fp32":
@@ -111,12 +112,12 @@ class Precision:
                 return dtype
         return "bf16"
 
-    @property
+    @cached_property
     def wide_bytes(self) -> float:
         """Bytes of one element of :attr:`wide`."""
         return BITS[self.wide] / 8
 
-    @property
+    @cached_property
     def input_bytes(self) -> float:
         """Bytes of one element going into a linear layer."""
         return BITS[self.activations] / 8
