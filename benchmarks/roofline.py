@@ -7,13 +7,12 @@ Prints the median and the range of each; the table has 8193 token counts and 257
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from timing import measure
 
 from simulator.catalog.models import load_model
 from simulator.catalog.slices import resolve_slice
@@ -36,16 +35,6 @@ COMMAND = [
     "--context",
     "8192",
 ]
-
-
-def measure(what: str, action: Callable[[], object], repeats: int) -> None:
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(1e3 * (time.perf_counter() - start))
-    print(f"{what:<44} {statistics.median(times):8.2f} ms   ({min(times):.2f} … {max(times):.2f})")
 
 
 def main() -> None:

@@ -8,11 +8,10 @@ compiled and swept over the batch. Median and range of the repeats; the ranking 
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
+from timing import measure
 
 from simulator.catalog.chips import chip_names, load_chip
 from simulator.catalog.models import load_model
@@ -27,16 +26,6 @@ from simulator.roofline.sweep import decode_curves, max_batch, sweep_decode
 
 PRECISIONS = ("bf16", "fp8kv8", "int8kv8", "w8a16kv8", "w4a16", "w4a16kv8", "fp4kv8")
 SURVIVORS = 20
-
-
-def measure(what: str, action: Callable[[], object], repeats: int) -> None:
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(1e3 * (time.perf_counter() - start))
-    print(f"{what:<58} {statistics.median(times):9.2f} ms   ({min(times):.2f} … {max(times):.2f})")
 
 
 def slices_up_to(most: int) -> Iterator[str]:

@@ -56,7 +56,11 @@ def pareto(plot: Path | None, as_json: bool, **options: Any) -> None:
     groups = [decode_curves(d, contexts) for d in deployments]
     if as_json:
         print_json(document(groups))
-    else:
+    if not any(curve.largest for curves in groups for curve in curves):
+        raise InfeasibleError(
+            "pareto: not one sequence fits in memory; `chipseconds fit` lists the slices that hold it"
+        )
+    if not as_json:
         for curves in groups:
             _print_curves(curves)
         if len(groups) > 1:
@@ -67,10 +71,6 @@ def pareto(plot: Path | None, as_json: bool, **options: Any) -> None:
 
         save_figure(lambda: draw_pareto([curve for curves in groups for curve in curves]), plot)
         note(f"plot written to {plot}")
-    if not any(curve.largest for curves in groups for curve in curves):
-        raise InfeasibleError(
-            "pareto: not one sequence fits in memory; `chipseconds fit` lists the slices that hold it"
-        )
 
 
 def counts(option: str, text: str) -> list[int]:

@@ -141,7 +141,9 @@ class Deployment:
                 if tp < chips and chips % tp == 0
                 else "tensor parallelism spans the whole slice"
             )
-            raise InputError(f"tp = {tp} on {self.slice.spec} ({chips} chips): tp must be {chips}; {rule}")
+            raise InputError(
+                f"tp = {tp} on {self.slice.spec} ({chips} chip{'s' if chips > 1 else ''}): tp must be {chips}; {rule}"
+            )
         sizes = self._split_sizes()
         for what, size in sizes:
             if size % tp:

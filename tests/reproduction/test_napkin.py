@@ -8,6 +8,7 @@ import pytest
 from simulator.errors import InputError
 from simulator.reproduction import agent, napkin
 from simulator.reproduction.rows import last_digit, reproduce_rows
+from simulator.run import load_scenario, run_scenario
 
 ROWS = reproduce_rows("napkin", napkin.rows_ours())
 
@@ -71,6 +72,14 @@ def test_simulation_conserves_and_cannot_beat_the_bound():
     ideal = agent.AGENT_OVERHEAD_S + napkin.prefill_s(16) + napkin.OUTPUT * napkin.decode_step_s() / 2
     assert found.alone_s > ideal
     assert found.share_met == 0.0
+
+
+def test_the_shipped_scenario_is_the_same_replica():
+    run = run_scenario(load_scenario("web-agent", ["traffic.n_requests=400"]))
+    found = agent.simulate_agents(run.summary.deployment.slice, requests=400)
+    assert found is not None
+    assert run.summary.deployment.model == "llama-3-70b"
+    assert run.summary.load.capacity_per_s == pytest.approx(found.capacity_per_s, rel=1e-6)
 
 
 def test_a_slice_that_cannot_hold_one_agent():
