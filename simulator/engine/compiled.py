@@ -103,7 +103,7 @@ class Engine:
     def advance(self, until_s: float = math.inf) -> None:
         """Run every step that starts before ``until_s``."""
         self.done = bool(
-            skip_ahead.advance(self._cost, self._limits, self._stream, self._out, self._state, float(until_s))
+            skip_ahead.advance(self._cost, self._limits, self._stream, self._out, self._state, None, float(until_s))
         )
 
     def result(self) -> EngineResult:

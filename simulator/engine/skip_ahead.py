@@ -189,6 +189,14 @@ class State(NamedTuple):
     bits_i: Any
 
 
+class Extra(NamedTuple):
+    """What goes beyond a plain replica: a record of arrays and flags for each feature.
+
+    Numba compiles ``advance`` twice: without (None) every ``if extra is not None`` vanishes; with it, all features are
+    compiled in, and their flags switch them at run time.
+    """
+
+
 @inlined
 def _chunk_pairs(cost: CostTable, done: int, size: int) -> int:
     """Windowed pairs of a chunk of ``size`` tokens on ``done`` earlier ones."""
@@ -436,28 +444,411 @@ def _release(stream: Stream, state: State, now: float) -> None:
         )
 
 
+@inlined
+def _drop_stale(state: State) -> None:
+    """Rebuild the finish heap from the keys that still hold."""
+    ints = state.ints
+    size = 0
+    for i in range(ints[HEAP_SIZE]):
+        key = state.heap[i]
+        if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+            size = push_key(state.heap, size, key)
+    ints[HEAP_SIZE] = size
+
+
+class Chunks(NamedTuple):
+    """The tokens of a step: those of the decoding batch, and the chunks in ``State.chunk_slot``."""
+
+    count: int
+    tokens: int
+    free: int
+    preempted: bool
+
+
+class Price(NamedTuple):
+    """What a step costs (R9), with the parts by which it is shared (R11)."""
+
+    d0: float
+    per_token: float
+    per_row: float
+    slope: float
+    attention: float
+    rows: int
+    pairs: int
+    keys: int
+    seen_pairs: int
+    seen_keys: int
+    plane: int
+    prefill: float
+
+
+@inlined
+def _next_arrival(stream: Stream, state: State) -> float:
+    """When the next request arrives; infinity if none is on its way."""
+    if stream.concurrency > 0:
+        if state.ints[N_PENDING] > 0:
+            return float(state.pending_time[0])
+    elif state.ints[NEXT_ROW] < len(stream.prompt):
+        return float(stream.arrival[state.ints[NEXT_ROW]])
+    return math.inf
+
+
+@inlined
+def _n_waiting(state: State) -> int:
+    """Requests in the queue."""
+    return int(state.ints[N_PREEMPTED] + state.ints[FIFO_TAIL] - state.ints[FIFO_HEAD])
+
+
+@inlined
+def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> None:
+    """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run."""
+    ints = state.ints
+    bs = limits.block_size
+    step = ints[STEP]
+    slot = ints[FIRST]
+    while slot >= 0:
+        if slot != ints[PARTIAL] and residue(state.computed[slot] + step - state.joined[slot], bs) == 0:
+            gone = False
+            while ints[FREE_BLOCKS] < 1 and not gone:
+                victim = ints[LAST]
+                _preempt(cost, state, out, victim, bs)
+                gone = victim == slot
+            if gone:
+                return
+            ints[FREE_BLOCKS] -= 1
+        slot = state.after[slot]
+
+
+@inlined
+def _append(state: State, slot: int) -> None:
+    """Put a request at the end of the running list."""
+    ints = state.ints
+    state.before[slot] = ints[LAST]
+    state.after[slot] = -1
+    if ints[LAST] >= 0:
+        state.after[ints[LAST]] = slot
+    else:
+        ints[FIRST] = slot
+    ints[LAST] = slot
+    ints[N_RUNNING] += 1
+
+
+@inlined
+def _schedule_chunks(
+    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, free: int, preempted: bool
+) -> Chunks:
+    """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach."""
+    ints = state.ints
+    bs = limits.block_size
+    batch = ints[BATCH]
+    chunks = 0
+    tokens = batch
+    room = limits.budget - batch
+    slot = ints[PARTIAL]
+    if slot >= 0:
+        row = state.row[slot]
+        done = state.computed[slot]
+        want = min(stream.prompt[row] + state.emitted[slot] - done, room)
+        missing = blocks_for(done + want, bs) - blocks_for(done, bs)
+        if missing > free:
+            _preempt(cost, state, out, slot, bs)
+            preempted = True
+            free += blocks_for(done, bs)
+        else:
+            free -= missing
+            room -= want
+            tokens += want
+            state.chunk_slot[0] = slot
+            state.chunk_size[0] = want
+            chunks = 1
+    if not preempted:
+        waiting = _n_waiting(state)
+        while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
+            resumed = ints[N_PREEMPTED] > 0
+            if resumed:
+                slot = state.stack[ints[N_PREEMPTED] - 1]
+                row = state.row[slot]
+                known = stream.prompt[row] + state.emitted[slot]
+            else:
+                row = state.fifo[ints[FIFO_HEAD]]
+                known = stream.prompt[row]
+            done = stream.cached[row]
+            want = min(known - done, room)
+            need = blocks_for(done + want, bs)
+            if need > free or (limits.reserve_full and blocks_for(known, bs) > free):
+                break
+            if resumed:
+                ints[N_PREEMPTED] -= 1
+            else:
+                ints[FIFO_HEAD] += 1
+                ints[N_FREE_SLOTS] -= 1
+                slot = state.free_slots[ints[N_FREE_SLOTS]]
+                state.row[slot] = row
+                state.emitted[slot] = 0
+                state.seen[slot] = 0
+                out.scheduled[row] = state.floats[CLOCK]
+            out.status[row] = RUNNING
+            state.computed[slot] = done
+            _append(state, slot)
+            waiting -= 1
+            free -= need
+            room -= want
+            tokens += want
+            state.chunk_slot[chunks] = slot
+            state.chunk_size[chunks] = want
+            chunks += 1
+            ints[PARTIAL] = slot
+    return Chunks(chunks, tokens, free, preempted)
+
+
+@inlined
+def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: int) -> Price:
+    """R9: what the step costs."""
+    ints = state.ints
+    batch = ints[BATCH]
+    rows = batch
+    pairs = 0
+    keys = 0
+    seen_pairs = 0
+    seen_keys = 0
+    for c in range(chunks):
+        slot = state.chunk_slot[c]
+        row = state.row[slot]
+        done = state.computed[slot]
+        size = state.chunk_size[c]
+        pairs += size * done + size * (size + 1) // 2
+        keys += done + size
+        if cost.window > 0:
+            seen_pairs += _chunk_pairs(cost, done, size)
+            seen_keys += _chunk_keys(cost, done, size)
+        if done + size == stream.prompt[row] + state.emitted[slot]:
+            rows += 1
+    d0 = cost.dense[tokens] + cost.head[rows]
+    slope = 0.0
+    attention = 0.0
+    if batch > 0:
+        total_keys = ints[KEYS_SUM]
+        knot = ints[KNOT]
+        while knot + 1 < len(cost.knots) and cost.knots[knot + 1] <= total_keys:
+            knot += 1
+        while cost.knots[knot] > total_keys:
+            knot -= 1
+        ints[KNOT] = knot
+        slope = cost.slope[knot]
+        attention = cost.value[knot] + slope * (total_keys - cost.knots[knot]) + cost.seq * batch
+        attention += cost.window_slope * ints[WINDOW_SUM]
+        d0 += attention
+    plane = 0
+    prefill = 0.0
+    if chunks > 0:
+        prefill = -1.0
+        for j in range(cost.planes.shape[0]):
+            value = cost.planes[j, 0] * pairs + cost.planes[j, 1] * keys + cost.planes[j, 2] * chunks
+            if cost.window > 0:
+                value += cost.planes[j, 3] * seen_pairs + cost.planes[j, 4] * seen_keys
+            if value > prefill:
+                prefill = value
+                plane = j
+        d0 += prefill
+    per_token = cost.dense[tokens] / tokens
+    per_row = cost.head[rows] / rows if rows > 0 else 0.0
+    return Price(d0, per_token, per_row, slope, attention, rows, pairs, keys, seen_pairs, seen_keys, plane, prefill)
+
+
+@inlined
+def _segment_length(
+    cost: CostTable, limits: Limits, state: State, d0: float, q: float, next_arrival: float, until: float
+) -> int:
+    """How many decode steps can be taken at once: until somebody finishes or can be admitted, blocks run out, a knot or
+    a window is crossed, or an interval of the timeline ends."""
+    ints = state.ints
+    step = ints[STEP]
+    batch = ints[BATCH]
+    t = state.floats[CLOCK]
+    while True:
+        key = state.heap[0]
+        if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+            break
+        ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
+    k = (key >> SLOT_BITS) - step
+    knot = ints[KNOT]
+    if knot + 1 < len(cost.knots):
+        k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
+    if ints[N_EVENTS] > 0:
+        k = min(k, (state.events[0] >> SLOT_BITS) - step)
+    k = steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS])
+    stop = until
+    if _n_waiting(state) == 0 and ints[N_RUNNING] < limits.max_num_seqs:
+        stop = min(stop, next_arrival)
+    k = steps_to_reach(t, d0, q, stop, k)
+    interval = state.floats[INTERVAL]
+    edge = (int(t / interval) + 1) * interval
+    if k > 1 and end_of_steps(t, d0, q, k) > edge:
+        k = steps_to_reach(t, d0, q, edge, k)
+        if k > 1 and end_of_steps(t, d0, q, k) > edge:
+            k -= 1
+    return k
+
+
+@inlined
+def _record_segment(state: State, t: float, end: float, running: int, waiting: int, blocks_integral: float) -> None:
+    """R13, R15: integrals over time, and the timeline."""
+    floats, timeline = state.floats, state.timeline
+    interval = floats[INTERVAL]
+    if end >= timeline.shape[1] * interval:
+        interval = _widen(timeline, floats, end)
+    length = end - t
+    b = int(t / interval)
+    if end <= (b + 1) * interval:
+        timeline[T_RUNNING, b] += running * length
+        timeline[T_WAITING, b] += waiting * length
+        timeline[T_BLOCKS, b] += blocks_integral
+        timeline[T_BUSY, b] += length
+    else:
+        spread(timeline, T_RUNNING, interval, t, end, running)
+        spread(timeline, T_WAITING, interval, t, end, waiting)
+        spread(timeline, T_BLOCKS, interval, t, end, blocks_integral / length)
+        spread(timeline, T_BUSY, interval, t, end, 1.0)
+    floats[RUNNING_INTEGRAL] += running * length
+    floats[WAITING_INTEGRAL] += waiting * length
+    floats[BLOCKS_INTEGRAL] += blocks_integral
+
+
+@inlined
+def _advance_decodes(cost: CostTable, out: Outcome, state: State, price: Price, q: float, k: int) -> None:
+    """R10, R11: k steps of the decoding batch, by their sums. ``State.ints[STEP]`` is still that of the first."""
+    ints, floats = state.ints, state.floats
+    batch = ints[BATCH]
+    total_keys = ints[KEYS_SUM]
+    growth = k * (k - 1) // 2
+    ints[DECODE_TOKENS] += k * batch
+    ints[DECODE_KEYS] += k * total_keys + batch * growth
+    ints[KEYS_SUM] = total_keys + k * batch
+    ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
+    ints[WINDOW_SUM] += k * ints[N_GROWING]
+    floats[DECODE_ATTENTION] += k * price.attention + q * growth
+    knot = ints[KNOT]
+    intercept = cost.value[knot] - price.slope * cost.knots[knot]
+    floats[SHARE_W] += k * (price.per_token + price.per_row + cost.seq + intercept / batch)
+    floats[SHARE_R0] += k * price.slope
+    floats[SHARE_R1] += price.slope * (k * (ints[STEP] - ints[STEP_ORIGIN]) + growth)
+    count_itl(out.itl, state.bits_f, state.bits_i, price.d0, q, k, batch)
+    floats[ITL_MAX] = max(floats[ITL_MAX], price.d0 + q * (k - 1))
+
+
+@inlined
+def _start_decoding(cost: CostTable, state: State, slot: int, rest: int, block_size: int) -> None:
+    """Let a request whose prompt is computed join the decoding batch, ``rest`` tokens from its end."""
+    ints = state.ints
+    step = ints[STEP]
+    done = state.computed[slot]
+    _join(state, slot, step)
+    ints[BATCH] += 1
+    ints[KEYS_SUM] += done + 1
+    if cost.window > 0:
+        seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
+        ints[WINDOW_SUM] += seen
+        _push_event(cost, state, slot, seen)
+    state.residues[residue(done - step, block_size)] += 1
+    state.finish_step[slot] = step + rest
+    if ints[HEAP_SIZE] == len(state.heap):
+        _drop_stale(state)
+    ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], (step + rest) << SLOT_BITS | slot)
+
+
+@inlined
+def _end_chunks(
+    cost: CostTable, stream: Stream, out: Outcome, state: State, chunks: int, price: Price, block_size: int
+) -> int:
+    """R10 to R12 for chunks; return how many requests finish. ``State`` is already at the step's end."""
+    ints, floats = state.ints, state.floats
+    end = floats[CLOCK]
+    plane = price.plane
+    n_done = 0
+    ints[CHUNKS] += chunks
+    ints[PREFILL_PAIRS] += price.pairs
+    ints[PREFILL_KEYS] += price.keys
+    ints[WINDOW_PAIRS] += price.seen_pairs
+    ints[WINDOW_KEYS] += price.seen_keys
+    floats[PREFILL_ATTENTION] += price.prefill
+    ints[PARTIAL] = -1
+    for c in range(chunks):
+        slot = state.chunk_slot[c]
+        size = state.chunk_size[c]
+        row = state.row[slot]
+        done = state.computed[slot]
+        known = stream.prompt[row] + state.emitted[slot]
+        pays = (
+            price.per_token * size
+            + cost.planes[plane, 0] * (size * done + size * (size + 1) // 2)
+            + cost.planes[plane, 1] * (done + size)
+            + cost.planes[plane, 2]
+        )
+        if cost.window > 0:
+            pays += cost.planes[plane, 3] * _chunk_pairs(cost, done, size)
+            pays += cost.planes[plane, 4] * _chunk_keys(cost, done, size)
+        out.busy_cached[row] += cost.planes[plane, 1] * stream.cached[row]
+        if done + size == known:
+            pays += price.per_row
+        out.busy[row] += pays
+        out.busy_prefill[row] += pays
+        again = min(done + size, state.seen[slot]) - done
+        if again > 0:
+            out.recompute[row] += pays * again / size
+            ints[RECOMPUTED] += again
+        done += size
+        state.computed[slot] = done
+        if done < known:
+            ints[PARTIAL] = slot
+            continue
+        if state.emitted[slot] == 0:
+            out.first_token[row] = end
+        else:
+            gap = end - state.last_token[slot]
+            count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
+            floats[ITL_MAX] = max(floats[ITL_MAX], gap)
+        state.emitted[slot] += 1
+        rest = stream.output[row] - state.emitted[slot]
+        if rest == 0:
+            _finish(state, out, slot, block_size)
+            n_done += 1
+        else:
+            _start_decoding(cost, state, slot, rest, block_size)
+    return n_done
+
+
+@inlined
+def _end_decodes(cost: CostTable, out: Outcome, state: State, block_size: int) -> int:
+    """R10: decoding requests whose last token has come; return how many."""
+    ints = state.ints
+    n_done = 0
+    while ints[HEAP_SIZE] > 0 and state.heap[0] >> SLOT_BITS <= ints[STEP]:
+        key = state.heap[0]
+        ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
+        slot = key & ((1 << SLOT_BITS) - 1)
+        if state.finish_step[slot] == key >> SLOT_BITS:
+            _leave_batch(cost, state, out, slot, block_size)
+            _finish(state, out, slot, block_size)
+            n_done += 1
+    return n_done
+
+
 @compiled
-def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, until: float) -> bool:
+def advance(
+    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, extra: Extra | None, until: float
+) -> bool:
     """Run until no step can start before ``until``; return whether everything is done.
 
     Rows of ``stream`` may be appended between calls, as long as none arrives before the clock of a step already
-    scheduled.
+    scheduled. ``extra`` is None for a plain replica: then its branches are not even compiled.
     """
     ints, floats = state.ints, state.floats
     bs = limits.block_size
-    closed = stream.concurrency > 0
-    n_knots = len(cost.knots)
     while True:
         _receive(stream, limits, out, state, before_now=False)
         t = floats[CLOCK]
-        next_arrival = math.inf
-        if closed:
-            if ints[N_PENDING] > 0:
-                next_arrival = state.pending_time[0]
-        elif ints[NEXT_ROW] < len(stream.prompt):
-            next_arrival = stream.arrival[ints[NEXT_ROW]]
-        waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
-        if ints[N_RUNNING] == 0 and waiting == 0:
+        next_arrival = _next_arrival(stream, state)
+        if ints[N_RUNNING] == 0 and _n_waiting(state) == 0:
             if next_arrival == math.inf:
                 return True
             if next_arrival >= until:
@@ -473,314 +864,57 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
         if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
             _rebase(cost, state, out)
 
-        # --- R5: every decoding sequence, in order of admission ---
+        # --- what runs: R5, R7 ---
         step = ints[STEP]
         step_need = state.residues[residue(-step, bs)]
-        preempted = False
-        took_blocks = True
-        if step_need > ints[FREE_BLOCKS]:
-            preempted = True
-            slot = ints[FIRST]
-            while slot >= 0:
-                if slot != ints[PARTIAL] and residue(state.computed[slot] + step - state.joined[slot], bs) == 0:
-                    gone = False
-                    while ints[FREE_BLOCKS] < 1 and not gone:
-                        victim = ints[LAST]
-                        _preempt(cost, state, out, victim, bs)
-                        gone = victim == slot
-                    if gone:
-                        break
-                    ints[FREE_BLOCKS] -= 1
-                slot = state.after[slot]
-        else:
-            took_blocks = False
+        short = step_need > ints[FREE_BLOCKS]
+        if short:
+            _make_room(cost, limits, out, state)
         batch = ints[BATCH]
-
-        # --- R5, R7: chunks ---
-        chunks = 0
-        tokens = batch
-        free = ints[FREE_BLOCKS] - (0 if took_blocks else step_need)
-        room = limits.budget - batch
-        slot = ints[PARTIAL]
-        if slot >= 0:
-            row = state.row[slot]
-            done = state.computed[slot]
-            want = min(stream.prompt[row] + state.emitted[slot] - done, room)
-            missing = blocks_for(done + want, bs) - blocks_for(done, bs)
-            if missing > free:
-                _preempt(cost, state, out, slot, bs)
-                preempted = True
-                free += blocks_for(done, bs)
-            else:
-                free -= missing
-                room -= want
-                tokens += want
-                state.chunk_slot[0] = slot
-                state.chunk_size[0] = want
-                chunks = 1
-        if not preempted:
-            while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
-                resumed = ints[N_PREEMPTED] > 0
-                if resumed:
-                    slot = state.stack[ints[N_PREEMPTED] - 1]
-                    row = state.row[slot]
-                    known = stream.prompt[row] + state.emitted[slot]
-                else:
-                    row = state.fifo[ints[FIFO_HEAD]]
-                    known = stream.prompt[row]
-                done = stream.cached[row]
-                want = min(known - done, room)
-                need = blocks_for(done + want, bs)
-                if need > free or (limits.reserve_full and blocks_for(known, bs) > free):
-                    break
-                if resumed:
-                    ints[N_PREEMPTED] -= 1
-                else:
-                    ints[FIFO_HEAD] += 1
-                    ints[N_FREE_SLOTS] -= 1
-                    slot = state.free_slots[ints[N_FREE_SLOTS]]
-                    state.row[slot] = row
-                    state.emitted[slot] = 0
-                    state.seen[slot] = 0
-                    out.scheduled[row] = t
-                out.status[row] = RUNNING
-                state.computed[slot] = done
-                state.before[slot] = ints[LAST]
-                state.after[slot] = -1
-                if ints[LAST] >= 0:
-                    state.after[ints[LAST]] = slot
-                else:
-                    ints[FIRST] = slot
-                ints[LAST] = slot
-                ints[N_RUNNING] += 1
-                waiting -= 1
-                free -= need
-                room -= want
-                tokens += want
-                state.chunk_slot[chunks] = slot
-                state.chunk_size[chunks] = want
-                chunks += 1
-                ints[PARTIAL] = slot
-        waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
-        ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
+        free = ints[FREE_BLOCKS] - (0 if short else step_need)
+        chunks = _schedule_chunks(cost, limits, stream, out, state, free, short)
+        waiting = _n_waiting(state)
         running = ints[N_RUNNING]
+        ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
-        # --- R9: what the step costs ---
-        rows = batch
-        pairs = 0
-        keys = 0
-        seen_pairs = 0
-        seen_keys = 0
-        for c in range(chunks):
-            slot = state.chunk_slot[c]
-            row = state.row[slot]
-            done = state.computed[slot]
-            size = state.chunk_size[c]
-            pairs += size * done + size * (size + 1) // 2
-            keys += done + size
-            if cost.window > 0:
-                seen_pairs += _chunk_pairs(cost, done, size)
-                seen_keys += _chunk_keys(cost, done, size)
-            if done + size == stream.prompt[row] + state.emitted[slot]:
-                rows += 1
-        total_keys = ints[KEYS_SUM]
-        d0 = cost.dense[tokens] + cost.head[rows]
-        per_token = cost.dense[tokens] / tokens
-        per_row = cost.head[rows] / rows if rows > 0 else 0.0
-        slope = 0.0
-        knot = ints[KNOT]
-        attention = 0.0
-        if batch > 0:
-            while knot + 1 < n_knots and cost.knots[knot + 1] <= total_keys:
-                knot += 1
-            while cost.knots[knot] > total_keys:
-                knot -= 1
-            ints[KNOT] = knot
-            slope = cost.slope[knot]
-            attention = cost.value[knot] + slope * (total_keys - cost.knots[knot]) + cost.seq * batch
-            attention += cost.window_slope * ints[WINDOW_SUM]
-            d0 += attention
-
-        if chunks == 0:
-            # --- a segment of decode steps ---
-            k = 1
-            q = slope * batch + cost.window_slope * ints[N_GROWING]
-            if not preempted:
-                while True:
-                    key = state.heap[0]
-                    if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
-                        break
-                    ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
-                k = (key >> SLOT_BITS) - step
-                if knot + 1 < n_knots:
-                    k = min(k, (math.ceil(cost.knots[knot + 1]) - total_keys + batch - 1) // batch)
-                if ints[N_EVENTS] > 0:
-                    k = min(k, (state.events[0] >> SLOT_BITS) - step)
-                k = steps_with_blocks(state.residues, bs, step, k, batch, ints[FREE_BLOCKS])
-                stop = until
-                if waiting == 0 and running < limits.max_num_seqs:
-                    stop = min(stop, next_arrival)
-                k = steps_to_reach(t, d0, q, stop, k)
-                interval = floats[INTERVAL]
-                edge = (int(t / interval) + 1) * interval
-                if k > 1 and end_of_steps(t, d0, q, k) > edge:
-                    k = steps_to_reach(t, d0, q, edge, k)
-                    if k > 1 and end_of_steps(t, d0, q, k) > edge:
-                        k -= 1
-            end = end_of_steps(t, d0, q, k)
+        # --- what it costs, and for how many steps: R9 ---
+        price = _price(cost, stream, state, chunks.count, chunks.tokens)
+        k = 1
+        q = 0.0
+        if chunks.count > 0:
+            ints[FREE_BLOCKS] = chunks.free
+            end = t + price.d0
+            blocks_integral = (limits.num_blocks - chunks.free) * (end - t)
+        else:
+            q = price.slope * batch + cost.window_slope * ints[N_GROWING]
+            if not chunks.preempted:
+                k = _segment_length(cost, limits, state, price.d0, q, next_arrival, until)
+            end = end_of_steps(t, price.d0, q, k)
             owned = limits.num_blocks - ints[FREE_BLOCKS]
-            if took_blocks:
+            if short:
                 blocks_integral = owned * (end - t)
             else:
-                owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, owned, d0, q)
+                owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, owned, price.d0, q)
                 ints[FREE_BLOCKS] = limits.num_blocks - owned
-        else:
-            k = 1
-            q = 0.0
-            ints[FREE_BLOCKS] = free
-            best = -1.0
-            plane = 0
-            for j in range(cost.planes.shape[0]):
-                value = cost.planes[j, 0] * pairs + cost.planes[j, 1] * keys + cost.planes[j, 2] * chunks
-                if cost.window > 0:
-                    value += cost.planes[j, 3] * seen_pairs + cost.planes[j, 4] * seen_keys
-                if value > best:
-                    best = value
-                    plane = j
-            d0 += best
-            floats[PREFILL_ATTENTION] += best
-            end = t + d0
-            blocks_integral = (limits.num_blocks - free) * (end - t)
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
 
-        # --- account for the segment ---
+        # --- let it happen: R10 to R15 ---
         floats[CLOCK] = end
-        floats[LAST_START] = end_of_steps(t, d0, q, k - 1)
-        ints[STEP] = step + k
+        floats[LAST_START] = end_of_steps(t, price.d0, q, k - 1)
         ints[STEPS] += k
         ints[SEGMENTS] += 1
-        out.steps_by_tokens[tokens] += k
-        out.steps_by_rows[rows] += k
-        interval = floats[INTERVAL]
-        if end >= state.timeline.shape[1] * interval:
-            interval = _widen(state.timeline, floats, end)
-        length = end - t
-        b = int(t / interval)
-        if end <= (b + 1) * interval:
-            state.timeline[T_RUNNING, b] += running * length
-            state.timeline[T_WAITING, b] += waiting * length
-            state.timeline[T_BLOCKS, b] += blocks_integral
-            state.timeline[T_BUSY, b] += length
-        else:
-            spread(state.timeline, T_RUNNING, interval, t, end, running)
-            spread(state.timeline, T_WAITING, interval, t, end, waiting)
-            spread(state.timeline, T_BLOCKS, interval, t, end, blocks_integral / length)
-            spread(state.timeline, T_BUSY, interval, t, end, 1.0)
-        floats[RUNNING_INTEGRAL] += running * length
-        floats[WAITING_INTEGRAL] += waiting * length
-        floats[BLOCKS_INTEGRAL] += blocks_integral
+        out.steps_by_tokens[chunks.tokens] += k
+        out.steps_by_rows[price.rows] += k
+        _record_segment(state, t, end, running, waiting, blocks_integral)
         if batch > 0:
-            growth = k * (k - 1) // 2
-            ints[DECODE_TOKENS] += k * batch
-            ints[DECODE_KEYS] += k * total_keys + batch * growth
-            ints[KEYS_SUM] = total_keys + k * batch
-            ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
-            ints[WINDOW_SUM] += k * ints[N_GROWING]
-            floats[DECODE_ATTENTION] += k * attention + q * growth
-            intercept = cost.value[knot] - slope * cost.knots[knot]
-            floats[SHARE_W] += k * (per_token + per_row + cost.seq + intercept / batch)
-            floats[SHARE_R0] += k * slope
-            floats[SHARE_R1] += slope * (k * (step - ints[STEP_ORIGIN]) + growth)
-            count_itl(out.itl, state.bits_f, state.bits_i, d0, q, k, batch)
-            floats[ITL_MAX] = max(floats[ITL_MAX], d0 + q * (k - 1))
-        step += k
-
-        # --- R10: chunks that end ---
+            _advance_decodes(cost, out, state, price, q, k)
+        ints[STEP] = step + k
         n_done = 0
-        if chunks > 0:
-            ints[CHUNKS] += chunks
-            ints[PREFILL_PAIRS] += pairs
-            ints[PREFILL_KEYS] += keys
-            ints[WINDOW_PAIRS] += seen_pairs
-            ints[WINDOW_KEYS] += seen_keys
-            ints[PARTIAL] = -1
-            for c in range(chunks):
-                slot = state.chunk_slot[c]
-                size = state.chunk_size[c]
-                row = state.row[slot]
-                done = state.computed[slot]
-                known = stream.prompt[row] + state.emitted[slot]
-                pays = (
-                    per_token * size
-                    + cost.planes[plane, 0] * (size * done + size * (size + 1) // 2)
-                    + cost.planes[plane, 1] * (done + size)
-                    + cost.planes[plane, 2]
-                )
-                if cost.window > 0:
-                    pays += cost.planes[plane, 3] * _chunk_pairs(cost, done, size)
-                    pays += cost.planes[plane, 4] * _chunk_keys(cost, done, size)
-                out.busy_cached[row] += cost.planes[plane, 1] * stream.cached[row]
-                if done + size == known:
-                    pays += per_row
-                out.busy[row] += pays
-                out.busy_prefill[row] += pays
-                again = min(done + size, state.seen[slot]) - done
-                if again > 0:
-                    out.recompute[row] += pays * again / size
-                    ints[RECOMPUTED] += again
-                done += size
-                state.computed[slot] = done
-                if done < known:
-                    ints[PARTIAL] = slot
-                    continue
-                if state.emitted[slot] == 0:
-                    out.first_token[row] = end
-                else:
-                    gap = end - state.last_token[slot]
-                    count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
-                    floats[ITL_MAX] = max(floats[ITL_MAX], gap)
-                state.emitted[slot] += 1
-                rest = stream.output[row] - state.emitted[slot]
-                if rest == 0:
-                    _finish(state, out, slot, bs)
-                    n_done += 1
-                    continue
-                _join(state, slot, step)
-                ints[BATCH] += 1
-                ints[KEYS_SUM] += done + 1
-                if cost.window > 0:
-                    seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
-                    ints[WINDOW_SUM] += seen
-                    _push_event(cost, state, slot, seen)
-                state.residues[residue(done - step, bs)] += 1
-                state.finish_step[slot] = step + rest
-                if ints[HEAP_SIZE] == len(state.heap):
-                    _drop_stale(state)
-                ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], (step + rest) << SLOT_BITS | slot)
-
-        # --- R10: decoding sequences that end ---
-        while ints[HEAP_SIZE] > 0 and state.heap[0] >> SLOT_BITS <= step:
-            key = state.heap[0]
-            ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
-            slot = key & ((1 << SLOT_BITS) - 1)
-            if state.finish_step[slot] == key >> SLOT_BITS:
-                _leave_batch(cost, state, out, slot, bs)
-                _finish(state, out, slot, bs)
-                n_done += 1
-        if closed and n_done > 0:
+        if chunks.count > 0:
+            n_done += _end_chunks(cost, stream, out, state, chunks.count, price, bs)
+        n_done += _end_decodes(cost, out, state, bs)
+        if stream.concurrency > 0 and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)
             for _ in range(n_done):
                 _release(stream, state, end)
-
-
-@inlined
-def _drop_stale(state: State) -> None:
-    """Rebuild the finish heap from the keys that still hold."""
-    ints = state.ints
-    size = 0
-    for i in range(ints[HEAP_SIZE]):
-        key = state.heap[i]
-        if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
-            size = push_key(state.heap, size, key)
-    ints[HEAP_SIZE] = size
