@@ -459,7 +459,7 @@ def _drop_stale(state: State) -> None:
 class Chunks(NamedTuple):
     """The tokens of a step: those of the decoding batch, and the chunks in ``State.chunk_slot``."""
 
-    count: int
+    n: int
     tokens: int
     free: int
     preempted: bool
@@ -659,8 +659,11 @@ def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: i
 def _segment_length(
     cost: CostTable, limits: Limits, state: State, d0: float, q: float, next_arrival: float, until: float
 ) -> int:
-    """How many decode steps can be taken at once: until somebody finishes or can be admitted, blocks run out, a knot or
-    a window is crossed, or an interval of the timeline ends."""
+    """How many decode steps can be taken at once.
+
+    Until somebody finishes or can be admitted, blocks run out, a knot or a window is crossed, or an interval of the
+    timeline ends.
+    """
     ints = state.ints
     step = ints[STEP]
     batch = ints[BATCH]
@@ -879,10 +882,10 @@ def advance(
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
         # --- what it costs, and for how many steps: R9 ---
-        price = _price(cost, stream, state, chunks.count, chunks.tokens)
+        price = _price(cost, stream, state, chunks.n, chunks.tokens)
         k = 1
         q = 0.0
-        if chunks.count > 0:
+        if chunks.n > 0:
             ints[FREE_BLOCKS] = chunks.free
             end = t + price.d0
             blocks_integral = (limits.num_blocks - chunks.free) * (end - t)
@@ -911,8 +914,8 @@ def advance(
             _advance_decodes(cost, out, state, price, q, k)
         ints[STEP] = step + k
         n_done = 0
-        if chunks.count > 0:
-            n_done += _end_chunks(cost, stream, out, state, chunks.count, price, bs)
+        if chunks.n > 0:
+            n_done += _end_chunks(cost, stream, out, state, chunks.n, price, bs)
         n_done += _end_decodes(cost, out, state, bs)
         if stream.concurrency > 0 and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)
