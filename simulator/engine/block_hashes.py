@@ -59,7 +59,9 @@ class BlockHashes:
     def rows(self, chosen: slice) -> "BlockHashes":
         """The same for some of the requests."""
         starts, counts = self.offsets[:-1][chosen], np.diff(self.offsets)[chosen]
-        return BlockHashes(_gather(self.ids, starts, counts, 1), _offsets(counts), self.block_tokens, self.covers_output)
+        return BlockHashes(
+            _gather(self.ids, starts, counts, 1), _offsets(counts), self.block_tokens, self.covers_output
+        )
 
     def at_block_size(
         self, block_size: int, prompt_tokens: NDArray[np.int64], output_tokens: NDArray[np.int64]
@@ -104,6 +106,5 @@ def _gather(ids: Ids, starts: Ids, counts: Ids, parts: int) -> Ids:
     """Rows that start at ``starts``, each id split into ``parts``, ``counts`` of the parts kept."""
     total = _offsets(counts)
     place = np.arange(total[-1]) - np.repeat(total[:-1], counts)
-    if parts == 1:
-        return ids[np.repeat(starts, counts) + place]
-    return ids[np.repeat(starts, counts) + place // parts] * parts + place % parts
+    found: Ids = ids[np.repeat(starts, counts) + place // parts]
+    return found if parts == 1 else found * parts + place % parts

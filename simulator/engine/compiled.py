@@ -126,7 +126,8 @@ class Engine:
         if self._extra is None:
             return np.zeros((0, 4), dtype=np.int64)
         cache = self._extra.cache
-        return cache.log[: int(cache.ints[prefix_cache.N_LOG])]
+        kept: NDArray[np.int64] = cache.log[: int(cache.ints[prefix_cache.N_LOG])]
+        return kept
 
     def advance(self, until_s: float = math.inf) -> None:
         """Run every step that starts before ``until_s``."""

@@ -338,7 +338,7 @@ def release(cache: Cache, slot: int, row: int, owned: int) -> int:
     cache.fill_step[slot] = -1
     if len(cache.log) > 0:
         _note(cache, FREED, row, owned, 0)
-    return freed
+    return int(freed)
 
 
 @compiled
@@ -377,7 +377,7 @@ def next_fill(cache: Cache) -> int:
 def steps_to_fill(cache: Cache, step: int) -> int:
     """Steps from ``step`` on, whose own fills have been published, before another block with an id is filled."""
     when = next_fill(cache)
-    return when - step if when >= 0 else 1 << SLOT_BITS
+    return int(when - step) if when >= 0 else 1 << SLOT_BITS
 
 
 @compiled

@@ -5,6 +5,7 @@ Written from docs/engine-prefix-cache.md to be read; the comments name the rule 
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 from simulator.engine.block_hashes import BlockHashes
 
@@ -32,8 +33,7 @@ class BlockPool:
         self.published: dict[int, list[Block]] = {}
         """Blocks by id, the oldest first (C3)."""
         self.tables: dict[int, list[Block]] = {}
-        ends = hashes.offsets.tolist()
-        self.ids = [hashes.ids[start:stop].tolist() for start, stop in zip(ends, ends[1:], strict=False)]
+        self.ids = [hashes.ids[start:stop].tolist() for start, stop in pairwise(hashes.offsets.tolist())]
         self.counts = dict.fromkeys(
             ("cache_queried_tokens", "cache_hit_tokens", "cache_hit_pairs", "evicted_blocks"), 0
         )

@@ -386,10 +386,9 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
     state.seen[slot] = max(state.seen[slot], computed)
     row = state.row[slot]
     freed = blocks_for(computed, block_size)
-    if extra is not None:
-        if extra.cache.on:
-            leave(extra.cache, slot, row, ints[STEP])
-            freed = release(extra.cache, slot, row, freed)
+    if extra is not None and extra.cache.on:
+        leave(extra.cache, slot, row, ints[STEP])
+        freed = release(extra.cache, slot, row, freed)
     ints[FREE_BLOCKS] += freed
     state.computed[slot] = 0
     _unlink(state, slot)
@@ -408,11 +407,10 @@ def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, block_si
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
     freed = blocks_for(state.computed[slot], block_size)
-    if extra is not None:
-        if extra.cache.on:
-            leave(extra.cache, slot, row, ints[STEP])
-            note_end(extra.cache, slot, freed)
-            freed = 0
+    if extra is not None and extra.cache.on:
+        leave(extra.cache, slot, row, ints[STEP])
+        note_end(extra.cache, slot, freed)
+        freed = 0
     ints[FREE_BLOCKS] += freed
     state.finish_step[slot] = -1
     _unlink(state, slot)
@@ -546,9 +544,8 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extr
             if gone:
                 return
             ints[FREE_BLOCKS] -= 1
-            if extra is not None:
-                if extra.cache.on:
-                    take(extra.cache, 1)
+            if extra is not None and extra.cache.on:
+                take(extra.cache, 1)
         slot = state.after[slot]
 
 
@@ -598,10 +595,9 @@ def _schedule_chunks(
             free += ints[FREE_BLOCKS]
         else:
             free -= missing
-            if extra is not None:
-                if extra.cache.on:
-                    take(extra.cache, missing)
-                    publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
+            if extra is not None and extra.cache.on:
+                take(extra.cache, missing)
+                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
             room -= want
             tokens += want
             state.chunk_slot[0] = slot
@@ -621,12 +617,11 @@ def _schedule_chunks(
             done = stream.cached[row]
             held = 0
             hits = 0
-            if extra is not None:
-                if extra.cache.on:
-                    if extra.cache.late:
-                        catch_up(extra.cache, state.row, ints[STEP])
-                    hits, held = find(extra.cache, row, (known - 1) // bs)
-                    done = max(done, hits * bs)
+            if extra is not None and extra.cache.on:
+                if extra.cache.late:
+                    catch_up(extra.cache, state.row, ints[STEP])
+                hits, held = find(extra.cache, row, (known - 1) // bs)
+                done = max(done, hits * bs)
             want = min(known - done, room)
             need = blocks_for(done + want, bs)
             if need - held > free or (limits.reserve_full and blocks_for(known, bs) - held > free):
@@ -648,11 +643,10 @@ def _schedule_chunks(
             _append(state, slot)
             waiting -= 1
             free -= need
-            if extra is not None:
-                if extra.cache.on:
-                    free += hits - admit(extra.cache, slot, row, hits, known, done, state.seen[slot])
-                    take(extra.cache, need - hits)
-                    publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
+            if extra is not None and extra.cache.on:
+                free += hits - admit(extra.cache, slot, row, hits, known, done, state.seen[slot])
+                take(extra.cache, need - hits)
+                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
             room -= want
             tokens += want
             state.chunk_slot[chunks] = slot
@@ -801,9 +795,7 @@ def _advance_decodes(cost: CostTable, out: Outcome, state: State, price: Price, 
 
 
 @inlined
-def _start_decoding(
-    cost: CostTable, state: State, extra: Extra | None, slot: int, rest: int, block_size: int
-) -> None:
+def _start_decoding(cost: CostTable, state: State, extra: Extra | None, slot: int, rest: int, block_size: int) -> None:
     """Let a request whose prompt is computed join the decoding batch, ``rest`` tokens from its end."""
     ints = state.ints
     step = ints[STEP]
@@ -816,9 +808,8 @@ def _start_decoding(
         ints[WINDOW_SUM] += seen
         _push_event(cost, state, slot, seen)
     state.residues[residue(done - step, block_size)] += 1
-    if extra is not None:
-        if extra.cache.late:
-            watch(extra.cache, slot, state.row[slot], done, step)
+    if extra is not None and extra.cache.late:
+        watch(extra.cache, slot, state.row[slot], done, step)
     state.finish_step[slot] = step + rest
     if ints[HEAP_SIZE] == len(state.heap):
         _drop_stale(state)
@@ -864,9 +855,8 @@ def _end_chunks(
             pays += cost.planes[plane, 3] * _chunk_pairs(cost, done, size)
             pays += cost.planes[plane, 4] * _chunk_keys(cost, done, size)
         start = stream.cached[row]
-        if extra is not None:
-            if extra.cache.on:
-                start = extra.cache.start[slot]
+        if extra is not None and extra.cache.on:
+            start = extra.cache.start[slot]
         out.busy_cached[row] += cost.planes[plane, 1] * start
         if done + size == known:
             pays += price.per_row
@@ -950,9 +940,8 @@ def advance(
         short = step_need > ints[FREE_BLOCKS]
         if short:
             _make_room(cost, limits, out, state, extra)
-        elif extra is not None:
-            if extra.cache.on:
-                take(extra.cache, step_need)
+        elif extra is not None and extra.cache.on:
+            take(extra.cache, step_need)
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else step_need)
         chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short)
@@ -973,18 +962,16 @@ def advance(
             q = price.slope * batch + cost.window_slope * ints[N_GROWING]
             if not chunks.preempted:
                 k = _segment_length(cost, limits, state, price.d0, q, next_arrival, until)
-                if extra is not None:
-                    if chunks.unsure:
-                        k = min(k, steps_to_fill(extra.cache, step)) if limits.reserve_full else 1
+                if extra is not None and chunks.unsure:
+                    k = min(k, steps_to_fill(extra.cache, step)) if limits.reserve_full else 1
             end = end_of_steps(t, price.d0, q, k)
             owned = limits.num_blocks - ints[FREE_BLOCKS]
             if short:
                 blocks_integral = owned * (end - t)
             else:
                 owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, owned, price.d0, q)
-                if extra is not None:
-                    if extra.cache.on:
-                        take(extra.cache, owned - (limits.num_blocks - ints[FREE_BLOCKS]) - step_need)
+                if extra is not None and extra.cache.on:
+                    take(extra.cache, owned - (limits.num_blocks - ints[FREE_BLOCKS]) - step_need)
                 ints[FREE_BLOCKS] = limits.num_blocks - owned
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
 
@@ -1003,9 +990,8 @@ def advance(
         if chunks.n > 0:
             n_done += _end_chunks(cost, stream, out, state, extra, chunks.n, price, bs)
         n_done += _end_decodes(cost, out, state, extra, bs)
-        if extra is not None:
-            if extra.cache.ints[N_ENDED] > 0:
-                ints[FREE_BLOCKS] += release_ended(extra.cache, state.row)
+        if extra is not None and extra.cache.ints[N_ENDED] > 0:
+            ints[FREE_BLOCKS] += release_ended(extra.cache, state.row)
         if stream.concurrency > 0 and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)
             for _ in range(n_done):

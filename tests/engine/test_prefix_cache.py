@@ -1,19 +1,14 @@
 """The prefix cache: the compiled engine against the reference engine, block for block where both can see."""
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.records import FINISHED, EngineSettings
-from simulator.engine.reference import Replica
-from simulator.errors import InputError
 from tests.engine.engines import engine
-from tests.engine.strategies import Case, Pick, dyadic_case, observe, one_of, requests_of, step_cost
+from tests.engine.strategies import Case, Pick, dyadic_case, observe, one_of
 from tests.engine.test_equivalence import TIMES, assert_counts_equal, assert_shares_close, assert_timelines_close
 
 SEEDED_CASES = 300
