@@ -71,6 +71,8 @@ def resolve(scenario: Scenario) -> Resolved:
         num_kv_blocks=blocks,
         max_model_len=length or 0,
         scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
+        prefix_cache=engine.prefix_cache,
+        cache_outputs=engine.cache_outputs,
     )
     return Resolved(
         scenario=scenario,
