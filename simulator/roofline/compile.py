@@ -33,6 +33,11 @@ def compile_step_cost(d: Deployment) -> StepCost:
     """
     if d.context_domains:
         raise InputError("context parallelism splits prompts and cannot decode; the engines do both")
+    if d.kv_layout == "batch":
+        raise InputError(
+            "kv_layout = 'batch': a step waits for the chip with most sequences, which the engines' tables cannot say; "
+            "price it with chipseconds roofline"
+        )
     if d.stage != (1, 1) or d.expert_ranks > 1:
         what = (
             f"stage {d.stage[0]} of {d.stage[1]}"
@@ -118,14 +123,23 @@ def _prefill_planes(d: Deployment, expansion_s: float) -> Array:
     sum from below everywhere, and is the sum where the state holds.
     """
 
+    def every(*sizes: float) -> list[Op]:
+        return prefill_attention_ops(d, *sizes)
+
     def seconds(*sizes: float) -> list[float]:
-        return [float(op.roofline_s) for op in prefill_attention_ops(d, *sizes)]
+        return [float(op.roofline_s) for op in every(*sizes) if op.kind != "collective"]
+
+    def gather_s(*sizes: float) -> float:
+        return sum(float(op.roofline_s) for op in every(*sizes) if op.kind == "collective")
+
+    key_s = expansion_s + gather_s(0.0, 0.0, 1.0)
+    seen_s = gather_s(0.0, 0.0, 0.0, 0.0, 1.0)
 
     launches = prefill_attention_ops(d, 1.0, 0.0, 0.0)
     chunk_s = float(sum_over(op.time_s for op in launches))
     full = _states(seconds(0.0, 1.0, 0.0), seconds(0.0, 0.0, 1.0))
     windowed = _states(seconds(0.0, 0.0, 0.0, 1.0, 0.0), seconds(0.0, 0.0, 0.0, 0.0, 1.0))
-    return np.array([[a, k + expansion_s, chunk_s, aw, kw] for a, k in full for aw, kw in windowed])
+    return np.array([[a, k + key_s, chunk_s, aw, kw + seen_s] for a, k in full for aw, kw in windowed])
 
 
 def _states(pairs: Sequence[float], keys: Sequence[float]) -> list[tuple[float, float]]:
