@@ -92,9 +92,25 @@ def step_time_s(d: Deployment, step: StepShape) -> float:
 
 
 def hidden_s(d: Deployment, ops: Sequence[Op]) -> Array:
-    """Time of collectives that hides behind the matrix products among ``ops``, either all dense or all of the head. [s]"""
-    collective_s = sum_over(op.roofline_s for op in ops if op.kind == "collective")
-    return d.overlap * np.minimum(collective_s, sum_over(op.roofline_s for op in ops if op.kind == "matmul"))
+    """Time of collectives that hides behind the matrix products among ``ops``, either all dense or all of the head. [s]
+
+    Of each collective ``overlap`` may, or what its algorithm hides if that is more, but no more than its share of the
+    time the products take.
+    """
+    fractions = {hiding(d, op) for op in ops if op.kind == "collective"} - {0.0}
+    if not fractions:
+        return np.zeros(())
+    products_s = sum_over(op.roofline_s for op in ops if op.kind == "matmul")
+    if len(fractions) == 1 and d.overlap:
+        collective_s = sum_over(op.roofline_s for op in ops if op.kind == "collective")
+        return d.overlap * np.minimum(collective_s, products_s)
+    able_s = sum_over(hiding(d, op) * op.roofline_s for op in ops if op.kind == "collective")
+    return np.minimum(able_s, max(fractions) * products_s)
+
+
+def hiding(d: Deployment, op: Op) -> float:
+    """Fraction of a collective that may hide behind matrix products."""
+    return max(d.overlap, op.hides)
 
 
 def dense_parts(d: Deployment, dense: Sequence[Op]) -> dict[str, Array]:

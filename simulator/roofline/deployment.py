@@ -60,6 +60,9 @@ class Deployment:
         where the weights of a layer are: ``1d``, split over heads and feed-forward columns; ``2d``, over d_model too;
         ``gathered``, put together before use while tokens are split. ``2d-x``, ``gathered-xy`` … name the axes of the
         torus that d_model is split over, or weights are gathered over (see :mod:`simulator.roofline.layouts`).
+    looped_exchange
+        how a two-dimensional layout exchanges: False, one collective over all axes of a group, and nothing hides but what
+        ``overlap`` says; True, as the published code does (see :mod:`simulator.roofline.exchange`).
     activation_traffic
         True: inputs and outputs of every op and KV writes cross HBM. False: only weights and KV reads do, as in
         textbook rooflines, and unpacking weights is free.
@@ -96,6 +99,7 @@ class Deployment:
     overlap: float = 0.0
     kv_layout: Literal["heads", "even", "batch"] = "heads"
     layout: str = "1d"
+    looped_exchange: bool = False
     activation_traffic: bool = True
     sequence_parallel: bool | None = None
     dequantization_flops: float = DEQUANTIZATION_FLOPS
@@ -153,6 +157,8 @@ class Deployment:
             raise InputError(
                 f"tp = {tp} on {self.slice.spec} ({chips} chip{'s' if chips > 1 else ''}): tp must be {chips}; {rule}"
             )
+        if self.looped_exchange and self.model_chips == 1:
+            raise InputError(f"deployment.looped_exchange with layout = {self.layout!r}: only 2d layouts exchange in loops")
         if self.axis_split is not None:
             self._check_layout(self.axis_split)
             return

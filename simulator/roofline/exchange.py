@@ -13,8 +13,9 @@ attention over sequences       all-to-all over all chips of n·(queries, keys, v
 
 Where attention and feed-forward are parallel, their products are fused and so are their exchanges over X, and they share a
 norm, as in the published code of [1]_ (``layers/two_d_parallel_xmap.py`` at commit 8d8a4f1b of google-research), from which
-the order of the exchanges is taken. It hides part of the exchanges over X behind the products; here
-:attr:`~simulator.roofline.deployment.Deployment.overlap` alone says how much hides.
+the order of the exchanges is taken. ``looped_exchange`` follows it in two more points: exchanges of the residual stream take
+the R chips' axes one after the other, and those over X run in X pieces inside the products they belong to, so that all but
+the first piece may hide.
 
 A prefill in which chips hold parts of the keys gathers them, every layer. Its latencies add to its transfer, which makes a
 step's time linear in its keys.
@@ -33,7 +34,7 @@ from simulator.roofline.blocks import ffn_matrices, mixer_matrices
 from simulator.roofline.collectives import all_gather_s, all_reduce_s, all_to_all_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Number, Op, all_reduce_ops, matrix_bytes
-from simulator.roofline.layouts import AxisSplit
+from simulator.roofline.layouts import AxisSplit, single_axes
 
 STATISTICS_BYTES = 4
 """FP32 sum of squares of a token; layer norm has the sum as well."""
@@ -46,7 +47,7 @@ def layer_exchange_ops(d: Deployment, n: Number) -> list[Op]:
         return all_reduce_ops(d, "all-reduce, layers", d.reductions, n)
     wide = d.precision.wide_bytes
     rows = n * (d.architecture.d_model * wide / (d.model_chips * d.gathered_chips))
-    ops = _moves(d, "gather, scatter d_model", d.reductions, 2, rows, split.columns)
+    ops = _row_moves(d, rows, split.columns)
     if split.layout.kind == "gathered":
         return [*_weight_gathers(d, split, n), *ops]
     parallel = d.architecture.parallel_attention_ffn
@@ -66,7 +67,9 @@ def layer_exchange_ops(d: Deployment, n: Number) -> list[Op]:
         for out, back in sizes:
             for columns in (out, back):
                 size = n * (columns / d.column_chips * wide)
-                ops += _moves(d, "gather, scatter columns", group.count, 1, size, split.model)
+                hides = 1 - 1 / d.model_chips if d.looped_exchange else 0.0
+                moves = _moves(d, "gather, scatter columns", group.count, 1, size, split.model)
+                ops += [replace(op, hides=hides) for op in moves]
     return ops
 
 
@@ -113,6 +116,15 @@ def keys_gather_ops(d: Deployment, P: Number, K: Number, KW: Number) -> list[Op]
                     overhead_s=P * (count * latency),
                 )
             )
+    return ops
+
+
+def _row_moves(d: Deployment, rows: Number, columns: LinkDomain) -> list[Op]:
+    """Gathers of the residual stream over the columns' axes before the blocks, and scatters after them."""
+    ops, size = [], rows
+    for axis in reversed(single_axes(columns)) if d.looped_exchange else [columns]:
+        ops += _moves(d, "gather, scatter d_model", d.reductions, 2, size, axis)
+        size = size * (1 / axis.size)
     return ops
 
 

@@ -55,6 +55,8 @@ class Op:
         launches and other fixed time. [s]
     dtype
         format of its arithmetic; empty if it does none.
+    hides
+        of a collective, the fraction that runs in pieces inside matrix products.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Op:
     roofline_s: Number = 0.0
     overhead_s: Number = 0.0
     dtype: str = ""
+    hides: float = 0.0
 
     @property
     def hbm_bytes(self) -> Number:
@@ -308,5 +311,5 @@ def times(n: Number, factor: float) -> Number:
 
 def sum_ops(one: Op, other: Op) -> Op:
     """Add two ops of one name."""
-    kept = {"name", "kind", "dtype"}
+    kept = {"name", "kind", "dtype", "hides"}
     return replace(one, **{f: getattr(one, f) + getattr(other, f) for f in vars(one) if f not in kept})

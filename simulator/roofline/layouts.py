@@ -360,6 +360,11 @@ def _splits(axes: list[int]) -> Iterator[tuple[list[int], list[int]]]:
             yield list(chosen), [a for a in axes if a not in chosen]
 
 
+def single_axes(torus: LinkDomain) -> list[LinkDomain]:
+    """Each axis longer than one chip, on its own."""
+    return [_axes(torus, [i]) for i, n in enumerate(torus.dims) if n > 1]
+
+
 def _axes(torus: LinkDomain, chosen: list[int]) -> LinkDomain:
     """The torus along some of its axes."""
     dims = tuple(n if i in chosen else 1 for i, n in enumerate(torus.dims))
