@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from simulator.cli.costs import cost_options, costs
 from simulator.cli.output import json_option, note, print_json, print_table
 from simulator.errors import InputError
 
@@ -46,10 +47,16 @@ if TYPE_CHECKING:
     show_default=True,
     help="The chip's fractions and overheads, or the bare datasheet.",
 )
-@click.option("--overlap", type=float, default=0.0, show_default=True, help="Fraction of collectives that may hide.")
 @click.option(
-    "--kv-layout", type=click.Choice(["heads", "even"]), default="heads", show_default=True, help="KV sharding."
+    "--layout", help="Where weights are on a torus: 1d (default), 2d, gathered, or with axes: 2d-x, gathered-xyz."
 )
+@click.option("--looped-exchange", is_flag=True, help="2d layouts exchange in pieces inside their products.")
+@click.option(
+    "--kv-layout",
+    type=click.Choice(["heads", "even", "batch"]),
+    help="KV cache over heads (default), evenly, or whole sequences on chips.",
+)
+@cost_options
 @click.option("--max-num-seqs", type=int, help="vLLM's setting. Default: 256, or the batch if larger.")
 @click.option("--max-num-batched-tokens", type=int, help="vLLM's setting. Default: 8192, or the step if larger.")
 @click.option("--gpu-memory-utilization", type=float, default=0.9, show_default=True, help="vLLM's setting.")
@@ -145,8 +152,9 @@ def _deployment(options: dict[str, Any]) -> "Deployment":
         max_num_seqs=seqs,
         max_num_batched_tokens=options["max_num_batched_tokens"] or max(8192, tokens),
         gpu_memory_utilization=options["gpu_memory_utilization"],
-        overlap=options["overlap"],
-        kv_layout=options["kv_layout"],
+        kv_layout=options["kv_layout"] or "heads",
+        layout=options["layout"] or "1d",
+        **costs(options),
     )
 
 

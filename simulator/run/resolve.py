@@ -59,6 +59,10 @@ def resolve(scenario: Scenario) -> Resolved:
         overlap=scenario.sharding.overlap,
         kv_layout=scenario.sharding.kv_layout,
         sequence_parallel=scenario.sharding.sequence_parallel,
+        layout=scenario.sharding.layout,
+        looped_exchange=scenario.sharding.looped_exchange,
+        expert_imbalance=scenario.deployment.expert_imbalance,
+        dequantization_flops=scenario.deployment.dequantization_flops,
     )
     override = engine.num_gpu_blocks_override
     # vLLM's count includes the null block, which no request gets.

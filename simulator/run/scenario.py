@@ -17,7 +17,7 @@ from simulator.catalog.files import data_folder, find, names_in, parse, read_tom
 from simulator.catalog.records import Record
 from simulator.engine.records import EngineSettings
 from simulator.errors import InputError
-from simulator.roofline.deployment import WORKSPACE_BYTES
+from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
 from simulator.traffic import TrafficSpec
 
@@ -34,8 +34,21 @@ class ShardingOptions(Record):
     """Fraction of the collectives that may hide behind matrix products."""
     kv_layout: Literal["heads", "even"] = "heads"
     """``even`` spreads the KV cache without regard to heads (its exchange is not priced)."""
+    layout: str = "1d"
+    """Where weights are on a torus: ``1d``, ``2d``, ``gathered``, or with axes, ``2d-x``."""
+    looped_exchange: bool = False
+    """Whether a ``2d`` layout exchanges in pieces inside its products."""
     sequence_parallel: bool | None = None
     """Norms and residuals split over tokens; None: on a torus."""
+
+
+class DeploymentOptions(Record):
+    """``[deployment]``: what the datasheet and the sharding leave open about a step's cost."""
+
+    expert_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Busiest against mean time of routed experts."""
+    dequantization_flops: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEQUANTIZATION_FLOPS
+    """Unpacking one weight held narrower than its products, in FLOPs of the matrix units. [FLOP]"""
 
 
 class EngineOptions(Record):
@@ -108,6 +121,7 @@ class Scenario(Record):
     replicas: PositiveInt = 1
     router: Literal["round-robin"] = "round-robin"
     sharding: ShardingOptions = ShardingOptions()
+    deployment: DeploymentOptions = DeploymentOptions()
     engine: EngineOptions = EngineOptions()
     efficiency: Annotated[EfficiencyOptions, BeforeValidator(_base_from_word)] = EfficiencyOptions()
     traffic: TrafficSpec
