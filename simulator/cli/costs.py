@@ -29,5 +29,5 @@ def cost_options(command: Command) -> Command:
 
 def costs(options: dict[str, Any]) -> dict[str, Any]:
     """The settings of :class:`~simulator.roofline.deployment.Deployment` that the options say; it checks their ranges."""
-    names = ("overlap", "expert_imbalance", "dequantization_flops", "looped_exchange", "mtp")
+    names = ("overlap", "expert_imbalance", "dequantization_flops", "looped_exchange")
     return {name: options[name] for name in names if options.get(name) is not None}

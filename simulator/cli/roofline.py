@@ -7,7 +7,7 @@ import click
 
 from simulator.cli.costs import cost_options, costs
 from simulator.cli.output import json_option, note, print_json, print_table
-from simulator.errors import InputError
+from simulator.errors import InfeasibleError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     help="KV cache over heads (default), evenly, or whole sequences on chips.",
 )
 @cost_options
+@click.option("--mtp", type=click.IntRange(min=1), help="Runs of the model's MTP modules after a decode step.")
 @click.option("--max-num-seqs", type=int, help="vLLM's setting. Default: 256, or the batch if larger.")
 @click.option("--max-num-batched-tokens", type=int, help="vLLM's setting. Default: 8192, or the step if larger.")
 @click.option("--gpu-memory-utilization", type=float, default=0.9, show_default=True, help="vLLM's setting.")
@@ -87,9 +88,17 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
     Figures are per chip unless they say otherwise. A deployment that does not fit is priced all the same, and the
     command ends with exit code 1.
     """
-    from simulator.cli.roofline_views import print_what_if, save_waterfall, waterfall_steps, what_if_rows
+    from simulator.cli.roofline_views import (
+        mtp_document,
+        print_mtp,
+        print_what_if,
+        save_waterfall,
+        waterfall_steps,
+        what_if_rows,
+    )
     from simulator.roofline.analysis import step_report
     from simulator.roofline.memory import require_fit
+    from simulator.roofline.mtp import mtp_step
 
     for figure in (plot, waterfall):
         if figure is not None:
@@ -101,7 +110,8 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
     if any(options[name] is not None for name in ("pp", "sharding", "objective", "micro_batches")):
         from simulator.cli.sharded import sharded_roofline
 
-        for name, value in (("plot", plot), ("waterfall", waterfall), ("what-if", options["what_if_"])):
+        views = {"plot": plot, "waterfall": waterfall, "what-if": options["what_if_"], "mtp": options["mtp"]}
+        for name, value in views.items():
             if value is not None:
                 raise InputError(f"--{name} is for one replica on the whole slice; leave --shard and --pp out")
         sharded_roofline(options, as_json=as_json)
@@ -115,12 +125,16 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
         if size is not None and size > limit:
             raise InputError(f"--{name} {size}: more than one step may hold ({limit}); raise --max-num-… or drop it")
     report = step_report(deployment, prefill=prefill, decode=decode, context=context)
+    mtp = mtp_step(report, options["mtp"]) if options["mtp"] is not None else None
     changes = what_if_rows(report, options["what_if_"]) if options["what_if_"] is not None else []
     steps = waterfall_steps(report, options["over"]) if waterfall is not None else None
     if as_json:
-        print_json(document(report) | {"what_if": [vars(change) for change in changes]})
+        extra = {} if mtp is None else {"mtp": mtp_document(mtp)}
+        print_json(document(report) | {"what_if": [vars(change) for change in changes]} | extra)
     else:
         print_report(report)
+        if mtp is not None:
+            print_mtp(mtp)
         if changes:
             print_what_if(report, changes)
     if steps is not None and waterfall is not None:
@@ -132,6 +146,11 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
         save_roofline_plot(report, plot)
         note(f"plot written to {plot}")
     require_fit(deployment)
+    if mtp is not None and not mtp.memory.fits:
+        raise InfeasibleError(
+            f"{deployment.architecture.name} fits on {deployment.slice.spec}, but not with its MTP modules: they take "
+            f"{mtp.weights_bytes / 1e9:.2f} GB more on each chip; a larger slice, or no --mtp"
+        )
 
 
 def _deployment(options: dict[str, Any]) -> "Deployment":

@@ -158,7 +158,9 @@ class Deployment:
                 f"tp = {tp} on {self.slice.spec} ({chips} chip{'s' if chips > 1 else ''}): tp must be {chips}; {rule}"
             )
         if self.looped_exchange and self.model_chips == 1:
-            raise InputError(f"deployment.looped_exchange with layout = {self.layout!r}: only 2d layouts exchange in loops")
+            raise InputError(
+                f"deployment.looped_exchange with layout = {self.layout!r}: only 2d layouts exchange in loops"
+            )
         if self.axis_split is not None:
             self._check_layout(self.axis_split)
             return
@@ -202,7 +204,9 @@ class Deployment:
             raise InputError(f"{where}: residuals are split over the chips; sequence_parallel = false contradicts that")
         if self.kv_layout == "batch":
             if split.layout.kind == "gathered":
-                raise InputError(f"{where}: sequences are split over axis {split.layout.axes} already; kv_layout = heads")
+                raise InputError(
+                    f"{where}: sequences are split over axis {split.layout.axes} already; kv_layout = heads"
+                )
             self._check_batch_attention()
         if self.architecture.d_model % self.chips:
             raise InputError(f"{where}: {self.chips} chips do not divide d_model = {self.architecture.d_model} evenly")
@@ -265,7 +269,9 @@ class Deployment:
             )
         blocks = [ffn for _, ffn in self.ffns if isinstance(ffn, DenseFFN)]
         widest = max(blocks, key=lambda ffn: ffn.d_ff, default=None)
-        widths = widest and Widths(self.architecture.d_model, widest.d_ff, matrices=3 if widest.gated else 2)
+        widths = None
+        if widest is not None:
+            widths = Widths(self.architecture.d_model, widest.d_ff, matrices=3 if widest.gated else 2)
         return split_axes(self.slice.domains[0], layout, widths, where=self.slice.spec)
 
     @property

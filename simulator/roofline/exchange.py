@@ -23,7 +23,6 @@ step's time linear in its keys.
 .. [1] R. Pope et al., "Efficiently Scaling Transformer Inference", 2022, §3.2–3.3 (as transcribed in the project's target tables).
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -94,7 +93,7 @@ def keys_gather_ops(d: Deployment, P: Number, K: Number, KW: Number) -> list[Op]
     if not d.gathers_keys:
         return []
     split = d.axis_split
-    domains: Sequence[LinkDomain] = d.slice.domains if d.kv_layout == "batch" or split is None else [split.gathered]
+    domains = d.slice.domains if d.kv_layout == "batch" or split is None else (split.gathered,)
     chips = d.chips if d.kv_layout == "batch" else d.gathered_chips
     free = [replace(domain, latency_s=0.0) for domain in domains]
     per_byte = float(all_gather_s(1.0, free, link=d.eff.link))
@@ -171,9 +170,7 @@ def _all_reduces(d: Deployment, name: str, count: int, size: Number, domain: Lin
     return [_collective(d, name, count, 1, size, size * (count * 2 * (1 - 1 / domain.size)), time)]
 
 
-def _collective(
-    d: Deployment, name: str, count: int, passes: int, size: Number, moved: Number, time: Number
-) -> Op:
+def _collective(d: Deployment, name: str, count: int, passes: int, size: Number, moved: Number, time: Number) -> Op:
     return Op(
         name,
         "collective",

@@ -135,7 +135,13 @@ def search(
 
 
 def _layouts(
-    architecture: Architecture, slice_: Slice, sharding: Sharding, tokens: int, settings: dict[str, Any], *, decodes: bool
+    architecture: Architecture,
+    slice_: Slice,
+    sharding: Sharding,
+    tokens: int,
+    settings: dict[str, Any],
+    *,
+    decodes: bool,
 ) -> list[dict[str, Any]]:
     """``settings`` with every layout worth trying: on a torus one of each kind, with either place for the keys of a decode."""
     found = [settings]
