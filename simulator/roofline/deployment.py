@@ -274,17 +274,17 @@ class Deployment:
             widths = Widths(self.architecture.d_model, widest.d_ff, matrices=3 if widest.gated else 2)
         return split_axes(self.slice.domains[0], layout, widths, where=self.slice.spec)
 
-    @property
+    @cached_property
     def model_chips(self) -> int:
         """Chips over which d_model is split; 1 unless the layout is two-dimensional."""
         return 1 if self.axis_split is None else self.axis_split.model.size
 
-    @property
+    @cached_property
     def gathered_chips(self) -> int:
         """Chips that gather each other's weights and split the tokens; 1 unless the layout is gathered."""
         return 1 if self.axis_split is None else self.axis_split.gathered.size
 
-    @property
+    @cached_property
     def column_chips(self) -> int:
         """Chips over which heads and feed-forward columns are split in a product."""
         return self.chips // (self.model_chips * self.gathered_chips)

@@ -131,6 +131,8 @@ def search(
             reason = _too_small(d, prefill, batch, context)
             found = None if reason else sharded_report(d, prefill=prefill, decode=batch, context=context)
             tried.append(Tried(sharding, found, reason, **label))
+            if not d.memory.fits:  # layouts differ in where weights are, not in how much of them a chip holds
+                break
     return Search(objective, tuple(sorted(tried, key=lambda t: _rank(t, objective))))
 
 
