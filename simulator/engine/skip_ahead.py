@@ -24,14 +24,13 @@ from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.prefix_cache import (
     N_ENDED,
+    START,
     Cache,
     admit,
-    catch_up,
-    find,
-    leave,
+    give_back,
+    grow,
+    look_up,
     note_end,
-    publish,
-    release,
     release_ended,
     steps_to_fill,
     take,
@@ -387,8 +386,7 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
     row = state.row[slot]
     freed = blocks_for(computed, block_size)
     if extra is not None and extra.cache.on:
-        leave(extra.cache, slot, row, ints[STEP])
-        freed = release(extra.cache, slot, row, freed)
+        freed = give_back(extra.cache, slot, row, freed, ints[STEP])
     ints[FREE_BLOCKS] += freed
     state.computed[slot] = 0
     _unlink(state, slot)
@@ -408,8 +406,7 @@ def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, block_si
     out.finish[row] = state.floats[CLOCK]
     freed = blocks_for(state.computed[slot], block_size)
     if extra is not None and extra.cache.on:
-        leave(extra.cache, slot, row, ints[STEP])
-        note_end(extra.cache, slot, freed)
+        note_end(extra.cache, slot, row, freed, ints[STEP])
         freed = 0
     ints[FREE_BLOCKS] += freed
     state.finish_step[slot] = -1
@@ -596,8 +593,7 @@ def _schedule_chunks(
         else:
             free -= missing
             if extra is not None and extra.cache.on:
-                take(extra.cache, missing)
-                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
+                grow(extra.cache, slot, row, missing, (done + want) // bs, ints[STEP])
             room -= want
             tokens += want
             state.chunk_slot[0] = slot
@@ -618,9 +614,7 @@ def _schedule_chunks(
             held = 0
             hits = 0
             if extra is not None and extra.cache.on:
-                if extra.cache.late:
-                    catch_up(extra.cache, state.row, ints[STEP])
-                hits, held = find(extra.cache, row, (known - 1) // bs)
+                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, ints[STEP])
                 done = max(done, hits * bs)
             want = min(known - done, room)
             need = blocks_for(done + want, bs)
@@ -645,8 +639,7 @@ def _schedule_chunks(
             free -= need
             if extra is not None and extra.cache.on:
                 free += hits - admit(extra.cache, slot, row, hits, known, done, state.seen[slot])
-                take(extra.cache, need - hits)
-                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
+                grow(extra.cache, slot, row, need - hits, (done + want) // bs, ints[STEP])
             room -= want
             tokens += want
             state.chunk_slot[chunks] = slot
@@ -856,7 +849,7 @@ def _end_chunks(
             pays += cost.planes[plane, 4] * _chunk_keys(cost, done, size)
         start = stream.cached[row]
         if extra is not None and extra.cache.on:
-            start = extra.cache.start[slot]
+            start = extra.cache.slots[slot, START]
         out.busy_cached[row] += cost.planes[plane, 1] * start
         if done + size == known:
             pays += price.per_row
