@@ -8,7 +8,7 @@ A node is one row of :attr:`Cache.nodes`, 64 bytes, a cache line. Node 0 is the 
 one id form a ring too, from the oldest on.
 
 Blocks that decoding fills are published late, just before anybody looks (:func:`catch_up`). That they are found as if they had been
-published in time rests on the stamp of each: the step that filled it, decodes before chunks, and the order of admission.
+published in time rests on the stamp of each: the step that filled it, and the order of admission within that.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ NOBODY = -1
 SLOT_BITS = 20
 """A key of the fill heap is step << SLOT_BITS | slot."""
 STAMP_BITS = 31
-"""A stamp is (2 · step, or 2 · step + 1 for a chunk) << STAMP_BITS | the number of its owner's admission."""
+"""A stamp is step << STAMP_BITS | the number of its owner's admission: the order in which R5 and R7 schedule."""
 # kinds of entries in Cache.log
 TAKES, ADMITS, PUBLISHES, FREES = range(4)
 
@@ -293,8 +293,8 @@ def admit(cache: Cache, slot: int, row: int, hits: int, known: int, start: int, 
 
 
 @compiled
-def publish(cache: Cache, slot: int, row: int, full: int, stamp: int) -> None:
-    """C3: let the first ``full`` blocks of a request be found, as far as they have ids."""
+def publish(cache: Cache, slot: int, row: int, full: int, step: int) -> None:
+    """C3: let the first ``full`` blocks of a request be found from ``step`` on, as far as they have ids."""
     nodes = cache.nodes
     offset = cache.offsets[row]
     full = min(full, cache.offsets[row + 1] - offset)
@@ -302,13 +302,13 @@ def publish(cache: Cache, slot: int, row: int, full: int, stamp: int) -> None:
     if full <= done:
         return
     if len(cache.log) > 0:
-        _note(cache, PUBLISHES, row, full, stamp)
+        _note(cache, PUBLISHES, row, full, step)
     base = slot * cache.stride
     for j in range(done, full):
         node = _new_node(cache)
         nodes[node, ID] = cache.ids[offset + j]
         nodes[node, OWNERS] = 1
-        nodes[node, STAMP] = stamp << STAMP_BITS | cache.slots[slot, ORDER]
+        nodes[node, STAMP] = step << STAMP_BITS | cache.slots[slot, ORDER]
         _enter(cache, node)
         cache.table[base + j] = node
     cache.slots[slot, PUBLISHED] = full
@@ -318,7 +318,7 @@ def publish(cache: Cache, slot: int, row: int, full: int, stamp: int) -> None:
 def grow(cache: Cache, slot: int, row: int, count: int, full: int, step: int) -> None:
     """C2, C3: give a request ``count`` blocks for a chunk of ``step``, and publish the first ``full`` it has then."""
     take(cache, count)
-    publish(cache, slot, row, full, 2 * step + 1)
+    publish(cache, slot, row, full, step)
 
 
 @compiled
@@ -403,7 +403,7 @@ def _catch_up(cache: Cache, rows: Any, step: int) -> None:
 @compiled
 def _fill(cache: Cache, slot: int, row: int, step: int) -> None:
     """Publish the block that a decoding request fills in ``step``, and look out for its next."""
-    publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, 2 * step)
+    publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, step)
     watch(cache, slot, row, cache.slots[slot, PUBLISHED] * cache.block_size, step + 1)
 
 
@@ -412,7 +412,7 @@ def _leave(cache: Cache, slot: int, row: int, step: int) -> None:
     """C4: a decoding request stops before ``step``: publish what it has filled, and watch it no longer."""
     when = cache.slots[slot, FILL_STEP]
     while 0 <= when < step:
-        publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, 2 * when)
+        publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, when)
         when += cache.block_size
         if cache.offsets[row] + cache.slots[slot, PUBLISHED] >= cache.offsets[row + 1]:
             break

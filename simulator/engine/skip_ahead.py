@@ -487,7 +487,7 @@ class Chunks(NamedTuple):
     free: int
     preempted: bool
     unsure: bool
-    """The first of the queue lacks blocks, and may lack fewer in a later step without anyone leaving (C6)."""
+    """The first of the queue lacks blocks, but decoding may publish one that it can share."""
 
 
 class Price(NamedTuple):
@@ -620,7 +620,7 @@ def _schedule_chunks(
             need = blocks_for(done + want, bs)
             if need - held > free or (limits.reserve_full and blocks_for(known, bs) - held > free):
                 if extra is not None:
-                    unsure = extra.cache.late or not limits.reserve_full
+                    unsure = extra.cache.late
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1
@@ -956,7 +956,7 @@ def advance(
             if not chunks.preempted:
                 k = _segment_length(cost, limits, state, price.d0, q, next_arrival, until)
                 if extra is not None and chunks.unsure:
-                    k = min(k, steps_to_fill(extra.cache, step)) if limits.reserve_full else 1
+                    k = min(k, steps_to_fill(extra.cache, step))
             end = end_of_steps(t, price.d0, q, k)
             owned = limits.num_blocks - ints[FREE_BLOCKS]
             if short:

@@ -134,7 +134,12 @@ def events_of(case: Case) -> set[str]:
         if shared:
             met.add("block kept by another")
 
-    pool.lookup, pool.publish, pool.share, pool.release = watched_lookup, watched_publish, watched_share, watched_release
+    pool.lookup, pool.publish, pool.share, pool.release = (
+        watched_lookup,
+        watched_publish,
+        watched_share,
+        watched_release,
+    )
     replica.advance()
     if pool.counts["evicted_blocks"]:
         met.add("eviction")
