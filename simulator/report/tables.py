@@ -260,8 +260,8 @@ def _prefix_cache(s: Summary) -> list[str]:
     if c is None:
         return []
     return wrapped(
-        f"prefix cache: {percent(c.hit_fraction)} of {c.queried_tokens:,} prompt tokens found, which saved at least "
-        f"{number(c.saved_chip_s)} chip-seconds ({percent(c.saved_share_of_busy)} of those spent); {c.evicted_blocks:,} blocks evicted"
+        f"prefix cache: {percent(c.hit_fraction)} of {c.queried_tokens:,} prompt tokens found, worth "
+        f"{number(c.saved_chip_s)} chip-seconds ({percent(c.saved_busy_fraction)} of those spent); {c.evicted_blocks:,} blocks evicted"
     )
 
 
