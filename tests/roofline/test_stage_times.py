@@ -13,6 +13,7 @@ from simulator.roofline.ops import StepShape
 from simulator.roofline.pipeline import Shardings, shard, windows
 from simulator.roofline.precision import parse_precision
 from simulator.roofline.search import shardings
+from simulator.roofline.sharding import parse_sharding
 from simulator.roofline.stage_times import StepTimes
 
 # Every kind of layer: plain, tied, parallel with multi-query attention, windowed, chunked, biased with sinks and experts,
@@ -29,6 +30,7 @@ MODELS = (
     "qwen3-next-80b-a3b",
     "nemotron-h-8b",
 )
+DENSE = MODELS[:4]
 SLICES = ("h100-sxm:8", "h100-sxm:2x8", "tpu-v5e:4x4", "gb200:8")
 
 steps = st.builds(
@@ -48,12 +50,20 @@ def shape(d, decode, chunk):
     return step
 
 
+LAYOUTS = (
+    {"layout": "2d", "kv_layout": "batch"},
+    {"layout": "2d", "looped_exchange": True},
+    {"layout": "gathered"},
+    {"kv_layout": "batch"},
+)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(MODELS),
     st.sampled_from(SLICES),
     st.sampled_from(["bf16", "fp8kv8", "w4a16kv8"]),
-    st.floats(0, 1),
+    st.sampled_from([0.0, 0.3, 1.0]),
     steps,
     st.data(),
 )
@@ -61,8 +71,12 @@ def test_time_and_memory_of_stages_are_those_of_their_ops(model, spec, precision
     arch, slice_ = load_model(model), resolve_slice(spec)
     moe = any(g.ffn is not None and g.ffn.kind == "moe" for g in arch.layers)
     chosen = data.draw(st.sampled_from(shardings(slice_.n_chips, experts=moe, prompts=True)))
+    dense = model in DENSE and spec.startswith("tpu")
+    layout = data.draw(st.sampled_from([{}, *LAYOUTS])) if dense else {}
     try:
-        d = shard(arch, slice_, chosen, precision=parse_precision(precision), overlap=overlap, expert_imbalance=1.25)
+        d = shard(
+            arch, slice_, chosen, precision=parse_precision(precision), overlap=overlap, expert_imbalance=1.25, **layout
+        )
     except InputError:
         reject()
     for part, stage in zip(d.parts, d.stages, strict=True):
@@ -70,6 +84,16 @@ def test_time_and_memory_of_stages_are_those_of_their_ops(model, spec, precision
         assert d.part_times.step_time_s(part, asked) == pytest.approx(step_time_s(stage, asked), rel=1e-12)
         ours, plain = d.part_memory.fit(part), memory_fit(stage)
         assert vars(ours) == pytest.approx(vars(plain), rel=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("model", "text"), [("llama-3-70b", "tp4pp4"), ("palm-8b", "tp16"), ("gemma-3-27b", "tp8pp2")])
+def test_layouts_on_a_torus(model, text, layout):
+    d = shard(load_model(model), resolve_slice("tpu-v5e:4x4"), parse_sharding(text), overlap=0.1, **layout)
+    for part, stage in zip(d.parts, d.stages, strict=True):
+        for step in (StepShape.decode(50, 3000, **windows(d)), StepShape.prefill(1000, 50, **windows(d))):
+            assert d.part_times.step_time_s(part, step) == pytest.approx(step_time_s(stage, step), rel=1e-12)
+        assert vars(d.part_memory.fit(part)) == pytest.approx(vars(memory_fit(stage)), rel=1e-12)
 
 
 def laid_or_why_not(laid, sharding):
