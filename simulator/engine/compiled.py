@@ -283,6 +283,7 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
     ints[skip_ahead.FREE_BLOCKS] = settings.num_kv_blocks
     ints[[skip_ahead.FIRST, skip_ahead.LAST, skip_ahead.PARTIAL]] = -1
     ints[skip_ahead.N_FREE_SLOTS] = m
+    ints[skip_ahead.STOP_ROW] = np.iinfo(np.int64).max
 
     def slots() -> NDArray[np.int64]:
         return np.zeros(m, dtype=np.int64)

@@ -87,8 +87,9 @@ from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
     WINDOW_DECODE_KEYS,
     WINDOW_PAIRS,
     WINDOW_KEYS,
+    STOP_ROW,
     N_INTS,
-) = range(36)
+) = range(37)
 # indices into State.floats
 (
     CLOCK,
@@ -906,7 +907,8 @@ def advance(
     """Run until no step can start before ``until``; return whether everything is done.
 
     Rows of ``stream`` may be appended between calls, as long as none arrives before the clock of a step already
-    scheduled. ``extra`` is None for a plain replica: then its branches are not even compiled.
+    scheduled. A closed loop, which takes rows when it wants them, also stops before the next step once it has taken
+    row ``STOP_ROW`` − 1. ``extra`` is None for a plain replica: then its branches are not even compiled.
     """
     ints, floats = state.ints, state.floats
     bs = limits.block_size
@@ -923,7 +925,7 @@ def advance(
             floats[IDLE] += next_arrival - t
             floats[CLOCK] = next_arrival
             continue
-        if t >= until:
+        if t >= until or ints[NEXT_ROW] >= ints[STOP_ROW]:
             return False
         if cost.window > 0:
             _pass_events(cost, state)
