@@ -1,0 +1,128 @@
+"""Samples too large to keep: exact sums and log-binned histograms that give the same whatever the order or the split.
+
+A value's bin is read off its float: 128 bins of equal width per factor of two, as for the inter-token latencies of
+:mod:`simulator.engine.records`, so a bin's centre is within 0.4 % of every value in it. Counts are integers and sums are
+kept in fixed point, so adding parts in any order, or merging what several replicas counted, gives the same bits.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.engine.records import ITL_BINS, ITL_BINS_PER_OCTAVE, ITL_MIN_EXPONENT
+from simulator.results.summary import Distribution, Estimate
+from simulator.run.statistics import (
+    BATCHES,
+    PERCENTILES,
+    half_width_of_means,
+    mean_estimate,
+    quantile_estimate,
+)
+
+_FRACTION_BITS = 40
+_MANTISSA_SHIFT = 52 - ITL_BINS_PER_OCTAVE.bit_length() + 1
+_ORIGIN = (1023 + ITL_MIN_EXPONENT) * ITL_BINS_PER_OCTAVE
+
+
+def fixed_sum(values: NDArray[np.float64]) -> int:
+    """Sum of finite values, each rounded to 2**-40 (1e-12): an integer in that unit, the same in every order.
+
+    >>> fixed_sum(np.array([0.5, 1e6, -0.25])) == 1_000_000 * 2**40 + 2**38
+    True
+    """
+    whole = np.floor(values)
+    rest = np.rint((values - whole) * 2.0**_FRACTION_BITS)
+    return (int(whole.astype(np.int64).sum()) << _FRACTION_BITS) + int(rest.astype(np.int64).sum())
+
+
+def as_float(total: int) -> float:
+    """A :func:`fixed_sum` in the unit of its values."""
+    return total / 2**_FRACTION_BITS
+
+
+def bins_of(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Bin of each value: those below 2**-27 (zero among them) in the first, those above 2**20 in the last."""
+    raw = np.ascontiguousarray(values, dtype=np.float64).view(np.int64) >> _MANTISSA_SHIFT
+    return np.asarray(np.clip(raw - _ORIGIN, 0, ITL_BINS - 1))
+
+
+def value_of_bin(index: int) -> float:
+    """Centre of a bin; the first one stands for 0."""
+    if index == 0:
+        return 0.0
+    octave, part = divmod(index, ITL_BINS_PER_OCTAVE)
+    return math.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT)
+
+
+class LogHistogram:
+    """A sample in :data:`BATCHES` batches, as counts per bin and exact sums.
+
+    Negative values count as 0; a NaN is a fault of the caller.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((BATCHES, ITL_BINS), dtype=np.int64)
+        self._sums = [0] * BATCHES
+
+    def add(self, values: NDArray[np.float64], batch: NDArray[np.int64]) -> None:
+        """Count ``values`` [n], value i in batch ``batch[i]``."""
+        if len(values) == 0:
+            return
+        values = np.maximum(values, 0.0)
+        low, high = int(batch.min()), int(batch.max()) + 1
+        index = (batch - low) * ITL_BINS + bins_of(values)
+        self._counts[low:high] += np.bincount(index, minlength=(high - low) * ITL_BINS).reshape(-1, ITL_BINS)
+        for b in range(low, high):
+            self._sums[b] += fixed_sum(values[batch == b] if high - low > 1 else values)
+
+    def merge(self, other: "LogHistogram") -> None:
+        """Add another sample of the same batches."""
+        self._counts += other._counts
+        self._sums = [a + b for a, b in zip(self._sums, other._sums, strict=True)]
+
+    @property
+    def n(self) -> int:
+        """Values counted."""
+        return int(self._counts.sum())
+
+    @property
+    def total(self) -> float:
+        """Sum of all values."""
+        return as_float(sum(self._sums))
+
+    def batch_means(self) -> NDArray[np.float64] | None:
+        """Mean of each batch; None if one is empty."""
+        sizes = self._counts.sum(axis=1)
+        if not sizes.all():
+            return None
+        return np.array([as_float(total) for total in self._sums]) / sizes
+
+    def quantile(self, p: float) -> float:
+        """Smallest value with at least a share ``p`` at or below it, within 0.4 %."""
+        return value_of_bin(self._bin(p))
+
+    def _bin(self, p: float) -> int:
+        n = self.n
+        rank = min(max(math.ceil(p * n * (1 - 1e-15)), 1), n)
+        return int(np.searchsorted(np.cumsum(self._counts.sum(axis=0)), rank))
+
+    def distribution(self) -> Distribution:
+        """Mean and percentiles with batch-means intervals, as :func:`simulator.run.statistics.distribution` gives them."""
+        n = self.n
+        means = self.batch_means()
+
+        def at(p: float) -> Estimate:
+            if n == 0:
+                return Estimate(value=None, reason="no values")
+
+            def half() -> float:
+                shares = self._counts[:, : self._bin(p) + 1].sum(axis=1) / self._counts.sum(axis=1)
+                return half_width_of_means(shares)
+
+            if means is None:
+                return Estimate(value=self.quantile(p), reason="a batch is empty")
+            return quantile_estimate(n, p, self.quantile, half)
+
+        mean = mean_estimate(n, self.total / n if n else None, means)
+        return Distribution(n=n, mean=mean, **{name: at(p) for name, p in PERCENTILES.items()})
