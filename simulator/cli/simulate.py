@@ -14,6 +14,7 @@ Examples:
   chipseconds simulate llama-3-8b-azure-chat --out runs/first --plot runs/first/run.png
   chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=20
   chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
+  chipseconds simulate llama-3-8b-azure-chat --set traffic.n_requests=10_000_000 --summary-only
 """
 
 
@@ -22,6 +23,7 @@ Examples:
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Replications, for between-seed intervals.")
+@click.option("--summary-only", is_flag=True, help="Keep no row per request: any number of them in constant memory.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this folder.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the run to a .png, .svg or .pdf file.")
 @click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
@@ -32,6 +34,7 @@ def simulate(
     overrides: tuple[str, ...],
     seed: int | None,
     seeds: int | None,
+    summary_only: bool,
     out: Path | None,
     plot: Path | None,
     workers: int | None,
@@ -39,6 +42,7 @@ def simulate(
     as_json: bool,
 ) -> None:
     """Simulate SCENARIO: a name from `chipseconds scenarios`, a TOML file, or a result folder to run again."""
+    from simulator.errors import InputError
     from simulator.report.tables import summary_text
     from simulator.results import check_writable, write_result
     from simulator.run import load_scenario, run_scenario
@@ -50,11 +54,14 @@ def simulate(
 
         check_figure_path(plot, made=out)
     loaded = load_scenario(scenario, overrides)
+    if plot is not None and (summary_only or loaded.run.summary_only):
+        raise InputError("--plot draws requests, of which a summary-only run keeps none; leave one of the two out")
     started = time.perf_counter()
     run = run_scenario(
         loaded,
         seed=seed,
         seeds=seeds,
+        summary_only=summary_only or None,
         workers=workers or os.cpu_count() or 1,
         progress=None if quiet else _progress,
     )

@@ -238,6 +238,8 @@ class ChipSeconds(Section):
     """Part of busy: tokens computed again after a preemption."""
     decode: float
     """Part of busy: busy − prefill."""
+    busy_of_measured: Distribution
+    """Busy chip-seconds from query to query, over the measured requests."""
 
 
 class TokenPrices(Section):

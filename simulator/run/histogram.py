@@ -38,7 +38,7 @@ def fixed_sum(values: NDArray[np.float64]) -> int:
 
 def as_float(total: int) -> float:
     """A :func:`fixed_sum` in the unit of its values."""
-    return total / 2**_FRACTION_BITS
+    return float(total / 2**_FRACTION_BITS)
 
 
 def bins_of(values: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -62,8 +62,8 @@ class LogHistogram:
     """
 
     def __init__(self) -> None:
-        self._counts = np.zeros((BATCHES, ITL_BINS), dtype=np.int64)
-        self._sums = [0] * BATCHES
+        self.counts = np.zeros((BATCHES, ITL_BINS), dtype=np.int64)
+        self.sums = [0] * BATCHES
 
     def add(self, values: NDArray[np.float64], batch: NDArray[np.int64]) -> None:
         """Count ``values`` [n], value i in batch ``batch[i]``."""
@@ -72,31 +72,31 @@ class LogHistogram:
         values = np.maximum(values, 0.0)
         low, high = int(batch.min()), int(batch.max()) + 1
         index = (batch - low) * ITL_BINS + bins_of(values)
-        self._counts[low:high] += np.bincount(index, minlength=(high - low) * ITL_BINS).reshape(-1, ITL_BINS)
+        self.counts[low:high] += np.bincount(index, minlength=(high - low) * ITL_BINS).reshape(-1, ITL_BINS)
         for b in range(low, high):
-            self._sums[b] += fixed_sum(values[batch == b] if high - low > 1 else values)
+            self.sums[b] += fixed_sum(values[batch == b] if high - low > 1 else values)
 
     def merge(self, other: "LogHistogram") -> None:
         """Add another sample of the same batches."""
-        self._counts += other._counts
-        self._sums = [a + b for a, b in zip(self._sums, other._sums, strict=True)]
+        self.counts += other.counts
+        self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
 
     @property
     def n(self) -> int:
         """Values counted."""
-        return int(self._counts.sum())
+        return int(self.counts.sum())
 
     @property
     def total(self) -> float:
         """Sum of all values."""
-        return as_float(sum(self._sums))
+        return as_float(sum(self.sums))
 
     def batch_means(self) -> NDArray[np.float64] | None:
         """Mean of each batch; None if one is empty."""
-        sizes = self._counts.sum(axis=1)
+        sizes = self.counts.sum(axis=1)
         if not sizes.all():
             return None
-        return np.array([as_float(total) for total in self._sums]) / sizes
+        return np.asarray(np.array([as_float(total) for total in self.sums]) / sizes)
 
     def quantile(self, p: float) -> float:
         """Smallest value with at least a share ``p`` at or below it, within 0.4 %."""
@@ -105,24 +105,32 @@ class LogHistogram:
     def _bin(self, p: float) -> int:
         n = self.n
         rank = min(max(math.ceil(p * n * (1 - 1e-15)), 1), n)
-        return int(np.searchsorted(np.cumsum(self._counts.sum(axis=0)), rank))
+        return int(np.searchsorted(np.cumsum(self.counts.sum(axis=0)), rank))
 
-    def distribution(self) -> Distribution:
-        """Mean and percentiles with batch-means intervals, as :func:`simulator.run.statistics.distribution` gives them."""
+    def distribution(self, scale: float = 1.0) -> Distribution:
+        """Mean and percentiles with batch-means intervals, as :func:`simulator.run.statistics.distribution` gives them.
+
+        All of them are multiplied by ``scale``.
+        """
         n = self.n
         means = self.batch_means()
+        if means is not None:
+            means *= scale
 
         def at(p: float) -> Estimate:
             if n == 0:
                 return Estimate(value=None, reason="no values")
 
             def half() -> float:
-                shares = self._counts[:, : self._bin(p) + 1].sum(axis=1) / self._counts.sum(axis=1)
+                shares = self.counts[:, : self._bin(p) + 1].sum(axis=1) / self.counts.sum(axis=1)
                 return half_width_of_means(shares)
 
-            if means is None:
-                return Estimate(value=self.quantile(p), reason="a batch is empty")
-            return quantile_estimate(n, p, self.quantile, half)
+            def quantile(share: float) -> float:
+                return scale * self.quantile(share)
 
-        mean = mean_estimate(n, self.total / n if n else None, means)
+            if means is None:
+                return Estimate(value=quantile(p), reason="a batch is empty")
+            return quantile_estimate(n, p, quantile, half)
+
+        mean = mean_estimate(n, scale * self.total / n if n else None, means)
         return Distribution(n=n, mean=mean, **{name: at(p) for name, p in PERCENTILES.items()})
