@@ -187,6 +187,7 @@ class Engine:
             "waiting": means[skip_ahead.T_WAITING],
             "kv_blocks": means[skip_ahead.T_BLOCKS],
             "busy_fraction": means[skip_ahead.T_BUSY],
+            "preemptions_per_s": means[skip_ahead.T_PREEMPTIONS],
         }
         return EngineResult(
             status=out.status,
@@ -316,7 +317,7 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
         growing=slots(),
         chunk_slot=slots(),
         chunk_size=slots(),
-        timeline=np.zeros((4, TIMELINE_INTERVALS)),
+        timeline=np.zeros((5, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),
     )

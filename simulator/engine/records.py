@@ -179,7 +179,7 @@ class EngineResult:
         with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``.
     timeline
         columns of equal length: ``start_s``, and means over each interval of ``running``, ``waiting``, ``kv_blocks``,
-        ``busy_fraction``. Intervals are ``timeline_interval_s`` long; the last may be partly past the end.
+        ``busy_fraction``, and ``preemptions_per_s``. Intervals are ``timeline_interval_s`` long; the last may be partly past the end.
     """
 
     status: NDArray[np.int8]

@@ -108,7 +108,7 @@ from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
     N_FLOATS,
 ) = range(14)
 # rows of State.timeline
-T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY = range(4)
+T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY, T_PREEMPTIONS = range(5)
 
 SLOT_BITS = 20
 """A finish key is step << SLOT_BITS | slot."""
@@ -395,6 +395,7 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
     state.stack[ints[N_PREEMPTED]] = slot
     ints[N_PREEMPTED] += 1
     ints[PREEMPTIONS] += 1
+    state.timeline[T_PREEMPTIONS, int(state.floats[CLOCK] / state.floats[INTERVAL])] += 1.0
     out.preemptions[row] += 1
     out.status[row] = WAITING
 

@@ -174,6 +174,7 @@ def timeline_table(
             "waiting": timeline["waiting"],
             "kv_fraction": timeline["kv_blocks"] / num_kv_blocks,
             "busy_fraction": busy,
+            "preemptions_per_s": timeline["preemptions_per_s"],
             "chips": np.full(rows, outcome.chips_per_replica),
             "power_w": power,
         }
