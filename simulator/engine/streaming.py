@@ -11,6 +11,7 @@ blocks end, the same float operations happen, and the same figures come out to t
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,27 @@ from simulator.roofline.step_cost import StepCost
 
 CUT_ROWS = 4096
 """Rows between cuts: a call costs some 20 µs, a thousandth of the work between two."""
+
+
+#: Settings that may be anything; the others must be at their defaults.
+PLAIN_SETTINGS = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "num_kv_blocks",
+    "max_model_len",
+    "scheduler_reserve_full_isl",
+)
+
+
+def _demand_plain(settings: EngineSettings) -> None:
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in PLAIN_SETTINGS and value != field.default:
+            raise InputError(
+                f"engine.{field.name} = {value!r}: a run in blocks knows only the plain replica, {field.default!r}; "
+                "keep the requests (summary_only = false)"
+            )
 
 
 class Retired(NamedTuple):
@@ -55,7 +77,8 @@ class StreamingEngine(Engine):
     Parameters
     ----------
     cost, settings, timeline_interval_s
-        as for :class:`simulator.engine.compiled.Engine`; None starts with the shortest intervals.
+        as for :class:`simulator.engine.compiled.Engine`; None starts with the shortest intervals. The settings must be
+        those of a plain replica (:data:`PLAIN_SETTINGS`): what others remember of past requests is not carried over.
     consume
         called with the requests that are done, before their rows are dropped.
     concurrency
@@ -74,6 +97,7 @@ class StreamingEngine(Engine):
     ) -> None:
         if cut_rows < 1:
             raise InputError(f"cut_rows = {cut_rows}: must be at least 1")
+        _demand_plain(settings)
         nothing = np.zeros(0, dtype=np.int64)
         none = Requests(np.zeros(0), nothing, nothing, nothing, nothing)
         super().__init__(cost, settings, none, timeline_interval_s=timeline_interval_s)
