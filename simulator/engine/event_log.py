@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A request's stay in one phase, within the stretch looked at."""
+    """A request's stay in one phase, cut to the stretch looked at; a queue alone starts with the arrival, however early."""
 
     row: int
     phase: Phase
