@@ -137,6 +137,13 @@ class Engine:
             )
         )
 
+    def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
+        """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``)."""
+        self.advance(start_s)
+        before = self._out.itl.copy()
+        self.advance(stop_s)
+        return np.asarray(self._out.itl - before)
+
     def result(self) -> EngineResult:
         """What has happened so far; requests still decoding are not yet charged for their latest steps."""
         ints, floats, out = self._state.ints, self._state.floats, self._out

@@ -213,6 +213,17 @@ def itl_bin(value_s: float) -> int:
     return min(max(index, 0), ITL_BINS - 1)
 
 
+def itl_centres_s() -> NDArray[np.float64]:
+    """[ITL_BINS] centre of each bin of an ITL histogram. [s]"""
+    octave, part = np.divmod(np.arange(ITL_BINS), ITL_BINS_PER_OCTAVE)
+    return np.asarray(np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT))
+
+
+def itl_mean_s(counts: NDArray[np.int64]) -> float:
+    """Mean of an ITL histogram, within 0.4 % of the exact one. [s]"""
+    return float(counts @ itl_centres_s() / counts.sum())
+
+
 def itl_quantiles_s(counts: NDArray[np.int64], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     """Quantiles of an ITL histogram (inverse of the empirical distribution), each within 0.4 % of the exact one. [s]
 
@@ -222,9 +233,7 @@ def itl_quantiles_s(counts: NDArray[np.int64], probabilities: NDArray[np.float64
     if total == 0:
         return np.full(len(probabilities), np.nan)
     ranks = np.maximum(np.ceil(probabilities * total), 1)
-    bins = np.searchsorted(np.cumsum(counts), ranks)
-    octave, part = np.divmod(bins, ITL_BINS_PER_OCTAVE)
-    return np.asarray(np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT))
+    return np.asarray(itl_centres_s()[np.searchsorted(np.cumsum(counts), ranks)])
 
 
 def cache_hashes(settings: EngineSettings, requests: Requests) -> BlockHashes | None:

@@ -83,6 +83,8 @@ class StreamingEngine(Engine):
         called with the requests that are done, before their rows are dropped.
     concurrency
         clients of a closed loop; 0: open loop. ``arrival_s`` of the blocks then means think times.
+    itl_window_s
+        open loop: :attr:`itl_counts_measured` counts the steps that start in this stretch of time. [s]
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class StreamingEngine(Engine):
         *,
         concurrency: int = 0,
         timeline_interval_s: float | None = None,
+        itl_window_s: tuple[float, float] | None = None,
         cut_rows: int = CUT_ROWS,
     ) -> None:
         if cut_rows < 1:
@@ -114,6 +117,8 @@ class StreamingEngine(Engine):
         self._fed = 0
         self._cut = cut_rows
         self._last_arrival_s = 0.0
+        self._edges_s = list(itl_window_s or ())
+        self._itl_at_edges: list[NDArray[np.int64]] = []
         self.largest_frame = 0
 
     @property
@@ -149,17 +154,30 @@ class StreamingEngine(Engine):
             arrival = self._stream.arrival
             first = self._fed - len(arrival)
             while self._cut < self._fed:
-                self.advance(float(arrival[self._cut - first]))
+                self._run_to(float(arrival[self._cut - first]))
                 self._cut += self._cut_rows
 
     def finish(self) -> EngineResult:
         """Serve what is left; return the replica's result, whose per-request columns are empty."""
         if self._concurrency:
             self._run_closed(ended=True)
-        self.advance(math.inf)
+        self._run_to(math.inf)
         nothing = np.zeros(0, dtype=np.int64)
         self._renew(Requests(np.zeros(0), nothing, nothing, nothing, nothing))
         return self.result()
+
+    @property
+    def itl_counts_measured(self) -> NDArray[np.int64] | None:
+        """Inter-token latencies of the steps that started inside ``itl_window_s``, once the run is past it."""
+        if len(self._itl_at_edges) < 2:
+            return None
+        return np.asarray(self._itl_at_edges[1] - self._itl_at_edges[0])
+
+    def _run_to(self, until_s: float) -> None:
+        while self._edges_s and self._edges_s[0] <= until_s:
+            self.advance(self._edges_s.pop(0))
+            self._itl_at_edges.append(self._out.itl.copy())
+        self.advance(until_s)
 
     def _run_closed(self, *, ended: bool) -> None:
         """Run a closed loop from cut to cut, as long as it cannot want a row that is not there yet."""

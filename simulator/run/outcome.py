@@ -43,6 +43,9 @@ class Outcome:
     requests: Requests
     replicas: tuple[EngineResult, ...]
     chips_per_replica: int
+    itl_counts_measured: NDArray[np.int64] | None = None
+    """Inter-token latencies, by the bins of :mod:`simulator.engine.records`, of the steps that started inside the measured
+    window, all replicas. None if the window was not known during the run."""
 
     @property
     def n_replicas(self) -> int:

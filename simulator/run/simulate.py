@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulator import __version__
 from simulator.engine.block_hashes import BlockHashes
@@ -23,6 +24,7 @@ from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
 from simulator.run.scenario import Scenario
 from simulator.run.statistics import between_seeds
 from simulator.run.summarise import summarise
+from simulator.run.window import cut_window
 from simulator.traffic import Stream, build_stream, stream_blocks
 
 #: Called with (steps done, steps in all, what is done now).
@@ -133,7 +135,8 @@ def _run_once(
         raise InputError(f"{scenario.name}: the traffic has no requests")
     check_contradictions(scenario, stream.concurrency)
     requests = as_requests(stream)
-    outcome = simulate_fleet(resolved, requests, workers=workers)
+    window = _itl_window_s(requests, scenario)
+    outcome = simulate_fleet(resolved, requests, workers=workers, itl_window_s=window)
     finished = int((outcome.column("status") == FINISHED).sum())
     if finished == 0:
         raise InfeasibleError(_nothing_fits(resolved, requests))
@@ -196,25 +199,47 @@ def queued_at_once(requests: Requests) -> Requests:
     return replace(requests, arrival_s=np.zeros(len(requests)), concurrency=0)
 
 
-def simulate_fleet(resolved: Resolved, requests: Requests, *, workers: int = 1) -> Outcome:
-    """Serve a stream with the scenario's replicas, request i by replica i mod N, each independently of the others."""
-    from simulator.engine.compiled import simulate  # noqa: PLC0415 - numba takes a while to import
+def simulate_fleet(
+    resolved: Resolved, requests: Requests, *, workers: int = 1, itl_window_s: tuple[float, float] | None = None
+) -> Outcome:
+    """Serve a stream with the scenario's replicas, request i by replica i mod N, each independently of the others.
+
+    ``itl_window_s``: count the inter-token latencies of the steps that start in this stretch of time by themselves. [s]
+    """
+    from simulator.engine.compiled import Engine  # noqa: PLC0415 - numba takes a while to import
 
     n = resolved.scenario.replicas
     if len(requests) < n:
         raise InputError(f"{resolved.scenario.name}: {len(requests)} requests cannot occupy replicas = {n}")
     parts = split(requests, n)
 
-    def one(part: Requests) -> EngineResult:
-        return simulate(resolved.cost, resolved.settings, part)
+    def one(part: Requests) -> tuple[EngineResult, NDArray[np.int64] | None]:
+        engine = Engine(resolved.cost, resolved.settings, part)
+        measured = None if itl_window_s is None else engine.itl_between(*itl_window_s)
+        engine.advance()
+        return engine.result(), measured
 
     if workers == 1 or n == 1:
-        replicas = [one(part) for part in parts]
+        served = [one(part) for part in parts]
     else:
         # The compiled engine holds no lock while it runs, so threads do; map keeps the order of replicas.
         with ThreadPoolExecutor(max_workers=min(workers, n)) as pool:
-            replicas = list(pool.map(one, parts))
-    return Outcome(requests, tuple(replicas), resolved.cost.chips)
+            served = list(pool.map(one, parts))
+    results, counts = zip(*served, strict=True)
+    measured = None if itl_window_s is None else np.sum(counts, axis=0)
+    return Outcome(requests, results, resolved.cost.chips, measured)
+
+
+def _itl_window_s(requests: Requests, scenario: Scenario) -> tuple[float, float] | None:
+    """The measured window of an open loop, known from its arrivals; None for a closed loop, or if all arrive at once. [s]"""
+    if requests.concurrency:
+        return None
+    first, last = float(requests.arrival_s[0]), float(requests.arrival_s[-1])
+    options = scenario.run
+    window, offline = cut_window(
+        first, last, np.nan, warm_up_fraction=options.warm_up_fraction, drain_fraction=options.drain_fraction
+    )
+    return None if offline else (window.start_s, window.stop_s)
 
 
 def _nothing_fits(resolved: Resolved, requests: Requests) -> str:

@@ -69,9 +69,10 @@ class Fleet:
         *,
         concurrency: int,
         interval_s: Sequence[float | None] | None = None,
+        itl_window_s: tuple[float, float] | None = None,
         at_once: bool = False,
-    ) -> list[EngineResult]:
-        """Serve the whole stream; results have no per-request columns.
+    ) -> tuple[list[EngineResult], NDArray[np.int64] | None]:
+        """Serve the whole stream; results have no per-request columns. Second, the inter-token latencies of the window.
 
         ``at_once``: everything is queued at t = 0. A queue of ``max_num_seqs`` + 1 is as good as an endless one, because a
         step admits no more; so the replica serves a closed loop of 2 · ``max_num_seqs`` + 1 clients without think time.
@@ -87,6 +88,7 @@ class Fleet:
                 consumers[r].consume,
                 concurrency=clients[r],
                 timeline_interval_s=None if interval_s is None else interval_s[r],
+                itl_window_s=itl_window_s,
             )
             for r in range(n)
         ]
@@ -111,7 +113,10 @@ class Fleet:
                 parts = [_part(block, (r - start) % n, n, clients[r], at_once=at_once) for r in range(n)]
                 list(each(feed, range(n), parts))
                 start += len(block)
-            return list(each(finish, range(n)))
+            results = list(each(finish, range(n)))
+        counts = [engine.itl_counts_measured for engine in engines]
+        known = [one for one in counts if one is not None]
+        return results, np.asarray(np.sum(known, axis=0)) if known else None
 
 
 def _part(block: Stream, first: int, step: int, clients: int, *, at_once: bool) -> Requests:
@@ -355,9 +360,16 @@ def run_streaming(
     placing, interval_s = _place(fleet, blocks, facts, say)
     tallies = [RunningTally(placing, facts.slo, fleet.cost, replica=r, replicas=n) for r in range(n)]
     say("simulating block by block")
-    results = fleet.serve(blocks, tallies, concurrency=blocks.concurrency, interval_s=interval_s)
+    open_loop = not blocks.concurrency and not placing.offline
+    results, itl = fleet.serve(
+        blocks,
+        tallies,
+        concurrency=blocks.concurrency,
+        interval_s=interval_s,
+        itl_window_s=(placing.window.start_s, placing.window.stop_s) if open_loop else None,
+    )
     requests = Requests(np.zeros(0), _NONE, _NONE, _NONE, _NONE, concurrency=blocks.concurrency)
-    outcome = Outcome(requests, tuple(results), fleet.cost.chips)
+    outcome = Outcome(requests, tuple(results), fleet.cost.chips, itl)
     _check(outcome, tallies, len(blocks), fleet.cost)
     for other in tallies[1:]:
         tallies[0].merge(other)
@@ -365,7 +377,7 @@ def run_streaming(
         return None
     say("measuring capacity")
     ideals = [_Ideal(facts, outcome.total("decode_tokens") / outcome.total("steps")) for _ in range(n)]
-    at_once = fleet.serve(blocks, ideals, concurrency=0, at_once=True)
+    at_once, _ = fleet.serve(blocks, ideals, concurrency=0, at_once=True)
     capacity = Capacity(
         finished=sum(ideal.finished for ideal in ideals),
         end_s=max(result.end_s for result in at_once),

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator import economics
-from simulator.engine.records import EngineSettings, itl_quantiles_s
+from simulator.engine.records import EngineSettings, itl_mean_s, itl_quantiles_s
 from simulator.results.summary import (
     Assumption,
     Breakdown,
@@ -181,16 +181,22 @@ def _without_intervals(found: Distribution, reason: str) -> Distribution:
 
 
 def _itl(outcome: Outcome, sums: Tally) -> Distribution:
-    """Percentiles from the histogram; the exact mean: time from first to last token over the gaps between."""
-    counts = outcome.itl_counts
+    """Percentiles from the histogram of the measured window, or else of the whole run.
+
+    The whole run's mean is exact: time from first to last token over the gaps between; the window's is of the histogram.
+    """
+    counts = outcome.itl_counts if outcome.itl_counts_measured is None else outcome.itl_counts_measured
     n = int(counts.sum())
-    why = "counted in a histogram over the whole run; replications (--seeds) give intervals"
-    gaps = sums.gaps
+    where = "whole run" if outcome.itl_counts_measured is None else "measured window"
+    why = f"counted in a histogram over the {where}; replications (--seeds) give intervals"
     p50, p90, p95, p99 = (
         Estimate(value=float(v) if n else None, reason=why if n else "no values")
         for v in itl_quantiles_s(counts, np.array([0.50, 0.90, 0.95, 0.99]))
     )
-    mean = Estimate(value=sums.decoding_s / gaps if gaps else None, reason=why if gaps else "no values")
+    mean_s = sums.decoding_s / sums.gaps if sums.gaps else 0.0
+    if outcome.itl_counts_measured is not None and n:
+        mean_s = itl_mean_s(counts)
+    mean = Estimate(value=mean_s if n else None, reason=why if n else "no values")
     return Distribution(n=n, mean=mean, p50=p50, p90=p90, p95=p95, p99=p99)
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simulator.engine.compiled import Engine
 from simulator.engine.records import ITL_BINS, itl_bin
 from simulator.results import read_result, write_result
 from simulator.run import load_scenario, run_scenario
@@ -59,6 +60,11 @@ def both(bench, name, block_rows):
     facts = bench.facts(cost, limits)
     requests = as_requests(build_stream(spec, 3, base_folder=HERE))
     outcome = bench.outcome(requests, cost, limits, replicas)
+    if not requests.concurrency and requests.arrival_s[-1] > 0:
+        first, last = requests.arrival_s[0], requests.arrival_s[-1]
+        window = first + 0.1 * (last - first), last - 0.05 * (last - first)
+        parts = [Engine(cost, limits, part).itl_between(*window) for part in split(requests, replicas)]
+        outcome = replace(outcome, itl_counts_measured=np.sum(parts, axis=0))
     at_once = bench.outcome(replace(requests, arrival_s=np.zeros(len(requests)), concurrency=0), cost, limits, replicas)
     whole = summarise(outcome, at_once, facts)
     blocks = stream_blocks(spec, 3, base_folder=HERE)
