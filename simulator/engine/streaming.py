@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from simulator.engine import skip_ahead
 from simulator.engine.compiled import Engine
-from simulator.engine.heaps import push_arrival
 from simulator.engine.records import FINISHED, NOT_ARRIVED, REJECTED, EngineResult, EngineSettings, Requests
 from simulator.errors import InputError
 from simulator.roofline.step_cost import StepCost
@@ -261,15 +260,15 @@ class StreamingEngine(Engine):
         ints[skip_ahead.NEXT_ROW] = int(keep[: ints[skip_ahead.NEXT_ROW]].sum())
         self._row = longer(self._row, np.arange(self._fed, self._fed + n_new))
         self._accepted = longer(self._accepted, self._fits(block))
-        for i in range(self._fed, min(self._fed + n_new, self._concurrency)):  # R3: the clients' first requests
-            ints[skip_ahead.N_PENDING] = push_arrival(
-                state.pending_time,
-                state.pending_row,
-                ints[skip_ahead.N_PENDING],
-                block.arrival_s[i - self._fed],
-                n_old + i - self._fed,
-            )
-            ints[skip_ahead.NEXT_ROW] += 1
+        first = min(max(self._concurrency - self._fed, 0), n_new)  # R3: the clients' first requests
+        if first:
+            times = np.append(state.pending_time[:pending], block.arrival_s[:first])
+            rows = np.append(state.pending_row[:pending], n_old + np.arange(first))
+            order = np.lexsort((rows, times))  # a sorted array is a heap
+            state.pending_time[: pending + first] = times[order]
+            state.pending_row[: pending + first] = rows[order]
+            ints[skip_ahead.N_PENDING] = pending + first
+            ints[skip_ahead.NEXT_ROW] += first
         self._fed += n_new
         self.largest_frame = max(self.largest_frame, n_old + n_new)
 
