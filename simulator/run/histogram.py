@@ -1,7 +1,7 @@
 """Samples too large to keep: exact sums and log-binned histograms that give the same whatever the order or the split.
 
-A value's bin is read off its float: 128 bins of equal width per factor of two, as for the inter-token latencies of
-:mod:`simulator.engine.records`, so a bin's centre is within 0.4 % of every value in it. Counts are integers and sums are
+A value's bin is read off its float: 256 bins of equal width per factor of two, so all values of a bin are within 0.4 % of each
+other. A quantile is interpolated inside its bin as if the values there were spread evenly. Counts are integers and sums are
 kept in fixed point, so adding parts in any order, or merging what several replicas counted, gives the same bits.
 """
 
@@ -10,7 +10,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine.records import ITL_BINS, ITL_BINS_PER_OCTAVE, ITL_MIN_EXPONENT
 from simulator.results.summary import Distribution, Estimate
 from simulator.run.statistics import (
     BATCHES,
@@ -20,9 +19,14 @@ from simulator.run.statistics import (
     quantile_estimate,
 )
 
+BINS_PER_OCTAVE = 256
+MIN_EXPONENT, MAX_EXPONENT = -27, 20
+"""Smaller values count as 0, larger ones (12 days) as the largest."""
+BINS = (MAX_EXPONENT - MIN_EXPONENT) * BINS_PER_OCTAVE
+
 _FRACTION_BITS = 40
-_MANTISSA_SHIFT = 52 - ITL_BINS_PER_OCTAVE.bit_length() + 1
-_ORIGIN = (1023 + ITL_MIN_EXPONENT) * ITL_BINS_PER_OCTAVE
+_MANTISSA_SHIFT = 52 - 8
+_ORIGIN = (1023 + MIN_EXPONENT) * BINS_PER_OCTAVE
 
 
 def fixed_sum(values: NDArray[np.float64]) -> int:
@@ -44,15 +48,15 @@ def as_float(total: int) -> float:
 def bins_of(values: NDArray[np.float64]) -> NDArray[np.int64]:
     """Bin of each value: those below 2**-27 (zero among them) in the first, those above 2**20 in the last."""
     raw = np.ascontiguousarray(values, dtype=np.float64).view(np.int64) >> _MANTISSA_SHIFT
-    return np.asarray(np.clip(raw - _ORIGIN, 0, ITL_BINS - 1))
+    return np.asarray(np.clip(raw - _ORIGIN, 0, BINS - 1))
 
 
-def value_of_bin(index: int) -> float:
-    """Centre of a bin; the first one stands for 0."""
+def value_in_bin(index: int, share: float) -> float:
+    """Value a ``share`` of the way through a bin; the first one stands for 0."""
     if index == 0:
         return 0.0
-    octave, part = divmod(index, ITL_BINS_PER_OCTAVE)
-    return math.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT)
+    octave, part = divmod(index, BINS_PER_OCTAVE)
+    return math.ldexp(1 + (part + share) / BINS_PER_OCTAVE, octave + MIN_EXPONENT)
 
 
 class LogHistogram:
@@ -62,7 +66,7 @@ class LogHistogram:
     """
 
     def __init__(self) -> None:
-        self.counts = np.zeros((BATCHES, ITL_BINS), dtype=np.int64)
+        self.counts = np.zeros((BATCHES, BINS), dtype=np.int64)
         self.sums = [0] * BATCHES
 
     def add(self, values: NDArray[np.float64], batch: NDArray[np.int64]) -> None:
@@ -71,8 +75,8 @@ class LogHistogram:
             return
         values = np.maximum(values, 0.0)
         low, high = int(batch.min()), int(batch.max()) + 1
-        index = (batch - low) * ITL_BINS + bins_of(values)
-        self.counts[low:high] += np.bincount(index, minlength=(high - low) * ITL_BINS).reshape(-1, ITL_BINS)
+        index = (batch - low) * BINS + bins_of(values)
+        self.counts[low:high] += np.bincount(index, minlength=(high - low) * BINS).reshape(-1, BINS)
         for b in range(low, high):
             self.sums[b] += fixed_sum(values[batch == b] if high - low > 1 else values)
 
@@ -100,12 +104,17 @@ class LogHistogram:
 
     def quantile(self, p: float) -> float:
         """Smallest value with at least a share ``p`` at or below it, within 0.4 %."""
-        return value_of_bin(self._bin(p))
+        index, share = self._place(p)
+        return value_in_bin(index, share)
 
-    def _bin(self, p: float) -> int:
+    def _place(self, p: float) -> tuple[int, float]:
+        """Bin of a quantile, and how far into its values."""
         n = self.n
         rank = min(max(math.ceil(p * n * (1 - 1e-15)), 1), n)
-        return int(np.searchsorted(np.cumsum(self.counts.sum(axis=0)), rank))
+        upto = np.cumsum(self.counts.sum(axis=0))
+        index = int(np.searchsorted(upto, rank))
+        before = int(upto[index - 1]) if index else 0
+        return index, (rank - before - 0.5) / (int(upto[index]) - before)
 
     def distribution(self, scale: float = 1.0) -> Distribution:
         """Mean and percentiles with batch-means intervals, as :func:`simulator.run.statistics.distribution` gives them.
@@ -122,8 +131,9 @@ class LogHistogram:
                 return Estimate(value=None, reason="no values")
 
             def half() -> float:
-                shares = self.counts[:, : self._bin(p) + 1].sum(axis=1) / self.counts.sum(axis=1)
-                return half_width_of_means(shares)
+                index, share = self._place(p)
+                below = self.counts[:, :index].sum(axis=1) + share * self.counts[:, index]
+                return half_width_of_means(below / self.counts.sum(axis=1))
 
             def quantile(share: float) -> float:
                 return scale * self.quantile(share)
