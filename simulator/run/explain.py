@@ -64,7 +64,7 @@ class Ahead:
 class Explanation:
     """One request's life. Times from the start of the run. [s]
 
-    ``parts`` sum to ``e2e_s``: exactly, before each is rounded to a float.
+    ``cached_tokens`` are those it never computed itself, stated or found in a prefix cache. ``parts`` sum to ``e2e_s``: exactly, before each is rounded to a float.
     """
 
     request: int
@@ -168,7 +168,7 @@ def follow(
         request=row * replicas + replica,
         replica=replica,
         prompt_tokens=int(requests.prompt_tokens[row]),
-        cached_tokens=int(requests.cached_tokens[row]),
+        cached_tokens=int(result.reused_tokens[row]),
         output_tokens=int(requests.output_tokens[row]),
         preemptions=int(result.preemptions[row]),
         arrival_s=arrival_s,

@@ -26,6 +26,23 @@ BLOCK_ROWS = 1 << 18
 """Requests per block: some 30 MB, and a hundredth of a second of Python around each."""
 
 
+#: Fields of a ``[traffic]`` table that make requests which know nothing of each other; others must be left out.
+PLAIN_FIELDS = {
+    "lengths",
+    "prompt",
+    "output",
+    "cached_tokens",
+    "cached_fraction",
+    "max_tokens",
+    "arrival",
+    "mix",
+    "trace",
+    "n_requests",
+    "duration_s",
+    "source",
+}
+
+
 @dataclass(frozen=True)
 class StreamBlocks:
     """The stream of a scenario, built block by block; reading it again gives the same requests.
@@ -108,9 +125,15 @@ def stream_blocks(spec: TrafficSpec, seed: int, *, base_folder: Path) -> StreamB
     Raises
     ------
     InputError
-        As :func:`simulator.traffic.build_stream` does.
+        As :func:`simulator.traffic.build_stream` does, and for fields beyond :data:`PLAIN_FIELDS`.
     """
     plain = resolve(spec, base_folder=base_folder)
+    for name, field in TrafficSpec.model_fields.items():
+        if name not in PLAIN_FIELDS and getattr(plain, name) != field.get_default(call_default_factory=True):
+            raise InputError(
+                f"traffic.{name}: a stream in blocks has only {', '.join(sorted(PLAIN_FIELDS))}; "
+                "keep the requests (summary_only = false)"
+            )
     if plain.trace is not None:
         whole = build_stream(spec, seed, base_folder=base_folder)
         arrival = plain.arrival if plain.arrival is not None else TraceTimes()

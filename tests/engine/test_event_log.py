@@ -12,6 +12,7 @@ from simulator.engine.compiled import Engine, simulate
 from simulator.engine.event_log import Phase, record
 from simulator.engine.records import FINISHED, REJECTED
 from tests.engine.strategies import dyadic_cases, observe, random_case
+from tests.engine.test_prefix_cache import seeded as seeded_cache_case
 
 FIELDS = {"tokens": "n", "batch": "B", "keys": "S", "chunks": "P", "pairs": "A", "rows": "R"}
 
@@ -101,3 +102,14 @@ def test_looking_changes_nothing(seed):
     engine = Engine(*case)
     record(engine)
     assert np.array_equal(engine.result().finish_s, simulate(*case).finish_s, equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_replica_with_a_prefix_cache_is_followed_too(seed):
+    case = seeded_cache_case(seed)
+    result, steps, _ = observe(case)
+    log = record(Engine(*case))
+    assert_steps_are(log, steps, case.settings.num_kv_blocks)
+    for row, own in phases_of(log).items():
+        assert (own[0].start_s, own[-1].end_s) == (result.arrival_s[row], result.finish_s[row])
+        assert sum(span.phase is Phase.PREEMPTED for span in own) == result.preemptions[row]

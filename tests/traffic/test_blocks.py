@@ -61,3 +61,10 @@ def test_a_duration_without_arrivals_is_refused():
     spec = TrafficSpec.model_validate({**LENGTHS, "arrival": ARRIVALS[0], "duration_s": 1e-9})
     with pytest.raises(InputError, match="no request arrives"):
         stream_blocks(spec, 5, base_folder=HERE)
+
+
+def test_a_field_that_blocks_do_not_know_is_refused(monkeypatch):
+    monkeypatch.setattr("simulator.traffic.blocks.PLAIN_FIELDS", {"prompt", "output", "arrival"})
+    spec = TrafficSpec.model_validate({**LENGTHS, "arrival": ARRIVALS[0], "n_requests": 5})
+    with pytest.raises(InputError, match=r"traffic.n_requests: a stream in blocks"):
+        stream_blocks(spec, 5, base_folder=HERE)
