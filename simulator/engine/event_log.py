@@ -55,12 +55,16 @@ class Step(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A request's stay in one phase, cut to the stretch looked at; a queue alone starts with the arrival, however early."""
+    """A request's stay in one phase, cut to the stretch looked at; a queue alone starts with the arrival, however early.
+
+    ``busy_prefill_s`` is, at the end of a prefill or recomputation, what the request has paid for prefill in all its life.
+    """
 
     row: int
     phase: Phase
     start_s: float
     end_s: float
+    busy_prefill_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ class Recorder:
 
     def _change(self, row: int, phase: Phase | None, at_s: float) -> None:
         """End a request's phase and begin another one; None: it is done."""
-        self.spans.append(Span(row, self._phase[row], self._since[row], at_s))
+        self.spans.append(Span(row, self._phase[row], self._since[row], at_s, float(self._out.busy_prefill[row])))
         if phase is None:
             del self._phase[row], self._since[row]
         else:
@@ -263,7 +267,7 @@ class Recorder:
     def close(self, at_s: float) -> None:
         """End the stretch: whatever goes on is cut off at ``at_s``."""
         for row, phase in self._phase.items():
-            self.spans.append(Span(row, phase, self._since[row], at_s))
+            self.spans.append(Span(row, phase, self._since[row], at_s, float(self._out.busy_prefill[row])))
         arrival = self._out.arrival[self._queue]
         for row, when in zip(self._queue.tolist(), arrival.tolist(), strict=True):
             if when < at_s:

@@ -152,8 +152,16 @@ def follow(
     """Explain row ``row`` of one replica from its result and the log of the stretch from its arrival to its finish."""
     arrival_s, finish_s = float(result.arrival_s[row]), float(result.finish_s[row])
     spans = [span for span in log.spans if span.row == row]
-    busy, prefill, again = (float(column[row]) for column in (result.busy_s, result.busy_prefill_s, result.recompute_s))
-    own = {Phase.PREFILL: prefill - again, Phase.DECODE: busy - prefill, Phase.RECOMPUTE: again}
+    own = {
+        Phase.PREFILL: 0.0,
+        Phase.DECODE: float(result.busy_s[row] - result.busy_prefill_s[row]),
+        Phase.RECOMPUTE: 0.0,
+    }
+    paid_s = 0.0
+    for span in spans:
+        if span.phase in {Phase.PREFILL, Phase.RECOMPUTE}:
+            own[span.phase] += span.busy_prefill_s - paid_s
+            paid_s = span.busy_prefill_s
     parts = _queue_parts(log, arrival_s, spans[0].end_s, settings)
     for phase in (Phase.PREFILL, Phase.DECODE, Phase.PREEMPTED, Phase.RECOMPUTE):
         stays = [(span.start_s, span.end_s) for span in spans if span.phase is phase]
