@@ -283,7 +283,7 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
     if table.kind == "mla_prefill":
         op: KernelOp = "mla_prefill"
         kv_heads, flops, width = np.ones_like(heads), 2.0 * heads * (MLA_QK + MLA_V), (MLA_QK + MLA_V) / 2 * np.ones_like(heads)
-        key_bytes = (MLA_LATENT + MLA_ROPE) * KV_BYTES[kv_dtype] * np.ones_like(heads)
+        key_bytes = (MLA_LATENT + MLA_ROPE) * KV_BYTES[kv_dtype] + heads * (MLA_QK - MLA_ROPE + MLA_V) * 2.0
         token_bytes = heads * 2.0 * (2 * MLA_QK + 2 * MLA_V)
         shape, by = _numbered(heads), "heads"
     else:

@@ -164,7 +164,7 @@ def document(report: "StepReport") -> dict[str, Any]:
             "kv": d.precision.kv,
             "computes_in": d.compute_dtype,
         },
-        "efficiency": vars(d.eff),
+        "efficiency": d.eff.constants | {"kernels_of": d.eff.curves.chip if d.eff.curves else None},
         "step": vars(report.step),
         "step_time_s": report.time_s,
         "roofline_bound_s": report.roofline_s,
