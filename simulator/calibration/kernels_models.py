@@ -18,7 +18,7 @@ from simulator.roofline.kernel_times import (
     PAD_HEADS,
     QUERY_TILE,
     ROW_STEP,
-    grouped_variants,
+    grouped_waves,
     grouped_work,
     soft_max,
     tile_waves,
@@ -230,7 +230,7 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
     touched = np.minimum(experts, visits)
     wide = (1 + rows["gated"]) * F
     shape = _numbered(D, rows["inter"], rows["experts"])
-    up, down = (grouped_variants(visits / touched, touched, cols, units, even=True) for cols in (wide, D))
+    up, down = (grouped_waves(visits / touched, touched, cols, units) for cols in (wide, D))
     weights = [touched * D * columns * weight_bytes for columns in (wide, F)]
     inputs = [visits * (D * input_bytes + 2 * wide), visits * (F * input_bytes + 2 * D)]
     other = visits * 2 * (wide + F) + (visits + n) * 2 * D
@@ -253,7 +253,7 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
         Parameter("fill_bytes", 1e6, 1e3, 1e8),
         Parameter("depth", 100, 0.1, 5000),
         Parameter("tile", 1000, 1, 1e6),
-        Parameter("traffic", 2, 0.01, 100),
+        Parameter("traffic", 2, 1, 100),
     )
     return Problem(
         "moe",
@@ -275,7 +275,7 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
 
 def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
     """Attention of whole prompts: pairs, softmax, the last tile's walk, and reading and writing of tokens."""
-    fmt, _, element = FORMATS[dtype]
+    fmt = FORMATS[dtype][0]
     peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
     every = table.columns
     rows = table.where((every["dtype"] == dtype) & (every["kv_dtype"] == kv_dtype)).columns
@@ -295,7 +295,6 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
     few = heads / kv_heads <= MOST_HEADS_PER_KV_HEAD if op == "attention_prefill" else np.ones(len(time), dtype=bool)
     fast = pairs * flops / peak > time
     keep = np.flatnonzero(few & ~fast)
-    del element
 
     def model(values: Values, among: Rows) -> Array:
         c, at = PrefillCurve(**values), keep[among]
@@ -309,7 +308,7 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
         Parameter("softmax", 20, 0.1, 500),
         Parameter("launch_s", 8e-6, 1e-7, 2e-4),
         Parameter("serial", 0.5, 0.001, 50),
-        Parameter("traffic", 1.5, 0.01, 100),
+        Parameter("traffic", 1.5, 1, 100),
     )
     return Problem(
         op,

@@ -6,7 +6,7 @@ the parameters do to a kernel's time is in :mod:`simulator.roofline.kernel_times
 that it was not fitted to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar
@@ -34,9 +34,15 @@ KernelOp = Literal[
 FRAMEWORKS = ("vllm", "sglang", "trtllm", "nccl", "llmservingsim", "user")
 
 
+#: A framework whose curve is off by more than this multiple of another's does not stand for a chip: its kernels change with
+#: shape in ways that the parameters do not follow, so they would be off elsewhere too.
+POOR_FIT = 1.5
+
+
 @dataclass(frozen=True)
 class _Curve:
     fractions: ClassVar[frozenset[str]] = frozenset()
+    multiples: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         """Refuse parameters that could push a time under its bound."""
@@ -45,6 +51,9 @@ class _Curve:
             if item.name in self.fractions:
                 if not 0 < value <= 1:
                     raise InputError(f"{type(self).__name__}.{item.name} = {value}: must be above 0 and at most 1")
+            elif item.name in self.multiples:
+                if not 1 <= value < float("inf"):
+                    raise InputError(f"{type(self).__name__}.{item.name} = {value}: must be finite and at least 1")
             elif not 0 <= value < float("inf"):
                 raise InputError(f"{type(self).__name__}.{item.name} = {value}: must be finite and not negative")
 
@@ -74,6 +83,7 @@ class GemmCurve(_Curve):
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"peak", "hbm"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"sharpness"})
 
     peak: float
     hbm: float
@@ -97,6 +107,7 @@ class GroupedCurve(_Curve):
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"peak", "hbm"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"traffic", "sharpness"})
 
     peak: float
     hbm: float
@@ -127,6 +138,7 @@ class PrefillCurve(_Curve):
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"peak"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"traffic"})
 
     peak: float
     softmax: float
@@ -157,6 +169,7 @@ class DecodeCurve(_Curve):
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"hbm", "peak"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"ramp_bytes", "resident_speed"})
 
     hbm: float
     peak: float
@@ -188,6 +201,12 @@ class CollectiveCurve(_Curve):
     latency_s: float
     link: float
     sharpness: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a norm that is none, besides."""
+        super().__post_init__()
+        if not self.sharpness > 0:
+            raise InputError(f"CollectiveCurve.sharpness = {self.sharpness}: must be above 0")
 
 
 Curve = GemmCurve | GroupedCurve | PrefillCurve | DecodeCurve | CollectiveCurve
@@ -326,12 +345,22 @@ def read_calibration(name_or_path: str) -> CalibrationFile:
 
 @cache
 def load_curves(name_or_path: str) -> KernelCurves:
-    """The curves of a calibration; of frameworks measured side by side the first of :data:`FRAMEWORKS`."""
+    """The curves of a calibration; of frameworks measured side by side the :func:`preferred` one."""
     calibration = read_calibration(name_or_path)
-    ranked = sorted(calibration.fits, key=lambda fit: -_rank(fit.framework))
-    return KernelCurves(
-        calibration.chip, {(fit.op, fit.dtype, fit.kv_dtype, fit.chips): _curve_of(fit) for fit in ranked}
-    )
+    side_by_side: dict[tuple[str, str, str, int], list[KernelFit]] = {}
+    for fit in calibration.fits:
+        side_by_side.setdefault((fit.op, fit.dtype, fit.kv_dtype, fit.chips), []).append(fit)
+    return KernelCurves(calibration.chip, {key: _curve_of(preferred(fits)) for key, fits in side_by_side.items()})
+
+
+def preferred(fits: Sequence[KernelFit]) -> KernelFit:
+    """Which of several frameworks' kernels stands for the chip: the first of :data:`FRAMEWORKS` that its curve describes well.
+
+    Well is a median error on left-out shapes of at most :data:`POOR_FIT` times that of the best described.
+    """
+    best = min(fit.residuals[0].median_abs for fit in fits)
+    good = [fit for fit in fits if fit.residuals[0].median_abs <= POOR_FIT * best]
+    return min(good, key=lambda fit: _rank(fit.framework))
 
 
 def _rank(framework: str) -> int:

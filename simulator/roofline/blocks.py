@@ -289,8 +289,8 @@ def _moe_ops(d: Deployment, count: int, ffn: MoEFFN, n: Number) -> list[Op]:
     )
     if d.eff.curves is not None:
         routed_bytes = n * (count * inputs * ffn.top_k * ffn.d_ff / t * wide)
-        activation = calibrated.expert_traffic(d, activation, routed_bytes)
-        combine = calibrated.expert_traffic(d, combine, n * (count * summed))
+        activation = calibrated.expert_traffic(d, activation, routed_bytes, launches=1 - 1 / launches)
+        combine = calibrated.expert_traffic(d, combine, n * (count * summed), launches=0.5)
     ops.insert(2, activation)
     ops.append(combine)
     if d.expert_chips > 1:

@@ -175,18 +175,17 @@ def _peak_of(op: Op) -> Dtype:
     return cast("Dtype", op.dtype)
 
 
-def expert_traffic(d: Deployment, op: Op, routed_bytes: Number) -> Op:
+def expert_traffic(d: Deployment, op: Op, routed_bytes: Number, *, launches: float) -> Op:
     """An op that moves tokens to, within or from routed experts: ``routed_bytes`` of its traffic at the experts' curve.
 
-    What is routed was measured together with the products, so it has no launch of its own.
+    What is routed was measured together with the products; ``launches`` is the share of the op's that is left.
     """
     found = product_curve(d, narrow=True, experts=True)
     if found is None or not isinstance(found.curve, GroupedCurve) or not d.activation_traffic:
         return op
     rest = op.activation_bytes - routed_bytes
-    time = rest / (d.hbm_bytes_per_s * d.eff.hbm) + routed_bytes * (max(1.0, found.curve.traffic) / d.hbm_bytes_per_s)
-    kept = 0.5 if op.name == "route, combine" else 0.0 if np.all(np.equal(rest, 0)) else 0.5
-    return replace(op, memory_s=time, roofline_s=time, overhead_s=kept * op.overhead_s)
+    time = rest / (d.hbm_bytes_per_s * d.eff.hbm) + routed_bytes * (found.curve.traffic / d.hbm_bytes_per_s)
+    return replace(op, memory_s=time, roofline_s=time, overhead_s=launches * op.overhead_s)
 
 
 def token_io_s(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> float | None:
@@ -204,7 +203,7 @@ def token_io_s(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> floa
         moved = heads * (2 * (mixer.nope_dim + mixer.rope_dim) + 2 * mixer.v_dim) * d.precision.wide_bytes
     if curve is None or not d.activation_traffic:
         return None
-    return max(1.0, curve.traffic) * moved / d.hbm_bytes_per_s
+    return curve.traffic * moved / d.hbm_bytes_per_s
 
 
 def decode_times(

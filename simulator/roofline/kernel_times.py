@@ -125,17 +125,10 @@ def gemm_compute_s(
     return float(tile_work(waves, rows, columns, depth, curve, split_bytes_s, rate / multiprocessors)[0])
 
 
-def grouped_variants(
-    rows_per_group: Array, groups: Array, n: Array, multiprocessors: float, *, even: bool
-) -> Array:
-    """Waves of every tile, [rows, tiles], of grouped products with so many rows each.
-
-    ``even``: every group has just that many. Otherwise loads scatter about it, and half a tile more is touched on average.
-    """
-    share = rows_per_group[:, None] / _GM
-    tiles = np.ceil(share) if even else np.maximum(1.0, share + 0.5 * np.minimum(1.0, share))
-    every = groups[:, None] * tiles * np.ceil(n[:, None] / _GN)
-    waves: Array = np.ceil(every / multiprocessors) if even else np.maximum(1.0, every / multiprocessors + 0.5)
+def grouped_waves(rows_per_group: Array, groups: Array, n: Array, multiprocessors: float) -> Array:
+    """Waves of every tile, [rows, tiles], of grouped products with just so many rows in each group."""
+    tiles = groups[:, None] * np.ceil(rows_per_group[:, None] / _GM) * np.ceil(n[:, None] / _GN)
+    waves: Array = np.ceil(tiles / multiprocessors)
     return waves
 
 
@@ -149,17 +142,26 @@ def grouped_work(waves: Array, k: Array, curve: GroupedCurve, rate: float) -> Ar
 def grouped_compute_s(
     visits: Number, groups: Number, n: float, k: float, curve: GroupedCurve, *, peak_flops_per_s: float, multiprocessors: float
 ) -> Number:
-    """Compute time of ``visits`` rows spread over ``groups`` matrices of ``[k, n]``; loads scatter. [s]"""
-    v, g = np.atleast_1d(np.asarray(visits, dtype=np.float64)), np.atleast_1d(np.asarray(groups, dtype=np.float64))
-    some = (v > 0) & (g > 0)
-    g = np.where(some, g, 1.0)
-    columns = np.full_like(v, n)
-    waves = grouped_variants(v / g, g, columns, multiprocessors, even=False)
-    work = grouped_work(waves, np.full_like(v, k), curve, peak_flops_per_s * curve.peak / multiprocessors) * some
-    # Loads that scatter never need fewer multiplications than there are.
-    floor = 2 * v * n * k / (peak_flops_per_s * curve.peak)
-    work = np.maximum(work, floor)
-    return work if isinstance(visits, np.ndarray) else float(work[0])
+    """Compute time of ``visits`` rows spread over ``groups`` matrices of ``[k, n]`` as routing scatters them. [s]
+
+    Loads that scatter touch half a tile more than their mean on average, and so does the last wave; the time is at least
+    that of the bare products at the curve's rate.
+
+    >>> curve = GroupedCurve(peak=0.8, hbm=0.8, launch_s=0.0)
+    >>> round(1e6 * grouped_compute_s(4096.0, 8.0, 4096, 4096, curve, peak_flops_per_s=989e12, multiprocessors=132))
+    176
+    """
+    rate = peak_flops_per_s * curve.peak / multiprocessors
+    each = np.divide(visits, np.where(np.greater(groups, 0), groups, 1.0))
+    best: Number = np.inf
+    for rows, columns in GROUPED_TILES:
+        share = each * (1 / rows)
+        tiles = np.maximum(1.0, share + 0.5 * np.minimum(1.0, share))
+        waves = np.maximum(1.0, (groups * tiles) * (ceil(n / columns) / multiprocessors) + 0.5)
+        best = np.minimum(best, waves * (rows * columns + curve.tile))
+    floor = np.multiply(visits, 2 * n * k / (rate * multiprocessors))
+    time = np.where(np.greater(visits, 0), np.maximum(best * ((k + curve.depth) * (2 / rate)), floor), 0.0)
+    return time if isinstance(visits, np.ndarray) else float(time)
 
 
 def memory_s(moved_bytes: Number, fill_bytes: float, hbm: float, hbm_bytes_per_s: float) -> Number:
