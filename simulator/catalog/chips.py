@@ -538,16 +538,18 @@ def _read_chip(name_or_path: str) -> ChipSpec:
 
 
 def _calibrated(data: dict[str, Any], file: Traversable, where: str) -> str:
-    """Resolve a file's ``calibration`` and say what it is."""
+    """Resolve a file's ``calibration`` and say what it is. Its curves are read when they are used."""
     name = data["calibration"]
     if not isinstance(name, str):
         raise InputError(f"{where}: calibration = {name!r}: must be the name of a measured chip, or the path of a file")
     if name.endswith(".toml"):  # beside the chip's own file
-        data["calibration"] = name = str(Path(str(file)).parent / name)
+        data["calibration"] = str(Path(str(file)).parent / name)
     if "multiprocessors" not in data:
         raise InputError(f"{where}: calibration = {name!r} needs multiprocessors: tiles and waves are counted in them")
-    measured = load_curves(name).chip
-    return "; kernels as measured on " + ("this chip" if measured == data.get("name") else f"{measured}, of its generation")
+    find("calibration", data["calibration"], data_folder("hardware_specs") / "calibration")
+    if name == data.get("name"):
+        return "; kernels as measured on this chip"
+    return f"; kernels as measured on {name}" + ("" if name.endswith(".toml") else ", of its family")
 
 
 def _check_sources(chip: ChipSpec, where: str) -> None:
