@@ -347,10 +347,25 @@ def read_calibration(name_or_path: str) -> CalibrationFile:
 def load_curves(name_or_path: str) -> KernelCurves:
     """The curves of a calibration; of frameworks measured side by side the :func:`preferred` one."""
     calibration = read_calibration(name_or_path)
-    side_by_side: dict[tuple[str, str, str, int], list[KernelFit]] = {}
+    return KernelCurves(
+        calibration.chip,
+        {(fit.op, fit.dtype, fit.kv_dtype, fit.chips): _curve_of(fit) for fit in preferred_fits(calibration)},
+    )
+
+
+def preferred_fits(calibration: CalibrationFile) -> list[KernelFit]:
+    """One fit per op, format and number of chips: the :func:`preferred` of those measured side by side.
+
+    A collective's numbers of chips are all of one framework, so that what lies between them can be interpolated.
+    """
+    side_by_side: dict[tuple[str, str, str], dict[str, list[KernelFit]]] = {}
     for fit in calibration.fits:
-        side_by_side.setdefault((fit.op, fit.dtype, fit.kv_dtype, fit.chips), []).append(fit)
-    return KernelCurves(calibration.chip, {key: _curve_of(preferred(fits)) for key, fits in side_by_side.items()})
+        side_by_side.setdefault((fit.op, fit.dtype, fit.kv_dtype), {}).setdefault(fit.framework, []).append(fit)
+    found = []
+    for by_framework in side_by_side.values():
+        framework = preferred([max(fits, key=lambda fit: fit.chips) for fits in by_framework.values()]).framework
+        found += by_framework[framework]
+    return found
 
 
 def preferred(fits: Sequence[KernelFit]) -> KernelFit:
