@@ -47,6 +47,8 @@ SHARPNESS = (1.0, 2.0, 4.0)
 """p-norms tried between compute and memory."""
 MLA_LATENT, MLA_ROPE, MLA_QK, MLA_V = 512, 64, 192, 128
 """DeepSeek's latent attention: cached values per token, and widths of an expanded head."""
+LEAST_SHARE = 0.2
+"""Of a row's time, what is left at least when measured parts are taken off."""
 MOST_HEADS_PER_KV_HEAD = 16
 """Beyond this some frameworks fall back to another kernel, which few models need."""
 
@@ -96,13 +98,16 @@ class Problem:
 
 def problems(chip: ChipSpec, tables: list[Table]) -> Iterator[Problem]:
     """Every curve that the tables of one chip can fix; formats the chip has no peak for are passed over."""
-    scales = {t.framework: t for t in tables if t.kind == "act_quant_compute_scale"}
+    quantisation: dict[str, list[Table]] = {}
+    for table in tables:
+        if table.kind.startswith("act_quant_"):
+            quantisation.setdefault(table.framework, []).append(table)
     for table in tables:
         match table.kind:
             case "gemm":
                 for (dtype,) in table.groups("dtype"):
                     if _has_peak(chip, dtype):
-                        yield _gemm(chip, table, dtype, scales.get(table.framework))
+                        yield _gemm(chip, table, dtype, quantisation.get(table.framework, []))
             case "moe":
                 for (dtype,) in table.groups("dtype"):
                     if _has_peak(chip, dtype):
@@ -143,15 +148,19 @@ def _steps(by: Array, unit: str, *edges: float) -> tuple[tuple[str, NDArray[np.b
     return tuple(found)
 
 
-def _gemm(chip: ChipSpec, table: Table, dtype: str, scales: Table | None) -> Problem:
-    """Products by tiles, waves and bandwidth; shapes some row of which was read faster than HBM can are cache-resident."""
+def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -> Problem:
+    """Products by tiles, waves and bandwidth; shapes some row of which was read faster than HBM can are cache-resident.
+
+    Rows of fp8 hold the kernels that quantise the input with a scale per tensor. Engines fuse these into the op before, so
+    their measured times are taken off; formats with a scale per block keep theirs.
+    """
     fmt, weight_bytes, input_bytes = FORMATS[dtype]
     peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
     rows = table.where(table.columns["dtype"] == dtype).columns
     m, n, k, time = rows["m"], rows["n"], rows["k"], rows["latency_s"]
     why = ""
-    if dtype == "fp8" and scales is not None:
-        time = time - _scale_times(scales, m, k)
+    if dtype == "fp8":
+        time = np.maximum(time - sum(_table_times(scales, m, k) for scales in quantisation), LEAST_SHARE * time)
     shape = _numbered(n, k)
     bound = np.maximum(2 * m * n * k / peak, n * k * weight_bytes / hbm)
     keep = ~np.isin(shape, shape[time < bound])
@@ -162,7 +171,7 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, scales: Table | None) -> Pro
     tops = np.ceil(m / ROW_STEP) * ROW_STEP
     waves = tile_waves(tops, n, units)
     moved = n * k * weight_bytes + m * k * input_bytes + m * n * 2
-    quantised = dtype not in {"bfloat16", "int8_wo", "int4_wo"}
+    quantised = dtype not in {"bfloat16", "int8_wo", "int4_wo"} and not (dtype == "fp8" and quantisation)
 
     def model(values: Values, at: Rows) -> Array:
         c = GemmCurve(**values)
@@ -199,8 +208,8 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, scales: Table | None) -> Pro
     )
 
 
-def _scale_times(scales: Table, m: Array, k: Array) -> Array:
-    """Time of finding the scale of an input, which static scales need not: interpolated in log m and log k. [s]"""
+def _table_times(scales: Table, m: Array, k: Array) -> Array:
+    """Times of a table over m and k, interpolated in their logarithms. [s]"""
     cm, ck, ct = (scales.columns[name] for name in ("m", "k", "latency_s"))
     heights, widths = np.unique(cm), np.unique(ck)
     grid = np.full((len(heights), len(widths)), np.nan)

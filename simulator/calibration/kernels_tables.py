@@ -38,6 +38,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "moe": ("dtype", "hidden", "inter", "gated", "topk", "experts", "tp", "ep", "distribution", "tokens"),
     "comm": ("collective", "impl", "dtype", "num_gpus", "bytes"),
     "act_quant_compute_scale": ("dtype", "m", "k"),
+    "act_quant_scale_matrix": ("dtype", "m", "k"),
 }
 """Columns each table must have besides ``latency_us``; further ones are ignored."""
 

@@ -296,7 +296,7 @@ def collective_times(
     return replace(
         op,
         network_s=op.count * transfer_s,
-        roofline_s=op.count * collective_s(transfer_s, curve) - latency,
+        roofline_s=np.maximum(0.0, op.count * collective_s(transfer_s, curve) - latency),
         overhead_s=latency,
     )
 

@@ -23,7 +23,7 @@ from simulator.catalog.kernel_curves import CollectiveCurve, DecodeCurve, GemmCu
 Array = NDArray[np.float64]
 Number = float | Array
 
-TILES = ((256, 128), (128, 256), (128, 128), (64, 128), (128, 64), (64, 64), (16, 64))
+TILES = ((256, 256), (256, 128), (128, 256), (128, 128), (64, 128), (128, 64), (64, 64), (16, 64))
 """Rows and columns of the tiles that libraries choose from."""
 SPLITS = (1, 2, 4, 8, 16)
 """Ways to split the inner dimension."""
