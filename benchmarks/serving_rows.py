@@ -65,8 +65,7 @@ def predict_tpot_s(row: dict[str, str]) -> float:
         load_model(MODELS[row["model"]]),
         resolve_slice(f"{CHIPS[row['gpu']]}:{float(row['n_gpus']):.0f}"),
         parse_precision(
-            PRECISIONS[row["precision"]]
-            + ("g128" if row["precision"] == "fp8" and row["model"] in BLOCK_FP8 else "")
+            PRECISIONS[row["precision"]] + ("g128" if row["precision"] == "fp8" and row["model"] in BLOCK_FP8 else "")
         ),
         max_num_seqs=1024,
     )

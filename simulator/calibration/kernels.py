@@ -144,7 +144,9 @@ def _folds(shape: NDArray[np.int64]) -> NDArray[np.int64]:
     """The fold of each row: shapes dealt in an order that has nothing to do with their size."""
     _, shape = np.unique(shape, return_inverse=True)  # shapes that were left out leave gaps
     shapes = int(shape.max()) + 1
-    order = np.argsort((np.arange(shapes, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11), kind="stable")
+    order = np.argsort(
+        (np.arange(shapes, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11), kind="stable"
+    )
     fold = np.empty(shapes, dtype=np.int64)
     fold[order] = np.arange(shapes) % min(FOLDS, shapes)
     return np.asarray(fold[shape])
@@ -160,7 +162,11 @@ def _record(best: _Fitted, outside: Array) -> KernelFit:
         median, p90, bias = quantiles(outside[keep])
         residuals.append(
             Residuals(
-                regime=name, rows=int(keep.sum()), median_abs=_rounded(median), p90_abs=_rounded(p90), bias=_rounded(bias)
+                regime=name,
+                rows=int(keep.sum()),
+                median_abs=_rounded(median),
+                p90_abs=_rounded(p90),
+                bias=_rounded(bias),
             )
         )
     return KernelFit(

@@ -6,6 +6,7 @@ parameters are free, and which rows belong to one shape. Formats' bytes and the 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +141,7 @@ def _steps(by: Array, unit: str, *edges: float) -> tuple[tuple[str, NDArray[np.b
     """Regimes between ascending edges of one quantity."""
     bounds = [-np.inf, *edges, np.inf]
     found = []
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in pairwise(bounds):
         keep = (by > low) & (by <= high)
         name = f"{unit} > {low:g}" if high == np.inf else f"{unit} <= {high:g}"
         if keep.any():
@@ -167,7 +168,7 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     left_out = int((~keep).sum())
     if left_out:
         why = "weights that some row reads faster than HBM can: they came from the on-die memory"
-    m, n, k, time, shape = (x[keep] for x in (m, n, k, time, shape))
+    m, n, k, time, shape = m[keep], n[keep], k[keep], time[keep], shape[keep]
     tops = np.ceil(m / ROW_STEP) * ROW_STEP
     waves = tile_waves(tops, n, units)
     moved = n * k * weight_bytes + m * k * input_bytes + m * n * 2
@@ -291,7 +292,11 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
     time, batch, seq, heads = (rows[name] for name in ("latency_s", "batch", "seq", "heads"))
     if table.kind == "mla_prefill":
         op: KernelOp = "mla_prefill"
-        kv_heads, flops, width = np.ones_like(heads), 2.0 * heads * (MLA_QK + MLA_V), (MLA_QK + MLA_V) / 2 * np.ones_like(heads)
+        kv_heads, flops, width = (
+            np.ones_like(heads),
+            2.0 * heads * (MLA_QK + MLA_V),
+            (MLA_QK + MLA_V) / 2 * np.ones_like(heads),
+        )
         key_bytes = (MLA_LATENT + MLA_ROPE) * KV_BYTES[kv_dtype] + heads * (MLA_QK - MLA_ROPE + MLA_V) * 2.0
         token_bytes = heads * 2.0 * (2 * MLA_QK + 2 * MLA_V)
         shape, by = _numbered(heads), "heads"
@@ -434,7 +439,7 @@ def _framework(impl: str) -> str:
     """The framework of an implementation; empty for calls that were not captured in a graph."""
     if impl.endswith("_eager"):
         return ""
-    return impl.split("_")[0].lower()
+    return impl.split("_", maxsplit=1)[0].lower()
 
 
 def _collective(op: str, framework: str, chips: int, table: Table, rate: float) -> Problem:

@@ -142,7 +142,11 @@ def chip_folders(data: Path, chip: str | None) -> dict[str, Path]:
     own = _chip_of(data.name)
     if own is not None:
         return {own: data}
-    found = {name: sub for sub in sorted(data.iterdir()) if (name := _chip_of(sub.name)) is not None} if data.is_dir() else {}
+    found = (
+        {name: sub for sub in sorted(data.iterdir()) if (name := _chip_of(sub.name)) is not None}
+        if data.is_dir()
+        else {}
+    )
     if not found:
         raise InputError(f"{data}: neither it nor a folder in it is named after a chip; say which with --chip")
     return found

@@ -14,7 +14,9 @@ def calibrate() -> None:
 
 @calibrate.command(short_help="Kernel times -> a chip's efficiency curves.")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--chip", help="Chip the tables are of: a name of the catalogue or a chip file. Else the folders' names say it.")
+@click.option(
+    "--chip", help="Chip the tables are of: a name of the catalogue or a chip file. Else the folders' names say it."
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for one TOML file per chip.")
 @click.option("--regimes", is_flag=True, help="Also list the errors by regime: small, middle and large shapes.")
 @json_option
@@ -28,7 +30,9 @@ def kernels(data: Path, chip: str | None, out: Path | None, *, regimes: bool, as
     from simulator.calibration.kernels import GOALS, calibrate_chip, toml_lines
     from simulator.calibration.kernels_tables import chip_folders
 
-    command = f"chipseconds calibrate kernels {data}" + (f" --chip {chip}" if chip else "") + (f" --out {out}" if out else "")
+    command = (
+        f"chipseconds calibrate kernels {data}" + (f" --chip {chip}" if chip else "") + (f" --out {out}" if out else "")
+    )
     source = ("aiconfigurator-kernels",) if chip is None else (str(data),)
     found = [
         calibrate_chip(name, folder, command=command, source=source, progress=note)
@@ -67,7 +71,17 @@ def kernels(data: Path, chip: str | None, out: Path | None, *, regimes: bool, as
             )
             if regimes:
                 rows += [
-                    [f"  {p.regime}", "", f"{p.rows:,}", "", f"{p.median_abs:.1%}", f"{p.p90_abs:.1%}", f"{p.bias:+.1%}", "", ""]
+                    [
+                        f"  {p.regime}",
+                        "",
+                        f"{p.rows:,}",
+                        "",
+                        f"{p.median_abs:.1%}",
+                        f"{p.p90_abs:.1%}",
+                        f"{p.bias:+.1%}",
+                        "",
+                        "",
+                    ]
                     for p in parts
                 ]
         print_table(

@@ -217,7 +217,14 @@ def _print_curves(calibration: str) -> None:
         error = fit.residuals[0]
         kinds = " ".join(filter(None, (fit.op.replace("_", " "), fit.dtype, fit.kv_dtype and f"kv {fit.kv_dtype}")))
         name = kinds + (f" on {fit.chips}" if fit.chips > 1 else "")
-        rows.append((name, fit.framework, f"{fit.rows:,} rows", f"{error.median_abs:.1%} off in the median, p90 {error.p90_abs:.0%}"))
+        rows.append(
+            (
+                name,
+                fit.framework,
+                f"{fit.rows:,} rows",
+                f"{error.median_abs:.1%} off in the median, p90 {error.p90_abs:.0%}",
+            )
+        )
     _print_rows(rows)
 
 

@@ -23,8 +23,6 @@ from simulator.catalog.kernel_curves import (
     KernelOp,
     PrefillCurve,
 )
-from simulator.catalog.slices import LinkDomain
-from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernel_times import (
     collective_s,
     decode_key_s,
@@ -38,7 +36,9 @@ from simulator.roofline.kernel_times import (
 )
 from simulator.roofline.precision import BITS, Dtype, Precision
 
-if TYPE_CHECKING:  # kernels call these functions on their own ops
+if TYPE_CHECKING:  # kernels call these functions on their own ops and deployments
+    from simulator.catalog.slices import LinkDomain
+    from simulator.roofline.deployment import Deployment
     from simulator.roofline.kernels import Matrix, Number, Op
 
 #: Formats whose curve stands for one that was not measured, in this order; after them the 16-bit curve does.
@@ -136,9 +136,7 @@ def product_times(
     peak, units = d.rate_flops_per_s(_peak_of(op)), d.slice.chip.multiprocessor_count
     some = np.greater(n, 0) * 1.0
     if isinstance(curve, GroupedCurve):
-        each: Number = grouped_compute_s(
-            n, reads, m.n_out, m.n_in, curve, peak_flops_per_s=peak, multiprocessors=units
-        )
+        each: Number = grouped_compute_s(n, reads, m.n_out, m.n_in, curve, peak_flops_per_s=peak, multiprocessors=units)
         quantise: Number = 0.0
         launches = 0.5  # the curve's launch is that of both products
     else:
@@ -213,8 +211,7 @@ def decode_times(
 
     Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys.
     """
-    latent = isinstance(mixer, LatentAttention)
-    curve = decode_curve(d, "mla_decode" if latent else "attention_decode")
+    curve = decode_curve(d, "mla_decode" if isinstance(mixer, LatentAttention) else "attention_decode")
     if curve is None:
         return op
     heads = mixer.n_heads / d.chips
@@ -230,7 +227,7 @@ def decode_times(
     rate = d.rate_flops_per_s(d.attention_dtype)
     key_s = decode_key_s(bytes_per_key, flops, curve, peak_flops_per_s=rate, hbm_bytes_per_s=d.hbm_bytes_per_s)
     ramp: Number = 0.0
-    if latent or mixer.window is None:
+    if not is_windowed(mixer):
         ramp = curve.ramp_s * np.minimum(1.0, keys * (bytes_per_key / curve.ramp_bytes))
     return replace(
         op,
@@ -241,11 +238,15 @@ def decode_times(
     )
 
 
+def is_windowed(mixer: SoftmaxAttention | LatentAttention) -> bool:
+    """Whether a window bounds the keys that the mixer reads."""
+    return isinstance(mixer, SoftmaxAttention) and mixer.window is not None
+
+
 def decode_knot(d: Deployment, mixer: SoftmaxAttention | LatentAttention, bytes_per_key: float) -> float | None:
     """Keys at which the ramp of decode attention ends; None without one. [keys]"""
-    latent = isinstance(mixer, LatentAttention)
-    curve = decode_curve(d, "mla_decode" if latent else "attention_decode")
-    if curve is None or curve.ramp_s == 0 or (not latent and mixer.window is not None):
+    curve = decode_curve(d, "mla_decode" if isinstance(mixer, LatentAttention) else "attention_decode")
+    if curve is None or curve.ramp_s == 0 or is_windowed(mixer):
         return None
     return curve.ramp_bytes / bytes_per_key
 
@@ -282,9 +283,7 @@ def prefill_times(
     )
 
 
-def collective_times(
-    d: Deployment, op: Op, kind: KernelOp, transfer_s: Number, domains: tuple[LinkDomain, ...]
-) -> Op:
+def collective_times(d: Deployment, op: Op, kind: KernelOp, transfer_s: Number, domains: tuple[LinkDomain, ...]) -> Op:
     """A collective within one domain of switched or PCIe links: ``transfer_s`` is one call's at the full link rate."""
     if d.eff.curves is None or len(domains) != 1 or domains[0].kind == "torus":
         return op
@@ -313,5 +312,8 @@ def collective_curve(curves: KernelCurves, kind: KernelOp, chips: int) -> Collec
         return one
     share = log2(chips / low) / log2(high / low)
     return CollectiveCurve(
-        *((1 - share) * getattr(one, name) + share * getattr(other, name) for name in ("latency_s", "link", "sharpness"))
+        *(
+            (1 - share) * getattr(one, name) + share * getattr(other, name)
+            for name in ("latency_s", "link", "sharpness")
+        )
     )

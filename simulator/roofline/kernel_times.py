@@ -50,14 +50,17 @@ def soft_max(one: Number, other: Number, sharpness: float) -> Number:
     if sharpness == 1:
         return one + other
     if sharpness == 2:
-        total: Number = np.sqrt(one * one + other * other)
-        return total
+        return _root(one * one + other * other)
     if sharpness == 4:
         squares = one * one, other * other
-        total = np.sqrt(np.sqrt(squares[0] * squares[0] + squares[1] * squares[1]))
-        return total
-    total = (np.power(one, sharpness) + np.power(other, sharpness)) ** (1 / sharpness)
-    return total
+        return _root(_root(squares[0] * squares[0] + squares[1] * squares[1]))
+    joined: Number = (np.power(one, sharpness) + np.power(other, sharpness)) ** (1 / sharpness)
+    return joined
+
+
+def _root(square: Number) -> Number:
+    root: Number = np.sqrt(square)
+    return root
 
 
 def tile_waves(m: Array, n: Array, multiprocessors: float) -> Array:
@@ -102,7 +105,14 @@ def _work_of_rows(
 
 
 def gemm_compute_s(
-    m: Number, n: float, k: float, curve: GemmCurve, *, peak_flops_per_s: float, hbm_bytes_per_s: float, multiprocessors: float
+    m: Number,
+    n: float,
+    k: float,
+    curve: GemmCurve,
+    *,
+    peak_flops_per_s: float,
+    hbm_bytes_per_s: float,
+    multiprocessors: float,
 ) -> Number:
     """Compute time of ``[m, k] @ [k, n]``, in steps of :data:`ROW_STEP` rows. [s]
 
@@ -140,7 +150,14 @@ def grouped_work(waves: Array, k: Array, curve: GroupedCurve, rate: float) -> Ar
 
 
 def grouped_compute_s(
-    visits: Number, groups: Number, n: float, k: float, curve: GroupedCurve, *, peak_flops_per_s: float, multiprocessors: float
+    visits: Number,
+    groups: Number,
+    n: float,
+    k: float,
+    curve: GroupedCurve,
+    *,
+    peak_flops_per_s: float,
+    multiprocessors: float,
 ) -> Number:
     """Compute time of ``visits`` rows spread over ``groups`` matrices of ``[k, n]`` as routing scatters them. [s]
 
@@ -164,7 +181,7 @@ def grouped_compute_s(
     return time if isinstance(visits, np.ndarray) else float(time)
 
 
-def memory_s(moved_bytes: Number, fill_bytes: float, hbm: float, hbm_bytes_per_s: float) -> Number:
+def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_s: float) -> Number:
     """Time to move bytes, those needed to fill the memory's pipeline included. [s]"""
     return (moved_bytes + fill_bytes) / (hbm_bytes_per_s * hbm)
 

@@ -61,7 +61,9 @@ CASES = [
     ("gpt-oss-120b", "h100-sxm:2", "mxfp4-experts"),
     ("llama-3-70b", "h100-sxm:8", "int4"),
 ]
-BUILT = [Deployment(load_model(m), resolve_slice(s), parse_precision(p), max_num_batched_tokens=512) for m, s, p in CASES]
+BUILT = [
+    Deployment(load_model(m), resolve_slice(s), parse_precision(p), max_num_batched_tokens=512) for m, s, p in CASES
+]
 
 
 def step_of(d, draw_decode, context, tokens, past):
@@ -117,7 +119,7 @@ def test_ideal_is_the_bare_datasheet_still(case):
     assert IDEAL.curves is None
     for row in report.ops:
         op = row.op
-        if op.kind == "collective" or op.name in {"attention, decode"}:
+        if op.kind == "collective" or op.name == "attention, decode":
             continue
         assert float(op.overhead_s) == 0
         assert float(op.roofline_s) == max(float(op.compute_s), float(op.memory_s))

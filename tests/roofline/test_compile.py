@@ -61,7 +61,10 @@ DEPLOYMENTS = {
     ),
     "mixed groups, by curves": Deployment(mixed_groups(), resolve_slice("h100-sxm:2"), max_num_batched_tokens=2048),
     "experts on h200": Deployment(
-        load_model("qwen3-235b-a22b"), resolve_slice("h200-sxm:4"), parse_precision("fp8kv8g128"), max_num_batched_tokens=2048
+        load_model("qwen3-235b-a22b"),
+        resolve_slice("h200-sxm:4"),
+        parse_precision("fp8kv8g128"),
+        max_num_batched_tokens=2048,
     ),
     "70b on a100, int4": Deployment(
         load_model("llama-3-70b"), resolve_slice("a100-80-sxm:4"), parse_precision("int4"), max_num_batched_tokens=2048
