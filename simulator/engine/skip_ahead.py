@@ -31,6 +31,7 @@ from simulator.engine.prefix_cache import (
     grow,
     look_up,
     note_end,
+    publish,
     release_ended,
     steps_to_fill,
     take,
@@ -406,7 +407,7 @@ def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, block_si
     out.finish[row] = state.floats[CLOCK]
     freed = blocks_for(state.computed[slot], block_size)
     if extra is not None and extra.cache.on:
-        note_end(extra.cache, slot, row, freed, ints[STEP])
+        note_end(extra.cache, slot, row, state.computed[slot], freed, ints[STEP])
         freed = 0
     ints[FREE_BLOCKS] += freed
     state.finish_step[slot] = -1
@@ -861,6 +862,8 @@ def _end_chunks(
             ints[RECOMPUTED] += again
         done += size
         state.computed[slot] = done
+        if extra is not None and extra.cache.radix:
+            ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, ints[STEP])
         if done < known:
             ints[PARTIAL] = slot
             continue
