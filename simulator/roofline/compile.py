@@ -49,34 +49,35 @@ def compile_step_cost(d: Deployment) -> StepCost:
             f"{what}: the engines run replicas whose every step gives each sequence a token and waits for no other "
             "engine; price this one with chipseconds roofline"
         )
-    n = np.arange(d.max_num_batched_tokens + 1, dtype=np.float64)
-    dense = dense_ops(d, n)
-    head = head_ops(d, np.arange(d.max_num_seqs + 1, dtype=np.float64))
+    n = np.arange(1, d.max_num_batched_tokens + 1, dtype=np.float64)
+    rows = np.arange(1, d.max_num_seqs + 1, dtype=np.float64)
+    dense, head = dense_ops(d, n), head_ops(d, rows)
     launch, key, seen = (decode_attention_ops(d, *x) for x in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
     expansion_s = float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))
     knots, values, slopes = _decode_curve(d, float(sum_over(op.overhead_s for op in launch)))
     parts = dense_parts(d, dense)
     if expansion_s:
         parts["matmul"] = parts["matmul"] - n * expansion_s
+    tables = {name: _table(n, part) for name, part in parts.items()}
     chips = d.chips
     return StepCost(
-        dense_s=sum_over(parts.values()),
-        head_s=sum_over(op.time_s for op in head) - hidden_s(d, head),
+        dense_s=sum_over(tables.values()),
+        head_s=_table(rows, sum_over(op.time_s for op in head) - hidden_s(d, head)),
         decode_knots=knots,
         decode_value_s=values,
         decode_slope_s=slopes,
         decode_seq_s=float(sum_over(op.roofline_s for op in launch)) + expansion_s,
         prefill_planes=_prefill_planes(d, expansion_s),
         chips=chips,
-        dense_flops=chips * sum_over(op.flops - op.copied_flops for op in dense),
-        dense_bytes=chips * sum_over(op.weight_bytes + op.kv_write_bytes for op in dense),
-        head_flops=chips * sum_over(op.flops - op.copied_flops for op in head),
-        head_bytes=chips * sum_over(op.weight_bytes for op in head),
+        dense_flops=_table(n, chips * sum_over(op.flops - op.copied_flops for op in dense)),
+        dense_bytes=_table(n, chips * sum_over(op.weight_bytes + op.kv_write_bytes for op in dense)),
+        head_flops=_table(rows, chips * sum_over(op.flops - op.copied_flops for op in head)),
+        head_bytes=_table(rows, chips * sum_over(op.weight_bytes for op in head)),
         attention_flops_per_pair=chips * float(sum_over(op.flops - op.copied_flops for op in key)),
         kv_bytes_per_token=chips * float(sum_over(op.kv_read_bytes for op in key)),
         peak_flops_per_s=chips * d.peak_flops_per_s,
         hbm_bandwidth_bytes_per_s=chips * d.slice.chip.hbm_bandwidth_bytes_per_s,
-        dense_parts=parts,
+        dense_parts=tables,
         window=d.window,
         window_chunked=d.window_chunked,
         window_slope_s=float(sum_over(op.roofline_s for op in seen)),
@@ -92,14 +93,17 @@ def _decode_curve(d: Deployment, launch_s: float) -> tuple[Array, Array, Array]:
     The slope never rises from one knot to the next, so the line of each piece starts at or above 0 (rule R11).
     """
 
-    def keys_s(S: float) -> float:
-        return float(sum_over(op.roofline_s for op in decode_attention_ops(d, 0.0, S, 0.0)))
-
     knots = np.array([0.0, *decode_knots(d)])
-    values = np.array([keys_s(S) for S in knots])
-    ends = np.array([*knots[1:], 2 * knots[-1] + 1])
-    slopes = (np.array([keys_s(S) for S in ends]) - values) / (ends - knots)
-    return knots, values + launch_s, slopes
+    points = np.append(knots, 2 * knots[-1] + 1)  # the last slope is that of any stretch beyond the last knot
+    keys_s = sum_over(op.roofline_s for op in decode_attention_ops(d, 0.0, points)) + np.zeros_like(points)
+    return knots, keys_s[:-1] + launch_s, np.diff(keys_s) / np.diff(points)
+
+
+def _table(counts: Array, figure: Number) -> Array:
+    """Table of a figure of 1, 2 … tokens or rows, after the 0 of none."""
+    table = np.zeros(len(counts) + 1)
+    table[1:] = figure
+    return table
 
 
 def step_time_s(d: Deployment, step: StepShape) -> float:
@@ -157,31 +161,26 @@ def _prefill_planes(d: Deployment, expansion_s: float) -> Array:
     sum from below everywhere, and is the sum where the state holds.
     """
 
-    def every(*sizes: float) -> list[Op]:
-        return prefill_attention_ops(d, *sizes)
+    def gather_s(ops: Sequence[Op]) -> float:
+        return sum(float(op.roofline_s) for op in ops if op.kind == "collective")
 
-    def seconds(*sizes: float) -> list[tuple[float, bool]]:
-        return [(float(op.roofline_s), op.adds) for op in every(*sizes) if op.kind != "collective"]
-
-    def gather_s(*sizes: float) -> float:
-        return sum(float(op.roofline_s) for op in every(*sizes) if op.kind == "collective")
-
-    key_s = expansion_s + gather_s(0.0, 0.0, 1.0)
-    seen_s = gather_s(0.0, 0.0, 0.0, 0.0, 1.0)
-
-    launches = prefill_attention_ops(d, 1.0, 0.0, 0.0)
-    chunk_s = float(sum_over(op.time_s for op in launches))
-    full = _states(seconds(0.0, 1.0, 0.0), seconds(0.0, 0.0, 1.0))
-    windowed = _states(seconds(0.0, 0.0, 0.0, 1.0, 0.0), seconds(0.0, 0.0, 0.0, 0.0, 1.0))
+    chunk, pair, key, seen_pair, seen_key = (prefill_attention_ops(d, *unit) for unit in np.eye(5).tolist())
+    chunk_s = float(sum_over(op.time_s for op in chunk))
+    full, windowed = _states(pair, key), _states(seen_pair, seen_key)
+    key_s, seen_s = expansion_s + gather_s(key), gather_s(seen_key)
     return np.array([[a, k + key_s, chunk_s, aw, kw + seen_s] for a, k in full for aw, kw in windowed])
 
 
-def _states(pairs: Sequence[tuple[float, bool]], keys: Sequence[tuple[float, bool]]) -> list[tuple[float, float]]:
-    """Seconds per pair and per key of each state of some ops, of which those bound by memory come last.
+def _states(pair: Sequence[Op], key: Sequence[Op]) -> list[tuple[float, float]]:
+    """Seconds per pair and per key of each state of ops given for a pair and for a key; those bound by memory come last.
 
-    Ops whose times add up are in every state with both.
+    Ops whose times add up are in every state with both. Collectives are in none.
     """
-    every = [(p, k, adds) for (p, adds), (k, _) in zip(pairs, keys, strict=True) if p or k]
+    every = [
+        (float(p.roofline_s), float(k.roofline_s), p.adds)
+        for p, k in zip(pair, key, strict=True)
+        if p.kind != "collective" and (p.roofline_s or k.roofline_s)
+    ]
     both = [(p, k) for p, k, adds in every if adds]
     pair_s, key_s = sum(p for p, _ in both), sum(k for _, k in both)
     ops = [(p, k) for p, k, adds in every if not adds]

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from simulator.catalog.slices import LinkDomain
 from simulator.roofline import calibrated
+from simulator.roofline.calibrated import Times
 from simulator.roofline.collectives import all_reduce_s, all_to_all_s
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.kernel_times import present
 from simulator.roofline.precision import BITS, Dtype, Precision
 
 Number = float | NDArray[np.float64]
@@ -170,7 +172,7 @@ def matmul_op(
     linear
         whether time must be in proportion to ``n``: these rows join a product that runs anyway.
     """
-    p, e, some = d.precision, d.eff, np.greater(n, 0) * 1.0
+    p, e, some = d.precision, d.eff, present(n)
     read = some if reads is None else reads
     # Scales may belong to whole columns or blocks that a split cuts: what is over the chip's share is a copy.
     own, ways = m.n_out - m.copied, d.chips / (m.crossed * m.gathered)
@@ -189,9 +191,19 @@ def matmul_op(
     if narrow and BITS[p.weights] < BITS[dtype] and d.unpacking_flops:
         unpacked = np.maximum(read, n * (1 / TILE_ROWS))  # every weight once, and again for each further tile of rows
         unpacking = unpacked * (d.unpacking_flops * count * m.n_in * m.n_out)
-    compute_s = (flops + unpacking) / (d.rate_flops_per_s(dtype) * e.matmul)
-    memory_s = (weights + activations) / (d.hbm_bytes_per_s * e.hbm)
-    op = Op(
+    moved = weights + activations
+    found = calibrated.product_curve(d, narrow=narrow, experts=m.form == "experts")
+    if found is None:
+        compute_s = (flops + unpacking) / (d.rate_flops_per_s(dtype) * e.matmul)
+        memory_s = moved / (d.hbm_bytes_per_s * e.hbm)
+        taken = Times(compute_s, memory_s, np.maximum(compute_s, memory_s), times(some, count * e.op_overhead_s))
+    elif linear:
+        taken = calibrated.linear_product_times(d, found, flops=flops, moved_bytes=moved, dtype=dtype)
+    else:
+        taken = calibrated.product_times(
+            d, m, n, found, count=count, dtype=dtype, moved_bytes=moved, reads=read, unpacking=unpacking
+        )
+    return Op(
         name,
         "matmul",
         count,
@@ -200,20 +212,12 @@ def matmul_op(
         activation_bytes=activations,
         copied_flops=times(n, 2 * count * m.n_in * m.copied),
         copied_weight_bytes=times(read, count * copied_bytes),
-        compute_s=compute_s,
-        memory_s=memory_s,
-        roofline_s=np.maximum(compute_s, memory_s) if slowdown == 1 else slowdown * np.maximum(compute_s, memory_s),
-        overhead_s=times(some, count * e.op_overhead_s),
+        compute_s=taken.compute_s,
+        memory_s=taken.memory_s,
+        roofline_s=taken.roofline_s if slowdown == 1 else slowdown * taken.roofline_s,
+        overhead_s=taken.overhead_s,
         dtype=dtype,
     )
-    if e.curves is None:
-        return op
-    found = calibrated.product_curve(d, narrow=narrow, experts=m.form == "experts")
-    if found is None:
-        return op
-    if linear:
-        return calibrated.linear_product_times(d, op, found)
-    return calibrated.product_times(d, op, m, n, found, reads=read, unpacking=unpacking, slowdown=slowdown)
 
 
 def attention_op(
@@ -309,7 +313,7 @@ def all_reduce_ops(d: Deployment, name: str, count: int, n: Number) -> list[Op]:
         network_s=time,
         roofline_s=time,
         # Where tokens are split between the two halves, each is a collective of its own.
-        overhead_s=np.greater(n, 0) * (count * (2 if d.splits_tokens else 1) * d.eff.collective_latency_s),
+        overhead_s=present(n) * (count * (2 if d.splits_tokens else 1) * d.eff.collective_latency_s),
     )
     if d.eff.curves is None:
         return [op]
@@ -333,7 +337,7 @@ def all_to_all_op(d: Deployment, name: str, count: int, size_bytes: Number) -> O
         comm_bytes=size_bytes * (count * (ep - 1) / ep**2),
         network_s=time,
         roofline_s=time,
-        overhead_s=np.greater(size_bytes, 0) * (count * d.eff.collective_latency_s),
+        overhead_s=present(size_bytes) * (count * d.eff.collective_latency_s),
     )
     if d.eff.curves is None:
         return op

@@ -27,6 +27,7 @@ from simulator.roofline.blocks import (
 from simulator.roofline.collectives import all_gather_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.exchange import keys_gather_ops, layer_exchange_ops, sequence_exchange_ops
+from simulator.roofline.kernel_times import present
 from simulator.roofline.kernels import (
     Kind,
     Matrix,
@@ -136,7 +137,7 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
 
 def embedding_ops(d: Deployment, n: Number) -> list[Op]:
     """Lookup of the tokens' rows, and the exchange that completes them."""
-    p, arch, some = d.precision, d.architecture, np.greater(n, 0) * 1.0
+    p, arch, some = d.precision, d.architecture, present(n)
     D, wide = arch.d_model, p.wide_bytes
     row_bytes = p.matrix_bytes(D, 1, head=True) / d.chips + (wide / d.chips * D if arch.learned_positions else 0)
     moved = n * (row_bytes + _own_tokens(d) * D * wide)
@@ -148,7 +149,7 @@ def embedding_ops(d: Deployment, n: Number) -> list[Op]:
 
 def norm_op(d: Deployment, count: int, n: Number, vectors: float = 0.0, copied_vectors: float = 0.0) -> Op:
     """``count`` norms with their residuals. The parameters of ``vectors`` inside mixers, held partly elsewhere, count as theirs."""
-    D, wide, some = d.architecture.d_model, d.precision.wide_bytes, np.greater(n, 0) * 1.0
+    D, wide, some = d.architecture.d_model, d.precision.wide_bytes, present(n)
     held = count * norm_parameters(d.architecture)
     return memory_op(
         d,
@@ -163,7 +164,7 @@ def norm_op(d: Deployment, count: int, n: Number, vectors: float = 0.0, copied_v
 
 def overhead_op(d: Deployment, n: Number) -> Op:
     """Fixed time of a step."""
-    return Op("step overhead", "overhead", overhead_s=np.greater(n, 0) * d.eff.step_overhead_s)
+    return Op("step overhead", "overhead", overhead_s=present(n) * d.eff.step_overhead_s)
 
 
 def _own_tokens(d: Deployment) -> float:
@@ -175,7 +176,7 @@ def head_ops(d: Deployment, R: Number) -> list[Op]:
     """Output head, logits exchange and sampling for ``R`` rows. Nothing for R = 0, or before the last stage."""
     if not d.is_last_stage:
         return []
-    e, vocabulary, some = d.eff, d.architecture.vocab_size, np.greater(R, 0) * 1.0
+    e, vocabulary, some = d.eff, d.architecture.vocab_size, present(R)
     ops = [matmul_op(d, "output head", 1, head_matrix(d), R)]
     if d.chips > 1:
         size = R * (vocabulary * d.precision.wide_bytes)
@@ -232,7 +233,7 @@ def context_gather_ops(d: Deployment, K: Number, KW: Number) -> list[Op]:
             comm_bytes=size * (1 - 1 / chips),
             network_s=time,
             roofline_s=time,
-            overhead_s=np.greater(size, 0) * (layers * d.eff.collective_latency_s),
+            overhead_s=present(size) * (layers * d.eff.collective_latency_s),
         )
     ]
 
