@@ -282,20 +282,17 @@ def prefill_times(
     )
 
 
-def collective_times(d: Deployment, op: Op, kind: KernelOp, transfer_s: Number, domains: tuple[LinkDomain, ...]) -> Op:
-    """A collective within one domain of switched or PCIe links: ``transfer_s`` is one call's at the full link rate."""
+def domain_curve(d: Deployment, kind: KernelOp, domains: tuple[LinkDomain, ...]) -> CollectiveCurve | None:
+    """Curve of a collective within one domain of switched or PCIe links; None for all others."""
     if d.eff.curves is None or len(domains) != 1 or domains[0].kind == "torus":
-        return op
-    curve = collective_curve(d.eff.curves, kind, domains[0].size)
-    if curve is None:
-        return op
-    latency = present(transfer_s) * (op.count * curve.latency_s)
-    return replace(
-        op,
-        network_s=op.count * transfer_s,
-        roofline_s=np.maximum(0.0, op.count * collective_s(transfer_s, curve) - latency),
-        overhead_s=latency,
-    )
+        return None
+    return collective_curve(d.eff.curves, kind, domains[0].size)
+
+
+def collective_times(curve: CollectiveCurve, count: int, transfer_s: Number) -> tuple[Number, Number]:
+    """Time of ``count`` calls beyond their latency, and latency; ``transfer_s`` is one call's at the full link rate. [s]"""
+    latency = present(transfer_s) * (count * curve.latency_s)
+    return np.maximum(0.0, count * collective_s(transfer_s, curve) - latency), latency
 
 
 def collective_curve(curves: KernelCurves, kind: KernelOp, chips: int) -> CollectiveCurve | None:

@@ -1,6 +1,7 @@
 """Compile a deployment into the table the engines run on."""
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,7 @@ def compile_step_cost(d: Deployment) -> StepCost:
             f"{what}: the engines run replicas whose every step gives each sequence a token and waits for no other "
             "engine; price this one with chipseconds roofline"
         )
+    _keep_freed_memory()
     n = np.arange(1, d.max_num_batched_tokens + 1, dtype=np.float64)
     rows = np.arange(1, d.max_num_seqs + 1, dtype=np.float64)
     dense, head = dense_ops(d, n), head_ops(d, rows)
@@ -87,12 +89,22 @@ def compile_step_cost(d: Deployment) -> StepCost:
     )
 
 
+@cache
+def _keep_freed_memory() -> None:
+    """Let the C library keep what one compile frees for the next: some megabytes in arrays of 64 KiB.
+
+    glibc's malloc returns the top of its heap to the system whenever more than 128 KiB of it are free, and page faults to
+    get them back took over half of a compile's time. Once a large block has been freed, which any large array is, it
+    keeps up to twice that block (mallopt(3), dynamic M_MMAP_THRESHOLD). Elsewhere this does nothing.
+    """
+    np.empty(1 << 21)
+
+
 def _decode_curve(d: Deployment, launch_s: float) -> tuple[Array, Array, Array]:
     """Knots, values and slopes of g(S): launches, and the keys' time, whose slope changes where a ramp ends.
 
     The slope never rises from one knot to the next, so the line of each piece starts at or above 0 (rule R11).
     """
-
     knots = np.array([0.0, *decode_knots(d)])
     points = np.append(knots, 2 * knots[-1] + 1)  # the last slope is that of any stretch beyond the last knot
     keys_s = sum_over(op.roofline_s for op in decode_attention_ops(d, 0.0, points)) + np.zeros_like(points)

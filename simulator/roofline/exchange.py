@@ -25,8 +25,6 @@ step's time linear in its keys.
 
 from dataclasses import replace
 
-import numpy as np
-
 from simulator.catalog.architecture import FeedForward, Mixer, SoftmaxAttention
 from simulator.catalog.slices import LinkDomain
 from simulator.roofline.blocks import ffn_matrices, mixer_matrices

@@ -50,7 +50,7 @@ def present(n: Number) -> Number:
     if not isinstance(n, np.ndarray):
         return 1.0 if n > 0 else 0.0
     some = n > 0
-    return 1.0 if some.all() else some * 1.0
+    return 1.0 if some.all() else some.astype(np.float64)
 
 
 def soft_max(one: Number, other: Number, sharpness: float) -> Number:
@@ -64,10 +64,7 @@ def soft_max(one: Number, other: Number, sharpness: float) -> Number:
     joined: Number
     if sharpness in {2, 4}:
         one, other = one * one, other * other
-        if sharpness == 2:
-            joined = np.sqrt(one + other)
-        else:
-            joined = np.sqrt(np.sqrt(one * one + other * other))
+        joined = np.sqrt(one + other) if sharpness == 2 else np.sqrt(np.sqrt(one * one + other * other))
     else:
         joined = (np.power(one, sharpness) + np.power(other, sharpness)) ** (1 / sharpness)
     return joined

@@ -9,11 +9,8 @@ activation functions and sampling are counted as memory traffic, without FLOPs.
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from simulator.catalog.architecture import LatentAttention, Mixer, SoftmaxAttention
 from simulator.errors import InputError
-from simulator.roofline import calibrated
 from simulator.roofline.blocks import (
     context_ops,
     decode_ops,
@@ -34,10 +31,10 @@ from simulator.roofline.kernels import (
     Number,
     Op,
     all_reduce_ops,
+    collective_op,
     matmul_op,
     memory_op,
     sum_ops,
-    swift,
     times,
 )
 from simulator.roofline.step_cost import window_keys, window_pairs
@@ -176,26 +173,15 @@ def head_ops(d: Deployment, R: Number) -> list[Op]:
     """Output head, logits exchange and sampling for ``R`` rows. Nothing for R = 0, or before the last stage."""
     if not d.is_last_stage:
         return []
-    e, vocabulary, some = d.eff, d.architecture.vocab_size, present(R)
+    vocabulary, some = d.architecture.vocab_size, present(R)
     ops = [matmul_op(d, "output head", 1, head_matrix(d), R)]
     if d.chips > 1:
         size = R * (vocabulary * d.precision.wide_bytes)
-        time = all_gather_s(size, d.slice.domains, link=e.link)
-        gather = Op(
-            "all-gather, logits",
-            "collective",
-            comm_bytes=size * (1 - 1 / d.chips),
-            network_s=time,
-            roofline_s=time,
-            overhead_s=some * e.collective_latency_s,
-        )
-        if e.curves is not None:
-            transfer_s = all_gather_s(size, swift(d.slice.domains))
-            gather = calibrated.collective_times(d, gather, "all_gather", transfer_s, d.slice.domains)
-        ops.append(gather)
+        moved = size * (1 - 1 / d.chips)
+        ops.append(collective_op(d, "all-gather, logits", "all_gather", 1, size, d.slice.domains, comm_bytes=moved))
     # The sampler reads FP32 logits twice, on every chip.
     sampling = memory_op(d, "sampling", 1, some, activation_bytes=R * (2.0 * 4 * vocabulary))
-    return [*ops, replace(sampling, overhead_s=sampling.overhead_s + R * e.row_overhead_s)]
+    return [*ops, replace(sampling, overhead_s=sampling.overhead_s + R * d.eff.row_overhead_s)]
 
 
 def decode_attention_ops(d: Deployment, B: Number, S: Number, SW: Number = 0.0) -> list[Op]:
