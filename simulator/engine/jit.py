@@ -26,11 +26,14 @@ F = TypeVar("F", bound=Callable[..., object])
 #: Every module whose functions are compiled; all of them enter the cache key.
 COMPILED_SOURCES = (
     "block_hashes.py",
+    "by_policy.py",
     "heaps.py",
     "jit.py",
     "prefix_cache.py",
     "progressions.py",
+    "queues.py",
     "records.py",
+    "scheduling.py",
     "skip_ahead.py",
 )
 
