@@ -14,21 +14,41 @@ from simulator.engine.queues import (
     ABANDONED_OUTPUTS,
     ABANDONED_TOKENS,
     ALL,
+    ATTEMPT_S,
+    ATTEMPTS,
+    BASE,
+    CANCEL_S,
     CANCELLATIONS,
+    CHUNK,
     CHUNK_TOKENS,
+    DEADLINE_S,
+    EMITTED,
+    GONE,
+    GONE_SLOT,
     GRANTED,
+    HAS_BLOCK,
     HOST,
     IS_OPEN,
+    LAST_TOKEN,
     N_GONE,
     N_PARTIALS,
     N_QUEUED,
     NOBODY,
+    PARTIAL_SLOT,
+    PUT_BACK_AT,
+    RANK,
     RESERVED,
     RETRIES,
+    SEEN,
+    SLOT,
     SOME,
     STALL_START,
     STALLED,
+    TENANT,
+    TIMEOUT_S,
     TIMEOUTS,
+    TTFT_TIMEOUT_S,
+    WASTED,
     Queue,
     add_due,
     drop_partial,
@@ -120,8 +140,8 @@ def _preempt(cost: CostTable, out: Outcome, state: State, queue: Queue, slot: in
     ints = state.ints
     row = state.row[slot]
     if state.finish_step[slot] < 0:
-        ahead = queue.chunk[slot]
-        queue.chunk[slot] = 0
+        ahead = queue.slots[slot, CHUNK]
+        queue.slots[slot, CHUNK] = 0
         queue.ints[CHUNK_TOKENS] -= ahead
         drop_partial(queue, slot)
     else:
@@ -130,7 +150,7 @@ def _preempt(cost: CostTable, out: Outcome, state: State, queue: Queue, slot: in
             last_token = max(queue.floats[STALL_START], state.last_token[slot])
         state.last_token[slot] = last_token
         granted = queue.ints[GRANTED]
-        ahead = 1 if granted == ALL or (granted == SOME and queue.granted[slot] == 1) else 0
+        ahead = 1 if granted == ALL or (granted == SOME and queue.slots[slot, HAS_BLOCK] == 1) else 0
         stop_counting(queue, row, ints[STEP])
         _leave_batch(cost, state, out, slot, block_size)
         state.finish_step[slot] = -1
@@ -141,9 +161,9 @@ def _preempt(cost: CostTable, out: Outcome, state: State, queue: Queue, slot: in
     ints[PREEMPTIONS] += 1
     out.preemptions[row] += 1
     out.status[row] = WAITING
-    queue.emitted[row] = state.emitted[slot]
-    queue.seen[row] = max(state.seen[slot], computed)
-    queue.last_token[row] = state.last_token[slot]
+    queue.row_ints[row, EMITTED] = state.emitted[slot]
+    queue.row_ints[row, SEEN] = max(state.seen[slot], computed)
+    queue.row_floats[row, LAST_TOKEN] = state.last_token[slot]
     join_again(queue, out.status, row, ints[SEGMENTS])
 
 
@@ -162,7 +182,7 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, queu
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
-        queue.granted[slot] = 0
+        queue.slots[slot, HAS_BLOCK] = 0
         slot = state.after[slot]
     queue.ints[GRANTED] = SOME
     slot = ints[FIRST]
@@ -177,7 +197,7 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, queu
             after = state.after[slot]
             if not gone:
                 ints[FREE_BLOCKS] -= 1
-                queue.granted[slot] = 1
+                queue.slots[slot, HAS_BLOCK] = 1
         slot = after
 
 
@@ -189,7 +209,7 @@ def _known(stream: Stream, state: State, slot: int) -> int:
 
 @compiled
 def _continue_prompts(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, room: int
+    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue
 ) -> bool:
     """R5, B1, B5: give tokens to those in prefill, in order of admission; return whether somebody was preempted."""
     ints = state.ints
@@ -197,12 +217,12 @@ def _continue_prompts(
     preempted = False
     i = 0
     while i < queue.ints[N_PARTIALS]:
-        left = room - ints[BATCH] - queue.ints[CHUNK_TOKENS]
+        left = limits.budget - ints[BATCH] - queue.ints[CHUNK_TOKENS]
         if left <= 0:
             break
-        slot = queue.partials[i]
+        slot = queue.slots[i, PARTIAL_SLOT]
         i += 1
-        if queue.chunk[slot] > 0:
+        if queue.slots[slot, CHUNK] > 0:
             continue
         done = state.computed[slot]
         want = min(_known(stream, state, slot) - done, left, queue.rules.longest_chunk)
@@ -216,7 +236,7 @@ def _continue_prompts(
             i = 0  # the list has changed; those with a chunk are passed over
         if not gone:
             ints[FREE_BLOCKS] -= missing
-            queue.chunk[slot] = want
+            queue.slots[slot, CHUNK] = want
             queue.ints[CHUNK_TOKENS] += want
     return preempted
 
@@ -226,8 +246,8 @@ def _n_unfinished(stream: Stream, state: State, queue: Queue) -> int:
     """B6: running requests whose prompt will not be complete after this step."""
     n = 0
     for i in range(queue.ints[N_PARTIALS]):
-        slot = queue.partials[i]
-        if state.computed[slot] + queue.chunk[slot] < _known(stream, state, slot):
+        slot = queue.slots[i, PARTIAL_SLOT]
+        if state.computed[slot] + queue.slots[slot, CHUNK] < _known(stream, state, slot):
             n += 1
     return n
 
@@ -242,28 +262,26 @@ def _has_blocks(limits: Limits, stream: Stream, state: State, queue: Queue, row:
         return bool(queue.ints[RESERVED] + blocks_for(longest, bs) <= limits.num_blocks)
     margin = queue.rules.margin if ints[N_RUNNING] > 0 else 0
     if limits.reserve_full:
-        tokens = stream.prompt[row] + queue.emitted[row]
+        tokens = stream.prompt[row] + queue.row_ints[row, EMITTED]
     return bool(blocks_for(tokens, bs) + margin <= ints[FREE_BLOCKS])
 
 
 @inlined
-def _admit(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, room: int, decodes: bool
-) -> bool:
+def _admit(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue) -> bool:
     """R7, Q3, B2, B6: take requests from the queue; return whether somebody was preempted."""
     ints = state.ints
     rules = queue.rules
     bs = limits.block_size
     preempted = False
     while queue.ints[N_QUEUED] > 0:
-        left = room - queue.ints[CHUNK_TOKENS] - (ints[BATCH] if decodes else 0)
+        left = limits.budget - queue.ints[CHUNK_TOKENS] - (ints[BATCH] if queue.ints[GRANTED] == ALL else 0)
         if left <= 0:
             break
         row = first_queued(queue, out.status, ints[STEP])
-        if preempted and queue.put_back_at[row] == ints[SEGMENTS]:
+        if preempted and queue.row_ints[row, PUT_BACK_AT] == ints[SEGMENTS]:
             break
         done = stream.cached[row]
-        rest = stream.prompt[row] + queue.emitted[row] - done
+        rest = stream.prompt[row] + queue.row_ints[row, EMITTED] - done
         want = min(rest, left, rules.longest_chunk)
         if want < rest and (
             rules.batching != CHUNKED or 0 < rules.max_partials <= _n_unfinished(stream, state, queue)
@@ -273,7 +291,7 @@ def _admit(
             if not rules.preempt_lower or ints[N_RUNNING] == 0:
                 break
             victim = _victim(state, queue)
-            if queue.rank[state.row[victim]] <= queue.rank[row]:
+            if queue.row_floats[state.row[victim], RANK] <= queue.row_floats[row, RANK]:
                 break
             _preempt(cost, out, state, queue, victim, bs)
             preempted = True
@@ -284,28 +302,22 @@ def _admit(
             out.scheduled[row] = state.floats[CLOCK]
         ints[N_FREE_SLOTS] -= 1
         slot = state.free_slots[ints[N_FREE_SLOTS]]
-        queue.slot[row] = slot
+        queue.row_ints[row, SLOT] = slot
         state.row[slot] = row
-        state.emitted[slot] = queue.emitted[row]
-        state.seen[slot] = queue.seen[row]
-        state.last_token[slot] = queue.last_token[row]
+        state.emitted[slot] = queue.row_ints[row, EMITTED]
+        state.seen[slot] = queue.row_ints[row, SEEN]
+        state.last_token[slot] = queue.row_floats[row, LAST_TOKEN]
         state.computed[slot] = done
         out.status[row] = RUNNING
         _append(state, slot)
         ints[FREE_BLOCKS] -= blocks_for(done + want, bs)
         if rules.batching == STATIC:
             queue.ints[RESERVED] += blocks_for(stream.prompt[row] + stream.max_tokens[row] - 1, bs)
-        queue.partials[queue.ints[N_PARTIALS]] = slot
+        queue.slots[queue.ints[N_PARTIALS], PARTIAL_SLOT] = slot
         queue.ints[N_PARTIALS] += 1
-        queue.chunk[slot] = want
+        queue.slots[slot, CHUNK] = want
         queue.ints[CHUNK_TOKENS] += want
     return preempted
-
-
-@compiled
-def _admit_first(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue) -> bool:
-    """As :func:`_admit`, for a step of prompts alone (B3)."""
-    return _admit(cost, limits, stream, out, state, queue, limits.budget, False)
 
 
 @inlined
@@ -314,59 +326,68 @@ def _collect_chunks(stream: Stream, state: State, queue: Queue) -> int:
     chunks = 0
     kept = 0
     for i in range(queue.ints[N_PARTIALS]):
-        slot = queue.partials[i]
-        size = queue.chunk[slot]
+        slot = queue.slots[i, PARTIAL_SLOT]
+        size = queue.slots[slot, CHUNK]
         if size > 0:
             state.chunk_slot[chunks] = slot
             state.chunk_size[chunks] = size
             chunks += 1
-            queue.chunk[slot] = 0
+            queue.slots[slot, CHUNK] = 0
         if state.computed[slot] + size < _known(stream, state, slot):
-            queue.partials[kept] = slot
+            queue.slots[kept, PARTIAL_SLOT] = slot
             kept += 1
         elif queue.rules.policy == FAIR:
-            queue.base[queue.tenant[state.row[slot]]] += queue.rules.output_weight
+            queue.tenants[queue.row_ints[state.row[slot], TENANT], BASE] += queue.rules.output_weight
     queue.ints[N_PARTIALS] = kept
     return chunks
 
 
 @inlined
-def _schedule(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue
-) -> Chunks:
-    """R5 to R8, B1 to B4: the tokens of a step. ``Queue.ints[STALLED]`` tells whether decoding sequences sit it out."""
-    ints = state.ints
-    batching = queue.rules.batching
+def _serve_decodes(cost: CostTable, limits: Limits, out: Outcome, state: State, queue: Queue) -> int:
+    """R5: the decoding sequences take the blocks of this step; return how many, -1 if somebody was preempted for them."""
+    need = state.residues[residue(-state.ints[STEP], limits.block_size)]
+    if need > state.ints[FREE_BLOCKS]:
+        _make_room(cost, limits, out, state, queue)
+        need = -1
+    else:
+        state.ints[FREE_BLOCKS] -= need
+    queue.ints[GRANTED] = ALL
+    return int(need)
+
+
+@inlined
+def _schedule(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue) -> Chunks:
+    """R5 to R8, B1 to B4: the tokens of a step."""
+    ints, batching = state.ints, queue.rules.batching
     queue.ints[CHUNK_TOKENS] = 0
     queue.ints[GRANTED] = NOBODY
+    prompts_first = batching >= PREFILL_FIRST
     preempted = False
-    if batching >= PREFILL_FIRST:
+    admits = True
+    need = 0
+    if prompts_first:
         if ints[N_RUNNING] == 0:
             queue.ints[IS_OPEN] = 1
-        if batching == PREFILL_FIRST or queue.ints[IS_OPEN] == 1:
-            preempted = _admit_first(cost, limits, stream, out, state, queue)
-        if queue.ints[CHUNK_TOKENS] > 0:
-            if queue.ints[STALLED] == 0:
-                queue.ints[STALLED] = 1
-                queue.floats[STALL_START] = state.floats[CLOCK]
-            tokens = queue.ints[CHUNK_TOKENS]
-            return Chunks(_collect_chunks(stream, state, queue), tokens, ints[FREE_BLOCKS], preempted, False)
-        queue.ints[IS_OPEN] = 0
-    need = state.residues[residue(-ints[STEP], limits.block_size)]
-    if need > ints[FREE_BLOCKS]:
-        _make_room(cost, limits, out, state, queue)
-        preempted = True
+        admits = batching == PREFILL_FIRST or queue.ints[IS_OPEN] == 1
     else:
-        ints[FREE_BLOCKS] -= need
-    queue.ints[GRANTED] = ALL
-    if batching < PREFILL_FIRST:
-        if queue.ints[N_PARTIALS] > 0 and _continue_prompts(
-            cost, limits, stream, out, state, queue, limits.budget
-        ):
+        need = _serve_decodes(cost, limits, out, state, queue)
+        preempted = need < 0
+        if queue.ints[N_PARTIALS] > 0 and _continue_prompts(cost, limits, stream, out, state, queue):
             preempted = True
-        if not preempted and queue.ints[N_QUEUED] > 0:
-            preempted = _admit(cost, limits, stream, out, state, queue, limits.budget, True)
-    tokens = ints[BATCH] + queue.ints[CHUNK_TOKENS]
+        admits = not preempted
+    if admits and queue.ints[N_QUEUED] > 0:
+        preempted = _admit(cost, limits, stream, out, state, queue)
+    if prompts_first:
+        if queue.ints[CHUNK_TOKENS] == 0:
+            queue.ints[IS_OPEN] = 0
+            need = _serve_decodes(cost, limits, out, state, queue)
+            preempted = preempted or need < 0
+        elif queue.ints[STALLED] == 0:
+            queue.ints[STALLED] = 1
+            queue.floats[STALL_START] = state.floats[CLOCK]
+    tokens = queue.ints[CHUNK_TOKENS]
+    if queue.ints[GRANTED] == ALL:
+        tokens += ints[BATCH]
     chunks = _collect_chunks(stream, state, queue)
     if chunks == 0 and not preempted:
         ints[FREE_BLOCKS] += need  # the segment takes them, step by step
@@ -385,6 +406,12 @@ def _next_seen(stream: Stream, state: State, queue: Queue) -> float:
 
 
 @inlined
+def _next_departure(out: Outcome, queue: Queue) -> float:
+    """L1: when the next client leaves; infinity if none will."""
+    return next_due(queue, out.status) if queue.rules.clients_leave else math.inf
+
+
+@inlined
 def _waited(state: State, since: float, sign: float) -> None:
     """R13: waiting from ``since`` to now that the segment did not count, or (sign -1) should not have."""
     now = state.floats[CLOCK]
@@ -400,8 +427,8 @@ def _join_or_reject(
     """R4, H2, L5: an attempt is seen by the scheduler."""
     ints, rules = state.ints, queue.rules
     when = arrival + rules.request_s
-    queue.attempts[row] += 1
-    if queue.attempts[row] > 1:
+    queue.row_ints[row, ATTEMPTS] += 1
+    if queue.row_ints[row, ATTEMPTS] > 1:
         queue.ints[RETRIES] += 1
     else:
         out.arrival[row] = arrival
@@ -416,20 +443,20 @@ def _join_or_reject(
         if stream.concurrency > 0:
             _release(stream, state, when)
         return
-    queue.attempt[row] = arrival
-    queue.emitted[row] = 0
-    queue.seen[row] = 0
+    queue.row_floats[row, ATTEMPT_S] = arrival
+    queue.row_ints[row, EMITTED] = 0
+    queue.row_ints[row, SEEN] = 0
     out.scheduled[row] = math.nan
     out.first_token[row] = math.nan
     if rules.policy == EDF:
-        queue.rank[row] = arrival + queue.deadline[row]
+        queue.row_floats[row, RANK] = arrival + queue.row_floats[row, DEADLINE_S]
     out.status[row] = WAITING
     join_queue(queue, out.status, row, ints[STEP])
     if when < state.floats[CLOCK] and when <= state.floats[LAST_START]:
         ints[MAX_WAITING] = max(ints[MAX_WAITING], queue.ints[N_QUEUED])
     _waited(state, when, 1.0)
     if rules.clients_leave:
-        add_due(queue, out.status, row, False)
+        add_due(queue, out.status, row, not math.isnan(out.first_token[row]))
 
 
 @inlined
@@ -437,8 +464,8 @@ def _abandon(stream: Stream, out: Outcome, queue: Queue, row: int, status: int, 
     """L6: count what an attempt cost that its client has left."""
     queue.ints[ABANDONED_TOKENS] += max(0, seen - stream.cached[row])
     queue.ints[ABANDONED_OUTPUTS] += emitted
-    queue.wasted[row] = out.busy[row]
-    queue.gone[row] = 0
+    queue.row_floats[row, WASTED] = out.busy[row]
+    queue.row_ints[row, GONE] = 0
     out.status[row] = status
 
 
@@ -479,30 +506,30 @@ def _client_leaves(
     """L1 to L5: the first of those whose time has come gives up or cancels, unless what it waited for is there."""
     due = queue.due_time[0]
     row = pop_due(queue)
-    since = queue.attempt[row]
+    since = queue.row_floats[row, ATTEMPT_S]
     status = CANCELLED
-    if since + queue.timeout[row] == due or (
-        math.isnan(out.first_token[row]) and since + queue.ttft_timeout[row] == due
+    if since + queue.row_floats[row, TIMEOUT_S] == due or (
+        math.isnan(out.first_token[row]) and since + queue.row_floats[row, TTFT_TIMEOUT_S] == due
     ):
         status = TIMED_OUT
-    elif since + queue.cancel[row] != due:
-        add_due(queue, out.status, row, True)
+    elif since + queue.row_floats[row, CANCEL_S] != due:
+        add_due(queue, out.status, row, not math.isnan(out.first_token[row]))
         return
     queue.ints[TIMEOUTS if status == TIMED_OUT else CANCELLATIONS] += 1
     noticed = due
     if out.status[row] == WAITING:
         leave_queue(queue, row)
         _waited(state, due, -1.0)
-        _abandon(stream, out, queue, row, status, queue.seen[row], queue.emitted[row])
+        _abandon(stream, out, queue, row, status, queue.row_ints[row, SEEN], queue.row_ints[row, EMITTED])
     elif in_step:
         noticed = state.floats[CLOCK]
-        queue.gone[row] = status
-        queue.gone_slots[queue.ints[N_GONE]] = queue.slot[row]
+        queue.row_ints[row, GONE] = status
+        queue.slots[queue.ints[N_GONE], GONE_SLOT] = queue.row_ints[row, SLOT]
         queue.ints[N_GONE] += 1
     else:
-        _leave_replica(cost, limits, stream, out, state, queue, queue.slot[row], status)
-    if status == TIMED_OUT and queue.attempts[row] < queue.rules.max_attempts:
-        again = max(due + queue.waits[queue.attempts[row] - 1], noticed)
+        _leave_replica(cost, limits, stream, out, state, queue, queue.row_ints[row, SLOT], status)
+    if status == TIMED_OUT and queue.row_ints[row, ATTEMPTS] < queue.rules.max_attempts:
+        again = max(due + queue.waits[queue.row_ints[row, ATTEMPTS] - 1], noticed)
         state.ints[N_PENDING] = push_arrival(
             state.pending_time, state.pending_row, state.ints[N_PENDING], again, row
         )
@@ -510,11 +537,11 @@ def _client_leaves(
         _release(stream, state, due)
 
 
-@inlined
+@compiled
 def _receive(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, before_now: bool
+    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, in_step: bool
 ) -> None:
-    """R2, L2: let clients leave and requests arrive, in order of time, up to now (or before now, in a step)."""
+    """R2, L2: let clients leave and requests arrive, in order of time, up to now, or before now at the end of a step."""
     ints = state.ints
     now = state.floats[CLOCK]
     while True:
@@ -531,26 +558,18 @@ def _receive(
                 row = ints[NEXT_ROW]
                 fresh = True
         when = arrival + queue.rules.request_s
-        due = next_due(queue, out.status) if queue.rules.clients_leave else math.inf
+        due = _next_departure(out, queue)
         first = min(due, when)
-        if first > now or (before_now and first == now) or first == math.inf:
+        if first > now or (in_step and first == now) or first == math.inf:
             return
         if due <= when:
-            _client_leaves(cost, limits, stream, out, state, queue, before_now)
+            _client_leaves(cost, limits, stream, out, state, queue, in_step)
             continue
         if fresh:
             ints[NEXT_ROW] += 1
         else:
             ints[N_PENDING] = pop_arrival(state.pending_time, state.pending_row, ints[N_PENDING])
         _join_or_reject(stream, limits, out, state, queue, row, arrival)
-
-
-@compiled
-def _receive_in_step(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue
-) -> None:
-    """As :func:`_receive`, for what happens before the end of the step that ends now."""
-    _receive(cost, limits, stream, out, state, queue, True)
 
 
 @inlined
@@ -565,9 +584,7 @@ def _stop(limits: Limits, out: Outcome, state: State, queue: Queue, stop: float,
         matters = False
     if matters or rules.policy == FAIR or rules.clients_leave:
         stop = min(stop, next_arrival)
-    if rules.clients_leave:
-        stop = min(stop, next_due(queue, out.status))
-    return stop
+    return min(stop, _next_departure(out, queue))
 
 
 @inlined
@@ -623,10 +640,10 @@ def _settle_chunks(
             start_counting(queue, row, state.ints[STEP])
         elif out.status[row] == FINISHED:
             _retire(stream, limits, state, queue, slot)
-            if queue.gone[row] != 0:
+            if queue.row_ints[row, GONE] != 0:
                 n_gone += 1
                 out.finish[row] = math.nan
-                _abandon(stream, out, queue, row, queue.gone[row], state.computed[slot], state.emitted[slot])
+                _abandon(stream, out, queue, row, queue.row_ints[row, GONE], state.computed[slot], state.emitted[slot])
     return n_gone
 
 
@@ -653,8 +670,8 @@ def _end_decodes(
 def _let_clients_go(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue) -> None:
     """L3: at the end of a step, those leave whose client left during it."""
     for i in range(queue.ints[N_GONE]):
-        slot = queue.gone_slots[i]
-        status = queue.gone[state.row[slot]]
+        slot = queue.slots[i, GONE_SLOT]
+        status = queue.row_ints[state.row[slot], GONE]
         if status != 0:
             _leave_replica(cost, limits, stream, out, state, queue, slot, status)
     queue.ints[N_GONE] = 0
@@ -668,9 +685,11 @@ def advance(
     ints, floats, rules = state.ints, state.floats, queue.rules
     bs = limits.block_size
     while True:
-        _receive(cost, limits, stream, out, state, queue, False)
-        next_arrival = _next_seen(stream, state, queue)
         t = floats[CLOCK]
+        next_arrival = _next_seen(stream, state, queue)
+        if min(next_arrival, _next_departure(out, queue)) <= t:
+            _receive(cost, limits, stream, out, state, queue, t < floats[CLOCK])
+            next_arrival = _next_seen(stream, state, queue)
         if ints[N_RUNNING] == 0 and queue.ints[N_QUEUED] == 0:
             if next_arrival == math.inf:
                 return True
@@ -751,7 +770,8 @@ def advance(
         else:
             ints[STEP] += k
         if rules.clients_leave or stream.concurrency > 0:
-            _receive_in_step(cost, limits, stream, out, state, queue)
+            if min(_next_seen(stream, state, queue), _next_departure(out, queue)) < end:
+                _receive(cost, limits, stream, out, state, queue, t < end)
         n_done = 0
         if chunks.n > 0:
             whole = _with_host(price, price.per_token + host / chunks.tokens)

@@ -199,7 +199,8 @@ class Engine:
         clients = np.zeros(queues.N_QUEUE_INTS, dtype=np.int64)
         host_s = 0.0
         if self._queue is not None:
-            attempts, wasted, clients = self._queue.attempts, self._queue.wasted, self._queue.ints
+            attempts = self._queue.row_ints[:, queues.ATTEMPTS].astype(np.int32)
+            wasted, clients = self._queue.row_floats[:, queues.WASTED], self._queue.ints
             host_s = float(self._queue.floats[queues.HOST])
             first_token = first_token + self._settings.host.output_s  # H3
             finish = finish + self._settings.host.output_s

@@ -1,7 +1,6 @@
 """The arrays of :class:`simulator.engine.queues.Queue`, from settings and requests."""
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,67 +24,56 @@ def new_queue(settings: EngineSettings, requests: Requests) -> queues.Queue:
         margin=math.floor(scheduling.watermark * settings.num_kv_blocks),
         prompt_weight=scheduling.prompt_weight,
         output_weight=scheduling.output_weight,
-        host_step=host.step_s,
-        host_sequence=host.sequence_s,
-        host_token=host.token_s,
+        host_step=float(host.step_s),
+        host_sequence=float(host.sequence_s),
+        host_token=float(host.token_s),
         asynchronous=host.asynchronous,
-        request_s=host.request_s,
-        output_s=host.output_s,
+        request_s=float(host.request_s),
+        output_s=float(host.output_s),
         max_attempts=settings.retries.max_attempts,
         clients_leave=leave,
     )
     fair = scheduling.policy == "fair"
-    rank = {"priority": requests.priority, "sjf": requests.predicted_tokens}.get(scheduling.policy)
-    tenant = _column(requests.tenant, n * fair, 0, np.int64)
-    tenants = int(tenant.max(initial=-1)) + 1
+    row_ints = _whole(n, queues.TENANT + 1 if fair else queues.AFTER)
+    row_ints[:, queues.PUT_BACK_AT] = -1
+    tenants = 0
+    if fair and requests.tenant is not None:
+        row_ints[:, queues.TENANT] = requests.tenant
+        tenants = int(requests.tenant.max(initial=-1)) + 1
+    by_tenant = _whole(tenants, queues.DECODING + 1)
+    by_tenant[:, [queues.FRONT, queues.BACK]] = -1
+    width = queues.CANCEL_S if leave else queues.DEADLINE_S if scheduling.policy == "edf" else queues.ATTEMPT_S
+    row_floats = np.zeros((n, width + 1))
+    kept = {
+        queues.RANK: {"priority": requests.priority, "sjf": requests.predicted_tokens}.get(scheduling.policy),
+        queues.DEADLINE_S: requests.deadline_s if scheduling.policy == "edf" else None,
+    }
+    if leave:
+        row_floats[:, queues.TTFT_TIMEOUT_S :] = math.inf
+        kept[queues.TTFT_TIMEOUT_S] = requests.ttft_timeout_s
+        kept[queues.TIMEOUT_S] = requests.timeout_s
+        kept[queues.CANCEL_S] = requests.cancel_s
+    for column, values in kept.items():
+        if values is not None:
+            row_floats[:, column] = values
     ints = np.zeros(queues.N_QUEUE_INTS, dtype=np.int64)
     ints[queues.LAST_TENANT] = -1
-    waiting = 0 if fair else n
-    due = n if leave else 0
+    waiting, due = 0 if fair else n, n if leave else 0
     return queues.Queue(
         rules=rules,
         ints=ints,
         floats=np.zeros(queues.N_QUEUE_FLOATS),
-        rank=np.zeros(n) if rank is None else np.array(rank, dtype=np.float64),
-        ticket=_whole(n),
-        emitted=_whole(n),
-        seen=_whole(n),
-        last_token=np.zeros(n),
-        put_back_at=_whole(n) - 1,
-        slot=np.zeros(n, dtype=np.int32),
-        gone=np.zeros(n, dtype=np.int8),
-        attempt=np.zeros(n),
-        attempts=np.zeros(n, dtype=np.int32),
-        wasted=np.zeros(n),
-        after=_whole(n * fair),
-        before=_whole(n * fair),
-        tenant=tenant,
-        deadline=_column(requests.deadline_s, n * (scheduling.policy == "edf"), 0.0, np.float64),
-        ttft_timeout=_column(requests.ttft_timeout_s, n * leave, math.inf, np.float64),
-        timeout=_column(requests.timeout_s, n * leave, math.inf, np.float64),
-        cancel=_column(requests.cancel_s, n * leave, math.inf, np.float64),
-        front=_whole(tenants) - 1,
-        back=_whole(tenants) - 1,
-        base=_whole(tenants),
-        decoding=_whole(tenants),
-        partials=_whole(m),
-        chunk=_whole(m),
-        granted=_whole(m),
-        gone_slots=_whole(m),
+        row_ints=row_ints,
+        row_floats=row_floats,
+        tenants=by_tenant,
+        slots=_whole(m, queues.GONE_SLOT + 1),
         heap_rank=np.zeros(waiting),
-        heap_entry=_whole(waiting),
+        heap_entry=np.zeros(waiting, dtype=np.int64),
         due_time=np.zeros(due),
-        due_entry=_whole(due),
+        due_entry=np.zeros(due, dtype=np.int64),
         waits=settings.retries.waits_s(),
     )
 
 
-def _whole(n: int) -> NDArray[np.int64]:
-    return np.zeros(n, dtype=np.int64)
-
-
-def _column(values: NDArray[Any] | None, n: int, default: float, dtype: type) -> NDArray[Any]:
-    """Column of a stream as the compiled engine reads it: [n], contiguous; empty if nobody will read it."""
-    if values is None or not n:
-        return np.full(n, default, dtype=dtype)
-    return np.ascontiguousarray(values, dtype=dtype)
+def _whole(rows: int, columns: int) -> NDArray[np.int64]:
+    return np.zeros((rows, columns), dtype=np.int64)

@@ -37,6 +37,16 @@ from simulator.engine.scheduling import FAIR, FCFS
 # indices into Queue.floats
 HOST, STALL_START, N_QUEUE_FLOATS = range(3)
 
+# columns of Queue.row_ints: GONE is the status of one who leaves at the end of the step, EMITTED and SEEN are kept while a
+# preempted request waits, PUT_BACK_AT is the segment of its last preemption, AFTER and BEFORE link a tenant's list
+TICKET, EMITTED, SEEN, PUT_BACK_AT, SLOT, ATTEMPTS, GONE, AFTER, BEFORE, TENANT = range(10)
+# columns of Queue.row_floats: ATTEMPT_S is the arrival of the attempt
+RANK, LAST_TOKEN, WASTED, ATTEMPT_S, DEADLINE_S, TTFT_TIMEOUT_S, TIMEOUT_S, CANCEL_S = range(8)
+# columns of Queue.tenants: a count is BASE + output_weight · DECODING · step
+FRONT, BACK, BASE, DECODING = range(4)
+# columns of Queue.slots
+PARTIAL_SLOT, CHUNK, HAS_BLOCK, GONE_SLOT = range(4)
+
 NOBODY, SOME, ALL = range(3)
 """Values of GRANTED: which decoding sequences already own the block of this step's token."""
 ROW_BITS = 32
@@ -66,45 +76,29 @@ class Rules(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """State of the queue and of the clients.
+    """State of the queue and of the clients, in few arrays: the fewer there are, the sooner a function is compiled and called.
 
-    By row: ``rank``, ``ticket`` (of its attempt), ``emitted``, ``seen`` and ``last_token`` (kept while a preempted
-    request waits), ``put_back_at`` (segment of its last preemption), ``slot`` (while it runs), ``gone`` (the status of one that
-    leaves at the end of the step), ``attempt`` (arrival), ``attempts``, ``wasted``; ``after`` and ``before`` in its tenant's list; and
-    what the policy and the client need: ``tenant``, ``deadline``, ``ttft_timeout``, ``timeout``, ``cancel``.
-    By tenant: ``front``, ``back``, ``base`` and ``decoding``: a count is base + weight · decoding · step.
-    By slot: ``partials`` (those in prefill, in order of admission), ``chunk`` (tokens in this step), ``granted``, ``gone_slots``.
+    Attributes
+    ----------
+    row_ints, row_floats
+        [n, columns] of requests; columns that nobody will read are left out at the end.
+    tenants, slots
+        [tenants, 4], [slots, 4]; PARTIAL_SLOT and GONE_SLOT are lists of slots, in order of admission and of leaving.
+    heap_rank, heap_entry
+        who waits, but for ``fair``.
+    due_time, due_entry
+        when clients leave.
+    waits
+        [max_attempts] wait after each attempt. [s]
     """
 
     rules: Rules
     ints: Any
     floats: Any
-    rank: Any
-    ticket: Any
-    emitted: Any
-    seen: Any
-    last_token: Any
-    put_back_at: Any
-    slot: Any
-    gone: Any
-    attempt: Any
-    attempts: Any
-    wasted: Any
-    after: Any
-    before: Any
-    tenant: Any
-    deadline: Any
-    ttft_timeout: Any
-    timeout: Any
-    cancel: Any
-    front: Any
-    back: Any
-    base: Any
-    decoding: Any
-    partials: Any
-    chunk: Any
-    granted: Any
-    gone_slots: Any
+    row_ints: Any
+    row_floats: Any
+    tenants: Any
+    slots: Any
     heap_rank: Any
     heap_entry: Any
     due_time: Any
@@ -116,7 +110,7 @@ class Queue(NamedTuple):
 def _is_queued(queue: Queue, status: Any, entry: int) -> bool:
     """Whether the attempt of a heap entry still waits."""
     row = entry & ROW_MASK
-    return bool(queue.ticket[row] == entry >> ROW_BITS and status[row] == WAITING)
+    return bool(queue.row_ints[row, TICKET] == entry >> ROW_BITS and status[row] == WAITING)
 
 
 @compiled
@@ -135,32 +129,32 @@ def _push(queue: Queue, status: Any, row: int) -> None:
     size = queue.ints[HEAP]
     if size == len(queue.heap_rank):
         size = _drop_gone(queue, status)
-    entry = queue.ticket[row] << ROW_BITS | row
-    queue.ints[HEAP] = push_arrival(queue.heap_rank, queue.heap_entry, size, queue.rank[row], entry)
+    entry = queue.row_ints[row, TICKET] << ROW_BITS | row
+    queue.ints[HEAP] = push_arrival(queue.heap_rank, queue.heap_entry, size, queue.row_floats[row, RANK], entry)
 
 
 @inlined
 def count_of(queue: Queue, tenant: int, step: int) -> int:
     """What a tenant was served up to the (decode) step ``step`` (Q4)."""
-    return int(queue.base[tenant] + queue.rules.output_weight * queue.decoding[tenant] * step)
+    return int(queue.tenants[tenant, BASE] + queue.rules.output_weight * queue.tenants[tenant, DECODING] * step)
 
 
 @inlined
 def start_counting(queue: Queue, row: int, step: int) -> None:
     """Count a decoding request's tokens from ``step`` on."""
     if queue.rules.policy == FAIR:
-        tenant = queue.tenant[row]
-        queue.decoding[tenant] += 1
-        queue.base[tenant] -= queue.rules.output_weight * step
+        tenant = queue.row_ints[row, TENANT]
+        queue.tenants[tenant, DECODING] += 1
+        queue.tenants[tenant, BASE] -= queue.rules.output_weight * step
 
 
 @inlined
 def stop_counting(queue: Queue, row: int, step: int) -> None:
     """Count a decoding request's tokens up to ``step`` and no further."""
     if queue.rules.policy == FAIR:
-        tenant = queue.tenant[row]
-        queue.decoding[tenant] -= 1
-        queue.base[tenant] += queue.rules.output_weight * step
+        tenant = queue.row_ints[row, TENANT]
+        queue.tenants[tenant, DECODING] -= 1
+        queue.tenants[tenant, BASE] += queue.rules.output_weight * step
 
 
 @compiled
@@ -168,8 +162,8 @@ def least_served(queue: Queue, step: int) -> int:
     """Tenant with the smallest count of those with somebody waiting, then the smallest number; -1: nobody waits."""
     best = -1
     least = 0
-    for tenant in range(len(queue.front)):
-        if queue.front[tenant] >= 0:
+    for tenant in range(len(queue.tenants)):
+        if queue.tenants[tenant, FRONT] >= 0:
             count = count_of(queue, tenant, step)
             if best < 0 or count < least:
                 best = tenant
@@ -184,30 +178,30 @@ def _lift(queue: Queue, tenant: int, step: int) -> None:
     if other < 0:
         other = queue.ints[LAST_TENANT]
     if other >= 0:
-        queue.base[tenant] += max(0, count_of(queue, other, step) - count_of(queue, tenant, step))
+        queue.tenants[tenant, BASE] += max(0, count_of(queue, other, step) - count_of(queue, tenant, step))
 
 
 @inlined
 def join_queue(queue: Queue, status: Any, row: int, step: int) -> None:
     """Give an attempt its ticket and its place (Q1)."""
     ints = queue.ints
-    queue.ticket[row] = ints[TICKETS]
+    queue.row_ints[row, TICKET] = ints[TICKETS]
     ints[TICKETS] += 1
     ints[N_QUEUED] += 1
     if queue.rules.policy != FAIR:
         if queue.rules.policy == FCFS:
-            queue.rank[row] = 0.0
+            queue.row_floats[row, RANK] = 0.0
         _push(queue, status, row)
         return
-    tenant = queue.tenant[row]
-    if queue.front[tenant] < 0:
+    tenant = queue.row_ints[row, TENANT]
+    if queue.tenants[tenant, FRONT] < 0:
         _lift(queue, tenant, step)
-        queue.front[tenant] = row
+        queue.tenants[tenant, FRONT] = row
     else:
-        queue.after[queue.back[tenant]] = row
-    queue.before[row] = queue.back[tenant]
-    queue.after[row] = -1
-    queue.back[tenant] = row
+        queue.row_ints[queue.tenants[tenant, BACK], AFTER] = row
+    queue.row_ints[row, BEFORE] = queue.tenants[tenant, BACK]
+    queue.row_ints[row, AFTER] = -1
+    queue.tenants[tenant, BACK] = row
 
 
 @compiled
@@ -215,29 +209,29 @@ def join_again(queue: Queue, status: Any, row: int, segment: int) -> None:
     """Let a preempted request wait again (Q1)."""
     ints = queue.ints
     ints[N_QUEUED] += 1
-    queue.put_back_at[row] = segment
+    queue.row_ints[row, PUT_BACK_AT] = segment
     if queue.rules.policy != FAIR:
         if queue.rules.policy == FCFS:
             ints[PUT_BACKS] += 1
-            queue.rank[row] = -float(ints[PUT_BACKS])
+            queue.row_floats[row, RANK] = -float(ints[PUT_BACKS])
         _push(queue, status, row)
         return
-    tenant = queue.tenant[row]
-    front = queue.front[tenant]
-    queue.after[row] = front
-    queue.before[row] = -1
+    tenant = queue.row_ints[row, TENANT]
+    front = queue.tenants[tenant, FRONT]
+    queue.row_ints[row, AFTER] = front
+    queue.row_ints[row, BEFORE] = -1
     if front >= 0:
-        queue.before[front] = row
+        queue.row_ints[front, BEFORE] = row
     else:
-        queue.back[tenant] = row
-    queue.front[tenant] = row
+        queue.tenants[tenant, BACK] = row
+    queue.tenants[tenant, FRONT] = row
 
 
 @inlined
 def first_queued(queue: Queue, status: Any, step: int) -> int:
     """Row of the first of the queue; somebody must wait."""
     if queue.rules.policy == FAIR:
-        return int(queue.front[least_served(queue, step)])
+        return int(queue.tenants[least_served(queue, step), FRONT])
     ints = queue.ints
     while not _is_queued(queue, status, queue.heap_entry[0]):
         ints[HEAP] = pop_arrival(queue.heap_rank, queue.heap_entry, ints[HEAP])
@@ -249,16 +243,16 @@ def leave_queue(queue: Queue, row: int) -> None:
     """Let a waiting request go; a heap entry stays until it surfaces."""
     queue.ints[N_QUEUED] -= 1
     if queue.rules.policy == FAIR:
-        tenant = queue.tenant[row]
-        before, after = queue.before[row], queue.after[row]
+        tenant = queue.row_ints[row, TENANT]
+        before, after = queue.row_ints[row, BEFORE], queue.row_ints[row, AFTER]
         if before >= 0:
-            queue.after[before] = after
+            queue.row_ints[before, AFTER] = after
         else:
-            queue.front[tenant] = after
+            queue.tenants[tenant, FRONT] = after
         if after >= 0:
-            queue.before[after] = before
+            queue.row_ints[after, BEFORE] = before
         else:
-            queue.back[tenant] = before
+            queue.tenants[tenant, BACK] = before
 
 
 @inlined
@@ -266,8 +260,8 @@ def take_first(queue: Queue, row: int, tokens: int) -> None:
     """Admit ``row``, which ``first_queued`` said is first, and count ``tokens`` of its prompt (Q4)."""
     leave_queue(queue, row)
     if queue.rules.policy == FAIR:
-        queue.ints[LAST_TENANT] = queue.tenant[row]
-        queue.base[queue.tenant[row]] += queue.rules.prompt_weight * tokens
+        queue.ints[LAST_TENANT] = queue.row_ints[row, TENANT]
+        queue.tenants[queue.row_ints[row, TENANT], BASE] += queue.rules.prompt_weight * tokens
     else:
         queue.ints[HEAP] = pop_arrival(queue.heap_rank, queue.heap_entry, queue.ints[HEAP])
 
@@ -278,8 +272,8 @@ def drop_partial(queue: Queue, slot: int) -> None:
     ints = queue.ints
     kept = 0
     for i in range(ints[N_PARTIALS]):
-        if queue.partials[i] != slot:
-            queue.partials[kept] = queue.partials[i]
+        if queue.slots[i, PARTIAL_SLOT] != slot:
+            queue.slots[kept, PARTIAL_SLOT] = queue.slots[i, PARTIAL_SLOT]
             kept += 1
     ints[N_PARTIALS] = kept
 
@@ -287,9 +281,9 @@ def drop_partial(queue: Queue, slot: int) -> None:
 @inlined
 def is_after(queue: Queue, row: int, other: int) -> bool:
     """Whether ``row`` has the larger key (Q2)."""
-    if queue.rank[row] != queue.rank[other]:
-        return bool(queue.rank[row] > queue.rank[other])
-    return bool(queue.ticket[row] > queue.ticket[other])
+    if queue.row_floats[row, RANK] != queue.row_floats[other, RANK]:
+        return bool(queue.row_floats[row, RANK] > queue.row_floats[other, RANK])
+    return bool(queue.row_ints[row, TICKET] > queue.row_ints[other, TICKET])
 
 
 @inlined
@@ -297,15 +291,15 @@ def _is_present(queue: Queue, status: Any, entry: int) -> bool:
     """Whether the attempt of a due entry waits or runs, and its client has not left."""
     row = entry >> ROW_BITS
     here = status[row] == WAITING or status[row] == RUNNING
-    return bool(queue.ticket[row] == entry & ROW_MASK and here and queue.gone[row] == 0)
+    return bool(queue.row_ints[row, TICKET] == entry & ROW_MASK and here and queue.row_ints[row, GONE] == 0)
 
 
 @compiled
 def add_due(queue: Queue, status: Any, row: int, has_token: bool) -> None:
     """Note when the client of an attempt will leave, if ever (L1). Ties go by row (L2)."""
-    due = queue.attempt[row] + min(queue.timeout[row], queue.cancel[row])
+    due = queue.row_floats[row, ATTEMPT_S] + min(queue.row_floats[row, TIMEOUT_S], queue.row_floats[row, CANCEL_S])
     if not has_token:
-        due = min(due, queue.attempt[row] + queue.ttft_timeout[row])
+        due = min(due, queue.row_floats[row, ATTEMPT_S] + queue.row_floats[row, TTFT_TIMEOUT_S])
     if due == math.inf:
         return
     size = queue.ints[N_DUE]
@@ -315,7 +309,7 @@ def add_due(queue: Queue, status: Any, row: int, has_token: bool) -> None:
             if _is_present(queue, status, queue.due_entry[i]):
                 kept = push_arrival(queue.due_time, queue.due_entry, kept, queue.due_time[i], queue.due_entry[i])
         size = kept
-    queue.ints[N_DUE] = push_arrival(queue.due_time, queue.due_entry, size, due, row << ROW_BITS | queue.ticket[row])
+    queue.ints[N_DUE] = push_arrival(queue.due_time, queue.due_entry, size, due, row << ROW_BITS | queue.row_ints[row, TICKET])
 
 
 @inlined
