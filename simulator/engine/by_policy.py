@@ -92,6 +92,7 @@ from simulator.engine.skip_ahead import (
     STEP,
     STEP_ORIGIN,
     STEPS,
+    T_PREEMPTIONS,
     T_WAITING,
     WAITING_INTEGRAL,
     Chunks,
@@ -125,7 +126,7 @@ MANY = 1 << 60
 def _victim(state: State, queue: Queue) -> int:
     """Q2: who is preempted when blocks are short; somebody must run."""
     slot = state.ints[LAST]
-    if queue.rules.policy != FCFS and queue.rules.policy != FAIR:
+    if FCFS < queue.rules.policy < FAIR:
         other = state.before[slot]
         while other >= 0:
             if is_after(queue, state.row[other], state.row[slot]):
@@ -159,6 +160,7 @@ def _preempt(cost: CostTable, out: Outcome, state: State, queue: Queue, slot: in
     _unlink(state, slot)
     _free_slot(state, slot)
     ints[PREEMPTIONS] += 1
+    state.timeline[T_PREEMPTIONS, int(state.floats[CLOCK] / state.floats[INTERVAL])] += 1.0
     out.preemptions[row] += 1
     out.status[row] = WAITING
     queue.row_ints[row, EMITTED] = state.emitted[slot]
@@ -283,9 +285,7 @@ def _admit(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state:
         done = stream.cached[row]
         rest = stream.prompt[row] + queue.row_ints[row, EMITTED] - done
         want = min(rest, left, rules.longest_chunk)
-        if want < rest and (
-            rules.batching != CHUNKED or 0 < rules.max_partials <= _n_unfinished(stream, state, queue)
-        ):
+        if want < rest and (rules.batching != CHUNKED or 0 < rules.max_partials <= _n_unfinished(stream, state, queue)):
             break
         if ints[N_RUNNING] == limits.max_num_seqs or not _has_blocks(limits, stream, state, queue, row, done + want):
             if not rules.preempt_lower or ints[N_RUNNING] == 0:
@@ -391,7 +391,7 @@ def _schedule(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, sta
     chunks = _collect_chunks(stream, state, queue)
     if chunks == 0 and not preempted:
         ints[FREE_BLOCKS] += need  # the segment takes them, step by step
-    return Chunks(chunks, tokens, ints[FREE_BLOCKS], preempted, False)
+    return Chunks(chunks, tokens, ints[FREE_BLOCKS], preempted, unsure=False)
 
 
 @inlined
@@ -530,9 +530,7 @@ def _client_leaves(
         _leave_replica(cost, limits, stream, out, state, queue, queue.row_ints[row, SLOT], status)
     if status == TIMED_OUT and queue.row_ints[row, ATTEMPTS] < queue.rules.max_attempts:
         again = max(due + queue.waits[queue.row_ints[row, ATTEMPTS] - 1], noticed)
-        state.ints[N_PENDING] = push_arrival(
-            state.pending_time, state.pending_row, state.ints[N_PENDING], again, row
-        )
+        state.ints[N_PENDING] = push_arrival(state.pending_time, state.pending_row, state.ints[N_PENDING], again, row)
     elif stream.concurrency > 0:
         _release(stream, state, due)
 
@@ -627,9 +625,7 @@ def _with_host(price: Price, per_token: float) -> Price:
 
 
 @inlined
-def _settle_chunks(
-    stream: Stream, limits: Limits, out: Outcome, state: State, queue: Queue, chunks: int
-) -> int:
+def _settle_chunks(stream: Stream, limits: Limits, out: Outcome, state: State, queue: Queue, chunks: int) -> int:
     """Keep the queue's accounts of those whose chunk has ended; return how many finished whose client had left (L3)."""
     n_gone = 0
     for c in range(chunks):
@@ -648,9 +644,7 @@ def _settle_chunks(
 
 
 @inlined
-def _end_decodes(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue
-) -> int:
+def _end_decodes(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue) -> int:
     """R10: decoding requests whose last token has come; return how many."""
     ints = state.ints
     n_done = 0
@@ -769,9 +763,9 @@ def advance(
             ints[BATCH] = decoding
         else:
             ints[STEP] += k
-        if rules.clients_leave or stream.concurrency > 0:
-            if min(_next_seen(stream, state, queue), _next_departure(out, queue)) < end:
-                _receive(cost, limits, stream, out, state, queue, t < end)
+        may_act = rules.clients_leave or stream.concurrency > 0
+        if may_act and min(_next_seen(stream, state, queue), _next_departure(out, queue)) < end:
+            _receive(cost, limits, stream, out, state, queue, t < end)
         n_done = 0
         if chunks.n > 0:
             whole = _with_host(price, price.per_token + host / chunks.tokens)

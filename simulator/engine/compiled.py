@@ -22,6 +22,7 @@ from simulator.engine.records import (
     check_columns,
     needs_queue,
 )
+from simulator.engine.scheduling import Scheduling
 from simulator.errors import InputError
 from simulator.roofline.step_cost import StepCost
 
@@ -107,7 +108,7 @@ class Engine:
         n_pending = requests.concurrency + (n if settings.retries.max_attempts > 1 else 0)
         self._state = _new_state(n, n_pending, settings)
         self._queue: queues.Queue | None = None
-        if needs_queue(settings, requests):
+        if needs_queue(settings, clients_leave=requests.clients_may_leave):
             self._queue = new_queue(settings, requests)
         self._extra: skip_ahead.Extra | None = None
         hashes = cache_hashes(settings, requests)
@@ -128,6 +129,19 @@ class Engine:
     def clock_s(self) -> float:
         """End of the last step. [s]"""
         return float(self._state.floats[skip_ahead.CLOCK])
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests in the queue."""
+        if self._queue is not None:
+            return int(self._queue.ints[queues.N_QUEUED])
+        ints = self._state.ints
+        return int(ints[skip_ahead.N_PREEMPTED] + ints[skip_ahead.FIFO_TAIL] - ints[skip_ahead.FIFO_HEAD])
+
+    @property
+    def clients_come_and_go(self) -> bool:
+        """Whether clients may leave, or requests are seen later than they arrive."""
+        return self._queue is not None and (self._queue.rules.clients_leave or self._queue.rules.request_s > 0)
 
     @property
     def cache_log(self) -> NDArray[np.int64]:
@@ -262,8 +276,11 @@ def simulate(
     return engine.result()
 
 
-def warm_up() -> None:
-    """Compile the engine into the disk cache (about 20 s, once per version) so that later calls start at once."""
+def warm_up(*, by_policy: bool = False) -> None:
+    """Compile the engine into the disk cache (about 20 s, once per version) so that later calls start at once.
+
+    ``by_policy``: the loop for policies, batching modes, hosts and clients that leave, instead of the plain one.
+    """
     one = np.ones(1, dtype=np.int64)
     table = np.array([0.0, 1.0])
     cost = StepCost(
@@ -284,9 +301,10 @@ def warm_up() -> None:
         peak_flops_per_s=1.0,
         hbm_bandwidth_bytes_per_s=1.0,
     )
-    settings = EngineSettings(max_num_seqs=1, max_num_batched_tokens=1, num_kv_blocks=1)
-    simulate(cost, settings, Requests(np.zeros(1), one, one, one * 0, one))
-    jit.mark_warm()
+    scheduling = Scheduling(policy="priority" if by_policy else "fcfs")
+    settings = EngineSettings(max_num_seqs=1, max_num_batched_tokens=1, num_kv_blocks=1, scheduling=scheduling)
+    simulate(cost, settings, Requests(np.zeros(1), one, one, one * 0, one, priority=one))
+    jit.mark_warm(by_policy=by_policy)
 
 
 def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float | None) -> None:

@@ -309,7 +309,9 @@ def add_due(queue: Queue, status: Any, row: int, has_token: bool) -> None:
             if _is_present(queue, status, queue.due_entry[i]):
                 kept = push_arrival(queue.due_time, queue.due_entry, kept, queue.due_time[i], queue.due_entry[i])
         size = kept
-    queue.ints[N_DUE] = push_arrival(queue.due_time, queue.due_entry, size, due, row << ROW_BITS | queue.row_ints[row, TICKET])
+    queue.ints[N_DUE] = push_arrival(
+        queue.due_time, queue.due_entry, size, due, row << ROW_BITS | queue.row_ints[row, TICKET]
+    )
 
 
 @inlined

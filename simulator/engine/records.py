@@ -64,9 +64,9 @@ class EngineSettings:
     scheduler_reserve_full_isl: bool = True
     prefix_cache: str = "off"
     cache_outputs: bool = True
-    scheduling: Scheduling = Scheduling()
-    host: HostOverheads = HostOverheads()
-    retries: Retries = Retries()
+    scheduling: Scheduling = field(default_factory=Scheduling)
+    host: HostOverheads = field(default_factory=HostOverheads)
+    retries: Retries = field(default_factory=Retries)
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -198,7 +198,7 @@ LEAVING = ("ttft_timeout_s", "timeout_s", "cancel_s")
 COLUMNS = tuple(name for name in Requests.__dataclass_fields__ if name not in {"concurrency", "hashes"})
 
 
-def needs_queue(settings: EngineSettings, requests: Requests) -> bool:
+def needs_queue(settings: EngineSettings, *, clients_leave: bool) -> bool:
     """Whether a run goes beyond first come, first served: a policy or batching mode, a host, or clients that leave."""
     scheduling, host = settings.scheduling, settings.host
     plain = (
@@ -208,7 +208,7 @@ def needs_queue(settings: EngineSettings, requests: Requests) -> bool:
         and not scheduling.watermark
         and host == HostOverheads(asynchronous=host.asynchronous)
     )
-    return not plain or requests.clients_may_leave
+    return not plain or clients_leave
 
 
 def check_columns(settings: EngineSettings, requests: Requests) -> None:
@@ -219,7 +219,7 @@ def check_columns(settings: EngineSettings, requests: Requests) -> None:
     InputError
         if the policy's column is missing, or a client would give up before the scheduler sees its request.
     """
-    if settings.prefix_cache != "off" and needs_queue(settings, requests):
+    if settings.prefix_cache != "off" and needs_queue(settings, clients_leave=requests.clients_may_leave):
         raise InputError(
             f"engine.prefix_cache = {settings.prefix_cache!r}: only with policy and batching at their defaults, a host that costs "
             "nothing and clients that do not leave"

@@ -323,7 +323,7 @@ class Replica:
             request.status = REJECTED
             self.rejected += 1
             return False
-        request.emitted = request.seen = 0
+        request.emitted = request.seen = request.reused_tokens = 0
         request.scheduled_s = request.first_token_s = request.last_token_s = nan
         if scheduling.policy == "edf" and self.requests.deadline_s is not None:
             request.rank = arrival_s + float(self.requests.deadline_s[request.row])

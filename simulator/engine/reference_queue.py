@@ -3,13 +3,14 @@
 Written from docs/engine-scheduling.md to be read: the first of the queue is a minimum over everybody in it.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from simulator.engine.scheduling import Scheduling
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from simulator.engine.reference import Request
 
 Key = tuple[float, ...]
