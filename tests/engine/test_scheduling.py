@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.engine.compiled import Engine, simulate
-from simulator.engine.scheduling import Scheduling
+from simulator.engine.event_log import record
+from simulator.engine.scheduling import HostOverheads, Scheduling
+from simulator.errors import InputError
 from tests.engine.scheduling_cases import random_scheduled_case, scheduled_cases, scheduling_events_of
 from tests.engine.strategies import Case, observe, random_case, real_case
 from tests.engine.test_equivalence import SHARES, TIMES, assert_counts_equal, assert_equal, assert_shares_close
+from tests.engine.test_event_log import assert_steps_are
 
 SEEDED_CASES = 400
-CLIENTS = ("attempts", "wasted_s", "reused_tokens")
 CLIENT_TOTALS = ("timeouts", "cancellations", "retries", "abandoned_tokens", "abandoned_outputs", "host_s")
 FREQUENT = (
     "overtaking",
@@ -150,3 +152,21 @@ def test_cutting_and_resuming_changes_nothing(case, cuts):  # I9
             assert np.allclose(one, other, rtol=1e-9, atol=1e-12), name
         else:
             assert np.array_equal(one, other, equal_nan=np.asarray(one).dtype.kind == "f"), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(scheduled_cases())
+def test_a_run_by_policy_can_be_followed_step_by_step(case):
+    cost, engine_settings, requests = case
+    patient = replace(requests, ttft_timeout_s=None, timeout_s=None, cancel_s=None)
+    host = replace(engine_settings.host, request_s=0.0, output_s=0.0)
+    case = Case(cost, replace(engine_settings, host=host), patient)
+    _, steps, _ = observe(case)
+    assert_steps_are(record(Engine(*case)), steps, engine_settings.num_kv_blocks)
+
+
+def test_a_run_that_clients_leave_cannot_be_followed():
+    cost, engine_settings, requests = random_case(3)
+    late = replace(engine_settings, host=HostOverheads(request_s=0.5))
+    with pytest.raises(InputError, match="clients leave"):
+        record(Engine(cost, late, requests))
