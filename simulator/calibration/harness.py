@@ -40,6 +40,7 @@ from simulator.roofline.memory import MemoryFit
 from simulator.roofline.pipeline import shard
 from simulator.roofline.precision import parse_precision
 from simulator.roofline.sharding import Sharding
+from simulator.roofline.step_cost import StepCost
 
 BLOCK_SIZE = 16
 HANDOVERS = 4
@@ -48,7 +49,7 @@ HANDOVERS = 4
 Prediction = Mapping[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replica:
     """One engine that stands for its equals in a pool.
 
@@ -157,11 +158,14 @@ def _nodes(chip: ChipSpec, n_chips: int) -> str | None:
     return f"{n_chips // per_node}x{per_node}" if chip.scale_out is not None and n_chips % per_node == 0 else None
 
 
+@lru_cache(maxsize=4096)
 def lengths(cause: str, longest: int, ratio: float, n: int) -> NDArray[np.int64]:
     """Lengths uniform in [ratio·L, L], at least 1; fixed at ratio 1. [tokens]"""
     low = int(ratio * longest)
     draws = uniform(0, cause, 0, n)
-    return np.asarray(np.maximum(low + np.floor(draws * (longest - low + 1)), 1), dtype=np.int64)
+    found = np.asarray(np.maximum(low + np.floor(draws * (longest - low + 1)), 1), dtype=np.int64)
+    found.flags.writeable = False  # shared by every call
+    return found
 
 
 def requests_of(m: Measurement, equals: int, profile: EngineProfile) -> Requests:
@@ -205,12 +209,17 @@ def predict(m: Measurement, profile: EngineProfile | None = None) -> Prediction:
     return _predict_disaggregated(m, used)
 
 
+@lru_cache(maxsize=256)
+def _cost(kernels: KernelCost, profile: EngineProfile) -> StepCost:
+    return apply_profile(kernels, profile)
+
+
 def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
     from simulator.engine.compiled import simulate  # noqa: PLC0415  # numba takes a while to import
 
     one = replica(m, m.pools[0], profile)
     requests = requests_of(m, one.equals, profile)
-    result = simulate(apply_profile(one.kernels, profile), one.settings(profile), requests, timeline_interval_s=TIMELINE_S)
+    result = simulate(_cost(one.kernels, profile), one.settings(profile), requests, timeline_interval_s=TIMELINE_S)
     served = result.status == FINISHED
     if not served.all():
         raise InfeasibleError(f"{(~served).sum()} of {len(served)} requests do not fit into the KV cache")
@@ -221,7 +230,8 @@ def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
         sent[: requests.concurrency] = 0.0
     ttft, e2e = result.first_token_s - sent, result.finish_s - sent
     several = output > 1
-    found = latency_metrics(ttft, ((result.finish_s - result.first_token_s)[several] / (output - 1)[several]), e2e)
+    tpot = (result.finish_s - result.first_token_s)[several] / (output - 1)[several]
+    found = latency_metrics(ttft, tpot, e2e, quantiles=m.load == "replay")
     if m.load == "closed":
         # The rate that the published tables derive from a closed loop's mean latencies.
         latency_s = found["ttft_s"] + (m.output_tokens - 1) * found.get("tpot_s", 0.0)
@@ -260,7 +270,7 @@ def _predict_disaggregated(m: Measurement, profile: EngineProfile) -> Prediction
         think[clients:] = (done_s - first_s)[np.argsort(first_s, kind="stable")[: n - clients]]
     several = whole.output_tokens > 1
     tpot = (done_s - first_s)[several] / (whole.output_tokens - 1)[several]
-    found = latency_metrics(first_s - sent, tpot, done_s - sent)
+    found = latency_metrics(first_s - sent, tpot, done_s - sent, quantiles=False)
     found["output_tokens_per_s"] = m.clients * m.output_tokens / (found["ttft_s"] + (m.output_tokens - 1) * found["tpot_s"])
     return found
 
@@ -275,7 +285,7 @@ def _dealt(one: Replica, profile: EngineProfile, requests: Requests) -> tuple[ND
     """
     from simulator.engine.compiled import simulate  # noqa: PLC0415  # numba takes a while to import
 
-    cost, settings = apply_profile(one.kernels, profile), one.settings(profile)
+    cost, settings = _cost(one.kernels, profile), one.settings(profile)
     engines = min(one.equals, requests.concurrency or one.equals, len(requests))
     arrival, finish = np.empty(len(requests)), np.empty(len(requests))
     for k in range(engines):

@@ -460,17 +460,15 @@ def _log(file: Path, rows: list[dict[str, str]]) -> list[Measurement | Unsupport
 
 
 def latency_metrics(
-    ttft_s: NDArray[np.float64], tpot_s: NDArray[np.float64], e2e_s: NDArray[np.float64]
+    ttft_s: NDArray[np.float64], tpot_s: NDArray[np.float64], e2e_s: NDArray[np.float64], *, quantiles: bool = True
 ) -> dict[str, float]:
-    """Means, medians and 90th percentiles of per-request latencies. [s]"""
+    """Means of per-request latencies, and with ``quantiles`` medians and 90th percentiles. [s]"""
     found = {}
     for name, values in (("ttft_s", ttft_s), ("tpot_s", tpot_s), ("e2e_s", e2e_s)):
         if len(values):
-            found |= {
-                name: float(values.mean()),
-                f"{name}_p50": float(np.quantile(values, 0.5)),
-                f"{name}_p90": float(np.quantile(values, 0.9)),
-            }
+            found[name] = float(values.mean())
+            if quantiles:
+                found |= {f"{name}_p{p}": float(np.quantile(values, p / 100)) for p in (50, 90)}
     return found
 
 

@@ -26,7 +26,7 @@ PARTS = ("weights", "products", "experts", "elementwise", "collective")
 """Kinds of dense time that a profile slows down on their own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelCost:
     """A deployment's kernels without the host: what profiles are applied to.
 

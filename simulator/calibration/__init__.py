@@ -1,0 +1,1 @@
+"""Room: measured kernels and serving runs → parameters with residual error; predictions beside measurements."""
