@@ -98,9 +98,9 @@ class Measurement:
     output_tokens: int
     range_ratio: float
     n_requests: int
-    measured: Mapping[str, float]
+    measured: Mapping[str, float] = field(hash=False)
     rate_per_s: float = 0.0
-    replay: Requests | None = field(default=None, compare=False)
+    replay: Requests | None = field(default=None, compare=False, repr=False)
 
     @property
     def group(self) -> tuple[str, str, str, str]:

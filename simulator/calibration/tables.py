@@ -199,11 +199,12 @@ def serving_precision(row: Row, model: str, chip: str) -> str:
     match word:
         case "bf16" | "fp16":
             return word
+        case "fp4" | "nvfp4" | "mxfp4" | "fp8" if model.startswith("gpt-oss"):
+            # Released with 4-bit experts alone; the products' inputs are FP8 on newer chips, or where the table says so.
+            narrow = word == "fp8" or chip.startswith(("b200", "b300", "gb200", "gb300"))
+            return "wmxfp4afp8-experts" if narrow else "mxfp4-experts"
         case "fp8":
             return f"fp8{kv}g128" if blocks or model in FP8_BLOCK_MODELS else f"fp8{kv}"
-        case "fp4" | "nvfp4" | "mxfp4" if model.startswith("gpt-oss"):
-            # Released with 4-bit experts alone; chips with FP8 tensor cores of the newer kind multiply in FP8.
-            return "wmxfp4afp8-experts" if chip.startswith(("b200", "b300", "gb200", "gb300")) else "mxfp4-experts"
         case "fp4" | "nvfp4":
             return "nvfp4kv8"
         case "int4" if model.startswith("kimi"):
@@ -235,6 +236,10 @@ def _aggregated(identity: str, table: str, row: Row) -> Measurement:
         raise UnpriceableError(f"tp x pp x dp = {pool.chips} on {_count(row, 'n_gpus')} chips: the row contradicts itself")
     clients = _count(row, "concurrency")
     fixed = row.get("subset") == ON_DEFAULTS and model in FIXED_LENGTHS
+    if fixed:
+        # Their TTFT does not depend on the output length, which takes steps that hold one prompt and the decodes, no more.
+        room = 512 * -(-(_count(row, "isl") + clients) // 512)
+        pool = replace(pool, max_num_seqs=512, max_num_batched_tokens=room)
     measured = {"ttft_s": float(row["ttft_ms"]) / 1e3, "tpot_s": float(row["tpot_ms"]) / 1e3}
     measured = with_throughput(measured, clients, _count(row, "osl"))
     if fixed and engine == "tensorrt-llm":

@@ -31,6 +31,7 @@ def _between(dimension: str, least: float, most: float) -> AfterValidator:
 
 Time = Annotated[Quantity, _between("s", 0, 1)]
 Slowdown = Annotated[Quantity, _between("1", 0.1, 10)]
+Bytes = Annotated[Quantity, _between("bytes", 0, 1e11)]
 Share = Annotated[Quantity, _between("1", 0.01, 1)]
 
 MemoryRule = Literal["total", "free", "static"]
@@ -62,6 +63,9 @@ class LaunchTable(Record):
     """Per layer."""
     collective: Time
     """Per all-reduce."""
+    eager: Time
+    """Per layer of a step that is larger than any captured graph: the host launches its kernels one by one, and the step takes at
+    least as long as that."""
 
 
 class SlowdownTable(Record):
@@ -84,6 +88,8 @@ class MemoryTable(Record):
 
     rule: MemoryRule
     fraction: Share
+    workspace: Bytes
+    """Per chip: context, communication buffers, captured graphs, and what else is neither weights, activations nor cache."""
 
 
 class SchedulerTable(Record):
@@ -91,6 +97,8 @@ class SchedulerTable(Record):
 
     max_num_seqs: PositiveInt
     max_num_batched_tokens: PositiveInt
+    captured_tokens: PositiveInt
+    """Tokens of the largest step that runs as a captured graph."""
     prefix_caching: bool
     source: str
     note: str = ""
@@ -135,8 +143,10 @@ class EngineSpec(Record):
             name=self.name,
             memory_rule=self.memory.rule,
             memory_fraction=si["memory.fraction"],
+            workspace_bytes=si["memory.workspace"],
             max_num_seqs=self.scheduler.max_num_seqs,
             max_num_batched_tokens=self.scheduler.max_num_batched_tokens,
+            captured_tokens=self.scheduler.captured_tokens,
             prefix_caching=self.scheduler.prefix_caching,
             **values,
         )
@@ -158,6 +168,7 @@ class EngineProfile:
     admission_s: float = 0.0
     layer_s: float = 0.0
     collective_s: float = 0.0
+    eager_s: float = 0.0
     weights_slowdown: float = 1.0
     products_slowdown: float = 1.0
     experts_slowdown: float = 1.0
@@ -167,8 +178,10 @@ class EngineProfile:
     prefill_attention_slowdown: float = 1.0
     memory_rule: MemoryRule = "total"
     memory_fraction: float = 0.9
+    workspace_bytes: float = 1e9
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    captured_tokens: int = 512
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
@@ -179,6 +192,8 @@ class EngineProfile:
                 raise InputError(f"engine profile {self.name}: {item.name} = {value}: must be finite and not negative")
             if item.name.endswith("_slowdown") and not 0 < value < float("inf"):
                 raise InputError(f"engine profile {self.name}: {item.name} = {value}: must be finite and positive")
+        if not self.workspace_bytes >= 0:
+            raise InputError(f"engine profile {self.name}: workspace_bytes = {self.workspace_bytes}: must not be negative")
         if not 0 < self.memory_fraction <= 1:
             raise InputError(f"engine profile {self.name}: memory_fraction = {self.memory_fraction}: must be in (0, 1]")
 
