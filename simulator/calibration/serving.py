@@ -31,7 +31,9 @@ SPREADS = {"tpot_s": 0.05, "ttft_s": 0.20, "e2e_s": 0.05, "output_tokens_per_s":
 """Spread of log(predicted / measured) that a metric is worth: what repeats and versions leave unexplained."""
 HUBER = 1.5
 """Residuals beyond this many spreads count linearly."""
-MAX_ITERATIONS = 12
+MAX_ITERATIONS = 10
+LINEAR_STEPS = 12
+"""Reweighted least-squares steps on the linearised simulator between two simulations."""
 IDENTIFIED = 0.5
 """A parameter is identified when the data shrink the prior's spread below this part of it."""
 ALIKE = 0.95
@@ -84,7 +86,7 @@ HOSTS = {
     "step_s": (10e-3, 0.8e-3, 1e-3),
     "sequence_s": (100e-6, 10e-6, 15e-6),
     "chunk_s": (50e-3, 2e-3, 5e-3),
-    "eager_s": (500e-6, 50e-6, 50e-6),
+    "eager_s": (500e-6, 100e-6, 100e-6),
     "request_s": (0.5, 15e-3, 20e-3),
     "admission_s": (50e-3, 1e-3, 2e-3),
     "workspace_bytes": (12e9, 2e9, 3e9),
@@ -200,6 +202,8 @@ class Fit:
         [p, p] of the values.
     before, after
         [rows, metrics] log(predicted / measured) at the start and at the fit.
+    slopes
+        [rows, metrics, p] of the predictions' logarithms at the last but one values.
     iterations
         of Gauss–Newton.
     base
@@ -212,6 +216,7 @@ class Fit:
     covariance: Array
     before: Array
     after: Array
+    slopes: Array
     iterations: int
     base: Mapping[str, EngineProfile]
 
@@ -305,39 +310,49 @@ def fit_serving(
         cost = np.where(size <= HUBER, scaled**2 / 2, HUBER * (size - HUBER / 2))
         return float(np.nansum(cost * row_weight[:, None]) + ((values - prior) ** 2 / spread**2).sum() / 2)
 
+    def _linear_optimum(ratios: Array, slopes: Array, values: Array, damping: float) -> Array:
+        """Where the robust loss of the linearised simulator is least, not too far from ``values``."""
+        moved = np.zeros_like(values)
+        for _ in range(LINEAR_STEPS):
+            hessian, gradient = _normal_equations(ratios + slopes @ moved, slopes, sigma, row_weight)
+            hessian += np.diag(1 / spread**2)
+            gradient += (values + moved - prior) / spread**2
+            held = damping * np.diag(hessian)
+            step = _bounded_step(hessian + np.diag(held), gradient + held * moved, values + moved, low, high)
+            moved = moved + step
+            if (np.abs(step) < 1e-3 * spread).all():
+                break
+        return np.asarray(values + moved)
+
     values = np.clip(prior if start is None else start, low, high)
     before = simulators.evaluate([fixed])[0]
     ratios = at(values)
     if not np.isfinite(ratios[kept]).any():
         raise InputError("no row of the data can be simulated, so there is nothing to fit")
     present = loss(ratios, values)
+    say(f"start: loss {present:.1f}")
     damping, slopes, iterations = 1e-2, jacobian, 0
-    hessian = np.diag(1 / spread**2)
     for iterations in range(1, MAX_ITERATIONS + 1):  # noqa: B007  # reported
-        if jacobian is None:
+        if jacobian is None or slopes is None:
             slopes = finite_differences(simulators, chosen, values, fixed, ratios)
-        if slopes is None:
-            raise AssertionError
-        hessian, gradient = _normal_equations(ratios, slopes, sigma, row_weight)
-        hessian = hessian + np.diag(1 / spread**2)
-        gradient = gradient + (values - prior) / spread**2
-        improved = False
-        for _ in range(5):
-            trial = values + _bounded_step(hessian, gradient, damping, values, low, high)
+        gain = 0.0
+        for _ in range(4):
+            trial = _linear_optimum(ratios, slopes, values, damping)
             trial_ratios = at(trial)
-            trial_loss = loss(trial_ratios, trial)
-            if trial_loss < present:
-                improved = True
+            gain = present - loss(trial_ratios, trial)
+            if gain > 0:
                 break
-            damping *= 8
-        if not improved:
+            damping *= 10
+        if gain <= 0:
             break
-        gain = present - trial_loss
-        values, ratios, present = trial, trial_ratios, trial_loss
-        damping = max(damping / 4, 1e-4)
+        values, ratios, present = trial, trial_ratios, present - gain
+        damping = max(damping / 5, 1e-3)
         say(f"iteration {iterations}: loss {present:.1f}")
-        if gain < 2e-3 * present:
+        if gain < (2e-3 if jacobian is None else 1e-2) * present:
             break
+    if slopes is None:
+        raise AssertionError
+    hessian = _normal_equations(ratios, slopes, sigma, row_weight)[0] + np.diag(1 / spread**2)
     covariance = np.linalg.inv(hessian) * _residual_scale(ratios[kept], sigma)
     return Fit(
         parameters=chosen,
@@ -346,6 +361,7 @@ def fit_serving(
         covariance=covariance,
         before=before,
         after=ratios,
+        slopes=slopes,
         iterations=iterations,
         base=fixed,
     )
@@ -377,15 +393,13 @@ def _normal_equations(ratios: Array, slopes: Array, sigma: Array, row_weight: Ar
     return hessian, gradient
 
 
-def _bounded_step(hessian: Array, gradient: Array, damping: float, values: Array, low: Array, high: Array) -> Array:
-    """Damped Newton step inside the bounds: parameters that run into one stop there, and the others are solved again."""
+def _bounded_step(hessian: Array, gradient: Array, values: Array, low: Array, high: Array) -> Array:
+    """Newton step inside the bounds: parameters that run into one stop there, and the others are solved again."""
     step = np.zeros_like(values)
     free = np.ones(len(values), dtype=bool)
     for _ in range(len(values)):
-        matrix = hessian[np.ix_(free, free)]
-        matrix = matrix + damping * np.diag(np.diag(matrix))
         held = hessian[np.ix_(free, ~free)] @ step[~free]
-        step[free] = np.linalg.solve(matrix, -gradient[free] - held)
+        step[free] = np.linalg.solve(hessian[np.ix_(free, free)], -gradient[free] - held)
         outside = free & ((values + step < low) | (values + step > high))
         if not outside.any():
             break
