@@ -24,7 +24,7 @@ from simulator.roofline.step_cost import StepCost
 
 Array = NDArray[np.float64]
 
-PARTS = ("weights", "products", "experts", "elementwise", "collective")
+PARTS = ("weights", "products", "experts", "elementwise", "collective", "launches")
 """Kinds of dense time that a profile slows down on their own."""
 
 
@@ -37,9 +37,9 @@ class KernelCost:
     cost
         table without time per step or row on the host.
     ideal
-        the same at datasheet rates: the bound.
+        the same at datasheet rates, for one token: the bound of attention.
     dense, dense_bound, head, head_bound
-        [kind] -> time of the dense ops and the head, as tables over n and R; overheads are in ``cost`` alone. [s]
+        [kind] -> time of the dense ops and the head, as tables over n and R. [s]
     layers, reductions
         that run in one step; ``reductions`` is 0 on one chip.
     """
@@ -61,7 +61,7 @@ def kernel_cost(d: Deployment, *, equal_ranks: bool = False) -> KernelCost:
     n, rows = (np.arange(m + 1, dtype=np.float64) for m in (d.max_num_batched_tokens, d.max_num_seqs))
     return KernelCost(
         cost=compile_step_cost(bare, equal_ranks=equal_ranks),
-        ideal=compile_step_cost(bound, equal_ranks=equal_ranks),
+        ideal=compile_step_cost(replace(bound, max_num_batched_tokens=1, max_num_seqs=1), equal_ranks=equal_ranks),
         dense=_kinds(dense_ops(bare, n), n.shape),
         dense_bound=_kinds(dense_ops(bound, n), n.shape),
         head=_kinds(head_ops(bare, rows), rows.shape),
@@ -74,6 +74,7 @@ def kernel_cost(d: Deployment, *, equal_ranks: bool = False) -> KernelCost:
 def _kinds(ops: list[Op], shape: tuple[int, ...]) -> dict[str, Array]:
     found = {part: np.zeros(shape) for part in PARTS}
     for op in ops:
+        found["launches"] += op.overhead_s
         if op.kind == "matmul" and op.name.startswith("experts"):
             found["experts"] += op.roofline_s
         elif op.kind == "matmul":
@@ -98,7 +99,8 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     decode = profile.decode_attention_slowdown
     slope = np.maximum(decode * cost.decode_slope_s, ideal.decode_slope_s[-1])
     # g keeps its intercept of launches; its pieces are joined again after each has been held above its bound.
-    value = cost.decode_value_s[0] + np.concatenate([[0.0], np.cumsum(slope[:-1] * np.diff(cost.decode_knots))])
+    launch_s = profile.launches_slowdown * cost.decode_value_s[0]
+    value = launch_s + np.concatenate([[0.0], np.cumsum(slope[:-1] * np.diff(cost.decode_knots))])
     planes = profile.prefill_attention_slowdown * cost.prefill_planes
     if profile.prefill_attention_slowdown < 1:
         # The largest of both sets of planes is never below either.
