@@ -22,6 +22,21 @@ from typing import Any, NamedTuple
 
 from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
 from simulator.engine.jit import compiled, inlined
+from simulator.engine.prefix_cache import (
+    N_ENDED,
+    Cache,
+    admit,
+    catch_up,
+    find,
+    leave,
+    note_end,
+    publish,
+    release,
+    release_ended,
+    steps_to_fill,
+    take,
+    watch,
+)
 from simulator.engine.progressions import (
     blocks_for,
     count_itl,
@@ -196,6 +211,8 @@ class Extra(NamedTuple):
     compiled in, and their flags switch them at run time.
     """
 
+    cache: Cache
+
 
 @inlined
 def _chunk_pairs(cost: CostTable, done: int, size: int) -> int:
@@ -356,7 +373,7 @@ def _leave_batch(cost: CostTable, state: State, out: Outcome, slot: int, block_s
 
 
 @inlined
-def _preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size: int) -> None:
+def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
     """R6: free all blocks, forget the cache, go to the front of the queue."""
     ints = state.ints
     if slot == ints[PARTIAL]:
@@ -367,25 +384,34 @@ def _preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size:
         state.last_token[slot] = state.floats[CLOCK]
     computed = state.computed[slot]
     state.seen[slot] = max(state.seen[slot], computed)
-    ints[FREE_BLOCKS] += blocks_for(computed, block_size)
+    row = state.row[slot]
+    freed = blocks_for(computed, block_size)
+    if extra is not None and extra.cache.on:
+        leave(extra.cache, slot, row, ints[STEP])
+        freed = release(extra.cache, slot, row, freed)
+    ints[FREE_BLOCKS] += freed
     state.computed[slot] = 0
     _unlink(state, slot)
     state.stack[ints[N_PREEMPTED]] = slot
     ints[N_PREEMPTED] += 1
     ints[PREEMPTIONS] += 1
-    row = state.row[slot]
     out.preemptions[row] += 1
     out.status[row] = WAITING
 
 
 @inlined
-def _finish(state: State, out: Outcome, slot: int, block_size: int) -> None:
+def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
     """Free blocks and slot of a request that has left the batch."""
     ints = state.ints
     row = state.row[slot]
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
-    ints[FREE_BLOCKS] += blocks_for(state.computed[slot], block_size)
+    freed = blocks_for(state.computed[slot], block_size)
+    if extra is not None and extra.cache.on:
+        leave(extra.cache, slot, row, ints[STEP])
+        note_end(extra.cache, slot, freed)
+        freed = 0
+    ints[FREE_BLOCKS] += freed
     state.finish_step[slot] = -1
     _unlink(state, slot)
     state.free_slots[ints[N_FREE_SLOTS]] = slot
@@ -463,6 +489,8 @@ class Chunks(NamedTuple):
     tokens: int
     free: int
     preempted: bool
+    unsure: bool
+    """The first of the queue lacks blocks, and may lack fewer in a later step without anyone leaving (C6)."""
 
 
 class Price(NamedTuple):
@@ -500,7 +528,7 @@ def _n_waiting(state: State) -> int:
 
 
 @inlined
-def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> None:
+def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extra: Extra | None) -> None:
     """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run."""
     ints = state.ints
     bs = limits.block_size
@@ -511,11 +539,13 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> N
             gone = False
             while ints[FREE_BLOCKS] < 1 and not gone:
                 victim = ints[LAST]
-                _preempt(cost, state, out, victim, bs)
+                _preempt(cost, state, out, extra, victim, bs)
                 gone = victim == slot
             if gone:
                 return
             ints[FREE_BLOCKS] -= 1
+            if extra is not None and extra.cache.on:
+                take(extra.cache, 1)
         slot = state.after[slot]
 
 
@@ -535,7 +565,14 @@ def _append(state: State, slot: int) -> None:
 
 @inlined
 def _schedule_chunks(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, free: int, preempted: bool
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    state: State,
+    extra: Extra | None,
+    free: int,
+    preempted: bool,
 ) -> Chunks:
     """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach."""
     ints = state.ints
@@ -544,6 +581,7 @@ def _schedule_chunks(
     chunks = 0
     tokens = batch
     room = limits.budget - batch
+    unsure = False
     slot = ints[PARTIAL]
     if slot >= 0:
         row = state.row[slot]
@@ -551,11 +589,15 @@ def _schedule_chunks(
         want = min(stream.prompt[row] + state.emitted[slot] - done, room)
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
         if missing > free:
-            _preempt(cost, state, out, slot, bs)
+            free -= ints[FREE_BLOCKS]
+            _preempt(cost, state, out, extra, slot, bs)
             preempted = True
-            free += blocks_for(done, bs)
+            free += ints[FREE_BLOCKS]
         else:
             free -= missing
+            if extra is not None and extra.cache.on:
+                take(extra.cache, missing)
+                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
             room -= want
             tokens += want
             state.chunk_slot[0] = slot
@@ -573,9 +615,18 @@ def _schedule_chunks(
                 row = state.fifo[ints[FIFO_HEAD]]
                 known = stream.prompt[row]
             done = stream.cached[row]
+            held = 0
+            hits = 0
+            if extra is not None and extra.cache.on:
+                if extra.cache.late:
+                    catch_up(extra.cache, state.row, ints[STEP])
+                hits, held = find(extra.cache, row, (known - 1) // bs)
+                done = max(done, hits * bs)
             want = min(known - done, room)
             need = blocks_for(done + want, bs)
-            if need > free or (limits.reserve_full and blocks_for(known, bs) > free):
+            if need - held > free or (limits.reserve_full and blocks_for(known, bs) - held > free):
+                if extra is not None:
+                    unsure = extra.cache.late or not limits.reserve_full
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1
@@ -592,13 +643,17 @@ def _schedule_chunks(
             _append(state, slot)
             waiting -= 1
             free -= need
+            if extra is not None and extra.cache.on:
+                free += hits - admit(extra.cache, slot, row, hits, known, done, state.seen[slot])
+                take(extra.cache, need - hits)
+                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
             room -= want
             tokens += want
             state.chunk_slot[chunks] = slot
             state.chunk_size[chunks] = want
             chunks += 1
             ints[PARTIAL] = slot
-    return Chunks(chunks, tokens, free, preempted)
+    return Chunks(chunks, tokens, free, preempted, unsure)
 
 
 @inlined
@@ -740,7 +795,7 @@ def _advance_decodes(cost: CostTable, out: Outcome, state: State, price: Price, 
 
 
 @inlined
-def _start_decoding(cost: CostTable, state: State, slot: int, rest: int, block_size: int) -> None:
+def _start_decoding(cost: CostTable, state: State, extra: Extra | None, slot: int, rest: int, block_size: int) -> None:
     """Let a request whose prompt is computed join the decoding batch, ``rest`` tokens from its end."""
     ints = state.ints
     step = ints[STEP]
@@ -753,6 +808,8 @@ def _start_decoding(cost: CostTable, state: State, slot: int, rest: int, block_s
         ints[WINDOW_SUM] += seen
         _push_event(cost, state, slot, seen)
     state.residues[residue(done - step, block_size)] += 1
+    if extra is not None and extra.cache.late:
+        watch(extra.cache, slot, state.row[slot], done, step)
     state.finish_step[slot] = step + rest
     if ints[HEAP_SIZE] == len(state.heap):
         _drop_stale(state)
@@ -761,7 +818,14 @@ def _start_decoding(cost: CostTable, state: State, slot: int, rest: int, block_s
 
 @inlined
 def _end_chunks(
-    cost: CostTable, stream: Stream, out: Outcome, state: State, chunks: int, price: Price, block_size: int
+    cost: CostTable,
+    stream: Stream,
+    out: Outcome,
+    state: State,
+    extra: Extra | None,
+    chunks: int,
+    price: Price,
+    block_size: int,
 ) -> int:
     """R10 to R12 for chunks; return how many requests finish. ``State`` is already at the step's end."""
     ints, floats = state.ints, state.floats
@@ -790,7 +854,10 @@ def _end_chunks(
         if cost.window > 0:
             pays += cost.planes[plane, 3] * _chunk_pairs(cost, done, size)
             pays += cost.planes[plane, 4] * _chunk_keys(cost, done, size)
-        out.busy_cached[row] += cost.planes[plane, 1] * stream.cached[row]
+        start = stream.cached[row]
+        if extra is not None and extra.cache.on:
+            start = extra.cache.start[slot]
+        out.busy_cached[row] += cost.planes[plane, 1] * start
         if done + size == known:
             pays += price.per_row
         out.busy[row] += pays
@@ -813,15 +880,15 @@ def _end_chunks(
         state.emitted[slot] += 1
         rest = stream.output[row] - state.emitted[slot]
         if rest == 0:
-            _finish(state, out, slot, block_size)
+            _finish(state, out, extra, slot, block_size)
             n_done += 1
         else:
-            _start_decoding(cost, state, slot, rest, block_size)
+            _start_decoding(cost, state, extra, slot, rest, block_size)
     return n_done
 
 
 @inlined
-def _end_decodes(cost: CostTable, out: Outcome, state: State, block_size: int) -> int:
+def _end_decodes(cost: CostTable, out: Outcome, state: State, extra: Extra | None, block_size: int) -> int:
     """R10: decoding requests whose last token has come; return how many."""
     ints = state.ints
     n_done = 0
@@ -831,7 +898,7 @@ def _end_decodes(cost: CostTable, out: Outcome, state: State, block_size: int) -
         slot = key & ((1 << SLOT_BITS) - 1)
         if state.finish_step[slot] == key >> SLOT_BITS:
             _leave_batch(cost, state, out, slot, block_size)
-            _finish(state, out, slot, block_size)
+            _finish(state, out, extra, slot, block_size)
             n_done += 1
     return n_done
 
@@ -872,10 +939,12 @@ def advance(
         step_need = state.residues[residue(-step, bs)]
         short = step_need > ints[FREE_BLOCKS]
         if short:
-            _make_room(cost, limits, out, state)
+            _make_room(cost, limits, out, state, extra)
+        elif extra is not None and extra.cache.on:
+            take(extra.cache, step_need)
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else step_need)
-        chunks = _schedule_chunks(cost, limits, stream, out, state, free, short)
+        chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short)
         waiting = _n_waiting(state)
         running = ints[N_RUNNING]
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
@@ -893,12 +962,16 @@ def advance(
             q = price.slope * batch + cost.window_slope * ints[N_GROWING]
             if not chunks.preempted:
                 k = _segment_length(cost, limits, state, price.d0, q, next_arrival, until)
+                if extra is not None and chunks.unsure:
+                    k = min(k, steps_to_fill(extra.cache, step)) if limits.reserve_full else 1
             end = end_of_steps(t, price.d0, q, k)
             owned = limits.num_blocks - ints[FREE_BLOCKS]
             if short:
                 blocks_integral = owned * (end - t)
             else:
                 owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, owned, price.d0, q)
+                if extra is not None and extra.cache.on:
+                    take(extra.cache, owned - (limits.num_blocks - ints[FREE_BLOCKS]) - step_need)
                 ints[FREE_BLOCKS] = limits.num_blocks - owned
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
 
@@ -915,8 +988,10 @@ def advance(
         ints[STEP] = step + k
         n_done = 0
         if chunks.n > 0:
-            n_done += _end_chunks(cost, stream, out, state, chunks.n, price, bs)
-        n_done += _end_decodes(cost, out, state, bs)
+            n_done += _end_chunks(cost, stream, out, state, extra, chunks.n, price, bs)
+        n_done += _end_decodes(cost, out, state, extra, bs)
+        if extra is not None and extra.cache.ints[N_ENDED] > 0:
+            ints[FREE_BLOCKS] += release_ended(extra.cache, state.row)
         if stream.concurrency > 0 and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)
             for _ in range(n_done):
