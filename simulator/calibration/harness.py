@@ -1,8 +1,8 @@
 """Simulate a measurement the way it was taken, and read off what the client would have reported.
 
 *Closed loop.* ``clients`` keep one request each in flight until ``n_requests`` are done; the burst at the start counts, as in
-the published means. A request reaches the scheduler ``request_s`` after its client sent it, and the front end admits
-the requests of the first burst one after the other, ``admission_s`` apart; no chip waits for either.
+the published means. A request reaches the scheduler ``request_s`` after its client sent it; no chip waits for that. Where the
+scheduler looks for new requests only every ``poll_steps`` steps, a request waits for a uniform share of that many mean steps.
 
 *Layouts.* Tensor-parallel engines run as they are. Three layouts are approximated by one engine that stands for its
 equals:
@@ -45,6 +45,9 @@ from simulator.roofline.step_cost import StepCost
 BLOCK_SIZE = 16
 HANDOVERS = 4
 """Rounds between a prefill and a decode pool; the means move by less than 1 % after three."""
+
+TABLE_STEP = 512
+"""Tokens by which cost tables grow."""
 
 Prediction = Mapping[str, float]
 
@@ -97,15 +100,13 @@ def replica(m: Measurement, pool: Pool, profile: EngineProfile) -> Replica:
     InputError, UnpriceableError
         If the model cannot be laid out so, or not be priced.
     """
-    return _replica(
-        m.model,
-        m.chip,
-        m.precision,
-        replace(pool, max_num_seqs=None, max_num_batched_tokens=None, workers=1),
-        pool.workers,
-        pool.max_num_seqs or profile.max_num_seqs,
-        max(pool.max_num_batched_tokens or profile.max_num_batched_tokens, pool.max_num_seqs or profile.max_num_seqs),
-    )
+    sequences = pool.max_num_seqs or profile.max_num_seqs
+    tokens = max(pool.max_num_batched_tokens or profile.max_num_batched_tokens, sequences)
+    layout = replace(pool, max_num_seqs=None, max_num_batched_tokens=None, workers=1)
+    # Tables are made for round sizes, so that runs with nearly the same limits share one.
+    room = TABLE_STEP * -(-tokens // TABLE_STEP)
+    found = _replica(m.model, m.chip, m.precision, layout, pool.workers, sequences, room)
+    return found if room == tokens else replace(found, max_num_batched_tokens=tokens)
 
 
 @lru_cache(maxsize=1024)
@@ -182,10 +183,7 @@ def requests_of(m: Measurement, equals: int, profile: EngineProfile) -> Requests
     output = lengths(f"{cause}/output", m.output_tokens, m.range_ratio, n)
     arrival = np.zeros(n)
     match m.load:
-        case "closed":
-            arrival += profile.request_s
-            arrival[:clients] += profile.admission_s * np.arange(clients)
-        case "queued":
+        case "closed" | "queued":
             arrival += profile.request_s
         case _:
             gaps = -np.log1p(-uniform(0, f"{cause}/arrival", 0, n)) * equals / m.rate_per_s
@@ -219,13 +217,20 @@ def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
 
     one = replica(m, m.pools[0], profile)
     requests = requests_of(m, one.equals, profile)
-    result = simulate(_cost(one.kernels, profile), one.settings(profile), requests, timeline_interval_s=TIMELINE_S)
+    cost, settings = _cost(one.kernels, profile), one.settings(profile)
+    result = simulate(cost, settings, requests, timeline_interval_s=TIMELINE_S)
+    delays = np.full(len(requests), profile.request_s)
+    if m.poll_steps:
+        step_s = (result.end_s - result.idle_s) / max(1.0, result.totals["steps"])
+        waits = uniform(0, f"{m.model}/{m.clients}/poll", 0, len(requests)) * (m.poll_steps * step_s)
+        delays += waits
+        requests = replace(requests, arrival_s=requests.arrival_s + waits)
+        result = simulate(cost, settings, requests, timeline_interval_s=TIMELINE_S)
     served = result.status == FINISHED
     if not served.all():
         raise InfeasibleError(f"{(~served).sum()} of {len(served)} requests do not fit into the KV cache")
     output = requests.output_tokens
-    client_delay_s = profile.request_s
-    sent = result.arrival_s - client_delay_s
+    sent = result.arrival_s - delays
     if m.load == "closed":
         sent[: requests.concurrency] = 0.0
     ttft, e2e = result.first_token_s - sent, result.finish_s - sent

@@ -79,6 +79,8 @@ class Measurement:
         requests of the run.
     measured
         metric -> value: those of :data:`METRICS`, and ``<metric>_p50`` … where a log has every request.
+    poll_steps
+        steps between two looks of the scheduler for new requests, where the recipe sets it; 0: every step.
     replay
         the log's requests, of a replay.
     """
@@ -100,6 +102,7 @@ class Measurement:
     n_requests: int
     measured: Mapping[str, float] = field(hash=False)
     rate_per_s: float = 0.0
+    poll_steps: int = 0
     replay: Requests | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -52,8 +52,6 @@ class HostTable(Record):
     """Per token of a step."""
     request: Time
     """From the client to the scheduler and, for the first token, back; no chip waits for it."""
-    admission: Time
-    """Of :attr:`request`, what the front end does for one request at a time: a burst queues for it."""
 
 
 class LaunchTable(Record):
@@ -63,9 +61,6 @@ class LaunchTable(Record):
     """Per layer."""
     collective: Time
     """Per all-reduce."""
-    eager: Time
-    """Per layer of a step that is larger than any captured graph: the host launches its kernels one by one, and the step takes at
-    least as long as that."""
 
 
 class SlowdownTable(Record):
@@ -99,8 +94,6 @@ class SchedulerTable(Record):
 
     max_num_seqs: PositiveInt
     max_num_batched_tokens: PositiveInt
-    captured_tokens: PositiveInt
-    """Tokens of the largest step that runs as a captured graph."""
     prefix_caching: bool
     source: str
     note: str = ""
@@ -148,7 +141,6 @@ class EngineSpec(Record):
             workspace_bytes=si["memory.workspace"],
             max_num_seqs=self.scheduler.max_num_seqs,
             max_num_batched_tokens=self.scheduler.max_num_batched_tokens,
-            captured_tokens=self.scheduler.captured_tokens,
             prefix_caching=self.scheduler.prefix_caching,
             **values,
         )
@@ -167,10 +159,8 @@ class EngineProfile:
     chunk_s: float = 0.0
     token_s: float = 0.0
     request_s: float = 0.0
-    admission_s: float = 0.0
     layer_s: float = 0.0
     collective_s: float = 0.0
-    eager_s: float = 0.0
     weights_slowdown: float = 1.0
     products_slowdown: float = 1.0
     experts_slowdown: float = 1.0
@@ -184,7 +174,6 @@ class EngineProfile:
     workspace_bytes: float = 1e9
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
-    captured_tokens: int = 512
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:

@@ -4,8 +4,6 @@ The cost model prices kernels; a profile adds what an engine makes of them. Part
 below the roofline's bound, and fixed times are added, so
 
     step = Σ max(slowdown · part, bound) + step + sequence·B + chunk·P + token·n + layer·layers + collective·reductions
-
-and the dense part of a step of more tokens than a captured graph holds takes at least ``eager·layers``: the host's launches.
 """
 
 from dataclasses import dataclass, replace
@@ -93,7 +91,6 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     rows = np.arange(len(cost.head_s), dtype=np.float64)
     fixed = profile.step_s + profile.layer_s * kernels.layers + profile.collective_s * kernels.reductions
     dense = _slowed(cost.dense_s, kernels.dense, kernels.dense_bound, profile)
-    dense = np.maximum(dense, profile.eager_s * kernels.layers * (n > profile.captured_tokens))
     dense = dense + profile.token_s * n + fixed * (n > 0)
     head = _slowed(cost.head_s, kernels.head, kernels.head_bound, profile) + 0.0 * rows
     decode = profile.decode_attention_slowdown

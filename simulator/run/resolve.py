@@ -213,7 +213,7 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
         found += [
             Assumption(what=f"engine profile: {path}", value=_text(quantity), kind=quantity.kind, source=quantity.source)
             for path, quantity in load_engine(scenario.engine.profile).quantities().items()
-            if path not in {"memory.fraction", "memory.workspace", "host.request", "host.admission"}
+            if path not in {"memory.fraction", "memory.workspace", "host.request"}
         ]
     if scenario.engine.num_gpu_blocks_override is None:
         value = f"{scenario.engine.workspace_bytes / 1e9:g} GB per chip"
