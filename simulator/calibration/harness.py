@@ -1,8 +1,9 @@
 """Simulate a measurement the way it was taken, and read off what the client would have reported.
 
 *Closed loop.* ``clients`` keep one request each in flight until ``n_requests`` are done; the burst at the start counts, as in
-the published means. A request reaches the scheduler ``request_s`` after its client sent it; no chip waits for that. Where the
-scheduler looks for new requests only every ``poll_steps`` steps, a request waits for a uniform share of that many mean steps.
+the published means. A client sees its first token ``request_s`` later than the engine had it, and neither a chip nor the next
+request waits for that: delays between a finish and the next request, of more than a step, would bunch runs of fixed lengths as
+no measurement shows. Where the scheduler looks for new requests only every ``poll_steps`` steps, a request waits for a uniform share of that many mean steps.
 
 *Layouts.* Tensor-parallel engines run as they are. Three layouts are approximated by one engine that stands for its
 equals:
@@ -170,10 +171,10 @@ def lengths(cause: str, longest: int, ratio: float, n: int) -> NDArray[np.int64]
 
 
 def requests_of(m: Measurement, equals: int, profile: EngineProfile) -> Requests:
-    """The requests of one of ``equals`` engines, as its scheduler sees them."""
+    """The requests of one of ``equals`` engines; the profile says whether a log's cached prefixes count."""
     if m.replay is not None:
         cached = m.replay.cached_tokens // BLOCK_SIZE * BLOCK_SIZE
-        return replace(m.replay, cached_tokens=cached * profile.prefix_caching, arrival_s=m.replay.arrival_s + profile.request_s)
+        return replace(m.replay, cached_tokens=cached * profile.prefix_caching)
     n = max(1, round(m.n_requests / equals))
     clients = max(1, round(m.clients / equals))
     if m.load == "closed":
@@ -182,12 +183,8 @@ def requests_of(m: Measurement, equals: int, profile: EngineProfile) -> Requests
     prompt = lengths(f"{cause}/prompt", m.prompt_tokens, m.range_ratio, n)
     output = lengths(f"{cause}/output", m.output_tokens, m.range_ratio, n)
     arrival = np.zeros(n)
-    match m.load:
-        case "closed" | "queued":
-            arrival += profile.request_s
-        case _:
-            gaps = -np.log1p(-uniform(0, f"{cause}/arrival", 0, n)) * equals / m.rate_per_s
-            arrival = np.cumsum(gaps) + profile.request_s
+    if m.load == "poisson":
+        arrival = np.cumsum(-np.log1p(-uniform(0, f"{cause}/arrival", 0, n)) * equals / m.rate_per_s)
     return Requests(arrival, prompt, output, np.zeros(n, dtype=np.int64), output, clients if m.load == "closed" else 0)
 
 
@@ -219,21 +216,18 @@ def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
     requests = requests_of(m, one.equals, profile)
     cost, settings = _cost(one.kernels, profile), one.settings(profile)
     result = simulate(cost, settings, requests, timeline_interval_s=TIMELINE_S)
-    delays = np.full(len(requests), profile.request_s)
+    waits = np.zeros(len(requests))
     if m.poll_steps:
         step_s = (result.end_s - result.idle_s) / max(1.0, result.totals["steps"])
         waits = uniform(0, f"{m.model}/{m.clients}/poll", 0, len(requests)) * (m.poll_steps * step_s)
-        delays += waits
         requests = replace(requests, arrival_s=requests.arrival_s + waits)
         result = simulate(cost, settings, requests, timeline_interval_s=TIMELINE_S)
     served = result.status == FINISHED
     if not served.all():
         raise InfeasibleError(f"{(~served).sum()} of {len(served)} requests do not fit into the KV cache")
     output = requests.output_tokens
-    sent = result.arrival_s - delays
-    if m.load == "closed":
-        sent[: requests.concurrency] = 0.0
-    ttft, e2e = result.first_token_s - sent, result.finish_s - sent
+    sent = result.arrival_s - waits
+    ttft, e2e = (time_s - sent + profile.request_s for time_s in (result.first_token_s, result.finish_s))
     several = output > 1
     tpot = (result.finish_s - result.first_token_s)[several] / (output - 1)[several]
     found = latency_metrics(ttft, tpot, e2e, quantiles=m.load == "replay")
@@ -259,12 +253,10 @@ def _predict_disaggregated(m: Measurement, profile: EngineProfile) -> Prediction
     # The decode pool computes the last prompt token again, and with it the second output token.
     later = np.maximum(whole.output_tokens - 1, 1)
     transfer_s = whole.prompt_tokens * transfer_s_per_token(m, first)
-    arrival, think = whole.arrival_s.copy(), np.zeros(n)
-    sent = first_s = done_s = arrival
+    think = np.zeros(n)
+    sent = first_s = done_s = think
     for _ in range(HANDOVERS):
-        entered, first_s = _dealt(first, profile, replace(prefill_only, arrival_s=arrival + think))
-        sent = entered - profile.request_s
-        sent[:clients] = 0.0
+        sent, first_s = _dealt(first, profile, replace(prefill_only, arrival_s=think))
         ready = first_s + transfer_s
         order = np.argsort(ready, kind="stable")
         prompt = whole.prompt_tokens[order]
@@ -275,7 +267,7 @@ def _predict_disaggregated(m: Measurement, profile: EngineProfile) -> Prediction
         think[clients:] = (done_s - first_s)[np.argsort(first_s, kind="stable")[: n - clients]]
     several = whole.output_tokens > 1
     tpot = (done_s - first_s)[several] / (whole.output_tokens - 1)[several]
-    found = latency_metrics(first_s - sent, tpot, done_s - sent, quantiles=False)
+    found = latency_metrics(first_s - sent + profile.request_s, tpot, done_s - sent + profile.request_s, quantiles=False)
     found["output_tokens_per_s"] = m.clients * m.output_tokens / (found["ttft_s"] + (m.output_tokens - 1) * found["tpot_s"])
     return found
 

@@ -82,7 +82,7 @@ SLOWDOWNS = {
     "prefill_attention_slowdown": (3.0, 1.0, 0.15),
 }
 #: Fixed times per layer and collective [s]: upper bound, prior, spread.
-LAUNCHES = {"layer_s": (40e-6, 3e-6, 5e-6), "collective_s": (40e-6, 2e-6, 5e-6)}
+LAUNCHES = {"layer_s": (200e-6, 20e-6, 20e-6), "collective_s": (40e-6, 2e-6, 5e-6)}
 #: Times of one engine's host [s] and its memory [bytes], as above.
 HOSTS = {
     "step_s": (10e-3, 0.8e-3, 1e-3),

@@ -51,7 +51,7 @@ class HostTable(Record):
     token: Time
     """Per token of a step."""
     request: Time
-    """From the client to the scheduler and, for the first token, back; no chip waits for it."""
+    """What a client waits for its first token beyond the engine's steps: tokenising, routing, opening the stream. No chip waits for it."""
 
 
 class LaunchTable(Record):

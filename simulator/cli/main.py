@@ -18,6 +18,7 @@ COMMANDS = {
     "fit": ("simulator.cli.fit", "What fits where: smallest slices, KV capacity and batch of every chip."),
     "simulate": ("simulator.cli.simulate", "Run a scenario: TTFT, TPOT, goodput and chip-seconds per query."),
     "compare": ("simulator.cli.compare", "Compare two simulation results."),
+    "calibrate": ("simulator.cli.calibrate", "Fit the cost model to measured kernels and servers."),
     "validate": ("simulator.cli.validate", "Measured serving runs through the simulator: errors by model, chip, engine, load."),
     "reproduce": ("simulator.cli.reproduce", "Published numbers against ours."),
     "hardware": ("simulator.cli.hardware", "Chips and slices of the catalogue, with sources."),
