@@ -1,1 +1,1 @@
-"""Room: measured kernels and serving runs → parameters with residual error; predictions beside measurements."""
+"""Measured kernels and serving runs → parameters, each with its standard error and its errors on data left out."""

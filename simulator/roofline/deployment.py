@@ -1,6 +1,6 @@
 """A deployment: one model in one precision on one slice, with the settings that decide what a step costs."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import gcd, prod
 from typing import Literal
@@ -569,10 +569,9 @@ class Deployment:
 
 def check_efficiency(efficiency: Efficiency) -> None:
     """Refuse efficiencies that would push a time under its bound: fractions in (0, 1], overheads not negative."""
-    for item in fields(efficiency):
-        value = getattr(efficiency, item.name)
-        if item.name.endswith("_s"):
+    for name, value in efficiency.constants.items():
+        if name.endswith("_s"):
             if not 0 <= value < float("inf"):
-                raise InputError(f"efficiency.{item.name} = {value}: must be finite and not negative")
+                raise InputError(f"efficiency.{name} = {value}: must be finite and not negative")
         elif not 0 < value <= 1:
-            raise InputError(f"efficiency.{item.name} = {value}: must be above 0 and at most 1")
+            raise InputError(f"efficiency.{name} = {value}: must be above 0 and at most 1")
