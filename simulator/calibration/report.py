@@ -144,7 +144,7 @@ def calibrate_serving(
     splits
         of :data:`~simulator.calibration.splits.SPLITS`.
     select
-        only tables whose file name contains this.
+        fit only tables whose name contains this; the others are predicted with the fitted profiles.
     source, day
         what the profile files cite, and when they say it was retrieved; None: today.
 
@@ -156,10 +156,11 @@ def calibrate_serving(
     for name in splits:
         if name not in SPLITS:
             raise InputError(f"split {name!r}{nearest(name, SPLITS)}")
-    found = read_measurements(data, select=None if select is None else lambda name: select in name)
-    rows = tuple(m for m in found.measurements if len(m.pools) == 1)
+    found = read_measurements(data)
+    rows = tuple(m for m in found.measurements if len(m.pools) == 1 and (select or "") in m.table)
     if not rows:
-        raise InputError(f"{data}: no row that one pool of engines served, so nothing to fit")
+        where = f" in tables named {select!r}" if select else ""
+        raise InputError(f"{data}: no row that one pool of engines served{where}, so nothing to fit")
     from simulator.engine import compiled, jit  # noqa: PLC0415  # numba takes a while to import
 
     if jit.is_compiled_mode() and not jit.is_warm():

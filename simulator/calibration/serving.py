@@ -95,7 +95,10 @@ HOSTS = {
 
 def parameters_for(engines: Iterable[str]) -> tuple[Parameter, ...]:
     """Parameters of a fit over rows of these engines."""
-    found = [Parameter(name, None, 0.0, *values) for name, values in (SLOWDOWNS | LAUNCHES).items()]
+    found = [
+        Parameter(name, None, 0.0 if name == "launches_slowdown" else 0.5, *values) for name, values in SLOWDOWNS.items()
+    ]
+    found += [Parameter(name, None, 0.0, *values) for name, values in LAUNCHES.items()]
     for engine in sorted(set(engines)):
         found += [Parameter(name, engine, 0.0, *values) for name, values in HOSTS.items()]
     return tuple(found)
@@ -335,7 +338,7 @@ def fit_serving(
         if jacobian is None or slopes is None:
             slopes = finite_differences(simulators, chosen, values, fixed, ratios)
         gain = 0.0
-        for _ in range(4):
+        for _ in range(6):
             trial = _linear_optimum(ratios, slopes, values, damping)
             trial_ratios = at(trial)
             gain = present - loss(trial_ratios, trial)

@@ -95,13 +95,8 @@ class Description(Record):
     """Longest request of a client's random data; None: the mean that the result states."""
 
 
-def read_measurements(path: Path, *, select: Callable[[str], bool] | None = None) -> Data:
+def read_measurements(path: Path) -> Data:
     """Read every table of a file or a folder; other files in a folder are passed over.
-
-    Parameters
-    ----------
-    select
-        keeps tables by file name.
 
     Raises
     ------
@@ -115,8 +110,6 @@ def read_measurements(path: Path, *, select: Callable[[str], bool] | None = None
     refused: list[Unsupported] = []
     known = 0
     for file in files:
-        if select is not None and not select(file.name):
-            continue
         results = _read_file(file)
         if results is None:
             if not path.is_dir():
