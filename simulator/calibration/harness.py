@@ -227,7 +227,9 @@ def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
         raise InfeasibleError(f"{(~served).sum()} of {len(served)} requests do not fit into the KV cache")
     output = requests.output_tokens
     sent = result.arrival_s - waits
-    ttft, e2e = (time_s - sent + profile.request_s for time_s in (result.first_token_s, result.finish_s))
+    # A batch queued inside the engine, or an engine's own log, has no client at the other end of a connection.
+    client_s = profile.request_s if m.load in {"closed", "poisson"} else 0.0
+    ttft, e2e = (time_s - sent + client_s for time_s in (result.first_token_s, result.finish_s))
     several = output > 1
     tpot = (result.finish_s - result.first_token_s)[several] / (output - 1)[several]
     found = latency_metrics(ttft, tpot, e2e, quantiles=m.load == "replay")

@@ -133,7 +133,7 @@ def serving(
         splits=wanted,
         select=select,
         workers=workers or os.cpu_count() or 1,
-        command=command + (f" --splits {','.join(wanted)}" if wanted else "") + (f" --out {out}" if out else ""),
+        command=command + (f" --splits {','.join(wanted)}" if wanted else ""),
         say=note,
     )
     if out is not None:
