@@ -12,7 +12,7 @@ import numpy as np
 from simulator.calibration.measurements import Measurement
 from simulator.calibration.profiles import fitted_quantities, profile_text
 from simulator.calibration.serving import SPREADS, Array, Fit, Simulators, fit_serving
-from simulator.calibration.splits import SPLITS, Split, leave_out, noise_floor
+from simulator.calibration.splits import SPLITS, Split, leave_out, noise_floor, ranking
 from simulator.calibration.tables import Data, Unsupported, read_measurements
 from simulator.calibration.validate import ErrorSummary, Validated, Validation, error_summary, summarise_errors, validate
 from simulator.catalog.engines import EngineProfile, engine_profile, load_engine
@@ -83,6 +83,7 @@ class ServingCalibration:
             "in_sample": _summaries(self.fit.after),
             "splits": {
                 split.name: {
+                    "ranking": None if (r := ranking(self.rows, split.left_out)) is None else asdict(r),
                     "all": {m: asdict(e) for m in SPREADS if (e := split.errors(m))},
                     "parts": {
                         part: {m: asdict(e) for m in SPREADS if (e := split.errors(m, part))}

@@ -121,5 +121,58 @@ def noise_floor(rows: Sequence[Measurement]) -> Mapping[str, ErrorSummary]:
     return {metric: error_summary(metric, errors) for metric, errors in found.items()}
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """How good the choices are that predictions make.
+
+    Attributes
+    ----------
+    choices
+        (model, chip, lengths, limit on TPOT) with several measured configurations, one of which meets the limit.
+    median_loss, p90_loss
+        measured rate per chip that the predicted best forgoes against the measured best that meets the limit.
+    missed
+        share of choices whose pick misses the limit by more than 5 %; its loss counts as 1.
+    """
+
+    choices: int
+    median_loss: float
+    p90_loss: float
+    missed: float
+
+
+TPOT_LIMITS_S = (0.008, 0.012, 0.02, 0.04)
+SLACK = 1.05
+
+
+def ranking(rows: Sequence[Measurement], log_ratios: NDArray[np.float64]) -> Ranking | None:
+    """Choose a layout and a number of clients by prediction, for each limit on TPOT; None without choices.
+
+    ``log_ratios`` are those of a split: a row is predicted by a fit that has not seen it.
+    """
+    tpot, ttft = (list(SPREADS).index(name) for name in ("tpot_s", "ttft_s"))
+    cases: dict[Hashable, list[tuple[float, float, float, float]]] = {}
+    for m, ratios in zip(rows, log_ratios, strict=True):
+        if m.load == "closed" and np.isfinite(ratios[[tpot, ttft]]).all():
+            real = [m.measured["ttft_s"], m.measured["tpot_s"]]
+            ours = [real[0] * np.exp(ratios[ttft]), real[1] * np.exp(ratios[tpot])]
+            rates = [m.clients * m.output_tokens / (t + (m.output_tokens - 1) * x) / m.chips for t, x in (real, ours)]
+            key = (m.model, m.chip, m.engine, m.prompt_tokens, m.output_tokens)
+            cases.setdefault(key, []).append((real[1], ours[1], rates[0], rates[1]))
+    losses = []
+    for options in cases.values():
+        for limit_s in TPOT_LIMITS_S:
+            best = max((rate for real, _, rate, _ in options if real <= limit_s), default=None)
+            if best is None or len(options) < 3:
+                continue
+            allowed = [o for o in options if o[1] <= limit_s]
+            pick = max(allowed, key=lambda o: o[3]) if allowed else min(options, key=lambda o: o[1])
+            losses.append(max(0.0, 1 - pick[2] / best) if pick[0] <= SLACK * limit_s else 1.0)
+    if not losses:
+        return None
+    found = np.array(losses)
+    return Ranking(len(found), float(np.median(found)), float(np.quantile(found, 0.9)), float((found == 1.0).mean()))
+
+
 LISTED_TWICE = 1e-3
 """Tables round to a tenth of a percent at worst."""

@@ -81,6 +81,15 @@ def left_out_rows(record: Mapping[str, Any], split: str) -> Rows:
     ]
 
 
+def ranking_rows(record: Mapping[str, Any]) -> Rows:
+    """What choosing by prediction forgoes, by split."""
+    return [
+        (SPLITS[name], str(r["choices"]), f"{r['median_loss']:.1%}", f"{r['p90_loss']:.1%}", f"{r['missed']:.1%}")
+        for name, split in record["splits"].items()
+        if (r := split["ranking"]) is not None
+    ]
+
+
 def _cells(e: Mapping[str, Any]) -> tuple[str, ...]:
     return (str(e["rows"]), *(f"{e[k]:.1%}" for k in ("median", "mean", "p90")), f"{e['bias']:+.1%}")
 
@@ -111,6 +120,9 @@ def accuracy_markdown(record: Mapping[str, Any]) -> str:
         ),
         "release": markdown_table(("engine and version", "metric", *ERROR_COLUMNS), left_out_rows(record, "release")),
         "tables": markdown_table(("table", "metric", *ERROR_COLUMNS), group_rows(record, "tables")),
+        "ranking": markdown_table(
+            ("predicted with", "choices", "median loss", "p90", "limit missed"), ranking_rows(record)
+        ),
         "loads": markdown_table(("load", "metric", *ERROR_COLUMNS), group_rows(record, "loads")),
         "parameters": markdown_table(("engine", "parameter", "value", "standard error", "before any row"), parameters),
         "warnings": "\n".join(f"- {w}" for w in record["warnings"]) or "None.",

@@ -10,7 +10,7 @@ from simulator.calibration.measurements import Measurement, Pool
 from simulator.calibration.profiles import fitted_quantities, profile_text
 from simulator.calibration.report import calibrate_serving
 from simulator.calibration.serving import Parameter, Simulators, fit_serving, log_ratios, parameters_for
-from simulator.calibration.splits import leave_out, noise_floor, setup, split_parts
+from simulator.calibration.splits import leave_out, noise_floor, ranking, setup, split_parts
 from simulator.calibration.validate import error_summary, validate
 from simulator.calibration.tables import Data, Unsupported
 from simulator.catalog.engines import EngineProfile, EngineSpec, load_engine
@@ -152,3 +152,15 @@ def test_calibrating_nothing_is_refused(tmp_path):
         calibrate_serving(tmp_path)
     with pytest.raises(InputError, match="group"):
         calibrate_serving(tmp_path, splits=["groups"])
+
+
+def test_ranking_by_exact_predictions_loses_nothing_and_by_wrong_ones_does(rows):
+    exact = np.zeros((len(rows), 4))
+    found = ranking(rows, exact)
+    assert found is not None
+    assert (found.median_loss, found.p90_loss, found.missed) == (0.0, 0.0, 0.0)
+    wrong = exact.copy()
+    wrong[[m.clients == 2 for m in rows]] = -3.0  # few clients look twenty times as fast
+    worse = ranking(rows, wrong)
+    assert worse is not None
+    assert worse.median_loss > 0.3
