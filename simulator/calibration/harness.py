@@ -35,7 +35,6 @@ from simulator.catalog.slices import Slice, legal_slices, resolve_slice
 from simulator.engine.records import FINISHED, EngineSettings, Requests
 from simulator.errors import InfeasibleError, UnpriceableError
 from simulator.randomness import uniform
-from simulator.roofline.deployment import Deployment
 from simulator.roofline.engine_profile import KernelCost, apply_profile, fit_kv_blocks, kernel_cost
 from simulator.roofline.memory import MemoryFit
 from simulator.roofline.pipeline import shard
@@ -123,7 +122,7 @@ def _replica(
         precision=formats,
         **limits,
     )
-    one: Deployment = whole.stages[0]
+    one = whole.stages[0]
     if pool.pp > 1:
         one = replace(one, architecture=architecture, stage=(1, 1))
     return Replica(
@@ -269,8 +268,12 @@ def _predict_disaggregated(m: Measurement, profile: EngineProfile) -> Prediction
         think[clients:] = (done_s - first_s)[np.argsort(first_s, kind="stable")[: n - clients]]
     several = whole.output_tokens > 1
     tpot = (done_s - first_s)[several] / (whole.output_tokens - 1)[several]
-    found = latency_metrics(first_s - sent + profile.request_s, tpot, done_s - sent + profile.request_s, quantiles=False)
-    found["output_tokens_per_s"] = m.clients * m.output_tokens / (found["ttft_s"] + (m.output_tokens - 1) * found["tpot_s"])
+    found = latency_metrics(
+        first_s - sent + profile.request_s, tpot, done_s - sent + profile.request_s, quantiles=False
+    )
+    found["output_tokens_per_s"] = (
+        m.clients * m.output_tokens / (found["ttft_s"] + (m.output_tokens - 1) * found["tpot_s"])
+    )
     return found
 
 

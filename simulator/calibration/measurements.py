@@ -140,7 +140,9 @@ CHIPS = {
 }
 
 #: Parts of released checkpoints' names that do not change the architecture.
-_RELEASES = re.compile(r"-(instruct|chat|base|hf|it|thinking|17b-128e|17b-16e|fp8|fp4|nvfp4|mxfp4|int4|int8|bf16|awq|gptq|v0\.1|\d{4})$")
+_RELEASES = re.compile(
+    r"-(instruct|chat|base|hf|it|thinking|17b-128e|17b-16e|fp8|fp4|nvfp4|mxfp4|int4|int8|bf16|awq|gptq|v0\.1|\d{4})$"
+)
 
 
 def chip_name(written: str) -> str:

@@ -12,7 +12,9 @@ from simulator.results.toml import dumps
 _UNITS = {"_s": ("us", 1e-6), "_bytes": ("GB", 1e9), "_slowdown": ("1", 1.0)}
 
 
-def fitted_quantities(fit: Fit, engine: str, *, source: str, locator: str, day: date) -> dict[str, dict[str, dict[str, Any]]]:
+def fitted_quantities(
+    fit: Fit, engine: str, *, source: str, locator: str, day: date
+) -> dict[str, dict[str, dict[str, Any]]]:
     """[table][key] -> quantity of a profile file, of the parameters that ``engine`` has in a fit.
 
     ``low`` and ``high`` are the value less and plus a standard error, inside the parameter's bounds.

@@ -11,10 +11,17 @@ import numpy as np
 
 from simulator.calibration.measurements import Measurement
 from simulator.calibration.profiles import fitted_quantities, profile_text
-from simulator.calibration.serving import SPREADS, Array, Fit, Simulators, fit_serving
+from simulator.calibration.serving import SPREADS, Array, Fit, Simulators, fit_serving, with_rates
 from simulator.calibration.splits import SPLITS, Split, leave_out, noise_floor, ranking
 from simulator.calibration.tables import Data, Unsupported, read_measurements
-from simulator.calibration.validate import ErrorSummary, Validated, Validation, error_summary, summarise_errors, validate
+from simulator.calibration.validate import (
+    ErrorSummary,
+    Validated,
+    Validation,
+    error_summary,
+    summarise_errors,
+    validate,
+)
 from simulator.catalog.engines import EngineProfile, engine_profile, load_engine
 from simulator.errors import InputError, nearest
 
@@ -74,13 +81,20 @@ class ServingCalibration:
             "coverage": self.after.coverage,
             "rows_fitted": len(self.rows),
             "parameters": [
-                {"name": p.field, "engine": p.engine, "value": v, "standard_error": e, "prior": p.prior, "spread": p.spread}
+                {
+                    "name": p.field,
+                    "engine": p.engine,
+                    "value": v,
+                    "standard_error": e,
+                    "prior": p.prior,
+                    "spread": p.spread,
+                }
                 for p, v, e in zip(self.fit.parameters, self.fit.values, self.fit.errors, strict=True)
             ],
             "warnings": list(self.fit.warnings),
             "noise_floor": {metric: asdict(e) for metric, e in floor.items()},
-            "before": _summaries(self.fit.before),
-            "in_sample": _summaries(self.fit.after),
+            "before": _summaries(with_rates(self.rows, self.fit.before)),
+            "in_sample": _summaries(with_rates(self.rows, self.fit.after)),
             "splits": {
                 split.name: {
                     "ranking": None if (r := ranking(self.rows, split.left_out)) is None else asdict(r),
@@ -96,7 +110,8 @@ class ServingCalibration:
             "groups": _by(self.after.rows, lambda m: " · ".join(m.group)),
             "loads": _by(self.after.rows, lambda m: m.load_class),
             "unsupported": [
-                {"table": table, "reason": reason, "rows": n} for (table, reason), n in _reasons(self.after.unsupported).items()
+                {"table": table, "reason": reason, "rows": n}
+                for (table, reason), n in _reasons(self.after.unsupported).items()
             ],
         }
 
@@ -106,11 +121,11 @@ class ServingCalibration:
         errors = [
             (stage, *_cells(summary))
             for stage, ratios in (("before", self.fit.before), ("after, in sample", self.fit.after))
-            for summary in _summaries(ratios).values()
+            for summary in _summaries(with_rates(self.rows, ratios)).values()
         ]
         for split in self.splits:
             errors += [(f"{split.name} left out", *_cells(asdict(e))) for m in SPREADS if (e := split.errors(m))]
-        moved = [
+        moved: list[tuple[str, ...]] = [
             (p.name, f"{p.prior:.4g}", f"{value:.4g}", f"{error:.2g}")
             for p, value, error in zip(self.fit.parameters, self.fit.values, self.fit.errors, strict=True)
         ]

@@ -16,6 +16,8 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +98,8 @@ HOSTS = {
 def parameters_for(engines: Iterable[str]) -> tuple[Parameter, ...]:
     """Parameters of a fit over rows of these engines."""
     found = [
-        Parameter(name, None, 0.0 if name == "launches_slowdown" else 0.5, *values) for name, values in SLOWDOWNS.items()
+        Parameter(name, None, 0.0 if name == "launches_slowdown" else 0.5, *values)
+        for name, values in SLOWDOWNS.items()
     ]
     found += [Parameter(name, None, 0.0, *values) for name, values in LAUNCHES.items()]
     for engine in sorted(set(engines)):
@@ -104,7 +107,9 @@ def parameters_for(engines: Iterable[str]) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
-def profiles_at(parameters: Sequence[Parameter], values: Array, base: Mapping[str, EngineProfile]) -> dict[str, EngineProfile]:
+def profiles_at(
+    parameters: Sequence[Parameter], values: Array, base: Mapping[str, EngineProfile]
+) -> dict[str, EngineProfile]:
     """The engines' profiles with the parameters in place."""
     found = {}
     for engine, profile in base.items():
@@ -145,14 +150,27 @@ def fitted_metrics(m: Measurement) -> tuple[str, ...]:
     )
 
 
+def with_rates(rows: Sequence[Measurement], ratios: Array) -> Array:
+    """``ratios`` with the output rate of closed loops filled in, which follows from both latencies."""
+    ttft, tpot, rate = (list(SPREADS).index(name) for name in ("ttft_s", "tpot_s", "output_tokens_per_s"))
+    found = ratios.copy()
+    for i, m in enumerate(rows):
+        if m.load == "closed" and np.isfinite(ratios[i, [ttft, tpot]]).all():
+            real = np.array([m.measured["ttft_s"], (m.output_tokens - 1) * m.measured["tpot_s"]])
+            found[i, rate] = np.log(real.sum() / (real * np.exp(ratios[i, [ttft, tpot]])).sum())
+    return found
+
+
 class Simulators:
     """Processes that each hold a part of the rows and evaluate it again and again."""
 
     def __init__(self, rows: Sequence[Measurement], workers: int) -> None:
         self._rows = list(rows)
-        order = sorted(range(len(rows)), key=lambda i: (rows[i].chip, rows[i].model, rows[i].precision, str(rows[i].pools)))
+        order = sorted(
+            range(len(rows)), key=lambda i: (rows[i].chip, rows[i].model, rows[i].precision, str(rows[i].pools))
+        )
         bounds = np.linspace(0, len(rows), max(1, workers) + 1).astype(int)
-        self._parts = [np.array(order[a:b], dtype=int) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        self._parts = [np.array(order[a:b], dtype=int) for a, b in pairwise(bounds)]
         self._pools: list[ProcessPoolExecutor] = []
         if workers > 1:
             context = multiprocessing.get_context("spawn")
@@ -160,7 +178,7 @@ class Simulators:
                 own = [self._rows[i] for i in part]
                 self._pools.append(ProcessPoolExecutor(1, mp_context=context, initializer=_hold, initargs=(own,)))
 
-    def __enter__(self) -> "Simulators":
+    def __enter__(self) -> Self:
         """The processes start with the first evaluation."""
         return self
 
@@ -236,7 +254,9 @@ class Fit:
             if value - p.low < 1e-6 * width or p.high - value < 1e-6 * width:
                 found.append(f"{p.name} = {value:.4g} is at its bound ({p.low:g} … {p.high:g})")
             elif error > IDENTIFIED * p.spread:
-                found.append(f"{p.name} is hardly identified: standard error {error:.2g}, before the data {p.spread:.2g}")
+                found.append(
+                    f"{p.name} is hardly identified: standard error {error:.2g}, before the data {p.spread:.2g}"
+                )
         scale = np.sqrt(np.diag(self.covariance))
         correlation = self.covariance / np.outer(scale, scale).clip(1e-300)
         for i, j in zip(*np.triu_indices(len(self.values), 1), strict=True):
@@ -334,7 +354,7 @@ def fit_serving(
     present = loss(ratios, values)
     say(f"start: loss {present:.1f}")
     damping, slopes, iterations = 1e-2, jacobian, 0
-    for iterations in range(1, MAX_ITERATIONS + 1):  # noqa: B007  # reported
+    for iterations in range(1, MAX_ITERATIONS + 1):  # reported
         if jacobian is None or slopes is None:
             slopes = finite_differences(simulators, chosen, values, fixed, ratios)
         gain = 0.0
@@ -360,7 +380,7 @@ def fit_serving(
         parameters=chosen,
         values=values,
         errors=np.sqrt(np.diag(covariance)),
-        covariance=covariance,
+        covariance=np.asarray(covariance, dtype=np.float64),
         before=before,
         after=ratios,
         slopes=slopes,
@@ -370,17 +390,26 @@ def fit_serving(
 
 
 def finite_differences(
-    simulators: Simulators, parameters: Sequence[Parameter], values: Array, base: Mapping[str, EngineProfile], ratios: Array
+    simulators: Simulators,
+    parameters: Sequence[Parameter],
+    values: Array,
+    base: Mapping[str, EngineProfile],
+    ratios: Array,
 ) -> Array:
     """[rows, metrics, p] slopes of log(predicted) by one-sided differences of a tenth of a parameter's spread."""
-    steps = np.array([0.1 * p.spread if v + 0.1 * p.spread <= p.high else -0.1 * p.spread for p, v in zip(parameters, values, strict=True)])
+    steps = np.array(
+        [
+            0.1 * p.spread if v + 0.1 * p.spread <= p.high else -0.1 * p.spread
+            for p, v in zip(parameters, values, strict=True)
+        ]
+    )
     moved = []
     for k, p in enumerate(parameters):
         profiles = profiles_at(parameters, values + np.eye(len(values))[k] * steps[k], base)
         moved.append(profiles if p.engine is None else {p.engine: profiles[p.engine]})
     found = simulators.evaluate(moved)
     slopes = [(f - ratios) / step for f, step in zip(found, steps, strict=True)]
-    return np.nan_to_num(np.stack(slopes, axis=-1))  # rows of other engines do not move
+    return np.asarray(np.nan_to_num(np.stack(slopes, axis=-1)))  # rows of other engines do not move
 
 
 def _normal_equations(ratios: Array, slopes: Array, sigma: Array, row_weight: Array) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.calibration.measurements import Measurement
-from simulator.calibration.serving import SPREADS, Fit, Simulators, fit_serving
+from simulator.calibration.serving import SPREADS, Fit, Simulators, fit_serving, with_rates
 from simulator.calibration.validate import ErrorSummary, error_summary
 from simulator.randomness import uniform
 
@@ -99,7 +99,7 @@ def leave_out(
         )
         found[inside] = fit.after[inside]
         say(f"{name}: without {part}, {inside.sum()} rows")
-    return Split(name, found, parts)
+    return Split(name, with_rates(rows, found), parts)
 
 
 def noise_floor(rows: Sequence[Measurement]) -> Mapping[str, ErrorSummary]:

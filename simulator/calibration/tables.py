@@ -216,21 +216,23 @@ def serving_precision(row: Row, model: str, chip: str) -> str:
 FP8_BLOCK_MODELS = {"deepseek-v3", "minimax-m2.5", "qwen3-235b-a22b", "glm-5", "qwen3.5-397b-a17b"}
 
 
-def _pool(tp: int, pp: int, dp: int, ep: int, **limits: int | None) -> Pool:
+def _pool(tp: int, pp: int, dp: int, ep: int) -> Pool:
     """Sharding of one engine: experts are spread over all of its chips or split like everything else."""
     if dp > 1 and ep not in {1, tp * dp}:
         raise UnpriceableError(f"experts over {ep} of {tp * dp} chips with attention ranks are not priced")
     if dp > 1 and ep == 1:
         raise UnpriceableError(f"{dp} attention ranks with experts split inside (ep = 1) are not priced")
     # Experts partly spread and partly split: priced as spread over all chips.
-    return Pool(tp=tp, pp=pp, dp=dp, ep=tp * dp if ep > 1 else 1, **limits)
+    return Pool(tp=tp, pp=pp, dp=dp, ep=tp * dp if ep > 1 else 1)
 
 
 def _aggregated(identity: str, table: str, row: Row) -> Measurement:
     model, chip, engine = model_name(row["model"]), chip_name(row["gpu"]), engine_profile_name(row["engine"])
     pool = _pool(_count(row, "tp"), _count(row, "pp"), _count(row, "attention_dp"), _count(row, "moe_ep"))
     if pool.chips != _count(row, "n_gpus"):
-        raise UnpriceableError(f"tp x pp x dp = {pool.chips} on {_count(row, 'n_gpus')} chips: the row contradicts itself")
+        raise UnpriceableError(
+            f"tp x pp x dp = {pool.chips} on {_count(row, 'n_gpus')} chips: the row contradicts itself"
+        )
     clients = _count(row, "concurrency")
     fixed = row.get("subset") == ON_DEFAULTS and model in FIXED_LENGTHS
     if fixed:
@@ -272,9 +274,13 @@ def _disaggregated(identity: str, table: str, row: Row) -> Measurement:
     model, chip = model_name(row["model"]), chip_name(row["gpu"])
     pools = []
     for role in ("prefill", "decode"):
-        pool = _pool(*(_count(row, f"{role}_{name}") for name in ("tp_size", "pp_size", "attention_dp_size", "moe_ep_size")))
+        pool = _pool(
+            *(_count(row, f"{role}_{name}") for name in ("tp_size", "pp_size", "attention_dp_size", "moe_ep_size"))
+        )
         if row.get(f"{role}_gpus_per_worker") and pool.chips != _count(row, f"{role}_gpus_per_worker"):
-            raise UnpriceableError(f"{role}: {pool} is not {row[f'{role}_gpus_per_worker']} chips: the row contradicts itself")
+            raise UnpriceableError(
+                f"{role}: {pool} is not {row[f'{role}_gpus_per_worker']} chips: the row contradicts itself"
+            )
         pools.append(replace(pool, workers=_count(row, f"{role}_num_workers")))
     clients = _count(row, "concurrency")
     measured = {"ttft_s": float(row["ttft_ms"]) / 1e3, "tpot_s": float(row["tpot_ms"]) / 1e3}
@@ -407,7 +413,9 @@ def _description(file: Path) -> Description | None:
 
 def _described(file: Path, about: Description, **values: Any) -> Measurement:
     a_slice = resolve_slice(about.slice)
-    limits = {"max_num_seqs": about.max_num_seqs, "max_num_batched_tokens": about.max_num_batched_tokens}
+    pool = Pool(
+        tp=a_slice.n_chips, max_num_seqs=about.max_num_seqs, max_num_batched_tokens=about.max_num_batched_tokens
+    )
     return Measurement(
         id=file.stem,
         table=file.stem,
@@ -417,7 +425,7 @@ def _described(file: Path, about: Description, **values: Any) -> Measurement:
         engine_version=about.engine_version,
         dtype=about.precision,
         precision=about.precision,
-        pools=(Pool(tp=a_slice.n_chips, **limits),),
+        pools=(pool,),
         **values,
     )
 

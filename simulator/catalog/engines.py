@@ -131,7 +131,10 @@ class EngineSpec(Record):
         names = {
             name: path
             for path in si
-            for name in (path.replace("host.", "").replace("launch.", "") + "_s", path.replace("slowdown.", "") + "_slowdown")
+            for name in (
+                path.replace("host.", "").replace("launch.", "") + "_s",
+                path.replace("slowdown.", "") + "_slowdown",
+            )
         }
         values = {f.name: si[names[f.name]] for f in fields(EngineProfile) if f.name in names}
         return EngineProfile(
@@ -183,7 +186,9 @@ class EngineProfile:
             if item.name.endswith(("_s", "_slowdown")) and not 0 <= value < float("inf"):
                 raise InputError(f"engine profile {self.name}: {item.name} = {value}: must be finite and not negative")
         if not self.workspace_bytes >= 0:
-            raise InputError(f"engine profile {self.name}: workspace_bytes = {self.workspace_bytes}: must not be negative")
+            raise InputError(
+                f"engine profile {self.name}: workspace_bytes = {self.workspace_bytes}: must not be negative"
+            )
         if not 0 < self.memory_fraction <= 1:
             raise InputError(f"engine profile {self.name}: memory_fraction = {self.memory_fraction}: must be in (0, 1]")
 

@@ -97,11 +97,21 @@ def kernels(data: Path, chip: str | None, out: Path | None, *, regimes: bool, as
 
 @calibrate.command(short_help="Measured serving runs -> engine profiles.")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--engine-profile", "profiles", multiple=True, metavar="FILE", help="Profile to start from for its engine; repeatable.")
+@click.option(
+    "--engine-profile",
+    "profiles",
+    multiple=True,
+    metavar="FILE",
+    help="Profile to start from for its engine; repeatable.",
+)
 @click.option("--splits", help="Refit without parts of the rows: random, release, group, or several by commas.")
 @click.option("--select", help="Fit only tables whose name contains this, and predict the others.")
 @click.option("--workers", type=click.IntRange(1), help="Processes. Default: one per core.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for one profile file per engine, and accuracy.json.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for one profile file per engine, and accuracy.json.",
+)
 @json_option
 def serving(
     data: Path,

@@ -19,7 +19,10 @@ COMMANDS = {
     "simulate": ("simulator.cli.simulate", "Run a scenario: TTFT, TPOT, goodput and chip-seconds per query."),
     "compare": ("simulator.cli.compare", "Compare two simulation results."),
     "calibrate": ("simulator.cli.calibrate", "Fit the cost model to measured kernels and servers."),
-    "validate": ("simulator.cli.validate", "Measured serving runs through the simulator: errors by model, chip, engine, load."),
+    "validate": (
+        "simulator.cli.validate",
+        "Measured serving runs through the simulator: errors by model, chip, engine, load.",
+    ),
     "reproduce": ("simulator.cli.reproduce", "Published numbers against ours."),
     "hardware": ("simulator.cli.hardware", "Chips and slices of the catalogue, with sources."),
     "models": ("simulator.cli.models", "Model architectures of the catalogue, with parameter counts."),

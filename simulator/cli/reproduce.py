@@ -100,7 +100,13 @@ MARKS = ("<!-- accuracy -->", "<!-- end of accuracy -->")
 
 def _accuracy(path: Path | None, out: Path | None, *, as_json: bool) -> None:
     """The recorded accuracy of the shipped profiles: printed, or written as a page and into the README beside its folder."""
-    from simulator.reproduction.accuracy import ERROR_COLUMNS, accuracy_markdown, load_accuracy, readme_table, summary_rows
+    from simulator.reproduction.accuracy import (
+        ERROR_COLUMNS,
+        accuracy_markdown,
+        load_accuracy,
+        readme_table,
+        summary_rows,
+    )
 
     found = load_accuracy(path)
     if out is not None:

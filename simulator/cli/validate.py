@@ -47,11 +47,17 @@ def read_profiles(paths: Iterable[str]) -> "dict[str, EngineProfile]":
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option(
-    "--engine-profile", "profiles", multiple=True, metavar="FILE", help="Profile to use for the engine it names; repeatable."
+    "--engine-profile",
+    "profiles",
+    multiple=True,
+    metavar="FILE",
+    help="Profile to use for the engine it names; repeatable.",
 )
 @click.option("--by", default="table,group", show_default=True, help=f"Groupings, by commas: {', '.join(GROUPS)}.")
 @click.option("--workers", type=click.IntRange(1), help="Processes. Default: one per core.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write rows, errors and plots to this folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Write rows, errors and plots to this folder."
+)
 @json_option
 def validate(
     data: Path, profiles: tuple[str, ...], by: str, workers: int | None, out: Path | None, as_json: bool
@@ -81,7 +87,9 @@ def validate(
     if not found.rows:
         reasons = "; ".join(dict.fromkeys(u.reason for u in found.unsupported))
         raise InfeasibleError(f"validate {data}: none of {len(found.unsupported)} rows can be simulated: {reasons}")
-    groups = {"all": summarise_errors(found.rows)} | {name: summarise_errors(found.rows, GROUPS[name]) for name in wanted}
+    groups = {"all": summarise_errors(found.rows)} | {
+        name: summarise_errors(found.rows, GROUPS[name]) for name in wanted
+    }
     if out is not None:
         _write(found, out)
     if as_json:
@@ -173,7 +181,9 @@ def _write(found: "Validation", out: Path) -> None:
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for line in lines:
         if line["metric"] in HEADLINES:
-            what = HEADLINES[line["metric"]] + (" (s)" if line["metric"].endswith("_s") and "per" not in line["metric"] else "")
+            what = HEADLINES[line["metric"]] + (
+                " (s)" if line["metric"].endswith("_s") and "per" not in line["metric"] else ""
+            )
             groups = panels.setdefault(what, {})
             measured, predicted = groups.setdefault(f"{line['model']} · {line['chip']} · {line['engine']}", ([], []))
             measured.append(line["measured"])

@@ -30,7 +30,9 @@ def draw_validation(panels: Mapping[str, Points], title: str) -> "Figure":
     for axis, (what, points) in zip(axes, panels.items(), strict=True):
         values = [v for pair in points.values() for side in pair for v in side if v > 0]
         low, high = min(values) / 1.3, max(values) * 1.3
-        axis.fill_between([low, high], [0.8 * low, 0.8 * high], [1.2 * low, 1.2 * high], color=GRID, lw=0, label="±20 %")
+        axis.fill_between(
+            [low, high], [0.8 * low, 0.8 * high], [1.2 * low, 1.2 * high], color=GRID, lw=0, label="±20 %"
+        )
         axis.plot([low, high], [low, high], color=MUTED, lw=0.8)
         for i, name in enumerate(names):
             if name in points:
@@ -43,7 +45,13 @@ def draw_validation(panels: Mapping[str, Points], title: str) -> "Figure":
         axis.grid(visible=True, color=GRID, lw=0.5)
     handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7, frameon=False, markerscale=1.6
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=7,
+        frameon=False,
+        markerscale=1.6,
     )
     figure.suptitle(title, color=INK, fontsize=11, x=0.01, ha="left")
     return figure

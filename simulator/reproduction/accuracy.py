@@ -108,13 +108,21 @@ def accuracy_markdown(record: Mapping[str, Any]) -> str:
     """``docs/accuracy.md``: the tables of the record between the text that explains them."""
     n = len(record["parameters"])
     parameters = [
-        (p["engine"] or "every engine", p["name"], f"{p['value']:.4g}", f"{p['standard_error']:.2g}", f"{p['prior']:.4g}")
+        (
+            p["engine"] or "every engine",
+            p["name"],
+            f"{p['value']:.4g}",
+            f"{p['standard_error']:.2g}",
+            f"{p['prior']:.4g}",
+        )
         for p in record["parameters"]
     ]
     refused = [(r["table"], str(r["rows"]), r["reason"]) for r in record["unsupported"]]
     tables = {
         "summary": markdown_table(("metric", "", *ERROR_COLUMNS), summary_rows(record)),
-        "groups": markdown_table(("model · chip · engine · formats", "metric", *ERROR_COLUMNS), group_rows(record, "groups")),
+        "groups": markdown_table(
+            ("model · chip · engine · formats", "metric", *ERROR_COLUMNS), group_rows(record, "groups")
+        ),
         "left_out": markdown_table(
             ("model · chip · engine · formats", "metric", *ERROR_COLUMNS), left_out_rows(record, "group")
         ),

@@ -211,7 +211,9 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
         # The profile's host stands in for the chip's step and row overheads; what only a client sees is no part of a run.
         found = [a for a in found if a.what not in {"efficiency.step_overhead", "efficiency.row_overhead"}]
         found += [
-            Assumption(what=f"engine profile: {path}", value=_text(quantity), kind=quantity.kind, source=quantity.source)
+            Assumption(
+                what=f"engine profile: {path}", value=_text(quantity), kind=quantity.kind, source=quantity.source
+            )
             for path, quantity in load_engine(scenario.engine.profile).quantities().items()
             if path not in {"memory.fraction", "memory.workspace", "host.request"}
         ]

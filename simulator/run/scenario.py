@@ -267,9 +267,9 @@ def _absolute_paths(data: dict[str, Any], base: Path) -> None:
         if chip.endswith(".toml") or "/" in chip:
             data["slice"] = f"{_absolute(chip, base)}{colon}{shape}"
     engine = data.get("engine")
-    if isinstance(engine, dict) and isinstance(profile := engine.get("profile"), str):
-        if profile.endswith(".toml") or "/" in profile:
-            engine["profile"] = _absolute(profile, base)
+    profile = engine.get("profile") if isinstance(engine, dict) else None
+    if isinstance(profile, str) and (profile.endswith(".toml") or "/" in profile):
+        data["engine"] = {**data["engine"], "profile": _absolute(profile, base)}
     if not isinstance(traffic, dict):
         return
     mix, trace = traffic.get("mix"), traffic.get("trace")

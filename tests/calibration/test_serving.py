@@ -1,5 +1,7 @@
 """The fit finds what it should, says what it cannot, and leaves out what it says it leaves out."""
 
+import datetime as dt
+import tomllib
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +13,11 @@ from simulator.calibration.profiles import fitted_quantities, profile_text
 from simulator.calibration.report import calibrate_serving
 from simulator.calibration.serving import Parameter, Simulators, fit_serving, log_ratios, parameters_for
 from simulator.calibration.splits import leave_out, noise_floor, ranking, setup, split_parts
-from simulator.calibration.validate import error_summary, validate
 from simulator.calibration.tables import Data, Unsupported
+from simulator.calibration.validate import error_summary, validate
 from simulator.catalog.engines import EngineProfile, EngineSpec, load_engine
 from simulator.catalog.files import parse
 from simulator.errors import InputError
-
-import datetime
-import tomllib
 
 BASE = {"vllm": EngineProfile(name="vllm", max_num_seqs=64, max_num_batched_tokens=1024)}
 TRUTH = replace(BASE["vllm"], step_s=2e-3, sequence_s=20e-6, request_s=30e-3, weights_slowdown=1.3)
@@ -58,8 +57,8 @@ def fit(rows):
 
 def test_the_fit_recovers_the_parameters_that_made_the_rows(fit):
     found = {p.field: v for p, v in zip(fit.parameters, fit.values, strict=True)}
-    for name in found:
-        assert found[name] == pytest.approx(getattr(TRUTH, name), rel=0.05), name
+    for name, value in found.items():
+        assert value == pytest.approx(getattr(TRUTH, name), rel=0.05), name
     assert np.nanmax(np.abs(fit.after)) < 0.01 < np.nanmedian(np.abs(fit.before))
     assert np.isfinite(fit.errors).all()
 
@@ -116,7 +115,7 @@ def test_repeats_stay_in_one_random_part_and_make_the_noise_floor(rows):
 
 
 def test_a_profile_file_reads_back_as_the_fit(fit):
-    day = datetime.date(2026, 1, 2)
+    day = dt.date(2026, 1, 2)
     quantities = fitted_quantities(fit, "vllm", source="serving-measurements", locator="x", day=day)
     text = profile_text(load_engine("vllm"), quantities, command="chipseconds calibrate serving x")
     assert text == profile_text(load_engine("vllm"), quantities, command="chipseconds calibrate serving x")
@@ -137,7 +136,9 @@ def test_validation_lists_rows_that_cannot_run(rows):
     found = validate(Data((*rows[:2], too_large), (Unsupported("x", "t", "why"),)), profiles=BASE)
     assert [u.id for u in found.unsupported] == ["x", "large"]
     assert found.coverage == pytest.approx(2 / 4)
-    assert found.rows[0].errors["tpot_s"] == pytest.approx(predict(rows[0], BASE["vllm"])["tpot_s"] / rows[0].measured["tpot_s"] - 1)
+    assert found.rows[0].errors["tpot_s"] == pytest.approx(
+        predict(rows[0], BASE["vllm"])["tpot_s"] / rows[0].measured["tpot_s"] - 1
+    )
 
 
 def test_error_summary_of_known_errors():

@@ -9,7 +9,24 @@ import pytest
 from simulator.reproduction.accuracy import accuracy_markdown, load_accuracy, readme_table
 
 ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("id,engine,engine_version,model,gpu,n_gpus,tp,pp,attention_dp,moe_ep,precision,isl,osl,concurrency,ttft_ms,tpot_ms").split(",")
+COLUMNS = [
+    "id",
+    "engine",
+    "engine_version",
+    "model",
+    "gpu",
+    "n_gpus",
+    "tp",
+    "pp",
+    "attention_dp",
+    "moe_ep",
+    "precision",
+    "isl",
+    "osl",
+    "concurrency",
+    "ttft_ms",
+    "tpot_ms",
+]
 ROWS = [
     ["a", "vllm", "1", "meta-llama/Llama-3.1-8B", "h100_sxm", 1, 1, 1, 1, 1, "bf16", 256, 64, 2, 30, 7.5],
     ["b", "vllm", "1", "meta-llama/Llama-3.1-8B", "h100_sxm", 1, 1, 1, 1, 1, "bf16", 256, 64, 8, 45, 8.5],
@@ -69,7 +86,10 @@ def test_calibrate_writes_a_profile_that_validate_and_scenarios_take(run_cli, ta
         run_cli("validate", str(table), "--workers", "1", "--json", "--engine-profile", str(out / "vllm.toml")).stdout
     )
     before = json.loads(run_cli("validate", str(table), "--workers", "1", "--json").stdout)
-    error = {name: next(e["median"] for e in d["errors"]["all"]["all"] if e["metric"] == "tpot_s") for name, d in (("again", again), ("before", before))}
+    error = {
+        name: next(e["median"] for e in d["errors"]["all"]["all"] if e["metric"] == "tpot_s")
+        for name, d in (("again", again), ("before", before))
+    }
     assert error["again"] < max(0.03, error["before"])
 
 
