@@ -137,6 +137,13 @@ class Engine:
             )
         )
 
+    def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
+        """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``)."""
+        self.advance(start_s)
+        before = self._out.itl.copy()
+        self.advance(stop_s)
+        return np.asarray(self._out.itl - before)
+
     def result(self) -> EngineResult:
         """What has happened so far; requests still decoding are not yet charged for their latest steps."""
         ints, floats, out = self._state.ints, self._state.floats, self._out
@@ -187,6 +194,7 @@ class Engine:
             "waiting": means[skip_ahead.T_WAITING],
             "kv_blocks": means[skip_ahead.T_BLOCKS],
             "busy_fraction": means[skip_ahead.T_BUSY],
+            "preemptions_per_s": means[skip_ahead.T_PREEMPTIONS],
         }
         return EngineResult(
             status=out.status,
@@ -272,6 +280,7 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
         max_num_seqs=settings.max_num_seqs,
         block_size=settings.block_size,
         n=n,
+        radix=settings.prefix_cache == "radix",
         log_size=log_size,
     )
 
@@ -282,6 +291,7 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
     ints[skip_ahead.FREE_BLOCKS] = settings.num_kv_blocks
     ints[[skip_ahead.FIRST, skip_ahead.LAST, skip_ahead.PARTIAL]] = -1
     ints[skip_ahead.N_FREE_SLOTS] = m
+    ints[skip_ahead.STOP_ROW] = np.iinfo(np.int64).max
 
     def slots() -> NDArray[np.int64]:
         return np.zeros(m, dtype=np.int64)
@@ -314,7 +324,7 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
         growing=slots(),
         chunk_slot=slots(),
         chunk_size=slots(),
-        timeline=np.zeros((4, TIMELINE_INTERVALS)),
+        timeline=np.zeros((5, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),
     )

@@ -12,7 +12,7 @@ FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED = 0, 1, 2, 3, 4
 STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived")
 
 #: Kinds of prefix cache.
-PREFIX_CACHES = ("off", "blocks")
+PREFIX_CACHES = ("off", "blocks", "radix")
 
 #: ITL histogram: bins of equal width in the mantissa, 128 per factor of two, so a bin's centre is within 0.4 % of
 #: every value in it. Bin 0 also takes everything below ITL_MIN_S.
@@ -43,7 +43,8 @@ class EngineSettings:
     scheduler_reserve_full_isl
         admit a waiting request only if blocks for all its tokens known so far are free, not merely for the first chunk.
     prefix_cache
-        one of :data:`PREFIX_CACHES`: ``off``, or ``blocks``, vLLM's cache of hashed blocks (``docs/engine-prefix-cache.md``).
+        one of :data:`PREFIX_CACHES`: ``off``; ``blocks``, vLLM's cache of hashed blocks; ``radix``, SGLang's tree of prefixes
+        (``docs/engine-prefix-cache.md``).
     cache_outputs
         whether blocks with output tokens can be reused, where the requests' hashes cover them.
     """
@@ -178,7 +179,7 @@ class EngineResult:
         with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``.
     timeline
         columns of equal length: ``start_s``, and means over each interval of ``running``, ``waiting``, ``kv_blocks``,
-        ``busy_fraction``. Intervals are ``timeline_interval_s`` long; the last may be partly past the end.
+        ``busy_fraction``, and ``preemptions_per_s``. Intervals are ``timeline_interval_s`` long; the last may be partly past the end.
     """
 
     status: NDArray[np.int8]
@@ -212,6 +213,17 @@ def itl_bin(value_s: float) -> int:
     return min(max(index, 0), ITL_BINS - 1)
 
 
+def itl_centres_s() -> NDArray[np.float64]:
+    """[ITL_BINS] centre of each bin of an ITL histogram. [s]"""
+    octave, part = np.divmod(np.arange(ITL_BINS), ITL_BINS_PER_OCTAVE)
+    return np.asarray(np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT))
+
+
+def itl_mean_s(counts: NDArray[np.int64]) -> float:
+    """Mean of an ITL histogram, within 0.4 % of the exact one. [s]"""
+    return float(counts @ itl_centres_s() / counts.sum())
+
+
 def itl_quantiles_s(counts: NDArray[np.int64], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     """Quantiles of an ITL histogram (inverse of the empirical distribution), each within 0.4 % of the exact one. [s]
 
@@ -221,9 +233,7 @@ def itl_quantiles_s(counts: NDArray[np.int64], probabilities: NDArray[np.float64
     if total == 0:
         return np.full(len(probabilities), np.nan)
     ranks = np.maximum(np.ceil(probabilities * total), 1)
-    bins = np.searchsorted(np.cumsum(counts), ranks)
-    octave, part = np.divmod(bins, ITL_BINS_PER_OCTAVE)
-    return np.asarray(np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT))
+    return np.asarray(itl_centres_s()[np.searchsorted(np.cumsum(counts), ranks)])
 
 
 def cache_hashes(settings: EngineSettings, requests: Requests) -> BlockHashes | None:

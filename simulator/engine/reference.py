@@ -33,7 +33,7 @@ from simulator.engine.records import (
     cache_hashes,
     itl_bin,
 )
-from simulator.engine.reference_cache import Block, BlockPool
+from simulator.engine.reference_cache import Block, BlockPool, RadixPool
 from simulator.errors import InputError
 from simulator.roofline.step_cost import StepCost, window_keys
 
@@ -183,6 +183,8 @@ class Replica:
     steps_by_rows: list[int] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
     """Every inter-token latency, in the order of emission."""
+    preempted_s: list[float] = field(default_factory=list)
+    """When each preemption happened."""
     totals: dict[str, float] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
 
@@ -200,7 +202,8 @@ class Replica:
         self.free_blocks = settings.num_kv_blocks
         hashes = cache_hashes(settings, self.requests)
         if hashes is not None:
-            self.pool = BlockPool(settings.num_kv_blocks, hashes)
+            pool = RadixPool if settings.prefix_cache == "radix" else BlockPool
+            self.pool = pool(settings.num_kv_blocks, hashes)
         self.steps_by_tokens = [0] * (settings.max_num_batched_tokens + 1)
         self.steps_by_rows = [0] * (settings.max_num_seqs + 1)
         counts = ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "prefill_keys", "chunks")
@@ -301,6 +304,12 @@ class Replica:
             self.free_blocks = self.pool.free
         request.blocks = 0
 
+    def publish_at_end(self, request: Request) -> None:
+        """Let what a request has computed be found from now on, if it could not be yet (D2)."""
+        if self.pool is not None:
+            self.pool.publish_at_end(request.row, request.computed // self.settings.block_size)
+            self.free_blocks = self.pool.free
+
     def admit_to_blocks(self, request: Request, hits: list[Block]) -> None:
         """Let an admitted request own what it found in the prefix cache (C6, C8)."""
         request.reused_tokens += max(0, request.start - request.seen)
@@ -379,6 +388,7 @@ class Replica:
             "SW": sum(self.keys_in_window(request.computed + 1) for request in decodes),
         }
         self.totals["preemptions"] += len(preempted)
+        self.preempted_s += [now_s] * len(preempted)
         used = self.settings.num_kv_blocks - self.free_blocks
         peaks = {"max_running": len(self.running), "max_waiting": len(self.waiting), "max_kv_blocks": used}
         for name, value in peaks.items():
@@ -454,7 +464,10 @@ class Replica:
         """End the step: tokens are emitted, requests finish, blocks are freed, rows released (R10, R3)."""
         now_s = self.clock.now
         for request, tokens in batch.items():
+            is_chunk = request.in_prefill
             request.computed += tokens
+            if is_chunk:
+                self.publish_at_end(request)
             request.seen = max(request.seen, request.computed)
             if request.computed < request.known:
                 continue
@@ -468,6 +481,7 @@ class Replica:
         done = [request for request in batch if request.emitted == request.output_tokens]
         for request in done:
             self.running.remove(request)
+            self.publish_at_end(request)
             self.free(request)
             request.status = FINISHED
             request.finish_s = now_s
@@ -518,7 +532,7 @@ class Replica:
             itl_counts=itl_counts,
             itl_max_s=max(self.itl_s, default=0.0),
             totals=self.totals | integrals | (self.pool.counts if self.pool is not None else {}),
-            timeline=timeline(self.pieces, timeline_interval_s) if timeline_interval_s else {},
+            timeline=timeline(self.pieces, self.preempted_s, timeline_interval_s) if timeline_interval_s else {},
             timeline_interval_s=timeline_interval_s or 0.0,
         )
 
@@ -541,7 +555,7 @@ def dot(coefficients: Sequence[float], amounts: Sequence[int]) -> float:
     return sum((a * b for a, b in zip(coefficients, amounts, strict=True)), start=0.0)
 
 
-def timeline(pieces: list[Piece], interval_s: float) -> dict[str, NDArray[np.float64]]:
+def timeline(pieces: list[Piece], preempted_s: list[float], interval_s: float) -> dict[str, NDArray[np.float64]]:
     """Means of the state over intervals of equal length (R15)."""
     end_s = pieces[-1].end_s if pieces else 0.0
     edges = [i * interval_s for i in range(ceil(end_s / interval_s) + 1)]
@@ -561,7 +575,8 @@ def timeline(pieces: list[Piece], interval_s: float) -> dict[str, NDArray[np.flo
         for name in ("running", "waiting", "kv_blocks"):
             means[name].append(sums[name] / interval_s)
         means["busy_fraction"].append(sums["busy"] / interval_s)
-    return {name: np.array(values) for name, values in means.items()}
+    counts = np.bincount([int(time_s / interval_s) for time_s in preempted_s], minlength=len(means["start_s"]))
+    return {name: np.array(values) for name, values in means.items()} | {"preemptions_per_s": counts / interval_s}
 
 
 def simulate_reference(

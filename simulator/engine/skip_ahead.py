@@ -31,6 +31,7 @@ from simulator.engine.prefix_cache import (
     grow,
     look_up,
     note_end,
+    publish,
     release_ended,
     steps_to_fill,
     take,
@@ -86,8 +87,9 @@ from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
     WINDOW_DECODE_KEYS,
     WINDOW_PAIRS,
     WINDOW_KEYS,
+    STOP_ROW,
     N_INTS,
-) = range(36)
+) = range(37)
 # indices into State.floats
 (
     CLOCK,
@@ -106,7 +108,7 @@ from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
     N_FLOATS,
 ) = range(14)
 # rows of State.timeline
-T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY = range(4)
+T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY, T_PREEMPTIONS = range(5)
 
 SLOT_BITS = 20
 """A finish key is step << SLOT_BITS | slot."""
@@ -393,6 +395,7 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
     state.stack[ints[N_PREEMPTED]] = slot
     ints[N_PREEMPTED] += 1
     ints[PREEMPTIONS] += 1
+    state.timeline[T_PREEMPTIONS, int(state.floats[CLOCK] / state.floats[INTERVAL])] += 1.0
     out.preemptions[row] += 1
     out.status[row] = WAITING
 
@@ -406,7 +409,7 @@ def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, block_si
     out.finish[row] = state.floats[CLOCK]
     freed = blocks_for(state.computed[slot], block_size)
     if extra is not None and extra.cache.on:
-        note_end(extra.cache, slot, row, freed, ints[STEP])
+        note_end(extra.cache, slot, row, state.computed[slot], freed, ints[STEP])
         freed = 0
     ints[FREE_BLOCKS] += freed
     state.finish_step[slot] = -1
@@ -861,6 +864,8 @@ def _end_chunks(
             ints[RECOMPUTED] += again
         done += size
         state.computed[slot] = done
+        if extra is not None and extra.cache.radix:
+            ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, ints[STEP])
         if done < known:
             ints[PARTIAL] = slot
             continue
@@ -903,7 +908,8 @@ def advance(
     """Run until no step can start before ``until``; return whether everything is done.
 
     Rows of ``stream`` may be appended between calls, as long as none arrives before the clock of a step already
-    scheduled. ``extra`` is None for a plain replica: then its branches are not even compiled.
+    scheduled. A closed loop, which takes rows when it wants them, also stops before the next step once it has taken
+    row ``STOP_ROW`` − 1. ``extra`` is None for a plain replica: then its branches are not even compiled.
     """
     ints, floats = state.ints, state.floats
     bs = limits.block_size
@@ -920,7 +926,7 @@ def advance(
             floats[IDLE] += next_arrival - t
             floats[CLOCK] = next_arrival
             continue
-        if t >= until:
+        if t >= until or ints[NEXT_ROW] >= ints[STOP_ROW]:
             return False
         if cost.window > 0:
             _pass_events(cost, state)

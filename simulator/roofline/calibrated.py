@@ -133,7 +133,7 @@ def product_times(
         FLOPs of unpacking weights, charged where the curve is that of another format.
     """
     curve, hbm = found.curve, d.hbm_bytes_per_s
-    peak, units = d.rate_flops_per_s(_peak_of(op)), d.slice.chip.multiprocessor_count
+    peak, units = d.rate_flops_per_s(_peak_of(op)), d.multiprocessors
     some = np.greater(n, 0) * 1.0
     if isinstance(curve, GroupedCurve):
         each: Number = grouped_compute_s(n, reads, m.n_out, m.n_in, curve, peak_flops_per_s=peak, multiprocessors=units)
@@ -270,7 +270,7 @@ def prefill_times(
         curve,
         peak_flops_per_s=rate,
         hbm_bytes_per_s=d.hbm_bytes_per_s,
-        multiprocessors=d.slice.chip.multiprocessor_count,
+        multiprocessors=d.multiprocessors,
     )
     compute, memory = pairs * (op.count * pair_s), keys * (op.count * key_s)
     return replace(

@@ -127,10 +127,17 @@ def gemm_compute_s(
         work = _work_of_rows(top, n, k, curve, multiprocessors, rate, split_bytes_s)
         taken: Array = work[steps.astype(np.intp)]
         return taken
-    rows = np.array([top * float(ROW_STEP)])
-    if top == 0:
+    return _work_of_step(top, n, k, curve, multiprocessors, rate, split_bytes_s)
+
+
+@lru_cache(maxsize=65536)  # a search over shardings asks for the same products again and again
+def _work_of_step(
+    step: int, n: float, k: float, curve: GemmCurve, multiprocessors: float, rate: float, split_bytes_s: float
+) -> float:
+    """One entry of :func:`_work_of_rows`. [s]"""
+    if step == 0:
         return 0.0
-    columns, depth = np.array([n]), np.array([k])
+    rows, columns, depth = (np.array([float(x)]) for x in (step * ROW_STEP, n, k))
     waves = tile_waves(rows, columns, multiprocessors)
     return float(tile_work(waves, rows, columns, depth, curve, split_bytes_s, rate / multiprocessors)[0])
 
@@ -169,6 +176,21 @@ def grouped_compute_s(
     176
     """
     rate = peak_flops_per_s * curve.peak / multiprocessors
+    if isinstance(visits, np.ndarray) or isinstance(groups, np.ndarray):
+        return _work_of_groups(visits, groups, n, k, curve, multiprocessors, rate)
+    return _work_of_loads(float(visits), float(groups), n, k, curve, multiprocessors, rate)
+
+
+@lru_cache(maxsize=65536)  # as for _work_of_step
+def _work_of_loads(
+    visits: float, groups: float, n: float, k: float, curve: GroupedCurve, multiprocessors: float, rate: float
+) -> float:
+    return float(_work_of_groups(visits, groups, n, k, curve, multiprocessors, rate))
+
+
+def _work_of_groups(
+    visits: Number, groups: Number, n: float, k: float, curve: GroupedCurve, multiprocessors: float, rate: float
+) -> Number:
     each = np.divide(visits, np.where(np.greater(groups, 0), groups, 1.0))
     best: Number = np.inf
     for rows, columns in GROUPED_TILES:
@@ -177,8 +199,9 @@ def grouped_compute_s(
         waves = np.maximum(1.0, (groups * tiles) * (ceil(n / columns) / multiprocessors) + 0.5)
         best = np.minimum(best, waves * (rows * columns + curve.tile))
     floor = np.multiply(visits, 2 * n * k / (rate * multiprocessors))
-    time = np.where(np.greater(visits, 0), np.maximum(best * ((k + curve.depth) * (2 / rate)), floor), 0.0)
-    return time if isinstance(visits, np.ndarray) else float(time)
+    some = np.greater(visits, 0)
+    time: Number = np.where(some, np.maximum(best * ((k + curve.depth) * (2 / rate)), floor), 0.0)
+    return time
 
 
 def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_s: float) -> Number:

@@ -2,6 +2,7 @@
 
 import csv
 import doctest
+import json
 from pathlib import Path
 
 import numpy as np
@@ -231,3 +232,17 @@ def test_curves_of_collectives_are_interpolated_between_measured_numbers_of_chip
     assert two.latency_s < four.latency_s < eight.latency_s
     assert many == eight
     assert collective_curve(curves, "all_reduce", 1) is None
+
+
+def test_the_command_prints_one_document_and_writes_only_when_asked(run_cli, gemm_table, tmp_path):
+    document = json.loads(run_cli("calibrate", "kernels", str(gemm_table), "--chip", "h100-sxm", "--json").stdout)
+    (chip,) = document["chips"]
+    (fit,) = chip["fits"]
+    assert fit["parameters"]["peak"] == pytest.approx(TRUE.peak, rel=0.02)
+    assert document["goals_median_abs"]["gemm"] == 0.08
+    out = tmp_path / "out"
+    done = run_cli("calibrate", "kernels", str(gemm_table), "--chip", "h100-sxm", "--regimes", "--out", str(out))
+    assert "gemm bfloat16" in done.stdout
+    assert "m <= 64" in done.stdout
+    assert [file.name for file in out.iterdir()] == ["h100-sxm.toml"]
+    assert run_cli("calibrate", "kernels", str(tmp_path / "none"), code=2).stderr.startswith("chipseconds:")
