@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.catalog.chips import IDEAL
+from simulator.catalog.chips import IDEAL, sources
 from simulator.catalog.engines import EngineProfile, engine_names, engine_profile, load_engine
 from simulator.catalog.models import load_model
 from simulator.catalog.slices import resolve_slice
@@ -40,7 +40,7 @@ def test_every_shipped_profile_loads_with_provenance():
         spec = load_engine(name)
         assert spec.name == name
         assert set(SLOWDOWNS) <= {f"{p.removeprefix('slowdown.')}_slowdown" for p in spec.quantities()}
-        assert all(q.source for q in spec.quantities().values())
+        assert {q.source for q in spec.quantities().values()} | {spec.scheduler.source} <= set(sources())
         assert engine_profile(name).memory_rule == spec.memory.rule
 
 
