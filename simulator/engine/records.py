@@ -1,11 +1,13 @@
 """What goes into an engine and what comes out: the only code the two engines share."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
+from simulator.roofline.speculation import SpeculationCost
 
 FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED = 0, 1, 2, 3, 4
 STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived")
@@ -18,6 +20,66 @@ ITL_MIN_EXPONENT = -27
 ITL_MAX_EXPONENT = 20
 """2**20 s is 12 days."""
 ITL_BINS = (ITL_MAX_EXPONENT - ITL_MIN_EXPONENT) * ITL_BINS_PER_OCTAVE
+
+
+PROGRESS_BITS = 16
+"""Tokens per pass of speculative decoding are counted in units of 2**-16."""
+
+
+@dataclass(frozen=True, eq=False)
+class Speculation:
+    """Speculative decoding of one replica; ``docs/engine-speculation.md`` has the rules.
+
+    Attributes
+    ----------
+    cost
+        what a pass of each level costs.
+    survival
+        [classes, levels, depth] probability that at least 1 … depth drafts of a pass are accepted, for each class of requests;
+        zeros where a level drafts no further.
+    level_by_batch
+        [max_num_seqs + 1] level wanted with that many decoding sequences.
+    """
+
+    cost: SpeculationCost
+    survival: NDArray[np.float64]
+    level_by_batch: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Check shapes and ranges."""
+        s, levels = self.survival, len(self.cost.queries)
+        if s.ndim != 3 or s.shape[0] < 1 or s.shape[1] != levels:
+            raise InputError(f"speculation.survival has shape {s.shape}: must be (classes, {levels} levels, depth)")
+        if not ((s >= 0) & (s <= 1)).all() or (np.diff(s, axis=2) > 0).any():
+            raise InputError("speculation.survival: must be 0 … 1 and not rise with depth")
+        deepest = (s > 0).sum(axis=2).max(axis=0)
+        if (deepest >= self.cost.queries).any():
+            raise InputError(
+                f"speculation.survival: more drafts accepted ({deepest.tolist()}) than verified "
+                f"({(self.cost.queries - 1).tolist()})"
+            )
+        wanted = self.level_by_batch
+        if wanted.ndim != 1 or not ((wanted >= 0) & (wanted < levels)).all():
+            raise InputError(f"speculation.level_by_batch: must be a table of levels 0 … {levels - 1}, got {wanted}")
+
+    @cached_property
+    def rates(self) -> NDArray[np.int64]:
+        """[classes, levels] mean tokens per pass in units of 2**-16, rounded."""
+        return np.rint((1 + self.survival.sum(axis=2)) * (1 << PROGRESS_BITS)).astype(np.int64)
+
+    def levels(self, max_num_seqs: int, budget: int) -> NDArray[np.int64]:
+        """[max_num_seqs + 1] levels in force: the wanted one, or the largest below it that leaves a token of the budget."""
+        batch = np.arange(max_num_seqs + 1)
+        found = self.level_by_batch[: max_num_seqs + 1].copy()
+        while (over := (found > 0) & (batch * self.cost.queries[found] >= budget)).any():
+            found[over] -= 1
+        return found
+
+    def most_rows(self, max_num_seqs: int, budget: int) -> int:
+        """Logit rows of the largest step."""
+        batch = np.arange(max_num_seqs + 1)
+        rows = int((batch * self.cost.queries[self.levels(max_num_seqs, budget)] + max_num_seqs - batch).max())
+        return min(rows, max(budget, max_num_seqs))
 
 
 @dataclass(frozen=True)
@@ -38,6 +100,8 @@ class EngineSettings:
         prompt + ``max_tokens`` of a request at most; 0: bounded by the KV cache alone.
     scheduler_reserve_full_isl
         admit a waiting request only if blocks for all its tokens known so far are free, not merely for the first chunk.
+    speculation
+        speculative decoding; None: one token per sequence and step.
     """
 
     max_num_seqs: int = 256
@@ -46,6 +110,7 @@ class EngineSettings:
     num_kv_blocks: int = 1 << 20
     max_model_len: int = 0
     scheduler_reserve_full_isl: bool = True
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -59,6 +124,26 @@ class EngineSettings:
                 f"engine.max_num_batched_tokens = {self.max_num_batched_tokens} is less than "
                 f"engine.max_num_seqs = {self.max_num_seqs}: a full decode batch would not fit in a step"
             )
+        if self.speculation is not None:
+            covered = min(len(self.speculation.level_by_batch), self.speculation.cost.draft_s.shape[1]) - 1
+            if covered < self.max_num_seqs or len(self.speculation.cost.chunk_s) <= self.max_num_batched_tokens:
+                raise InputError(
+                    f"engine.speculation: tables end at {covered} sequences and "
+                    f"{len(self.speculation.cost.chunk_s) - 1} tokens, max_num_seqs = {self.max_num_seqs}, "
+                    f"max_num_batched_tokens = {self.max_num_batched_tokens}"
+                )
+
+    @property
+    def max_rows(self) -> int:
+        """Logit rows of the largest step."""
+        if self.speculation is None:
+            return self.max_num_seqs
+        return self.speculation.most_rows(self.max_num_seqs, self.max_num_batched_tokens)
+
+    @property
+    def lookahead(self) -> int:
+        """KV slots a decoding sequence owns beyond that of its last token."""
+        return 0 if self.speculation is None else self.speculation.cost.lookahead
 
 
 @dataclass(frozen=True)
@@ -78,6 +163,8 @@ class Requests:
         [n] the output length the scheduler may know; at least ``output_tokens``.
     concurrency
         0: open loop. Otherwise a closed loop of that many clients.
+    acceptance_class
+        [n] row of ``Speculation.survival`` that says how well a request's tokens can be drafted; None: row 0 for all.
     """
 
     arrival_s: NDArray[np.float64]
@@ -86,6 +173,7 @@ class Requests:
     cached_tokens: NDArray[np.int64]
     max_tokens: NDArray[np.int64]
     concurrency: int = 0
+    acceptance_class: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, ranges and order; the message names the first bad row."""
@@ -104,6 +192,10 @@ class Requests:
             ),
             ("max_tokens", self.max_tokens < self.output_tokens, "must be at least output_tokens"),
         ]
+        if self.acceptance_class is not None:
+            if len(self.acceptance_class) != n:
+                raise InputError(f"requests.acceptance_class has {len(self.acceptance_class)} rows, arrival_s has {n}")
+            checks.append(("acceptance_class", self.acceptance_class < 0, "must not be negative"))
         if not self.concurrency:
             step_back = np.zeros(n, dtype=bool)
             step_back[1:] = np.diff(self.arrival_s) < 0
@@ -118,6 +210,47 @@ class Requests:
     def __len__(self) -> int:
         """Return the number of requests."""
         return len(self.arrival_s)
+
+
+@dataclass(frozen=True, eq=False)
+class SpeculationResult:
+    """What speculative decoding did.
+
+    Attributes
+    ----------
+    passes
+        [levels, max_num_seqs + 1] steps by level and number of decoding sequences (none is entry 0).
+    keys, window_keys
+        [levels] Σ S and Σ SW of those steps.
+    chunk_steps
+        [max_num_batched_tokens + 1] steps by the number of their chunk tokens.
+    extra_tokens
+        tokens emitted beyond one per pass. They share their pass's time: each adds an inter-token latency of 0 to those
+        of ``EngineResult.itl_counts``, which has one latency per pass.
+    wasted_s
+        [n] the part of ``busy_s`` spent on drafts that were rejected.
+    draft_s
+        time of drafting, its passes over prompts included.
+    """
+
+    passes: NDArray[np.int64]
+    keys: NDArray[np.float64]
+    window_keys: NDArray[np.float64]
+    chunk_steps: NDArray[np.int64]
+    extra_tokens: int
+    wasted_s: NDArray[np.float64]
+    draft_s: float
+
+    @property
+    def sequence_passes(self) -> NDArray[np.int64]:
+        """[levels] passes of single sequences."""
+        return np.asarray(self.passes @ np.arange(self.passes.shape[1]))
+
+
+def drafting_s(cost: SpeculationCost, passes: NDArray[np.int64], keys: NDArray[np.float64]) -> float:
+    """Time of drafting in decode passes, from their counts. [s]"""
+    most = passes.shape[1]
+    return float((passes * cost.draft_s[:, :most]).sum() + cost.draft_slope_s @ keys)
 
 
 @dataclass(frozen=True)
@@ -158,6 +291,9 @@ class EngineResult:
     timeline
         columns of equal length: ``start_s``, and means over each interval of ``running``, ``waiting``, ``kv_blocks``,
         ``busy_fraction``. Intervals are ``timeline_interval_s`` long; the last may be partly past the end.
+    speculation
+        of a replica that speculates. Then ``decode_keys`` and ``window_decode_keys`` are no whole numbers,
+        ``decode_attention_s`` is the attention of verification, and ``draft_s`` is another entry of ``totals``.
     """
 
     status: NDArray[np.int8]
@@ -179,6 +315,7 @@ class EngineResult:
     totals: dict[str, float] = field(default_factory=dict)
     timeline: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     timeline_interval_s: float = 0.0
+    speculation: SpeculationResult | None = None
 
 
 def itl_bin(value_s: float) -> int:

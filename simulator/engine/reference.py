@@ -32,7 +32,9 @@ from simulator.engine.records import (
     Requests,
     itl_bin,
 )
+from simulator.engine.reference_speculation import Speculator
 from simulator.errors import InputError
+from simulator.roofline.speculation import with_drafter
 from simulator.roofline.step_cost import StepCost, window_keys
 
 STEP_ENDS, ARRIVAL, STEP_STARTS = EventPriority(0), EventPriority(1), EventPriority(2)
@@ -113,12 +115,12 @@ class StepRecord:
     end_s: float
     n: int
     B: int
-    S: int
+    S: float
     P: int
     A: int
     K: int
     R: int
-    SW: int
+    SW: float
     AW: int
     KW: int
     scheduled: dict[int, int]
@@ -158,6 +160,8 @@ class Replica:
     settings: EngineSettings
     requests: Requests
     on_step: Callable[[StepRecord], None] | None = None
+    acceptance_seed: int | None = None
+    """With speculation: draw every pass's accepted drafts, instead of the deterministic progress of P3."""
 
     clock: Clock = field(default_factory=Clock)
     rows: list[Request] = field(default_factory=list)
@@ -178,21 +182,26 @@ class Replica:
     """Every inter-token latency, in the order of emission."""
     totals: dict[str, float] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
+    speculator: Speculator | None = None
 
     def __post_init__(self) -> None:
         """Fill the rows and start the processes."""
         settings = self.settings
-        if self.cost.max_tokens < settings.max_num_batched_tokens or self.cost.max_rows < settings.max_num_seqs:
+        if self.cost.max_tokens < settings.max_num_batched_tokens or self.cost.max_rows < settings.max_rows:
             raise InputError(
                 f"StepCost covers {self.cost.max_tokens} tokens and {self.cost.max_rows} rows; engine settings ask for "
-                f"max_num_batched_tokens = {settings.max_num_batched_tokens}, max_num_seqs = {settings.max_num_seqs}"
+                f"max_num_batched_tokens = {settings.max_num_batched_tokens}, max_num_seqs = {settings.max_num_seqs}, "
+                f"{settings.max_rows} rows"
             )
+        if settings.speculation is not None:
+            self.cost = with_drafter(self.cost, settings.speculation.cost)
+            self.speculator = Speculator(settings.speculation, self.cost, settings, self.requests, self.acceptance_seed)
         names = ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
         columns = [getattr(self.requests, name).tolist() for name in names]
         self.rows = [Request(row, *lengths) for row, lengths in enumerate(zip(*columns, strict=True))]
         self.free_blocks = settings.num_kv_blocks
         self.steps_by_tokens = [0] * (settings.max_num_batched_tokens + 1)
-        self.steps_by_rows = [0] * (settings.max_num_seqs + 1)
+        self.steps_by_rows = [0] * (settings.max_rows + 1)
         counts = ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "prefill_keys", "chunks")
         windowed = ("window_decode_keys", "window_prefill_pairs", "window_prefill_keys")
         more = ("rows", "preemptions", "recomputed_tokens", "segments", "max_running", "max_waiting", "max_kv_blocks")
@@ -227,7 +236,7 @@ class Replica:
         request.arrival_s = self.clock.now
         longest = request.prompt_tokens + request.max_tokens
         too_long = 0 < self.settings.max_model_len < longest
-        if too_long or self.blocks_for(longest - 1) > self.settings.num_kv_blocks:
+        if too_long or self.blocks_for(longest - 1 + self.settings.lookahead) > self.settings.num_kv_blocks:
             request.status = REJECTED
             self.rejected += 1
             if self.requests.concurrency:
@@ -279,6 +288,27 @@ class Replica:
         request.blocks += missing
         self.free_blocks -= missing
 
+    def wants(self, request: Request, budget: int) -> tuple[int, int]:
+        """Tokens a running request wants of the step, and the tokens its blocks must then hold (R5, P2)."""
+        if self.speculator is not None and not request.in_prefill:
+            return self.speculator.queries, self.speculator.slots(request)
+        wanted = min(request.known - request.computed, budget)
+        return wanted, request.computed + wanted
+
+    def context(self, request: Request) -> float:
+        """Keys that a decoding request's last token sees (R9, P4)."""
+        return request.computed + 1 if self.speculator is None else self.speculator.context(request)
+
+    def seen(self, request: Request) -> float:
+        """As :meth:`context`, in the windowed layers."""
+        if not self.cost.window or self.speculator is None:
+            return self.keys_in_window(request.computed + 1)
+        return self.speculator.seen(request)
+
+    def logit_rows(self, request: Request, tokens: int) -> int:
+        """Logit rows of a scheduled request: a decoding one has one per token, a chunk one if it completes (R9, P4)."""
+        return int(request.computed + tokens == request.known) if request.in_prefill else tokens
+
     def keys_in_window(self, context: int) -> int:
         """Keys that the query at ``context`` sees in the windowed layers (R9)."""
         return int(window_keys(context, self.cost.window, chunked=self.cost.window_chunked))
@@ -300,17 +330,19 @@ class Replica:
         preempted: list[Request] = []
         admitted: list[Request] = []
 
+        if self.speculator is not None:
+            self.speculator.begin(sum(not request.in_prefill for request in self.running))
         for request in list(self.running):  # R5
             if not budget or request.status != RUNNING:
                 break
-            wanted = min(request.known - request.computed, budget)
-            while self.free_blocks < self.blocks_for(request.computed + wanted) - request.blocks:
+            wanted, held = self.wants(request, budget)
+            while self.free_blocks < self.blocks_for(held) - request.blocks:
                 preempted.append(self.preempt_last())
                 if preempted[-1] is request:
                     break
             if request.status != RUNNING:  # it had to preempt itself
                 break
-            self.grow(request, request.computed + wanted)
+            self.grow(request, held)
             batch[request] = wanted
             budget -= wanted
 
@@ -337,10 +369,10 @@ class Replica:
         work = {
             "n": sum(batch.values()),
             "B": len(decodes),
-            "S": sum(request.computed + 1 for request in decodes),
+            "S": sum(self.context(request) for request in decodes),
             **{name: sum(chunk[i] for chunk in chunks) for i, name in enumerate(("A", "K", "P", "AW", "KW"))},
-            "R": sum(request.computed + tokens == request.known for request, tokens in batch.items()),
-            "SW": sum(self.keys_in_window(request.computed + 1) for request in decodes),
+            "R": sum(self.logit_rows(request, tokens) for request, tokens in batch.items()),
+            "SW": sum(self.seen(request) for request in decodes),
         }
         self.totals["preemptions"] += len(preempted)
         used = self.settings.num_kv_blocks - self.free_blocks
@@ -349,7 +381,7 @@ class Replica:
             self.totals[name] = max(self.totals[name], value)
         record = StepRecord(
             start_s=now_s,
-            end_s=now_s + self.cost.step_s(**work),
+            end_s=now_s + self.step_s(work),
             **work,
             scheduled={request.row: tokens for request, tokens in batch.items()},
             computed={request.row: request.computed for request in self.running},
@@ -364,6 +396,15 @@ class Replica:
         )
         return batch, record
 
+    def step_s(self, work: dict[str, Any]) -> float:
+        """Time of a step (R9, P4)."""
+        if self.speculator is None:
+            return self.cost.step_s(**work)
+        without = work | {"B": 0, "S": 0, "SW": 0}
+        decodes_s = self.speculator.decode_s(work["B"], work["S"], work["SW"])
+        chunk_tokens = work["n"] - self.speculator.queries * work["B"]
+        return self.cost.step_s(**without) + decodes_s + self.speculator.chunk_s(chunk_tokens)
+
     def charge(self, batch: dict[Request, int], step: StepRecord) -> None:
         """Split a step's time among its requests (R11, R12) and count it. Before ``computed`` grows."""
         cost = self.cost
@@ -375,12 +416,20 @@ class Replica:
         planes = [[float(entry) for entry in plane] for plane in cost.prefill_planes]
         plane = max(planes, key=lambda plane: dot(plane, (step.A, step.K, step.P, step.AW, step.KW)))
         per_key_s = plane[1]
+        chunk_tokens = sum(tokens for request, tokens in batch.items() if request.in_prefill)
+        chunk_s = self.speculator.chunk_s(chunk_tokens) / chunk_tokens if self.speculator and chunk_tokens else 0.0
+        if self.speculator is not None:
+            self.speculator.count(step.B, step.S, step.SW, chunk_tokens)
         for request, tokens in batch.items():
             start, stop = request.computed, request.computed + tokens
+            if self.speculator is not None and not request.in_prefill:
+                request.busy_s += self.speculator.share(request, step.B, step.S, dense_per_token_s, head_per_row_s)
+                continue
             share_s = dense_per_token_s * tokens
             if stop == request.known:
                 share_s += head_per_row_s
             if request.in_prefill:
+                share_s += chunk_s * tokens
                 share_s += dot(plane, self.chunk_work(start, tokens))
                 again = max(0, min(stop, request.seen) - start)
                 request.busy_prefill_s += share_s
@@ -393,6 +442,8 @@ class Replica:
             request.busy_s += share_s
 
         decode_s = cost.decode_attention_s(step.S) + cost.window_slope_s * step.SW + cost.decode_seq_s * step.B
+        if self.speculator is not None:
+            decode_s = self.speculator.decode_s(step.B, step.S, step.SW) - self.speculator.draft_s(step.B, step.S)
         self.steps_by_tokens[step.n] += 1
         self.steps_by_rows[step.R] += 1
         sums = {
@@ -418,11 +469,19 @@ class Replica:
         """End the step: tokens are emitted, requests finish, blocks are freed, rows released (R10, R3)."""
         now_s = self.clock.now
         for request, tokens in batch.items():
-            request.computed += tokens
-            request.seen = max(request.seen, request.computed)
-            if request.computed < request.known:
-                continue
-            request.emitted += 1
+            emits = 1
+            if self.speculator is None or request.in_prefill:
+                request.computed += tokens
+                request.seen = max(request.seen, request.computed)
+                if request.computed < request.known:
+                    continue
+                if self.speculator is not None:
+                    self.speculator.first(request)
+            else:
+                emits = self.speculator.take(request)
+                request.computed += emits
+                request.seen = max(request.seen, request.computed)
+            request.emitted += emits
             request.must_emit = False
             if request.emitted == 1:
                 request.first_token_s = now_s
@@ -464,6 +523,9 @@ class Replica:
             name + "_s": sum((getattr(piece, name) * (piece.end_s - piece.start_s) for piece in self.pieces), start=0.0)
             for name in ("running", "waiting", "kv_blocks")
         }
+        speculation = None if self.speculator is None else self.speculator.result()
+        if speculation is not None:
+            self.totals["draft_s"] = speculation.draft_s
         return EngineResult(
             status=column("status", np.int8),
             arrival_s=column("arrival_s"),
@@ -484,6 +546,7 @@ class Replica:
             totals=self.totals | integrals,
             timeline=timeline(self.pieces, timeline_interval_s) if timeline_interval_s else {},
             timeline_interval_s=timeline_interval_s or 0.0,
+            speculation=speculation,
         )
 
 
@@ -535,11 +598,13 @@ def simulate_reference(
     *,
     timeline_interval_s: float | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    acceptance_seed: int | None = None,
 ) -> EngineResult:
     """Run the requests through one replica until all are finished or rejected.
 
     ``on_step`` is called with each step's :class:`StepRecord` as the step starts. Times of one step are sums of a
     handful of terms and the clock adds steps one by one, so with all times on a grid of 2**-k s every float is exact.
+    ``acceptance_seed`` lets every pass of speculative decoding draw its accepted drafts.
     Cost: some 30 microseconds per request and step; for oracles and debugging.
 
     Raises
@@ -547,6 +612,6 @@ def simulate_reference(
     InputError
         if the tables of ``cost`` are shorter than the settings allow a step to be.
     """
-    replica = Replica(cost, settings, requests, on_step)
+    replica = Replica(cost, settings, requests, on_step, acceptance_seed)
     replica.advance()
     return replica.result(timeline_interval_s)

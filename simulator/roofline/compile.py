@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 
 
 def compile_step_cost(d: Deployment) -> StepCost:
-    """Table of step times of ``d``, from 0 to ``max_num_batched_tokens`` tokens and ``max_num_seqs`` rows.
+    """Table of step times of ``d``, from 0 to ``max_num_batched_tokens`` tokens and ``max_rows`` rows.
 
     Equals :func:`step_time_s` of the same step: at constant efficiencies every term is linear in S, SW, B, A, K, P, AW
     and KW on each side of a bound, so one knot, and a plane for each state of the layers, hold it exactly. Prefill
@@ -45,7 +45,7 @@ def compile_step_cost(d: Deployment) -> StepCost:
         )
     n = np.arange(d.max_num_batched_tokens + 1, dtype=np.float64)
     dense = dense_ops(d, n)
-    head = head_ops(d, np.arange(d.max_num_seqs + 1, dtype=np.float64))
+    head = head_ops(d, np.arange(d.max_rows + 1, dtype=np.float64))
     launch, key, seen = (decode_attention_ops(d, *x) for x in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
     expansion_s = float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))
     parts = dense_parts(d, dense)

@@ -83,7 +83,7 @@ def activations_bytes(d: Deployment) -> float:
     """Peak activations of a step of ``max_num_batched_tokens`` on one chip. [bytes]
 
     The residual stream and one normed copy, the widest pair of neighbouring tensors inside a layer (of experts: all
-    that a token visits), and the logits of ``max_num_seqs`` rows, 16-bit and FP32. An estimate: engines measure
+    that a token visits), and the logits of ``max_rows`` rows, 16-bit and FP32. An estimate: engines measure
     theirs in a profiling run.
     """
     wide = d.precision.wide_bytes
@@ -98,7 +98,7 @@ def activations_bytes(d: Deployment) -> float:
         up, down, *_ = (m for name, (_, m) in ffn_matrices(d, ffn).items() if name.endswith((" up", " down")))
         pairs.append(visits * (up.n_out + down.n_in))
     tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + max(pairs)) * wide
-    return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4) * d.is_last_stage
+    return tokens + d.max_rows * d.architecture.vocab_size * (wide + 4) * d.is_last_stage
 
 
 def memory_fit(d: Deployment) -> MemoryFit:
