@@ -5,13 +5,23 @@
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import jit, skip_ahead
-from simulator.engine.records import ITL_BINS, NOT_ARRIVED, EngineResult, EngineSettings, Requests
+from simulator.engine import jit, skip_ahead, speculation
+from simulator.engine.records import (
+    ITL_BINS,
+    NOT_ARRIVED,
+    EngineResult,
+    EngineSettings,
+    Requests,
+    SpeculationResult,
+    drafting_s,
+)
 from simulator.errors import InputError
+from simulator.roofline.speculation import with_drafter
 from simulator.roofline.step_cost import StepCost
 
 TIMELINE_INTERVALS = 1024
@@ -40,6 +50,9 @@ class Engine:
         _check(cost, settings, timeline_interval_s)
         n = len(requests)
         m = settings.max_num_seqs
+        self._settings = settings
+        if settings.speculation is not None:
+            cost = with_drafter(cost, settings.speculation.cost)
         self._cost = skip_ahead.CostTable(
             np.ascontiguousarray(cost.dense_s, dtype=np.float64),
             np.ascontiguousarray(cost.head_s, dtype=np.float64),
@@ -59,6 +72,7 @@ class Engine:
             settings.num_kv_blocks,
             settings.max_model_len,
             settings.scheduler_reserve_full_isl,
+            settings.lookahead,
         )
         self._stream = skip_ahead.Stream(
             np.ascontiguousarray(requests.arrival_s, dtype=np.float64),
@@ -80,10 +94,13 @@ class Engine:
             np.zeros(n),
             np.zeros(n),
             np.zeros(settings.max_num_batched_tokens + 1, dtype=np.int64),
-            np.zeros(m + 1, dtype=np.int64),
+            np.zeros(settings.max_rows + 1, dtype=np.int64),
             np.zeros(ITL_BINS, dtype=np.int64),
         )
         self._state = _new_state(n, requests.concurrency, settings)
+        self._extra = None
+        if settings.speculation is not None:
+            self._extra = skip_ahead.Extra(spec=_new_spec(cost, settings, requests))
         floats, ints = self._state.floats, self._state.ints
         last = 0.0 if requests.concurrency or n == 0 else float(requests.arrival_s[-1])
         floats[skip_ahead.INTERVAL] = timeline_interval_s or max(last / 512, 64 * float(cost.dense_s[1]))
@@ -103,7 +120,7 @@ class Engine:
     def advance(self, until_s: float = math.inf) -> None:
         """Run every step that starts before ``until_s``."""
         self.done = bool(
-            skip_ahead.advance(self._cost, self._limits, self._stream, self._out, self._state, None, float(until_s))
+            skip_ahead.advance(self._cost, self._limits, self._stream, self._out, self._state, self._extra, float(until_s))
         )
 
     def result(self) -> EngineResult:
@@ -146,6 +163,12 @@ class Engine:
             "kv_blocks": means[skip_ahead.T_BLOCKS],
             "busy_fraction": means[skip_ahead.T_BUSY],
         }
+        found = self._speculation()
+        if found is not None:
+            totals["draft_s"] = found.draft_s
+            totals["decode_keys"] = float(found.keys.sum())
+            totals["window_decode_keys"] = float(found.window_keys.sum())
+            totals["decode_attention_s"] -= self._decode_drafting_s(found)
         return EngineResult(
             status=out.status,
             arrival_s=out.arrival,
@@ -166,7 +189,28 @@ class Engine:
             totals=totals,
             timeline=timeline,
             timeline_interval_s=interval,
+            speculation=found,
         )
+
+    def _speculation(self) -> SpeculationResult | None:
+        if self._extra is None or not self._extra.spec.on:
+            return None
+        spec = self._extra.spec
+        found = SpeculationResult(
+            passes=spec.passes,
+            keys=spec.keys,
+            window_keys=spec.window_keys,
+            chunk_steps=spec.chunk_steps,
+            extra_tokens=int(spec.ints[speculation.EXTRA_TOKENS]),
+            wasted_s=spec.wasted,
+            draft_s=0.0,
+        )
+        chunks_s = float(spec.floats[speculation.CHUNK_DRAFT])
+        return replace(found, draft_s=self._decode_drafting_s(found) + chunks_s)
+
+    def _decode_drafting_s(self, found: SpeculationResult) -> float:
+        plan = self._settings.speculation
+        return 0.0 if plan is None else drafting_s(plan.cost, found.passes, found.keys)
 
 
 def simulate(
@@ -214,8 +258,11 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
             f"the cost table ends at {cost.max_tokens} tokens, "
             f"engine.max_num_batched_tokens = {settings.max_num_batched_tokens}"
         )
-    if cost.max_rows < settings.max_num_seqs:
-        raise InputError(f"the cost table ends at {cost.max_rows} rows, engine.max_num_seqs = {settings.max_num_seqs}")
+    if cost.max_rows < settings.max_rows:
+        raise InputError(
+            f"the cost table ends at {cost.max_rows} rows, a step of engine.max_num_seqs = {settings.max_num_seqs} may "
+            f"have {settings.max_rows}"
+        )
     if settings.max_num_seqs >= 1 << skip_ahead.SLOT_BITS:
         raise InputError(f"engine.max_num_seqs = {settings.max_num_seqs}: at most {(1 << skip_ahead.SLOT_BITS) - 1}")
     if timeline_interval_s is not None and not 0 < timeline_interval_s < math.inf:
@@ -263,4 +310,69 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
         timeline=np.zeros((4, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),
+    )
+
+
+def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> speculation.Spec:
+    """Tables and empty state of speculative decoding; ``on`` is False, and arrays are empty, without it."""
+    plan = settings.speculation
+    m = settings.max_num_seqs if plan is not None else 0
+    ring = 1 << settings.block_size.bit_length()  # more than block_size
+    n = len(requests) if plan is not None else 0
+
+    def slots() -> NDArray[np.int64]:
+        return np.zeros(m, dtype=np.int64)
+
+    def whole(table: NDArray[np.int64] | None, dimensions: int) -> NDArray[np.int64]:
+        empty = np.zeros((0,) * dimensions, dtype=np.int64)
+        return empty if table is None else np.ascontiguousarray(table, dtype=np.int64)
+
+    def real(table: NDArray[np.float64] | None, dimensions: int) -> NDArray[np.float64]:
+        return np.zeros((0,) * dimensions) if table is None else np.ascontiguousarray(table, dtype=np.float64)
+
+    prices = None if plan is None else plan.cost
+    levels = 0 if prices is None else len(prices.queries)
+    slope = None if prices is None else prices.slope_s + prices.draft_slope_s[:, None]
+    return speculation.Spec(
+        on=plan is not None,
+        lookahead=settings.lookahead,
+        mask=ring - 1,
+        block_size=settings.block_size,
+        window=cost.window,
+        chunked=cost.window_chunked,
+        levels=whole(plan and plan.levels(m, settings.max_num_batched_tokens), 1),
+        queries=whole(prices and prices.queries, 1),
+        rates=whole(plan and plan.rates, 2),
+        classes=whole(requests.acceptance_class if plan else None, 1),
+        value=real(prices and prices.value_s, 2),
+        slope=real(slope, 2),
+        seq=real(prices and prices.seq_s, 1),
+        window_slope=real(prices and prices.window_slope_s, 1),
+        draft=real(prices and prices.draft_s, 2),
+        draft_slope=real(prices and prices.draft_slope_s, 1),
+        chunk=real(prices and prices.chunk_s, 1),
+        base=slots(),
+        progress=slots(),
+        rate=slots(),
+        since=slots(),
+        seen_since=slots(),
+        v=np.zeros(m),
+        blocks=slots(),
+        need=slots(),
+        block_step=slots() - 1,
+        ring_first=np.full(ring, -1, dtype=np.int64),
+        ring_need=np.zeros(ring, dtype=np.int64),
+        ring_after=slots(),
+        ring_before=slots(),
+        seen=slots(),
+        growing=slots(),
+        event_step=slots() - 1,
+        events=np.zeros(2 * m + 2, dtype=np.int64),
+        ints=np.zeros(speculation.N_SPEC_INTS, dtype=np.int64),
+        floats=np.zeros(speculation.N_SPEC_FLOATS),
+        passes=np.zeros((levels, m + 1), dtype=np.int64),
+        keys=np.zeros(levels),
+        window_keys=np.zeros(levels),
+        chunk_steps=np.zeros(settings.max_num_batched_tokens + 1 if plan else 0, dtype=np.int64),
+        wasted=np.zeros(n),
     )

@@ -24,7 +24,7 @@ except ImportError:
 F = TypeVar("F", bound=Callable[..., object])
 
 #: Every module whose functions are compiled; all of them enter the cache key.
-COMPILED_SOURCES = ("heaps.py", "jit.py", "progressions.py", "records.py", "skip_ahead.py")
+COMPILED_SOURCES = ("heaps.py", "jit.py", "progressions.py", "records.py", "skip_ahead.py", "speculation.py")
 
 
 def source_digest(folder: Path) -> str:

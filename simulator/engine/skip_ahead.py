@@ -20,6 +20,7 @@ Everything lives in arrays owned by the caller, so a run can be cut at any time 
 import math
 from typing import Any, NamedTuple
 
+from simulator.engine import speculation
 from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.progressions import (
@@ -34,6 +35,7 @@ from simulator.engine.progressions import (
     window_pairs,
 )
 from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
+from simulator.engine.speculation import Spec
 
 # indices into State.ints
 (
@@ -124,6 +126,7 @@ class Limits(NamedTuple):
     num_blocks: int
     max_model_len: int
     reserve_full: bool
+    lookahead: int
 
 
 class Stream(NamedTuple):
@@ -195,6 +198,8 @@ class Extra(NamedTuple):
     Numba compiles ``advance`` twice: without (None) every ``if extra is not None`` vanishes; with it, all features are
     compiled in, and their flags switch them at run time.
     """
+
+    spec: Spec
 
 
 @inlined
@@ -275,9 +280,19 @@ def _widen(timeline: Any, floats: Any, end: float) -> float:
 
 
 @inlined
-def _settle(cost: CostTable, state: State, out: Outcome, slot: int, step: int) -> None:
+def _settle(cost: CostTable, state: State, extra: Extra | None, out: Outcome, slot: int, step: int) -> None:
     """Charge a decoding sequence for the steps since it joined, or was last settled."""
     floats = state.floats
+    if extra is not None:
+        if extra.spec.on:
+            w, r0 = floats[SHARE_W] - state.w[slot], floats[SHARE_R0] - state.r0[slot]
+            r1 = floats[SHARE_R1] - state.r1[slot]
+            origin = state.ints[STEP_ORIGIN]
+            speculation.settle(extra.spec, slot, state.row[slot], step, origin, w, r0, r1, out.busy)
+            state.emitted[slot] = speculation.emitted_of(extra.spec, slot)
+            state.computed[slot] = extra.spec.base[slot] + state.emitted[slot]
+            state.joined[slot] = step
+            return
     if cost.window > 0:
         start = state.computed[slot]
         keys = window_pairs(start + step - state.joined[slot], cost.window, cost.window_chunked)
@@ -304,14 +319,14 @@ def _join(state: State, slot: int, step: int) -> None:
 
 
 @compiled
-def _rebase(cost: CostTable, state: State, out: Outcome) -> None:
+def _rebase(cost: CostTable, state: State, extra: Extra | None, out: Outcome) -> None:
     """Charge everyone and restart the running sums at zero."""
     ints = state.ints
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
         if slot != ints[PARTIAL]:
-            _settle(cost, state, out, slot, step)
+            _settle(cost, state, extra, out, slot, step)
             state.w[slot] = 0.0
             state.r0[slot] = 0.0
             state.r1[slot] = 0.0
@@ -320,6 +335,34 @@ def _rebase(cost: CostTable, state: State, out: Outcome) -> None:
     state.floats[SHARE_R0] = 0.0
     state.floats[SHARE_R1] = 0.0
     ints[STEP_ORIGIN] = step
+    if extra is not None:
+        if extra.spec.on:
+            extra.spec.v[:] = 0.0
+            extra.spec.floats[speculation.SHARE_V] = 0.0
+
+
+@compiled
+def _change_level(cost: CostTable, stream: Stream, out: Outcome, state: State, extra: Extra, level: int) -> None:
+    """P1: charge every decoding sequence at the old level of speculation and let it go on at the new one."""
+    ints, spec = state.ints, extra.spec
+    step = ints[STEP]
+    slot = ints[FIRST]
+    while slot >= 0:
+        if slot != ints[PARTIAL]:
+            _settle(cost, state, extra, out, slot, step)
+            _join(state, slot, step)
+        slot = state.after[slot]
+    spec.ints[speculation.LEVEL] = level
+    ints[HEAP_SIZE] = 0
+    slot = ints[FIRST]
+    while slot >= 0:
+        if slot != ints[PARTIAL]:
+            row = state.row[slot]
+            speculation.change_rate(spec, slot, row, step)
+            state.finish_step[slot] = step + speculation.passes_left(spec, slot, stream.output[row])
+            key = state.finish_step[slot] << SLOT_BITS | slot
+            ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], key)
+        slot = state.after[slot]
 
 
 @inlined
@@ -339,35 +382,53 @@ def _unlink(state: State, slot: int) -> None:
 
 
 @inlined
-def _leave_batch(cost: CostTable, state: State, out: Outcome, slot: int, block_size: int) -> None:
+def _leave_batch(
+    cost: CostTable, state: State, extra: Extra | None, out: Outcome, slot: int, block_size: int
+) -> None:
     """Settle a decoding sequence and take it out of the batch's sums."""
     ints = state.ints
     step = ints[STEP]
+    if extra is not None:
+        if extra.spec.on:
+            _settle(cost, state, extra, out, slot, step)
+            speculation.leave(extra.spec, slot)
+            ints[BATCH] -= 1
+            return
     if cost.window > 0:
         ints[WINDOW_SUM] -= cost.window
         if state.growing[slot] == 1:
             ints[WINDOW_SUM] += state.event_step[slot] - step
             ints[N_GROWING] -= 1
         state.event_step[slot] = -1
-    _settle(cost, state, out, slot, step)
+    _settle(cost, state, extra, out, slot, step)
     ints[BATCH] -= 1
     ints[KEYS_SUM] -= state.computed[slot] + 1
     state.residues[residue(state.computed[slot] - step, block_size)] -= 1
 
 
 @inlined
-def _preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size: int) -> None:
+def _owned(state: State, extra: Extra | None, slot: int, decoded: bool, block_size: int) -> int:
+    """Blocks of a request, which may look ahead once it has decoded (P2)."""
+    if extra is not None:
+        if extra.spec.on and decoded:
+            return int(extra.spec.blocks[slot])
+    return blocks_for(state.computed[slot], block_size)
+
+
+@inlined
+def _preempt(cost: CostTable, state: State, extra: Extra | None, out: Outcome, slot: int, block_size: int) -> None:
     """R6: free all blocks, forget the cache, go to the front of the queue."""
     ints = state.ints
+    decoded = slot != ints[PARTIAL]
     if slot == ints[PARTIAL]:
         ints[PARTIAL] = -1
     else:
-        _leave_batch(cost, state, out, slot, block_size)
+        _leave_batch(cost, state, extra, out, slot, block_size)
         state.finish_step[slot] = -1
         state.last_token[slot] = state.floats[CLOCK]
     computed = state.computed[slot]
     state.seen[slot] = max(state.seen[slot], computed)
-    ints[FREE_BLOCKS] += blocks_for(computed, block_size)
+    ints[FREE_BLOCKS] += _owned(state, extra, slot, decoded, block_size)
     state.computed[slot] = 0
     _unlink(state, slot)
     state.stack[ints[N_PREEMPTED]] = slot
@@ -379,13 +440,16 @@ def _preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size:
 
 
 @inlined
-def _finish(state: State, out: Outcome, slot: int, block_size: int) -> None:
-    """Free blocks and slot of a request that has left the batch."""
+def _finish(state: State, extra: Extra | None, out: Outcome, slot: int, owned: int) -> None:
+    """Free the ``owned`` blocks and the slot of a request that has left the batch."""
     ints = state.ints
     row = state.row[slot]
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
-    ints[FREE_BLOCKS] += blocks_for(state.computed[slot], block_size)
+    ints[FREE_BLOCKS] += owned
+    if extra is not None:
+        if extra.spec.on:
+            extra.spec.progress[slot] = 0
     state.finish_step[slot] = -1
     _unlink(state, slot)
     state.free_slots[ints[N_FREE_SLOTS]] = slot
@@ -416,7 +480,7 @@ def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_
             ints[NEXT_ROW] = row + 1
         out.arrival[row] = when
         longest = stream.prompt[row] + stream.max_tokens[row]
-        blocks = blocks_for(longest - 1, limits.block_size)
+        blocks = blocks_for(longest - 1 + limits.lookahead, limits.block_size)
         if (0 < limits.max_model_len < longest) or blocks > limits.num_blocks:
             out.status[row] = REJECTED
             if closed:
@@ -480,6 +544,7 @@ class Price(NamedTuple):
     seen_keys: int
     plane: int
     prefill: float
+    per_chunk_token: float
 
 
 @inlined
@@ -500,22 +565,54 @@ def _n_waiting(state: State) -> int:
 
 
 @inlined
-def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> None:
+def _step_need(state: State, extra: Extra | None, block_size: int) -> int:
+    """Blocks that the decoding sequences need in this step."""
+    step = state.ints[STEP]
+    if extra is not None:
+        if extra.spec.on:
+            return int(extra.spec.ring_need[step & extra.spec.mask])
+    return int(state.residues[residue(-step, block_size)])
+
+
+@inlined
+def _needs(state: State, extra: Extra | None, slot: int, block_size: int) -> int:
+    """Blocks that a decoding sequence needs in this step."""
+    step = state.ints[STEP]
+    if extra is not None:
+        if extra.spec.on:
+            return int(extra.spec.need[slot]) if extra.spec.block_step[slot] == step else 0
+    return int(residue(state.computed[slot] + step - state.joined[slot], block_size) == 0)
+
+
+@inlined
+def _tokens_per_sequence(extra: Extra | None) -> int:
+    """Tokens of one decoding sequence in a step, and its logit rows."""
+    if extra is not None:
+        if extra.spec.on:
+            return int(extra.spec.queries[extra.spec.ints[speculation.LEVEL]])
+    return 1
+
+
+@inlined
+def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extra: Extra | None) -> None:
     """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run."""
     ints = state.ints
     bs = limits.block_size
-    step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
-        if slot != ints[PARTIAL] and residue(state.computed[slot] + step - state.joined[slot], bs) == 0:
+        need = _needs(state, extra, slot, bs) if slot != ints[PARTIAL] else 0
+        if need > 0:
             gone = False
-            while ints[FREE_BLOCKS] < 1 and not gone:
+            while ints[FREE_BLOCKS] < need and not gone:
                 victim = ints[LAST]
-                _preempt(cost, state, out, victim, bs)
+                _preempt(cost, state, extra, out, victim, bs)
                 gone = victim == slot
             if gone:
                 return
-            ints[FREE_BLOCKS] -= 1
+            ints[FREE_BLOCKS] -= need
+            if extra is not None:
+                if extra.spec.on:
+                    speculation.take_own_blocks(extra.spec, slot, ints[STEP])
         slot = state.after[slot]
 
 
@@ -535,15 +632,21 @@ def _append(state: State, slot: int) -> None:
 
 @inlined
 def _schedule_chunks(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, free: int, preempted: bool
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    state: State,
+    extra: Extra | None,
+    free: int,
+    preempted: bool,
 ) -> Chunks:
     """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach."""
     ints = state.ints
     bs = limits.block_size
-    batch = ints[BATCH]
     chunks = 0
-    tokens = batch
-    room = limits.budget - batch
+    tokens = ints[BATCH] * _tokens_per_sequence(extra)
+    room = limits.budget - tokens
     slot = ints[PARTIAL]
     if slot >= 0:
         row = state.row[slot]
@@ -551,7 +654,7 @@ def _schedule_chunks(
         want = min(stream.prompt[row] + state.emitted[slot] - done, room)
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
         if missing > free:
-            _preempt(cost, state, out, slot, bs)
+            _preempt(cost, state, extra, out, slot, bs)
             preempted = True
             free += blocks_for(done, bs)
         else:
@@ -602,11 +705,30 @@ def _schedule_chunks(
 
 
 @inlined
-def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: int) -> Price:
+def _find_knot(cost: CostTable, state: State, extra: Extra | None) -> int:
+    """The piece of the curve of decode attention on which the batch is; noted in ``KNOT``."""
+    total_keys = float(state.ints[KEYS_SUM])
+    if extra is not None:
+        if extra.spec.on:
+            total_keys = extra.spec.ints[speculation.KEYS] * speculation.PER_TOKEN
+    knot = state.ints[KNOT]
+    while knot + 1 < len(cost.knots) and cost.knots[knot + 1] <= total_keys:
+        knot += 1
+    while cost.knots[knot] > total_keys:
+        knot -= 1
+    state.ints[KNOT] = knot
+    return int(knot)
+
+
+@inlined
+def _price(
+    cost: CostTable, stream: Stream, state: State, extra: Extra | None, chunks: int, tokens: int
+) -> Price:
     """R9: what the step costs."""
     ints = state.ints
     batch = ints[BATCH]
-    rows = batch
+    decoded = batch * _tokens_per_sequence(extra)
+    rows = decoded
     pairs = 0
     keys = 0
     seen_pairs = 0
@@ -627,16 +749,15 @@ def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: i
     slope = 0.0
     attention = 0.0
     if batch > 0:
-        total_keys = ints[KEYS_SUM]
-        knot = ints[KNOT]
-        while knot + 1 < len(cost.knots) and cost.knots[knot + 1] <= total_keys:
-            knot += 1
-        while cost.knots[knot] > total_keys:
-            knot -= 1
-        ints[KNOT] = knot
+        knot = _find_knot(cost, state, extra)
         slope = cost.slope[knot]
-        attention = cost.value[knot] + slope * (total_keys - cost.knots[knot]) + cost.seq * batch
+        attention = cost.value[knot] + slope * (ints[KEYS_SUM] - cost.knots[knot]) + cost.seq * batch
         attention += cost.window_slope * ints[WINDOW_SUM]
+        if extra is not None:
+            if extra.spec.on:
+                terms = speculation.decode_terms(extra.spec, cost.knots, knot, batch)
+                slope = terms.slope
+                attention = terms.seconds
         d0 += attention
     plane = 0
     prefill = 0.0
@@ -652,12 +773,42 @@ def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: i
         d0 += prefill
     per_token = cost.dense[tokens] / tokens
     per_row = cost.head[rows] / rows if rows > 0 else 0.0
-    return Price(d0, per_token, per_row, slope, attention, rows, pairs, keys, seen_pairs, seen_keys, plane, prefill)
+    per_chunk = per_token
+    if extra is not None:
+        if extra.spec.on and chunks > 0:
+            drafting = speculation.chunk_time(extra.spec, tokens - decoded)
+            d0 += drafting
+            per_chunk += drafting / (tokens - decoded)
+    return Price(
+        d0, per_token, per_row, slope, attention, rows, pairs, keys, seen_pairs, seen_keys, plane, prefill, per_chunk
+    )
+
+
+@inlined
+def _steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | None, k: int) -> int:
+    """Steps, at most k, until a knot or a window is crossed, or blocks run out; with speculation, blocks come later."""
+    ints = state.ints
+    step, batch, knot = ints[STEP], ints[BATCH], ints[KNOT]
+    if extra is not None:
+        if extra.spec.on:
+            return int(speculation.steps_in_reach(extra.spec, cost.knots, knot, step, k))
+    if knot + 1 < len(cost.knots):
+        k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
+    if ints[N_EVENTS] > 0:
+        k = min(k, (state.events[0] >> SLOT_BITS) - step)
+    return int(steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS]))
 
 
 @inlined
 def _segment_length(
-    cost: CostTable, limits: Limits, state: State, d0: float, q: float, next_arrival: float, until: float
+    cost: CostTable,
+    limits: Limits,
+    state: State,
+    extra: Extra | None,
+    d0: float,
+    q: float,
+    next_arrival: float,
+    until: float,
 ) -> int:
     """How many decode steps can be taken at once.
 
@@ -666,7 +817,6 @@ def _segment_length(
     """
     ints = state.ints
     step = ints[STEP]
-    batch = ints[BATCH]
     t = state.floats[CLOCK]
     while True:
         key = state.heap[0]
@@ -674,12 +824,7 @@ def _segment_length(
             break
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
     k = (key >> SLOT_BITS) - step
-    knot = ints[KNOT]
-    if knot + 1 < len(cost.knots):
-        k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
-    if ints[N_EVENTS] > 0:
-        k = min(k, (state.events[0] >> SLOT_BITS) - step)
-    k = steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS])
+    k = _steps_alike(cost, limits, state, extra, k)
     stop = until
     if _n_waiting(state) == 0 and ints[N_RUNNING] < limits.max_num_seqs:
         stop = min(stop, next_arrival)
@@ -718,21 +863,35 @@ def _record_segment(state: State, t: float, end: float, running: int, waiting: i
 
 
 @inlined
-def _advance_decodes(cost: CostTable, out: Outcome, state: State, price: Price, q: float, k: int) -> None:
+def _advance_decodes(
+    cost: CostTable, out: Outcome, state: State, extra: Extra | None, price: Price, q: float, k: int
+) -> None:
     """R10, R11: k steps of the decoding batch, by their sums. ``State.ints[STEP]`` is still that of the first."""
     ints, floats = state.ints, state.floats
     batch = ints[BATCH]
     total_keys = ints[KEYS_SUM]
     growth = k * (k - 1) // 2
     ints[DECODE_TOKENS] += k * batch
-    ints[DECODE_KEYS] += k * total_keys + batch * growth
-    ints[KEYS_SUM] = total_keys + k * batch
-    ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
-    ints[WINDOW_SUM] += k * ints[N_GROWING]
     floats[DECODE_ATTENTION] += k * price.attention + q * growth
     knot = ints[KNOT]
+    each = price.per_token + price.per_row + cost.seq
     intercept = cost.value[knot] - price.slope * cost.knots[knot]
-    floats[SHARE_W] += k * (price.per_token + price.per_row + cost.seq + intercept / batch)
+    speculates = False
+    if extra is not None:
+        if extra.spec.on:
+            speculates = True
+            spec = extra.spec
+            level = spec.ints[speculation.LEVEL]
+            each = spec.queries[level] * (price.per_token + price.per_row) + spec.seq[level]
+            intercept = spec.value[level, knot] + spec.draft[level, batch]
+            intercept += (spec.draft_slope[level] - price.slope) * cost.knots[knot]
+            speculation.count_passes(spec, batch, k, price.per_token, price.per_row)
+    if not speculates:
+        ints[DECODE_KEYS] += k * total_keys + batch * growth
+        ints[KEYS_SUM] = total_keys + k * batch
+        ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
+        ints[WINDOW_SUM] += k * ints[N_GROWING]
+    floats[SHARE_W] += k * (each + intercept / batch)
     floats[SHARE_R0] += k * price.slope
     floats[SHARE_R1] += price.slope * (k * (ints[STEP] - ints[STEP_ORIGIN]) + growth)
     count_itl(out.itl, state.bits_f, state.bits_i, price.d0, q, k, batch)
@@ -740,19 +899,29 @@ def _advance_decodes(cost: CostTable, out: Outcome, state: State, price: Price, 
 
 
 @inlined
-def _start_decoding(cost: CostTable, state: State, slot: int, rest: int, block_size: int) -> None:
+def _start_decoding(
+    cost: CostTable, stream: Stream, state: State, extra: Extra | None, slot: int, rest: int, block_size: int
+) -> None:
     """Let a request whose prompt is computed join the decoding batch, ``rest`` tokens from its end."""
     ints = state.ints
     step = ints[STEP]
     done = state.computed[slot]
     _join(state, slot, step)
     ints[BATCH] += 1
-    ints[KEYS_SUM] += done + 1
-    if cost.window > 0:
-        seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
-        ints[WINDOW_SUM] += seen
-        _push_event(cost, state, slot, seen)
-    state.residues[residue(done - step, block_size)] += 1
+    speculates = False
+    if extra is not None:
+        if extra.spec.on:
+            speculates = True
+            row = state.row[slot]
+            speculation.join(extra.spec, slot, row, step, stream.prompt[row], state.emitted[slot])
+            rest = speculation.passes_left(extra.spec, slot, stream.output[row])
+    if not speculates:
+        ints[KEYS_SUM] += done + 1
+        if cost.window > 0:
+            seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
+            ints[WINDOW_SUM] += seen
+            _push_event(cost, state, slot, seen)
+        state.residues[residue(done - step, block_size)] += 1
     state.finish_step[slot] = step + rest
     if ints[HEAP_SIZE] == len(state.heap):
         _drop_stale(state)
@@ -761,7 +930,14 @@ def _start_decoding(cost: CostTable, state: State, slot: int, rest: int, block_s
 
 @inlined
 def _end_chunks(
-    cost: CostTable, stream: Stream, out: Outcome, state: State, chunks: int, price: Price, block_size: int
+    cost: CostTable,
+    stream: Stream,
+    out: Outcome,
+    state: State,
+    extra: Extra | None,
+    chunks: int,
+    price: Price,
+    block_size: int,
 ) -> int:
     """R10 to R12 for chunks; return how many requests finish. ``State`` is already at the step's end."""
     ints, floats = state.ints, state.floats
@@ -782,7 +958,7 @@ def _end_chunks(
         done = state.computed[slot]
         known = stream.prompt[row] + state.emitted[slot]
         pays = (
-            price.per_token * size
+            price.per_chunk_token * size
             + cost.planes[plane, 0] * (size * done + size * (size + 1) // 2)
             + cost.planes[plane, 1] * (done + size)
             + cost.planes[plane, 2]
@@ -813,15 +989,17 @@ def _end_chunks(
         state.emitted[slot] += 1
         rest = stream.output[row] - state.emitted[slot]
         if rest == 0:
-            _finish(state, out, slot, block_size)
+            _finish(state, extra, out, slot, blocks_for(done, block_size))
             n_done += 1
         else:
-            _start_decoding(cost, state, slot, rest, block_size)
+            _start_decoding(cost, stream, state, extra, slot, rest, block_size)
     return n_done
 
 
 @inlined
-def _end_decodes(cost: CostTable, out: Outcome, state: State, block_size: int) -> int:
+def _end_decodes(
+    cost: CostTable, stream: Stream, out: Outcome, state: State, extra: Extra | None, block_size: int
+) -> int:
     """R10: decoding requests whose last token has come; return how many."""
     ints = state.ints
     n_done = 0
@@ -830,8 +1008,11 @@ def _end_decodes(cost: CostTable, out: Outcome, state: State, block_size: int) -
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
         slot = key & ((1 << SLOT_BITS) - 1)
         if state.finish_step[slot] == key >> SLOT_BITS:
-            _leave_batch(cost, state, out, slot, block_size)
-            _finish(state, out, slot, block_size)
+            _leave_batch(cost, state, extra, out, slot, block_size)
+            if extra is not None:
+                if extra.spec.on:
+                    speculation.cut_surplus(extra.spec, slot, stream.output[state.row[slot]])
+            _finish(state, extra, out, slot, _owned(state, extra, slot, True, block_size))
             n_done += 1
     return n_done
 
@@ -864,40 +1045,62 @@ def advance(
             return False
         if cost.window > 0:
             _pass_events(cost, state)
+        if extra is not None:
+            if extra.spec.on:
+                if cost.window > 0:
+                    speculation.pass_window_events(extra.spec, ints[STEP], out.busy, state.row)
+                level = extra.spec.levels[ints[BATCH]]
+                if ints[BATCH] > 0 and level != extra.spec.ints[speculation.LEVEL]:
+                    _change_level(cost, stream, out, state, extra, level)
         if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-            _rebase(cost, state, out)
+            _rebase(cost, state, extra, out)
 
         # --- what runs: R5, R7 ---
         step = ints[STEP]
-        step_need = state.residues[residue(-step, bs)]
+        step_need = _step_need(state, extra, bs)
         short = step_need > ints[FREE_BLOCKS]
         if short:
-            _make_room(cost, limits, out, state)
+            _make_room(cost, limits, out, state, extra)
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else step_need)
-        chunks = _schedule_chunks(cost, limits, stream, out, state, free, short)
+        chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short)
         waiting = _n_waiting(state)
         running = ints[N_RUNNING]
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
         # --- what it costs, and for how many steps: R9 ---
-        price = _price(cost, stream, state, chunks.n, chunks.tokens)
+        price = _price(cost, stream, state, extra, chunks.n, chunks.tokens)
         k = 1
         q = 0.0
         if chunks.n > 0:
             ints[FREE_BLOCKS] = chunks.free
             end = t + price.d0
             blocks_integral = (limits.num_blocks - chunks.free) * (end - t)
+            if extra is not None:
+                if extra.spec.on and not short:
+                    speculation.take_blocks_of_step(extra.spec, step)
         else:
             q = price.slope * batch + cost.window_slope * ints[N_GROWING]
+            if extra is not None:
+                if extra.spec.on:
+                    q = speculation.decode_terms(extra.spec, cost.knots, ints[KNOT], batch).growth
             if not chunks.preempted:
-                k = _segment_length(cost, limits, state, price.d0, q, next_arrival, until)
-            end = end_of_steps(t, price.d0, q, k)
+                k = _segment_length(cost, limits, state, extra, price.d0, q, next_arrival, until)
             owned = limits.num_blocks - ints[FREE_BLOCKS]
+            speculates = False
+            if extra is not None:
+                if extra.spec.on and not short:
+                    speculates = True
+                    free = ints[FREE_BLOCKS]
+                    k, owned, blocks_integral = speculation.take_blocks_of_steps(
+                        extra.spec, step, k, free, owned, price.d0, q
+                    )
+                    ints[FREE_BLOCKS] = limits.num_blocks - owned
+            end = end_of_steps(t, price.d0, q, k)
             if short:
                 blocks_integral = owned * (end - t)
-            else:
+            elif not speculates:
                 owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, owned, price.d0, q)
                 ints[FREE_BLOCKS] = limits.num_blocks - owned
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
@@ -911,12 +1114,12 @@ def advance(
         out.steps_by_rows[price.rows] += k
         _record_segment(state, t, end, running, waiting, blocks_integral)
         if batch > 0:
-            _advance_decodes(cost, out, state, price, q, k)
+            _advance_decodes(cost, out, state, extra, price, q, k)
         ints[STEP] = step + k
         n_done = 0
         if chunks.n > 0:
-            n_done += _end_chunks(cost, stream, out, state, chunks.n, price, bs)
-        n_done += _end_decodes(cost, out, state, bs)
+            n_done += _end_chunks(cost, stream, out, state, extra, chunks.n, price, bs)
+        n_done += _end_decodes(cost, stream, out, state, extra, bs)
         if stream.concurrency > 0 and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)
             for _ in range(n_done):
