@@ -195,17 +195,17 @@ class Engine:
     def _speculation(self) -> SpeculationResult | None:
         if self._extra is None or not self._extra.spec.on:
             return None
-        spec = self._extra.spec
+        batch, tariff = self._extra.spec.batch, self._extra.spec.tariff
         found = SpeculationResult(
-            passes=spec.passes,
-            keys=spec.keys,
-            window_keys=spec.window_keys,
-            chunk_steps=spec.chunk_steps,
-            extra_tokens=int(spec.ints[speculation.EXTRA_TOKENS]),
-            wasted_s=spec.wasted,
+            passes=tariff.passes,
+            keys=tariff.keys[0],
+            window_keys=tariff.keys[1],
+            chunk_steps=tariff.chunk_steps,
+            extra_tokens=int(batch.ints[speculation.EXTRA_TOKENS]),
+            wasted_s=tariff.wasted,
             draft_s=0.0,
         )
-        chunks_s = float(spec.floats[speculation.CHUNK_DRAFT])
+        chunks_s = float(tariff.floats[speculation.CHUNK_DRAFT])
         return replace(found, draft_s=self._decode_drafting_s(found) + chunks_s)
 
     def _decode_drafting_s(self, found: SpeculationResult) -> float:
@@ -320,9 +320,6 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
     ring = 1 << settings.block_size.bit_length()  # more than block_size
     n = len(requests) if plan is not None else 0
 
-    def slots() -> NDArray[np.int64]:
-        return np.zeros(m, dtype=np.int64)
-
     def whole(table: NDArray[np.int64] | None, dimensions: int) -> NDArray[np.int64]:
         empty = np.zeros((0,) * dimensions, dtype=np.int64)
         return empty if table is None else np.ascontiguousarray(table, dtype=np.int64)
@@ -332,47 +329,45 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
 
     prices = None if plan is None else plan.cost
     levels = 0 if prices is None else len(prices.queries)
-    slope = None if prices is None else prices.slope_s + prices.draft_slope_s[:, None]
-    return speculation.Spec(
-        on=plan is not None,
+    columns = np.zeros((levels, speculation.N_LEVEL_COLUMNS))
+    if prices is not None:
+        columns[:, speculation.QUERIES] = prices.queries
+        columns[:, speculation.SEQ] = prices.seq_s
+        columns[:, speculation.WINDOW_SLOPE] = prices.window_slope_s
+        columns[:, speculation.DRAFT_SLOPE] = prices.draft_slope_s
+    ring_of_none = np.zeros((2, ring), dtype=np.int64)
+    ring_of_none[speculation.RING_FIRST] = -1
+    slots = np.zeros((m, speculation.N_SLOT_COLUMNS), dtype=np.int64)
+    slots[:, [speculation.BLOCK_STEP, speculation.EVENT_STEP]] = -1
+    batch = speculation.Batch(
+        ints=np.zeros(speculation.N_SPEC_INTS, dtype=np.int64),
+        slots=slots,
+        ring=ring_of_none,
+        events=np.zeros(2 * m + 2, dtype=np.int64),
         lookahead=settings.lookahead,
         mask=ring - 1,
         block_size=settings.block_size,
         window=cost.window,
         chunked=cost.window_chunked,
-        levels=whole(plan and plan.levels(m, settings.max_num_batched_tokens), 1),
-        queries=whole(prices and prices.queries, 1),
+    )
+    tariff = speculation.Tariff(
+        levels=columns,
+        value=real(prices and prices.value_s, 2),
+        slope=real(prices and prices.slope_s + prices.draft_slope_s[:, None], 2),
+        draft=real(prices and prices.draft_s, 2),
+        chunk=real(prices and prices.chunk_s, 1),
+        floats=np.zeros(speculation.N_SPEC_FLOATS),
+        v=np.zeros(m),
+        wasted=np.zeros(n),
+        passes=np.zeros((levels, m + 1), dtype=np.int64),
+        keys=np.zeros((2, levels)),
+        chunk_steps=np.zeros(settings.max_num_batched_tokens + 1 if plan else 0, dtype=np.int64),
+    )
+    return speculation.Spec(
+        on=plan is not None,
+        batch=batch,
+        tariff=tariff,
+        level_by_batch=whole(plan and plan.levels(m, settings.max_num_batched_tokens), 1),
         rates=whole(plan and plan.rates, 2),
         classes=whole(requests.acceptance_class if plan else None, 1),
-        value=real(prices and prices.value_s, 2),
-        slope=real(slope, 2),
-        seq=real(prices and prices.seq_s, 1),
-        window_slope=real(prices and prices.window_slope_s, 1),
-        draft=real(prices and prices.draft_s, 2),
-        draft_slope=real(prices and prices.draft_slope_s, 1),
-        chunk=real(prices and prices.chunk_s, 1),
-        base=slots(),
-        progress=slots(),
-        rate=slots(),
-        since=slots(),
-        seen_since=slots(),
-        v=np.zeros(m),
-        blocks=slots(),
-        need=slots(),
-        block_step=slots() - 1,
-        ring_first=np.full(ring, -1, dtype=np.int64),
-        ring_need=np.zeros(ring, dtype=np.int64),
-        ring_after=slots(),
-        ring_before=slots(),
-        seen=slots(),
-        growing=slots(),
-        event_step=slots() - 1,
-        events=np.zeros(2 * m + 2, dtype=np.int64),
-        ints=np.zeros(speculation.N_SPEC_INTS, dtype=np.int64),
-        floats=np.zeros(speculation.N_SPEC_FLOATS),
-        passes=np.zeros((levels, m + 1), dtype=np.int64),
-        keys=np.zeros(levels),
-        window_keys=np.zeros(levels),
-        chunk_steps=np.zeros(settings.max_num_batched_tokens + 1 if plan else 0, dtype=np.int64),
-        wasted=np.zeros(n),
     )

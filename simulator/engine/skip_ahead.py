@@ -285,12 +285,16 @@ def _settle(cost: CostTable, state: State, extra: Extra | None, out: Outcome, sl
     floats = state.floats
     if extra is not None:
         if extra.spec.on:
+            sequences, tariff = extra.spec.batch, extra.spec.tariff
             w, r0 = floats[SHARE_W] - state.w[slot], floats[SHARE_R0] - state.r0[slot]
             r1 = floats[SHARE_R1] - state.r1[slot]
-            origin = state.ints[STEP_ORIGIN]
-            speculation.settle(extra.spec, slot, state.row[slot], step, origin, w, r0, r1, out.busy)
-            state.emitted[slot] = speculation.emitted_of(extra.spec, slot)
-            state.computed[slot] = extra.spec.base[slot] + state.emitted[slot]
+            pays, wasted = speculation.settle(
+                sequences, tariff.levels, tariff.floats, tariff.v, slot, step, state.ints[STEP_ORIGIN], w, r0, r1
+            )
+            out.busy[state.row[slot]] += pays
+            tariff.wasted[state.row[slot]] += wasted
+            state.emitted[slot] = speculation.emitted_of(sequences, slot)
+            state.computed[slot] = sequences.slots[slot, speculation.BASE] + state.emitted[slot]
             state.joined[slot] = step
             return
     if cost.window > 0:
@@ -337,8 +341,15 @@ def _rebase(cost: CostTable, state: State, extra: Extra | None, out: Outcome) ->
     ints[STEP_ORIGIN] = step
     if extra is not None:
         if extra.spec.on:
-            extra.spec.v[:] = 0.0
-            extra.spec.floats[speculation.SHARE_V] = 0.0
+            extra.spec.tariff.v[:] = 0.0
+            extra.spec.tariff.floats[speculation.SHARE_V] = 0.0
+
+
+@inlined
+def _rate(spec: Spec, row: int) -> int:
+    """Tokens per pass of a request at the level in force, in units of 2**-16 (P3)."""
+    kind = spec.classes[row] if len(spec.classes) > 0 else 0
+    return int(spec.rates[kind, spec.batch.ints[speculation.LEVEL]])
 
 
 @compiled
@@ -352,14 +363,14 @@ def _change_level(cost: CostTable, stream: Stream, out: Outcome, state: State, e
             _settle(cost, state, extra, out, slot, step)
             _join(state, slot, step)
         slot = state.after[slot]
-    spec.ints[speculation.LEVEL] = level
+    spec.batch.ints[speculation.LEVEL] = level
     ints[HEAP_SIZE] = 0
     slot = ints[FIRST]
     while slot >= 0:
         if slot != ints[PARTIAL]:
             row = state.row[slot]
-            speculation.change_rate(spec, slot, row, step)
-            state.finish_step[slot] = step + speculation.passes_left(spec, slot, stream.output[row])
+            speculation.change_rate(spec.batch, slot, step, _rate(spec, row))
+            state.finish_step[slot] = step + speculation.passes_left(spec.batch, slot, stream.output[row])
             key = state.finish_step[slot] << SLOT_BITS | slot
             ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], key)
         slot = state.after[slot]
@@ -391,7 +402,7 @@ def _leave_batch(
     if extra is not None:
         if extra.spec.on:
             _settle(cost, state, extra, out, slot, step)
-            speculation.leave(extra.spec, slot)
+            speculation.leave(extra.spec.batch, slot)
             ints[BATCH] -= 1
             return
     if cost.window > 0:
@@ -411,7 +422,7 @@ def _owned(state: State, extra: Extra | None, slot: int, decoded: bool, block_si
     """Blocks of a request, which may look ahead once it has decoded (P2)."""
     if extra is not None:
         if extra.spec.on and decoded:
-            return int(extra.spec.blocks[slot])
+            return int(extra.spec.batch.slots[slot, speculation.BLOCKS])
     return blocks_for(state.computed[slot], block_size)
 
 
@@ -449,7 +460,7 @@ def _finish(state: State, extra: Extra | None, out: Outcome, slot: int, owned: i
     ints[FREE_BLOCKS] += owned
     if extra is not None:
         if extra.spec.on:
-            extra.spec.progress[slot] = 0
+            extra.spec.batch.slots[slot, speculation.PROGRESS] = 0
     state.finish_step[slot] = -1
     _unlink(state, slot)
     state.free_slots[ints[N_FREE_SLOTS]] = slot
@@ -570,7 +581,7 @@ def _step_need(state: State, extra: Extra | None, block_size: int) -> int:
     step = state.ints[STEP]
     if extra is not None:
         if extra.spec.on:
-            return int(extra.spec.ring_need[step & extra.spec.mask])
+            return int(extra.spec.batch.ring[speculation.RING_NEED, step & extra.spec.batch.mask])
     return int(state.residues[residue(-step, block_size)])
 
 
@@ -580,7 +591,8 @@ def _needs(state: State, extra: Extra | None, slot: int, block_size: int) -> int
     step = state.ints[STEP]
     if extra is not None:
         if extra.spec.on:
-            return int(extra.spec.need[slot]) if extra.spec.block_step[slot] == step else 0
+            slots = extra.spec.batch.slots
+            return int(slots[slot, speculation.NEED]) if slots[slot, speculation.BLOCK_STEP] == step else 0
     return int(residue(state.computed[slot] + step - state.joined[slot], block_size) == 0)
 
 
@@ -589,7 +601,8 @@ def _tokens_per_sequence(extra: Extra | None) -> int:
     """Tokens of one decoding sequence in a step, and its logit rows."""
     if extra is not None:
         if extra.spec.on:
-            return int(extra.spec.queries[extra.spec.ints[speculation.LEVEL]])
+            level = extra.spec.batch.ints[speculation.LEVEL]
+            return int(extra.spec.tariff.levels[level, speculation.QUERIES])
     return 1
 
 
@@ -612,7 +625,7 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extr
             ints[FREE_BLOCKS] -= need
             if extra is not None:
                 if extra.spec.on:
-                    speculation.take_own_blocks(extra.spec, slot, ints[STEP])
+                    speculation.take_own_blocks(extra.spec.batch, slot, ints[STEP])
         slot = state.after[slot]
 
 
@@ -710,7 +723,7 @@ def _find_knot(cost: CostTable, state: State, extra: Extra | None) -> int:
     total_keys = float(state.ints[KEYS_SUM])
     if extra is not None:
         if extra.spec.on:
-            total_keys = extra.spec.ints[speculation.KEYS] * speculation.PER_TOKEN
+            total_keys = extra.spec.batch.ints[speculation.KEYS] * speculation.PER_TOKEN
     knot = state.ints[KNOT]
     while knot + 1 < len(cost.knots) and cost.knots[knot + 1] <= total_keys:
         knot += 1
@@ -791,7 +804,8 @@ def _steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | N
     step, batch, knot = ints[STEP], ints[BATCH], ints[KNOT]
     if extra is not None:
         if extra.spec.on:
-            return int(speculation.steps_in_reach(extra.spec, cost.knots, knot, step, k))
+            edge = cost.knots[knot + 1] if knot + 1 < len(cost.knots) else math.inf
+            return int(speculation.steps_in_reach(extra.spec.batch, edge, step, k))
     if knot + 1 < len(cost.knots):
         k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
     if ints[N_EVENTS] > 0:
@@ -874,24 +888,21 @@ def _advance_decodes(
     ints[DECODE_TOKENS] += k * batch
     floats[DECODE_ATTENTION] += k * price.attention + q * growth
     knot = ints[KNOT]
-    each = price.per_token + price.per_row + cost.seq
     intercept = cost.value[knot] - price.slope * cost.knots[knot]
+    share = price.per_token + price.per_row + cost.seq + intercept / batch
     speculates = False
     if extra is not None:
         if extra.spec.on:
             speculates = True
-            spec = extra.spec
-            level = spec.ints[speculation.LEVEL]
-            each = spec.queries[level] * (price.per_token + price.per_row) + spec.seq[level]
-            intercept = spec.value[level, knot] + spec.draft[level, batch]
-            intercept += (spec.draft_slope[level] - price.slope) * cost.knots[knot]
-            speculation.count_passes(spec, batch, k, price.per_token, price.per_row)
+            per_token = price.per_token + price.per_row
+            share = speculation.fixed_share(extra.spec, cost.knots, knot, batch, price.slope, per_token)
+            speculation.count_passes(extra.spec, batch, k, per_token)
     if not speculates:
         ints[DECODE_KEYS] += k * total_keys + batch * growth
         ints[KEYS_SUM] = total_keys + k * batch
         ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
         ints[WINDOW_SUM] += k * ints[N_GROWING]
-    floats[SHARE_W] += k * (each + intercept / batch)
+    floats[SHARE_W] += k * share
     floats[SHARE_R0] += k * price.slope
     floats[SHARE_R1] += price.slope * (k * (ints[STEP] - ints[STEP_ORIGIN]) + growth)
     count_itl(out.itl, state.bits_f, state.bits_i, price.d0, q, k, batch)
@@ -913,8 +924,10 @@ def _start_decoding(
         if extra.spec.on:
             speculates = True
             row = state.row[slot]
-            speculation.join(extra.spec, slot, row, step, stream.prompt[row], state.emitted[slot])
-            rest = speculation.passes_left(extra.spec, slot, stream.output[row])
+            extra.spec.tariff.v[slot] = extra.spec.tariff.floats[speculation.SHARE_V]
+            rate = _rate(extra.spec, row)
+            speculation.join(extra.spec.batch, slot, step, rate, stream.prompt[row], state.emitted[slot])
+            rest = speculation.passes_left(extra.spec.batch, slot, stream.output[row])
     if not speculates:
         ints[KEYS_SUM] += done + 1
         if cost.window > 0:
@@ -1011,7 +1024,7 @@ def _end_decodes(
             _leave_batch(cost, state, extra, out, slot, block_size)
             if extra is not None:
                 if extra.spec.on:
-                    speculation.cut_surplus(extra.spec, slot, stream.output[state.row[slot]])
+                    speculation.cut_surplus(extra.spec.batch, slot, stream.output[state.row[slot]])
             _finish(state, extra, out, slot, _owned(state, extra, slot, True, block_size))
             n_done += 1
     return n_done
@@ -1048,9 +1061,11 @@ def advance(
         if extra is not None:
             if extra.spec.on:
                 if cost.window > 0:
-                    speculation.pass_window_events(extra.spec, ints[STEP], out.busy, state.row)
-                level = extra.spec.levels[ints[BATCH]]
-                if ints[BATCH] > 0 and level != extra.spec.ints[speculation.LEVEL]:
+                    speculation.pass_window_events(
+                        extra.spec.batch, extra.spec.tariff.levels, ints[STEP], out.busy, state.row
+                    )
+                level = extra.spec.level_by_batch[ints[BATCH]]
+                if ints[BATCH] > 0 and level != extra.spec.batch.ints[speculation.LEVEL]:
                     _change_level(cost, stream, out, state, extra, level)
         if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
             _rebase(cost, state, extra, out)
@@ -1079,7 +1094,7 @@ def advance(
             blocks_integral = (limits.num_blocks - chunks.free) * (end - t)
             if extra is not None:
                 if extra.spec.on and not short:
-                    speculation.take_blocks_of_step(extra.spec, step)
+                    speculation.take_blocks_of_step(extra.spec.batch, step)
         else:
             q = price.slope * batch + cost.window_slope * ints[N_GROWING]
             if extra is not None:
@@ -1094,7 +1109,7 @@ def advance(
                     speculates = True
                     free = ints[FREE_BLOCKS]
                     k, owned, blocks_integral = speculation.take_blocks_of_steps(
-                        extra.spec, step, k, free, owned, price.d0, q
+                        extra.spec.batch, step, k, free, owned, price.d0, q
                     )
                     ints[FREE_BLOCKS] = limits.num_blocks - owned
             end = end_of_steps(t, price.d0, q, k)
