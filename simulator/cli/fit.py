@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from simulator.cli.costs import cost_options, costs
 from simulator.cli.output import json_option, note, print_json, print_table
 from simulator.cli.pareto import counts, words
 from simulator.errors import ChipsecondsError, InfeasibleError, InputError
@@ -27,6 +28,7 @@ _PROBE = "h100-sxm:1"
     "--max-num-batched-tokens", type=click.IntRange(1), default=8192, show_default=True, help="vLLM's setting."
 )
 @click.option("--gpu-memory-utilization", type=float, default=0.9, show_default=True, help="vLLM's setting.")
+@cost_options
 @json_option
 def fit(as_json: bool, **options: Any) -> None:
     r"""The smallest slice of each chip that holds the model, its KV capacity, and what decoding there gives.
@@ -57,6 +59,7 @@ def fit(as_json: bool, **options: Any) -> None:
             max_num_seqs=options["max_num_seqs"],
             max_num_batched_tokens=options["max_num_batched_tokens"],
             gpu_memory_utilization=options["gpu_memory_utilization"],
+            **costs(options),
         )
         for word in words("--precision", options["precision"])
     ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from simulator.cli.costs import cost_options, costs
 from simulator.cli.output import json_option, note, print_json, print_table
 from simulator.errors import InfeasibleError, InputError
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     help="The chip's fractions and overheads; the bare datasheet; or that with weights and KV reads alone.",
 )
 @click.option("--gpu-memory-utilization", type=float, default=0.9, show_default=True, help="vLLM's setting.")
+@click.option("--layout", default="1d", show_default=True, help="Of weights on a torus: 1d, 2d, 2d-x, gathered-xyz …")
+@cost_options
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: FILE.png, .svg or .pdf.")
 @json_option
 def pareto(plot: Path | None, as_json: bool, **options: Any) -> None:
@@ -116,6 +119,8 @@ def _deployments(options: dict[str, Any]) -> "list[Deployment]":
             max_num_seqs=options["max_num_seqs"],
             max_num_batched_tokens=max(8192, options["max_num_seqs"]),
             gpu_memory_utilization=options["gpu_memory_utilization"],
+            layout=options["layout"],
+            **costs(options),
         )
         for spec in words("--slice", options["slices"])
         for precision in words("--precision", options["precision"])

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from simulator.cli.costs import cost_options, costs
 from simulator.cli.output import json_option, note, print_json, print_table
-from simulator.errors import InputError
+from simulator.errors import InfeasibleError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,10 +47,17 @@ if TYPE_CHECKING:
     show_default=True,
     help="The chip's fractions and overheads, or the bare datasheet.",
 )
-@click.option("--overlap", type=float, default=0.0, show_default=True, help="Fraction of collectives that may hide.")
 @click.option(
-    "--kv-layout", type=click.Choice(["heads", "even"]), default="heads", show_default=True, help="KV sharding."
+    "--layout", help="Where weights are on a torus: 1d (default), 2d, gathered, or with axes: 2d-x, gathered-xyz."
 )
+@click.option("--looped-exchange", is_flag=True, help="2d layouts exchange in pieces inside their products.")
+@click.option(
+    "--kv-layout",
+    type=click.Choice(["heads", "even", "batch"]),
+    help="KV cache over heads (default), evenly, or whole sequences on chips.",
+)
+@cost_options
+@click.option("--mtp", type=click.IntRange(min=1), help="Runs of the model's MTP modules after a decode step.")
 @click.option("--max-num-seqs", type=int, help="vLLM's setting. Default: 256, or the batch if larger.")
 @click.option("--max-num-batched-tokens", type=int, help="vLLM's setting. Default: 8192, or the step if larger.")
 @click.option("--gpu-memory-utilization", type=float, default=0.9, show_default=True, help="vLLM's setting.")
@@ -80,9 +88,17 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
     Figures are per chip unless they say otherwise. A deployment that does not fit is priced all the same, and the
     command ends with exit code 1.
     """
-    from simulator.cli.roofline_views import print_what_if, save_waterfall, waterfall_steps, what_if_rows
+    from simulator.cli.roofline_views import (
+        mtp_document,
+        print_mtp,
+        print_what_if,
+        save_waterfall,
+        waterfall_steps,
+        what_if_rows,
+    )
     from simulator.roofline.analysis import step_report
     from simulator.roofline.memory import require_fit
+    from simulator.roofline.mtp import mtp_step
 
     for figure in (plot, waterfall):
         if figure is not None:
@@ -94,7 +110,8 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
     if any(options[name] is not None for name in ("pp", "sharding", "objective", "micro_batches")):
         from simulator.cli.sharded import sharded_roofline
 
-        for name, value in (("plot", plot), ("waterfall", waterfall), ("what-if", options["what_if_"])):
+        views = {"plot": plot, "waterfall": waterfall, "what-if": options["what_if_"], "mtp": options["mtp"]}
+        for name, value in views.items():
             if value is not None:
                 raise InputError(f"--{name} is for one replica on the whole slice; leave --shard and --pp out")
         sharded_roofline(options, as_json=as_json)
@@ -108,12 +125,16 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
         if size is not None and size > limit:
             raise InputError(f"--{name} {size}: more than one step may hold ({limit}); raise --max-num-… or drop it")
     report = step_report(deployment, prefill=prefill, decode=decode, context=context)
+    mtp = mtp_step(report, options["mtp"]) if options["mtp"] is not None else None
     changes = what_if_rows(report, options["what_if_"]) if options["what_if_"] is not None else []
     steps = waterfall_steps(report, options["over"]) if waterfall is not None else None
     if as_json:
-        print_json(document(report) | {"what_if": [vars(change) for change in changes]})
+        extra = {} if mtp is None else {"mtp": mtp_document(mtp)}
+        print_json(document(report) | {"what_if": [vars(change) for change in changes]} | extra)
     else:
         print_report(report)
+        if mtp is not None:
+            print_mtp(mtp)
         if changes:
             print_what_if(report, changes)
     if steps is not None and waterfall is not None:
@@ -125,6 +146,11 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
         save_roofline_plot(report, plot)
         note(f"plot written to {plot}")
     require_fit(deployment)
+    if mtp is not None and not mtp.memory.fits:
+        raise InfeasibleError(
+            f"{deployment.architecture.name} fits on {deployment.slice.spec}, but not with its MTP modules: they take "
+            f"{mtp.weights_bytes / 1e9:.2f} GB more on each chip; a larger slice, or no --mtp"
+        )
 
 
 def _deployment(options: dict[str, Any]) -> "Deployment":
@@ -145,8 +171,9 @@ def _deployment(options: dict[str, Any]) -> "Deployment":
         max_num_seqs=seqs,
         max_num_batched_tokens=options["max_num_batched_tokens"] or max(8192, tokens),
         gpu_memory_utilization=options["gpu_memory_utilization"],
-        overlap=options["overlap"],
-        kv_layout=options["kv_layout"],
+        kv_layout=options["kv_layout"] or "heads",
+        layout=options["layout"] or "1d",
+        **costs(options),
     )
 
 
@@ -164,6 +191,14 @@ def document(report: "StepReport") -> dict[str, Any]:
             "kv": d.precision.kv,
             "computes_in": d.compute_dtype,
         },
+        "layout": {
+            "asked": d.layout,
+            "laid": "1d" if d.axis_split is None else str(d.axis_split.layout),
+            "d_model_chips": d.model_chips,
+            "column_chips": d.column_chips,
+            "gathered_chips": d.gathered_chips,
+        },
+        "kv_layout": d.kv_layout,
         "efficiency": vars(d.eff),
         "step": vars(report.step),
         "step_time_s": report.time_s,

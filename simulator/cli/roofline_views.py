@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,10 +16,36 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from simulator.roofline.analysis import StepReport
+    from simulator.roofline.mtp import MtpStep
     from simulator.roofline.variants import WhatIf
 
 #: What "all" asks: every rate doubled, every fixed time halved.
 _ALL = "hbm=2,compute=2,link=2,latency=0.5,overhead=0.5"
+
+
+def mtp_document(mtp: "MtpStep") -> dict[str, Any]:
+    """The prediction modules of a step as plain figures; units are in the keys."""
+    return {
+        "runs": mtp.runs,
+        "run_s": mtp.run_s,
+        "step_with_mtp_s": mtp.step_s,
+        "weights_bytes_per_chip": mtp.weights_bytes,
+        "kv_bytes_per_token_per_chip": mtp.kv_bytes_per_token,
+        "fits": mtp.memory.fits,
+        "kv_capacity_tokens": mtp.memory.kv_tokens,
+    }
+
+
+def print_mtp(mtp: "MtpStep") -> None:
+    """Two lines under the report."""
+    click.echo(
+        f"{'MTP':<16} {mtp.runs} run(s) of {format_si(mtp.run_s, 's')}: {format_si(mtp.step_s, 's')} for step and drafts, "
+        "checking them left out"
+    )
+    click.echo(
+        f"{'MTP memory':<16} {mtp.weights_bytes / 1e9:.2f} GB of weights more per chip; KV capacity then "
+        f"{mtp.memory.kv_tokens:,} tokens"
+    )
 
 
 def what_if_rows(report: "StepReport", text: str) -> "list[WhatIf]":

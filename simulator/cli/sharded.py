@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from simulator.cli.costs import costs
 from simulator.cli.output import print_json, print_table
 from simulator.errors import InputError
 
@@ -32,9 +33,8 @@ def sharded_roofline(options: dict[str, Any], *, as_json: bool) -> None:
         "max_num_batched_tokens": options["max_num_batched_tokens"]
         or max(8192, options["prefill"] or 0, options["decode"] or 0),
         "gpu_memory_utilization": options["gpu_memory_utilization"],
-        "overlap": options["overlap"],
-        "kv_layout": options["kv_layout"],
-    }
+    } | {name: options[name] for name in ("layout", "kv_layout") if options[name] is not None}
+    settings |= costs(options)
     if options["sharding"] == "auto":
         for name in ("tp", "pp", "micro_batches"):
             if options[name] is not None:
@@ -86,6 +86,8 @@ def sharded_document(report: "ShardedReport") -> dict[str, Any]:
         "slice": d.slice.spec,
         "chips": d.slice.n_chips,
         "sharding": str(d.sharding),
+        "layout": d.stages[0].layout,
+        "kv_layout": d.stages[0].kv_layout,
         "degrees": vars(d.sharding),
         "replicas": d.sharding.replicas,
         "micro_batches": report.micro_batches,
@@ -110,6 +112,8 @@ def search_document(found: "Search", chips: int) -> dict[str, Any]:
         "tried": [
             {
                 "sharding": str(t.sharding),
+                "layout": t.layout,
+                "kv_layout": t.kv_layout,
                 "time_s": t.report.time_s if t.report else None,
                 "tokens_per_s_per_chip": t.report.tokens_per_s_per_chip if t.report else None,
                 "reason": t.reason or None,
@@ -123,10 +127,10 @@ def search_document(found: "Search", chips: int) -> dict[str, Any]:
 def _print_search(found: "Search") -> None:
     def cells(t: "Tried") -> list[str]:
         if t.report is None:
-            return [str(t.sharding), "–", "–", "–", t.reason]
+            return [t.name, "–", "–", "–", t.reason]
         r = t.report
         sequences = f"{r.replica_tokens * t.sharding.dp:,.0f}" if r.step.B else "–"
-        return [str(t.sharding), f"{1e3 * r.time_s:,.2f}", f"{r.tokens_per_s_per_chip:,.1f}", sequences, ""]
+        return [t.name, f"{1e3 * r.time_s:,.2f}", f"{r.tokens_per_s_per_chip:,.1f}", sequences, ""]
 
     print_table(
         f"tried, best {found.objective} first",
@@ -166,6 +170,12 @@ def _print_report(report: "ShardedReport") -> None:
         "whole slice": f"{report.tokens_per_s:,.0f} tokens/s, per chip {report.tokens_per_s_per_chip:,.1f}",
         "KV of slice": f"{d.kv_tokens:,} tokens",
     }
+    layout = d.stages[0].axis_split
+    if layout is not None:
+        lines["layout"] = (
+            f"{layout.layout}: d_model over {layout.model.size} chip(s), columns over {layout.columns.size}, weights "
+            f"gathered over {layout.gathered.size}"
+        )
     if d.sharding.pp > 1:
         lines["pipeline"] = (
             f"{report.micro_batches} micro-batches, bubble {report.bubble:.1%}, "

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import jit, skip_ahead, speculation
+from simulator.engine import jit, prefix_cache, skip_ahead, speculation
+from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.records import (
     ITL_BINS,
     NOT_ARRIVED,
@@ -18,6 +19,7 @@ from simulator.engine.records import (
     EngineSettings,
     Requests,
     SpeculationResult,
+    cache_hashes,
     drafting_s,
 )
 from simulator.errors import InputError
@@ -37,6 +39,8 @@ class Engine:
     timeline_interval_s
         length of the first timeline intervals. They are doubled, pairs merged, whenever the run outgrows
         ``TIMELINE_INTERVALS`` of them. None: a 512th of the arrival span.
+    log_size
+        entries of the prefix cache's record of what it did, :attr:`cache_log`; 0: none is kept.
 
     Raises
     ------
@@ -45,7 +49,13 @@ class Engine:
     """
 
     def __init__(
-        self, cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
+        self,
+        cost: StepCost,
+        settings: EngineSettings,
+        requests: Requests,
+        *,
+        timeline_interval_s: float | None = None,
+        log_size: int = 0,
     ) -> None:
         _check(cost, settings, timeline_interval_s)
         n = len(requests)
@@ -98,9 +108,12 @@ class Engine:
             np.zeros(ITL_BINS, dtype=np.int64),
         )
         self._state = _new_state(n, requests.concurrency, settings)
-        self._extra = None
-        if settings.speculation is not None:
-            self._extra = skip_ahead.Extra(spec=_new_spec(cost, settings, requests))
+        self._extra: skip_ahead.Extra | None = None
+        hashes = cache_hashes(settings, requests)
+        if hashes is not None or settings.speculation is not None:
+            self._extra = skip_ahead.Extra(
+                cache=_new_cache(hashes, settings, n, log_size), spec=_new_spec(cost, settings, requests)
+            )
         floats, ints = self._state.floats, self._state.ints
         last = 0.0 if requests.concurrency or n == 0 else float(requests.arrival_s[-1])
         floats[skip_ahead.INTERVAL] = timeline_interval_s or max(last / 512, 64 * float(cost.dense_s[1]))
@@ -117,10 +130,21 @@ class Engine:
         """End of the last step. [s]"""
         return float(self._state.floats[skip_ahead.CLOCK])
 
+    @property
+    def cache_log(self) -> NDArray[np.int64]:
+        """What the prefix cache did, as :attr:`simulator.engine.prefix_cache.Cache.log` says it."""
+        if self._extra is None:
+            return np.zeros((0, 4), dtype=np.int64)
+        cache = self._extra.cache
+        kept: NDArray[np.int64] = cache.log[: int(cache.ints[prefix_cache.N_LOG])]
+        return kept
+
     def advance(self, until_s: float = math.inf) -> None:
         """Run every step that starts before ``until_s``."""
         self.done = bool(
-            skip_ahead.advance(self._cost, self._limits, self._stream, self._out, self._state, self._extra, float(until_s))
+            skip_ahead.advance(
+                self._cost, self._limits, self._stream, self._out, self._state, self._extra, float(until_s)
+            )
         )
 
     def result(self) -> EngineResult:
@@ -152,6 +176,17 @@ class Engine:
             "max_waiting": int(ints[skip_ahead.MAX_WAITING]),
             "max_kv_blocks": int(ints[skip_ahead.MAX_BLOCKS]),
         }
+        # Of a plain replica, what it was told; nobody is admitted without it.
+        reused = np.where(np.isnan(out.scheduled), 0, self._stream.cached)
+        if self._extra is not None and self._extra.cache.on:
+            cache = self._extra.cache
+            reused = cache.reused
+            totals |= {
+                "cache_queried_tokens": int(cache.ints[prefix_cache.QUERIED]),
+                "cache_hit_tokens": int(cache.ints[prefix_cache.HIT_TOKENS]),
+                "cache_hit_pairs": int(cache.ints[prefix_cache.HIT_PAIRS]),
+                "evicted_blocks": int(cache.ints[prefix_cache.EVICTED]),
+            }
         interval = float(floats[skip_ahead.INTERVAL])
         end = self.clock_s
         used = min(math.ceil(end / interval), self._state.timeline.shape[1])
@@ -180,6 +215,7 @@ class Engine:
             busy_prefill_s=out.busy_prefill,
             busy_cached_s=out.busy_cached,
             recompute_s=out.recompute,
+            reused_tokens=reused,
             idle_s=float(floats[skip_ahead.IDLE]),
             end_s=end,
             steps_by_tokens=counts,
@@ -267,6 +303,17 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
         raise InputError(f"engine.max_num_seqs = {settings.max_num_seqs}: at most {(1 << skip_ahead.SLOT_BITS) - 1}")
     if timeline_interval_s is not None and not 0 < timeline_interval_s < math.inf:
         raise InputError(f"timeline_interval_s = {timeline_interval_s}: must be positive and finite")
+
+
+def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log_size: int = 0) -> prefix_cache.Cache:
+    return prefix_cache.new_cache(
+        hashes,
+        num_blocks=settings.num_kv_blocks,
+        max_num_seqs=settings.max_num_seqs,
+        block_size=settings.block_size,
+        n=n,
+        log_size=log_size,
+    )
 
 
 def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead.State:

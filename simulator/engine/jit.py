@@ -24,7 +24,15 @@ except ImportError:
 F = TypeVar("F", bound=Callable[..., object])
 
 #: Every module whose functions are compiled; all of them enter the cache key.
-COMPILED_SOURCES = ("heaps.py", "jit.py", "progressions.py", "records.py", "skip_ahead.py", "speculation.py")
+COMPILED_SOURCES = (
+    "heaps.py",
+    "jit.py",
+    "prefix_cache.py",
+    "progressions.py",
+    "records.py",
+    "skip_ahead.py",
+    "speculation.py",
+)
 
 
 def source_digest(folder: Path) -> str:

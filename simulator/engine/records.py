@@ -1,16 +1,20 @@
 """What goes into an engine and what comes out: the only code the two engines share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.errors import InputError
+from simulator.engine.block_hashes import BlockHashes
+from simulator.errors import InputError, nearest
 from simulator.roofline.speculation import SpeculationCost
 
 FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED = 0, 1, 2, 3, 4
 STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived")
+
+#: Kinds of prefix cache.
+PREFIX_CACHES = ("off", "blocks")
 
 #: ITL histogram: bins of equal width in the mantissa, 128 per factor of two, so a bin's centre is within 0.4 % of
 #: every value in it. Bin 0 also takes everything below ITL_MIN_S.
@@ -102,6 +106,10 @@ class EngineSettings:
         admit a waiting request only if blocks for all its tokens known so far are free, not merely for the first chunk.
     speculation
         speculative decoding; None: one token per sequence and step.
+    prefix_cache
+        one of :data:`PREFIX_CACHES`: ``off``, or ``blocks``, vLLM's cache of hashed blocks (``docs/engine-prefix-cache.md``).
+    cache_outputs
+        whether blocks with output tokens can be reused, where the requests' hashes cover them.
     """
 
     max_num_seqs: int = 256
@@ -111,6 +119,8 @@ class EngineSettings:
     max_model_len: int = 0
     scheduler_reserve_full_isl: bool = True
     speculation: Speculation | None = None
+    prefix_cache: str = "off"
+    cache_outputs: bool = True
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -132,6 +142,8 @@ class EngineSettings:
                     f"{len(self.speculation.cost.chunk_s) - 1} tokens, max_num_seqs = {self.max_num_seqs}, "
                     f"max_num_batched_tokens = {self.max_num_batched_tokens}"
                 )
+        if self.prefix_cache not in PREFIX_CACHES:
+            raise InputError(f"engine.prefix_cache = {self.prefix_cache!r}{nearest(self.prefix_cache, PREFIX_CACHES)}")
 
     @property
     def max_rows(self) -> int:
@@ -165,6 +177,8 @@ class Requests:
         0: open loop. Otherwise a closed loop of that many clients.
     acceptance_class
         [n] row of ``Speculation.survival`` that says how well a request's tokens can be drafted; None: row 0 for all.
+    hashes
+        which blocks of which requests are alike; None: none are. Read by a prefix cache alone.
     """
 
     arrival_s: NDArray[np.float64]
@@ -174,6 +188,7 @@ class Requests:
     max_tokens: NDArray[np.int64]
     concurrency: int = 0
     acceptance_class: NDArray[np.int64] | None = None
+    hashes: BlockHashes | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, ranges and order; the message names the first bad row."""
@@ -206,6 +221,8 @@ class Requests:
                 raise InputError(f"requests.{name}[{row}] = {getattr(self, name)[row]}: {rule}")
         if self.concurrency < 0:
             raise InputError(f"requests.concurrency = {self.concurrency}: must be 0 (open loop) or positive")
+        if self.hashes is not None and len(self.hashes) != n:
+            raise InputError(f"requests.hashes has {len(self.hashes)} rows, arrival_s has {n}")
 
     def __len__(self) -> int:
         """Return the number of requests."""
@@ -272,6 +289,9 @@ class EngineResult:
         that, on reading cached tokens.
     recompute_s
         [n] the part of ``busy_s`` spent computing tokens a second time after a preemption.
+    reused_tokens
+        [n] tokens it never computed itself: ``cached_tokens`` of the request, or with a prefix cache what was found there (0
+        until it is admitted).
     idle_s
         time without a step.
     end_s
@@ -287,7 +307,8 @@ class EngineResult:
         ``prefill_keys`` (ΣK), ``window_decode_keys`` (ΣSW), ``window_prefill_pairs`` (ΣAW), ``window_prefill_keys`` (ΣKW), ``chunks`` (ΣP), ``rows`` (ΣR), ``preemptions``, ``recomputed_tokens``, ``segments``;
         and times: ``decode_attention_s``, ``prefill_attention_s``;
         and time integrals: ``running_s`` (Σ running requests × time), ``waiting_s``, ``kv_blocks_s``;
-        and peaks: ``max_running``, ``max_waiting``, ``max_kv_blocks``.
+        and peaks: ``max_running``, ``max_waiting``, ``max_kv_blocks``;
+        with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``.
     timeline
         columns of equal length: ``start_s``, and means over each interval of ``running``, ``waiting``, ``kv_blocks``,
         ``busy_fraction``. Intervals are ``timeline_interval_s`` long; the last may be partly past the end.
@@ -306,6 +327,7 @@ class EngineResult:
     busy_prefill_s: NDArray[np.float64]
     busy_cached_s: NDArray[np.float64]
     recompute_s: NDArray[np.float64]
+    reused_tokens: NDArray[np.int64]
     idle_s: float
     end_s: float
     steps_by_tokens: NDArray[np.int64]
@@ -339,3 +361,24 @@ def itl_quantiles_s(counts: NDArray[np.int64], probabilities: NDArray[np.float64
     bins = np.searchsorted(np.cumsum(counts), ranks)
     octave, part = np.divmod(bins, ITL_BINS_PER_OCTAVE)
     return np.asarray(np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT))
+
+
+def cache_hashes(settings: EngineSettings, requests: Requests) -> BlockHashes | None:
+    """Ids of the KV blocks that a replica with these settings can find again; None without a prefix cache.
+
+    Raises
+    ------
+    InputError
+        If the requests have no hashes to go by, or hashes of units that do not fit the block size.
+    """
+    if settings.prefix_cache == "off":
+        return None
+    if requests.hashes is None:
+        raise InputError(
+            f"engine.prefix_cache = {settings.prefix_cache!r}: the requests have no block hashes; "
+            "use a trace with hash_ids or state traffic.sessions"
+        )
+    hashes = requests.hashes
+    if not settings.cache_outputs:
+        hashes = replace(hashes, covers_output=False)
+    return hashes.at_block_size(settings.block_size, requests.prompt_tokens, requests.output_tokens)

@@ -30,8 +30,10 @@ from simulator.engine.records import (
     EngineResult,
     EngineSettings,
     Requests,
+    cache_hashes,
     itl_bin,
 )
+from simulator.engine.reference_cache import Block, BlockPool
 from simulator.engine.reference_speculation import Speculator
 from simulator.errors import InputError
 from simulator.roofline.speculation import with_drafter
@@ -79,6 +81,9 @@ class Request:
     blocks: int = 0
     seen: int = 0
     """Largest ``computed`` it ever had (R12)."""
+    start: int = 0
+    """``computed`` when it was last admitted (C8)."""
+    reused_tokens: int = 0
     must_emit: bool = True
     """No token emitted since it was last admitted."""
     last_token_s: float = nan
@@ -168,6 +173,8 @@ class Replica:
     running: list[Request] = field(default_factory=list)
     waiting: deque[Request] = field(default_factory=deque)
     free_blocks: int = 0
+    pool: BlockPool | None = None
+    """The blocks one by one, where a prefix cache must tell them apart."""
     unreleased: int = 0
     """First row of a closed loop that nobody has asked for yet."""
     work: simpy.Event | None = None
@@ -200,6 +207,9 @@ class Replica:
         columns = [getattr(self.requests, name).tolist() for name in names]
         self.rows = [Request(row, *lengths) for row, lengths in enumerate(zip(*columns, strict=True))]
         self.free_blocks = settings.num_kv_blocks
+        hashes = cache_hashes(settings, self.requests)
+        if hashes is not None:
+            self.pool = BlockPool(settings.num_kv_blocks, hashes)
         self.steps_by_tokens = [0] * (settings.max_num_batched_tokens + 1)
         self.steps_by_rows = [0] * (settings.max_rows + 1)
         counts = ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "prefill_keys", "chunks")
@@ -275,18 +285,45 @@ class Replica:
     def preempt_last(self) -> Request:
         """Free the last running request's blocks and put it before all who wait (R6)."""
         request = self.running.pop()
-        self.free_blocks += request.blocks
-        request.blocks = request.computed = 0
+        self.free(request)
+        request.computed = 0
         request.status = WAITING
         request.preemptions += 1
         self.waiting.appendleft(request)
         return request
 
-    def grow(self, request: Request, tokens: int) -> None:
-        """Let a request own the blocks of ``tokens`` tokens."""
+    def grow(self, request: Request, tokens: int, computed: int | None = None) -> None:
+        """Let a request own the blocks of ``tokens`` tokens, of which the step is sure to compute ``computed`` (all, if None)."""
         missing = self.blocks_for(tokens) - request.blocks
         request.blocks += missing
         self.free_blocks -= missing
+        if self.pool is not None:
+            self.pool.take(request.row, missing)
+            self.pool.publish(request.row, (tokens if computed is None else computed) // self.settings.block_size)
+
+    def free(self, request: Request) -> None:
+        """Take all blocks from a request."""
+        if self.pool is None:
+            self.free_blocks += request.blocks
+        else:
+            if self.speculator is not None:  # P6
+                self.pool.publish(request.row, request.computed // self.settings.block_size)
+            self.pool.release(request.row)
+            self.free_blocks = self.pool.free
+        request.blocks = 0
+
+    def admit_to_blocks(self, request: Request, hits: list[Block]) -> None:
+        """Let an admitted request own what it found in the prefix cache (C6, C8)."""
+        request.reused_tokens += max(0, request.start - request.seen)
+        if self.pool is not None:
+            self.pool.share(request.row, hits)
+            self.pool.count_admission(request.known, len(hits) * self.settings.block_size)
+            self.free_blocks = self.pool.free
+        request.blocks = len(hits)
+
+    def speculates(self, request: Request) -> bool:
+        """Whether a running request's step is a pass of speculative decoding."""
+        return self.speculator is not None and not request.in_prefill
 
     def wants(self, request: Request, budget: int) -> tuple[int, int]:
         """Tokens a running request wants of the step, and the tokens its blocks must then hold (R5, P2)."""
@@ -342,22 +379,27 @@ class Replica:
                     break
             if request.status != RUNNING:  # it had to preempt itself
                 break
-            self.grow(request, held)
+            self.grow(request, held, computed=0 if self.speculates(request) else held)
             batch[request] = wanted
             budget -= wanted
 
         while not preempted and budget and self.waiting and len(self.running) < self.settings.max_num_seqs:  # R7
             request = self.waiting[0]
-            chunk = min(request.known - request.cached_tokens, budget)
-            tokens = request.known if self.settings.scheduler_reserve_full_isl else request.cached_tokens + chunk
-            if self.blocks_for(tokens) > self.free_blocks:
+            longest = (request.known - 1) // self.settings.block_size
+            hits = self.pool.lookup(request.row, longest) if self.pool is not None else []  # C5
+            start = max(len(hits) * self.settings.block_size, request.cached_tokens)
+            chunk = min(request.known - start, budget)
+            tokens = request.known if self.settings.scheduler_reserve_full_isl else start + chunk
+            held = sum(block.owners > 0 for block in hits)  # C6
+            if self.blocks_for(tokens) - held > self.free_blocks:
                 break
             self.waiting.popleft()
             self.running.append(request)
             request.status = RUNNING
             request.must_emit = True
-            request.computed = request.cached_tokens
-            self.grow(request, request.cached_tokens + chunk)
+            request.computed = request.start = start
+            self.admit_to_blocks(request, hits)
+            self.grow(request, start + chunk)
             batch[request] = chunk
             budget -= chunk
             admitted.append(request)
@@ -433,7 +475,7 @@ class Replica:
                 share_s += dot(plane, self.chunk_work(start, tokens))
                 again = max(0, min(stop, request.seen) - start)
                 request.busy_prefill_s += share_s
-                request.busy_cached_s += per_key_s * request.cached_tokens
+                request.busy_cached_s += per_key_s * request.start
                 request.recompute_s += share_s * again / tokens
                 self.totals["recomputed_tokens"] += again
             else:
@@ -491,8 +533,7 @@ class Replica:
         done = [request for request in batch if request.emitted == request.output_tokens]
         for request in done:
             self.running.remove(request)
-            self.free_blocks += request.blocks
-            request.blocks = 0
+            self.free(request)
             request.status = FINISHED
             request.finish_s = now_s
             self.finished += 1
@@ -537,13 +578,14 @@ class Replica:
             busy_prefill_s=column("busy_prefill_s"),
             busy_cached_s=column("busy_cached_s"),
             recompute_s=column("recompute_s"),
+            reused_tokens=column("reused_tokens", np.int64),
             idle_s=sum((piece.end_s - piece.start_s for piece in self.pieces if not piece.busy), start=0.0),
             end_s=float(self.clock.now),
             steps_by_tokens=np.array(self.steps_by_tokens, dtype=np.int64),
             steps_by_rows=np.array(self.steps_by_rows, dtype=np.int64),
             itl_counts=itl_counts,
             itl_max_s=max(self.itl_s, default=0.0),
-            totals=self.totals | integrals,
+            totals=self.totals | integrals | (self.pool.counts if self.pool is not None else {}),
             timeline=timeline(self.pieces, timeline_interval_s) if timeline_interval_s else {},
             timeline_interval_s=timeline_interval_s or 0.0,
             speculation=speculation,

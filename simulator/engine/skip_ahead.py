@@ -23,6 +23,21 @@ from typing import Any, NamedTuple
 from simulator.engine import speculation
 from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
 from simulator.engine.jit import compiled, inlined
+from simulator.engine.prefix_cache import (
+    N_ENDED,
+    Cache,
+    admit,
+    catch_up,
+    find,
+    leave,
+    note_end,
+    publish,
+    release,
+    release_ended,
+    steps_to_fill,
+    take,
+    watch,
+)
 from simulator.engine.progressions import (
     blocks_for,
     count_itl,
@@ -199,6 +214,7 @@ class Extra(NamedTuple):
     compiled in, and their flags switch them at run time.
     """
 
+    cache: Cache
     spec: Spec
 
 
@@ -280,23 +296,22 @@ def _widen(timeline: Any, floats: Any, end: float) -> float:
 
 
 @inlined
-def _settle(cost: CostTable, state: State, extra: Extra | None, out: Outcome, slot: int, step: int) -> None:
+def _settle(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, step: int) -> None:
     """Charge a decoding sequence for the steps since it joined, or was last settled."""
     floats = state.floats
-    if extra is not None:
-        if extra.spec.on:
-            sequences, tariff = extra.spec.batch, extra.spec.tariff
-            w, r0 = floats[SHARE_W] - state.w[slot], floats[SHARE_R0] - state.r0[slot]
-            r1 = floats[SHARE_R1] - state.r1[slot]
-            pays, wasted = speculation.settle(
-                sequences, tariff.levels, tariff.floats, tariff.v, slot, step, state.ints[STEP_ORIGIN], w, r0, r1
-            )
-            out.busy[state.row[slot]] += pays
-            tariff.wasted[state.row[slot]] += wasted
-            state.emitted[slot] = speculation.emitted_of(sequences, slot)
-            state.computed[slot] = sequences.slots[slot, speculation.BASE] + state.emitted[slot]
-            state.joined[slot] = step
-            return
+    if extra is not None and extra.spec.on:
+        sequences, tariff = extra.spec.batch, extra.spec.tariff
+        w, r0 = floats[SHARE_W] - state.w[slot], floats[SHARE_R0] - state.r0[slot]
+        r1 = floats[SHARE_R1] - state.r1[slot]
+        pays, wasted = speculation.settle(
+            sequences, tariff.levels, tariff.floats, tariff.v, slot, step, state.ints[STEP_ORIGIN], w, r0, r1
+        )
+        out.busy[state.row[slot]] += pays
+        tariff.wasted[state.row[slot]] += wasted
+        state.emitted[slot] = speculation.emitted_of(sequences, slot)
+        state.computed[slot] = sequences.slots[slot, speculation.BASE] + state.emitted[slot]
+        state.joined[slot] = step
+        return
     if cost.window > 0:
         start = state.computed[slot]
         keys = window_pairs(start + step - state.joined[slot], cost.window, cost.window_chunked)
@@ -323,14 +338,14 @@ def _join(state: State, slot: int, step: int) -> None:
 
 
 @compiled
-def _rebase(cost: CostTable, state: State, extra: Extra | None, out: Outcome) -> None:
+def _rebase(cost: CostTable, state: State, out: Outcome, extra: Extra | None) -> None:
     """Charge everyone and restart the running sums at zero."""
     ints = state.ints
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
         if slot != ints[PARTIAL]:
-            _settle(cost, state, extra, out, slot, step)
+            _settle(cost, state, out, extra, slot, step)
             state.w[slot] = 0.0
             state.r0[slot] = 0.0
             state.r1[slot] = 0.0
@@ -339,10 +354,9 @@ def _rebase(cost: CostTable, state: State, extra: Extra | None, out: Outcome) ->
     state.floats[SHARE_R0] = 0.0
     state.floats[SHARE_R1] = 0.0
     ints[STEP_ORIGIN] = step
-    if extra is not None:
-        if extra.spec.on:
-            extra.spec.tariff.v[:] = 0.0
-            extra.spec.tariff.floats[speculation.SHARE_V] = 0.0
+    if extra is not None and extra.spec.on:
+        extra.spec.tariff.v[:] = 0.0
+        extra.spec.tariff.floats[speculation.SHARE_V] = 0.0
 
 
 @inlined
@@ -360,7 +374,7 @@ def _change_level(cost: CostTable, stream: Stream, out: Outcome, state: State, e
     slot = ints[FIRST]
     while slot >= 0:
         if slot != ints[PARTIAL]:
-            _settle(cost, state, extra, out, slot, step)
+            _settle(cost, state, out, extra, slot, step)
             _join(state, slot, step)
         slot = state.after[slot]
     spec.batch.ints[speculation.LEVEL] = level
@@ -393,25 +407,22 @@ def _unlink(state: State, slot: int) -> None:
 
 
 @inlined
-def _leave_batch(
-    cost: CostTable, state: State, extra: Extra | None, out: Outcome, slot: int, block_size: int
-) -> None:
+def _leave_batch(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
     """Settle a decoding sequence and take it out of the batch's sums."""
     ints = state.ints
     step = ints[STEP]
-    if extra is not None:
-        if extra.spec.on:
-            _settle(cost, state, extra, out, slot, step)
-            speculation.leave(extra.spec.batch, slot)
-            ints[BATCH] -= 1
-            return
+    if extra is not None and extra.spec.on:
+        _settle(cost, state, out, extra, slot, step)
+        speculation.leave(extra.spec.batch, slot)
+        ints[BATCH] -= 1
+        return
     if cost.window > 0:
         ints[WINDOW_SUM] -= cost.window
         if state.growing[slot] == 1:
             ints[WINDOW_SUM] += state.event_step[slot] - step
             ints[N_GROWING] -= 1
         state.event_step[slot] = -1
-    _settle(cost, state, extra, out, slot, step)
+    _settle(cost, state, out, extra, slot, step)
     ints[BATCH] -= 1
     ints[KEYS_SUM] -= state.computed[slot] + 1
     state.residues[residue(state.computed[slot] - step, block_size)] -= 1
@@ -419,48 +430,62 @@ def _leave_batch(
 
 @inlined
 def _owned(state: State, extra: Extra | None, slot: int, decoded: bool, block_size: int) -> int:
-    """Blocks of a request, which may look ahead once it has decoded (P2)."""
-    if extra is not None:
-        if extra.spec.on and decoded:
-            return int(extra.spec.batch.slots[slot, speculation.BLOCKS])
+    """Blocks of a request, which looks ahead once it has decoded (P2)."""
+    if extra is not None and extra.spec.on and decoded:
+        return int(extra.spec.batch.slots[slot, speculation.BLOCKS])
     return blocks_for(state.computed[slot], block_size)
 
 
 @inlined
-def _preempt(cost: CostTable, state: State, extra: Extra | None, out: Outcome, slot: int, block_size: int) -> None:
+def _publish_outputs(state: State, extra: Extra | None, slot: int, block_size: int) -> None:
+    """P6: with speculation, a request's blocks of accepted tokens are published as it gives them back."""
+    if extra is not None and extra.cache.on and extra.spec.on:
+        publish(extra.cache, slot, state.row[slot], state.computed[slot] // block_size, 2 * state.ints[STEP])
+
+
+@inlined
+def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
     """R6: free all blocks, forget the cache, go to the front of the queue."""
     ints = state.ints
     decoded = slot != ints[PARTIAL]
-    if slot == ints[PARTIAL]:
+    if not decoded:
         ints[PARTIAL] = -1
     else:
-        _leave_batch(cost, state, extra, out, slot, block_size)
+        _leave_batch(cost, state, out, extra, slot, block_size)
+        _publish_outputs(state, extra, slot, block_size)
         state.finish_step[slot] = -1
         state.last_token[slot] = state.floats[CLOCK]
     computed = state.computed[slot]
     state.seen[slot] = max(state.seen[slot], computed)
-    ints[FREE_BLOCKS] += _owned(state, extra, slot, decoded, block_size)
+    row = state.row[slot]
+    freed = _owned(state, extra, slot, decoded, block_size)
+    if extra is not None and extra.cache.on:
+        leave(extra.cache, slot, row, ints[STEP])
+        freed = release(extra.cache, slot, row, freed)
+    ints[FREE_BLOCKS] += freed
     state.computed[slot] = 0
     _unlink(state, slot)
     state.stack[ints[N_PREEMPTED]] = slot
     ints[N_PREEMPTED] += 1
     ints[PREEMPTIONS] += 1
-    row = state.row[slot]
     out.preemptions[row] += 1
     out.status[row] = WAITING
 
 
 @inlined
-def _finish(state: State, extra: Extra | None, out: Outcome, slot: int, owned: int) -> None:
+def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, owned: int) -> None:
     """Free the ``owned`` blocks and the slot of a request that has left the batch."""
     ints = state.ints
     row = state.row[slot]
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
+    if extra is not None and extra.cache.on:
+        leave(extra.cache, slot, row, ints[STEP])
+        note_end(extra.cache, slot, owned)
+        owned = 0
     ints[FREE_BLOCKS] += owned
-    if extra is not None:
-        if extra.spec.on:
-            extra.spec.batch.slots[slot, speculation.PROGRESS] = 0
+    if extra is not None and extra.spec.on:
+        extra.spec.batch.slots[slot, speculation.PROGRESS] = 0
     state.finish_step[slot] = -1
     _unlink(state, slot)
     state.free_slots[ints[N_FREE_SLOTS]] = slot
@@ -538,6 +563,8 @@ class Chunks(NamedTuple):
     tokens: int
     free: int
     preempted: bool
+    unsure: bool
+    """The first of the queue lacks blocks, and may lack fewer in a later step without anyone leaving (C6)."""
 
 
 class Price(NamedTuple):
@@ -579,9 +606,8 @@ def _n_waiting(state: State) -> int:
 def _step_need(state: State, extra: Extra | None, block_size: int) -> int:
     """Blocks that the decoding sequences need in this step."""
     step = state.ints[STEP]
-    if extra is not None:
-        if extra.spec.on:
-            return int(extra.spec.batch.ring[speculation.RING_NEED, step & extra.spec.batch.mask])
+    if extra is not None and extra.spec.on:
+        return int(extra.spec.batch.ring[speculation.RING_NEED, step & extra.spec.batch.mask])
     return int(state.residues[residue(-step, block_size)])
 
 
@@ -589,20 +615,18 @@ def _step_need(state: State, extra: Extra | None, block_size: int) -> int:
 def _needs(state: State, extra: Extra | None, slot: int, block_size: int) -> int:
     """Blocks that a decoding sequence needs in this step."""
     step = state.ints[STEP]
-    if extra is not None:
-        if extra.spec.on:
-            slots = extra.spec.batch.slots
-            return int(slots[slot, speculation.NEED]) if slots[slot, speculation.BLOCK_STEP] == step else 0
+    if extra is not None and extra.spec.on:
+        slots = extra.spec.batch.slots
+        return int(slots[slot, speculation.NEED]) if slots[slot, speculation.BLOCK_STEP] == step else 0
     return int(residue(state.computed[slot] + step - state.joined[slot], block_size) == 0)
 
 
 @inlined
 def _tokens_per_sequence(extra: Extra | None) -> int:
     """Tokens of one decoding sequence in a step, and its logit rows."""
-    if extra is not None:
-        if extra.spec.on:
-            level = extra.spec.batch.ints[speculation.LEVEL]
-            return int(extra.spec.tariff.levels[level, speculation.QUERIES])
+    if extra is not None and extra.spec.on:
+        level = extra.spec.batch.ints[speculation.LEVEL]
+        return int(extra.spec.tariff.levels[level, speculation.QUERIES])
     return 1
 
 
@@ -618,14 +642,15 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extr
             gone = False
             while ints[FREE_BLOCKS] < need and not gone:
                 victim = ints[LAST]
-                _preempt(cost, state, extra, out, victim, bs)
+                _preempt(cost, state, out, extra, victim, bs)
                 gone = victim == slot
             if gone:
                 return
             ints[FREE_BLOCKS] -= need
-            if extra is not None:
-                if extra.spec.on:
-                    speculation.take_own_blocks(extra.spec.batch, slot, ints[STEP])
+            if extra is not None and extra.cache.on:
+                take(extra.cache, need)
+            if extra is not None and extra.spec.on:
+                speculation.take_own_blocks(extra.spec.batch, slot, ints[STEP])
         slot = state.after[slot]
 
 
@@ -660,6 +685,7 @@ def _schedule_chunks(
     chunks = 0
     tokens = ints[BATCH] * _tokens_per_sequence(extra)
     room = limits.budget - tokens
+    unsure = False
     slot = ints[PARTIAL]
     if slot >= 0:
         row = state.row[slot]
@@ -667,11 +693,15 @@ def _schedule_chunks(
         want = min(stream.prompt[row] + state.emitted[slot] - done, room)
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
         if missing > free:
-            _preempt(cost, state, extra, out, slot, bs)
+            free -= ints[FREE_BLOCKS]
+            _preempt(cost, state, out, extra, slot, bs)
             preempted = True
-            free += blocks_for(done, bs)
+            free += ints[FREE_BLOCKS]
         else:
             free -= missing
+            if extra is not None and extra.cache.on:
+                take(extra.cache, missing)
+                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
             room -= want
             tokens += want
             state.chunk_slot[0] = slot
@@ -689,9 +719,18 @@ def _schedule_chunks(
                 row = state.fifo[ints[FIFO_HEAD]]
                 known = stream.prompt[row]
             done = stream.cached[row]
+            held = 0
+            hits = 0
+            if extra is not None and extra.cache.on:
+                if extra.cache.late:
+                    catch_up(extra.cache, state.row, ints[STEP])
+                hits, held = find(extra.cache, row, (known - 1) // bs)
+                done = max(done, hits * bs)
             want = min(known - done, room)
             need = blocks_for(done + want, bs)
-            if need > free or (limits.reserve_full and blocks_for(known, bs) > free):
+            if need - held > free or (limits.reserve_full and blocks_for(known, bs) - held > free):
+                if extra is not None and extra.cache.on:
+                    unsure = extra.cache.late or not limits.reserve_full
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1
@@ -708,22 +747,25 @@ def _schedule_chunks(
             _append(state, slot)
             waiting -= 1
             free -= need
+            if extra is not None and extra.cache.on:
+                free += hits - admit(extra.cache, slot, row, hits, known, done, state.seen[slot])
+                take(extra.cache, need - hits)
+                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
             room -= want
             tokens += want
             state.chunk_slot[chunks] = slot
             state.chunk_size[chunks] = want
             chunks += 1
             ints[PARTIAL] = slot
-    return Chunks(chunks, tokens, free, preempted)
+    return Chunks(chunks, tokens, free, preempted, unsure)
 
 
 @inlined
 def _find_knot(cost: CostTable, state: State, extra: Extra | None) -> int:
     """The piece of the curve of decode attention on which the batch is; noted in ``KNOT``."""
     total_keys = float(state.ints[KEYS_SUM])
-    if extra is not None:
-        if extra.spec.on:
-            total_keys = extra.spec.batch.ints[speculation.KEYS] * speculation.PER_TOKEN
+    if extra is not None and extra.spec.on:
+        total_keys = extra.spec.batch.ints[speculation.KEYS] * speculation.PER_TOKEN
     knot = state.ints[KNOT]
     while knot + 1 < len(cost.knots) and cost.knots[knot + 1] <= total_keys:
         knot += 1
@@ -734,9 +776,7 @@ def _find_knot(cost: CostTable, state: State, extra: Extra | None) -> int:
 
 
 @inlined
-def _price(
-    cost: CostTable, stream: Stream, state: State, extra: Extra | None, chunks: int, tokens: int
-) -> Price:
+def _price(cost: CostTable, stream: Stream, state: State, extra: Extra | None, chunks: int, tokens: int) -> Price:
     """R9: what the step costs."""
     ints = state.ints
     batch = ints[BATCH]
@@ -766,11 +806,10 @@ def _price(
         slope = cost.slope[knot]
         attention = cost.value[knot] + slope * (ints[KEYS_SUM] - cost.knots[knot]) + cost.seq * batch
         attention += cost.window_slope * ints[WINDOW_SUM]
-        if extra is not None:
-            if extra.spec.on:
-                terms = speculation.decode_terms(extra.spec, cost.knots, knot, batch)
-                slope = terms.slope
-                attention = terms.seconds
+        if extra is not None and extra.spec.on:
+            terms = speculation.decode_terms(extra.spec, cost.knots, knot, batch)
+            slope = terms.slope
+            attention = terms.seconds
         d0 += attention
     plane = 0
     prefill = 0.0
@@ -787,11 +826,10 @@ def _price(
     per_token = cost.dense[tokens] / tokens
     per_row = cost.head[rows] / rows if rows > 0 else 0.0
     per_chunk = per_token
-    if extra is not None:
-        if extra.spec.on and chunks > 0:
-            drafting = speculation.chunk_time(extra.spec, tokens - decoded)
-            d0 += drafting
-            per_chunk += drafting / (tokens - decoded)
+    if extra is not None and extra.spec.on and chunks > 0:
+        drafting = speculation.chunk_time(extra.spec, tokens - decoded)
+        d0 += drafting
+        per_chunk += drafting / (tokens - decoded)
     return Price(
         d0, per_token, per_row, slope, attention, rows, pairs, keys, seen_pairs, seen_keys, plane, prefill, per_chunk
     )
@@ -802,10 +840,9 @@ def _steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | N
     """Steps, at most k, until a knot or a window is crossed, or blocks run out; with speculation, blocks come later."""
     ints = state.ints
     step, batch, knot = ints[STEP], ints[BATCH], ints[KNOT]
-    if extra is not None:
-        if extra.spec.on:
-            edge = cost.knots[knot + 1] if knot + 1 < len(cost.knots) else math.inf
-            return int(speculation.steps_in_reach(extra.spec.batch, edge, step, k))
+    if extra is not None and extra.spec.on:
+        edge = cost.knots[knot + 1] if knot + 1 < len(cost.knots) else math.inf
+        return int(speculation.steps_in_reach(extra.spec.batch, edge, step, k))
     if knot + 1 < len(cost.knots):
         k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
     if ints[N_EVENTS] > 0:
@@ -888,16 +925,13 @@ def _advance_decodes(
     ints[DECODE_TOKENS] += k * batch
     floats[DECODE_ATTENTION] += k * price.attention + q * growth
     knot = ints[KNOT]
-    intercept = cost.value[knot] - price.slope * cost.knots[knot]
-    share = price.per_token + price.per_row + cost.seq + intercept / batch
-    speculates = False
-    if extra is not None:
-        if extra.spec.on:
-            speculates = True
-            per_token = price.per_token + price.per_row
-            share = speculation.fixed_share(extra.spec, cost.knots, knot, batch, price.slope, per_token)
-            speculation.count_passes(extra.spec, batch, k, per_token)
-    if not speculates:
+    if extra is not None and extra.spec.on:
+        per_token = price.per_token + price.per_row
+        share = speculation.fixed_share(extra.spec, cost.knots, knot, batch, price.slope, per_token)
+        speculation.count_passes(extra.spec, batch, k, per_token)
+    else:
+        intercept = cost.value[knot] - price.slope * cost.knots[knot]
+        share = price.per_token + price.per_row + cost.seq + intercept / batch
         ints[DECODE_KEYS] += k * total_keys + batch * growth
         ints[KEYS_SUM] = total_keys + k * batch
         ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
@@ -919,22 +953,20 @@ def _start_decoding(
     done = state.computed[slot]
     _join(state, slot, step)
     ints[BATCH] += 1
-    speculates = False
-    if extra is not None:
-        if extra.spec.on:
-            speculates = True
-            row = state.row[slot]
-            extra.spec.tariff.v[slot] = extra.spec.tariff.floats[speculation.SHARE_V]
-            rate = _rate(extra.spec, row)
-            speculation.join(extra.spec.batch, slot, step, rate, stream.prompt[row], state.emitted[slot])
-            rest = speculation.passes_left(extra.spec.batch, slot, stream.output[row])
-    if not speculates:
+    if extra is not None and extra.spec.on:
+        row = state.row[slot]
+        extra.spec.tariff.v[slot] = extra.spec.tariff.floats[speculation.SHARE_V]
+        speculation.join(extra.spec.batch, slot, step, _rate(extra.spec, row), stream.prompt[row], state.emitted[slot])
+        rest = speculation.passes_left(extra.spec.batch, slot, stream.output[row])
+    else:
         ints[KEYS_SUM] += done + 1
         if cost.window > 0:
             seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
             ints[WINDOW_SUM] += seen
             _push_event(cost, state, slot, seen)
         state.residues[residue(done - step, block_size)] += 1
+        if extra is not None and extra.cache.late:
+            watch(extra.cache, slot, state.row[slot], done, step)
     state.finish_step[slot] = step + rest
     if ints[HEAP_SIZE] == len(state.heap):
         _drop_stale(state)
@@ -979,7 +1011,10 @@ def _end_chunks(
         if cost.window > 0:
             pays += cost.planes[plane, 3] * _chunk_pairs(cost, done, size)
             pays += cost.planes[plane, 4] * _chunk_keys(cost, done, size)
-        out.busy_cached[row] += cost.planes[plane, 1] * stream.cached[row]
+        start = stream.cached[row]
+        if extra is not None and extra.cache.on:
+            start = extra.cache.start[slot]
+        out.busy_cached[row] += cost.planes[plane, 1] * start
         if done + size == known:
             pays += price.per_row
         out.busy[row] += pays
@@ -1002,7 +1037,7 @@ def _end_chunks(
         state.emitted[slot] += 1
         rest = stream.output[row] - state.emitted[slot]
         if rest == 0:
-            _finish(state, extra, out, slot, blocks_for(done, block_size))
+            _finish(state, out, extra, slot, blocks_for(done, block_size))
             n_done += 1
         else:
             _start_decoding(cost, stream, state, extra, slot, rest, block_size)
@@ -1021,11 +1056,14 @@ def _end_decodes(
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
         slot = key & ((1 << SLOT_BITS) - 1)
         if state.finish_step[slot] == key >> SLOT_BITS:
-            _leave_batch(cost, state, extra, out, slot, block_size)
-            if extra is not None:
-                if extra.spec.on:
-                    speculation.cut_surplus(extra.spec.batch, slot, stream.output[state.row[slot]])
-            _finish(state, extra, out, slot, _owned(state, extra, slot, True, block_size))
+            _leave_batch(cost, state, out, extra, slot, block_size)
+            owned = _owned(state, extra, slot, True, block_size)  # noqa: FBT003 - compiled code takes no keywords here
+            if extra is not None and extra.spec.on:
+                row = state.row[slot]
+                speculation.cut_surplus(extra.spec.batch, slot, stream.output[row])
+                state.computed[slot] = stream.prompt[row] + stream.output[row] - 1
+                _publish_outputs(state, extra, slot, block_size)
+            _finish(state, out, extra, slot, owned)
             n_done += 1
     return n_done
 
@@ -1058,17 +1096,16 @@ def advance(
             return False
         if cost.window > 0:
             _pass_events(cost, state)
-        if extra is not None:
-            if extra.spec.on:
-                if cost.window > 0:
-                    speculation.pass_window_events(
-                        extra.spec.batch, extra.spec.tariff.levels, ints[STEP], out.busy, state.row
-                    )
-                level = extra.spec.level_by_batch[ints[BATCH]]
-                if ints[BATCH] > 0 and level != extra.spec.batch.ints[speculation.LEVEL]:
-                    _change_level(cost, stream, out, state, extra, level)
+        if extra is not None and extra.spec.on:
+            if cost.window > 0:
+                speculation.pass_window_events(
+                    extra.spec.batch, extra.spec.tariff.levels, ints[STEP], out.busy, state.row
+                )
+            level = extra.spec.level_by_batch[ints[BATCH]]
+            if ints[BATCH] > 0 and level != extra.spec.batch.ints[speculation.LEVEL]:
+                _change_level(cost, stream, out, state, extra, level)
         if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-            _rebase(cost, state, extra, out)
+            _rebase(cost, state, out, extra)
 
         # --- what runs: R5, R7 ---
         step = ints[STEP]
@@ -1076,6 +1113,8 @@ def advance(
         short = step_need > ints[FREE_BLOCKS]
         if short:
             _make_room(cost, limits, out, state, extra)
+        elif extra is not None and extra.cache.on:
+            take(extra.cache, step_need)
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else step_need)
         chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short)
@@ -1092,32 +1131,32 @@ def advance(
             ints[FREE_BLOCKS] = chunks.free
             end = t + price.d0
             blocks_integral = (limits.num_blocks - chunks.free) * (end - t)
-            if extra is not None:
-                if extra.spec.on and not short:
-                    speculation.take_blocks_of_step(extra.spec.batch, step)
+            if extra is not None and extra.spec.on and not short:
+                speculation.take_blocks_of_step(extra.spec.batch, step)
         else:
             q = price.slope * batch + cost.window_slope * ints[N_GROWING]
-            if extra is not None:
-                if extra.spec.on:
-                    q = speculation.decode_terms(extra.spec, cost.knots, ints[KNOT], batch).growth
+            if extra is not None and extra.spec.on:
+                q = speculation.decode_terms(extra.spec, cost.knots, ints[KNOT], batch).growth
             if not chunks.preempted:
                 k = _segment_length(cost, limits, state, extra, price.d0, q, next_arrival, until)
-            owned = limits.num_blocks - ints[FREE_BLOCKS]
-            speculates = False
-            if extra is not None:
-                if extra.spec.on and not short:
-                    speculates = True
-                    free = ints[FREE_BLOCKS]
+                if extra is not None and chunks.unsure:
+                    k = min(k, steps_to_fill(extra.cache, step)) if limits.reserve_full else 1
+            before = limits.num_blocks - ints[FREE_BLOCKS]
+            owned = before
+            blocks_integral = 0.0
+            if not short:
+                if extra is not None and extra.spec.on:
                     k, owned, blocks_integral = speculation.take_blocks_of_steps(
-                        extra.spec.batch, step, k, free, owned, price.d0, q
+                        extra.spec.batch, step, k, ints[FREE_BLOCKS], before, price.d0, q
                     )
-                    ints[FREE_BLOCKS] = limits.num_blocks - owned
+                else:
+                    owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, before, price.d0, q)
+                if extra is not None and extra.cache.on:
+                    take(extra.cache, owned - before - step_need)
+                ints[FREE_BLOCKS] = limits.num_blocks - owned
             end = end_of_steps(t, price.d0, q, k)
             if short:
                 blocks_integral = owned * (end - t)
-            elif not speculates:
-                owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, owned, price.d0, q)
-                ints[FREE_BLOCKS] = limits.num_blocks - owned
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
 
         # --- let it happen: R10 to R15 ---
@@ -1135,6 +1174,8 @@ def advance(
         if chunks.n > 0:
             n_done += _end_chunks(cost, stream, out, state, extra, chunks.n, price, bs)
         n_done += _end_decodes(cost, stream, out, state, extra, bs)
+        if extra is not None and extra.cache.ints[N_ENDED] > 0:
+            ints[FREE_BLOCKS] += release_ended(extra.cache, state.row)
         if stream.concurrency > 0 and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)
             for _ in range(n_done):

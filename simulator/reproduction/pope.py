@@ -1,9 +1,9 @@
 """The shared half of Pope et al. 2022: PaLM on TPU v4, MFU by its definition, longest contexts, and latencies.
 
-Rows of ``data/pope.csv`` with a ``model`` are measured: their time is priced with the catalogue's efficiencies, without a
-parameter per row. The ops of a step are those of tensor parallelism over all chips, heads padded to divide; the exchanges of
-a layer are those of the two-dimensional weight-stationary layout that the rows name, and where attention is sharded over the
-batch, an all-to-all of the queries before it and one of its outputs after it.
+Rows of ``data/pope.csv`` with a ``model`` are measured: their time is that of a deployment with the catalogue's efficiencies,
+without a parameter per row. All are laid out as the rows say: two-dimensional weights, exchanged as in the published code
+(``looped_exchange``), heads padded to divide the chips as in the paper, prefills with attention over heads, decodes over the
+batch. Axes are those that the layout picks by itself.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from simulator.catalog.parameters import count, kv_elements
 from simulator.catalog.slices import resolve_slice
 from simulator.reproduction.rows import Ours, Published, read_published
 from simulator.reproduction.textbook import chip_with, with_kv_heads
-from simulator.roofline.collectives import all_to_all_s
+from simulator.roofline.compile import step_time_s
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.layouts import FeedForward, layer_layouts, two_dimensional_beats_one
-from simulator.roofline.ops import StepShape, step_ops
+from simulator.roofline.layouts import FeedForward, two_dimensional_beats_one
+from simulator.roofline.ops import StepShape
 from simulator.roofline.precision import parse_precision
 
-CHIPS, PROMPT, CACHE_SHARE = 64, 2048, 0.3
+CHIPS, PROMPT, STEPS, CACHE_SHARE = 64, 2048, 64, 0.3
 SLICES = {"64": "tpu-v4:4x4x4", "16": "tpu-v4:2x2x4"}
 
 
@@ -30,7 +30,7 @@ def rows_ours() -> Ours:
     ours = _scale() | _contexts()
     for row in read_published("pope"):
         if row["model"]:
-            ours[row["id"]] = partial(_mfu if row["unit"] == "%" else _time_s, row)
+            ours[row["id"]] = partial(PRICES[row["unit"]], row)
     return ours
 
 
@@ -40,33 +40,41 @@ def _mfu(row: Published) -> float:
     return 2 * count(load_model(row["model"])).total * float(row["tokens"]) / (peak * float(row["time_s"])) * 100
 
 
-def _time_s(row: Published) -> float:
-    """Prefill of one prompt, or 64 decode steps from 2048 tokens on. [s]"""
-    batch, chips, prefill = int(row["batch"]), int(row["chips"]), row["phase"] == "prefill"
-    step = StepShape.prefill(PROMPT) if prefill else StepShape.decode(batch, PROMPT + 32)
-    d = Deployment(
-        architecture=_padded(row["model"], chips),
+def _deployment(row: Published, *, serial: bool = False) -> Deployment:
+    chips = int(row["chips"])
+    model = _padded(row["model"], chips)
+    if serial:  # a norm for each block
+        layers = tuple(g.model_copy(update={"n_norms": 2}) for g in model.layers)
+        model = model.model_copy(update={"parallel_attention_ffn": False, "layers": layers})
+    return Deployment(
+        architecture=model,
         slice=resolve_slice(SLICES[row["chips"]]),
         precision=parse_precision(row["precision"]),
-        kv_layout="even",
+        kv_layout="batch" if row["attention"] == "batch" else "heads",
+        layout="2d",
+        looped_exchange=True,
     )
-    ops_s = sum(float(op.time_s) for op in step_ops(d, step) if op.name != "all-reduce, layers")
-    arch = d.architecture
-    d_ff = next(group.ffn.d_ff for group in arch.layers if group.ffn is not None)
-    layouts = layer_layouts(
-        d.slice,
-        FeedForward(arch.d_model, d_ff, matrices=3),
-        step.n,
-        link=d.eff.link,
-        latency_s=d.eff.collective_latency_s,
-    )
-    exchange_s = next(layout.time_s for layout in layouts if layout.name == "2d-stationary")
-    if row["attention"] == "batch":
-        heads = max(mixer.n_heads * mixer.head_dim for _, mixer in d.mixers if isinstance(mixer, SoftmaxAttention))
-        queries = step.n * heads * d.precision.wide_bytes
-        latency_s = d.eff.collective_latency_s
-        exchange_s += 2 * float(all_to_all_s(queries, d.slice.domains[0], link=d.eff.link, latency_s=latency_s))
-    return (ops_s + arch.n_layers * exchange_s) * (1 if prefill else 64)
+
+
+def _time_s(row: Published) -> float:
+    """Prefill of one prompt, or 64 decode steps from 2048 tokens on. [s]"""
+    return _steps_s(_deployment(row), row)
+
+
+def _step_ms(row: Published) -> float:
+    """One of those decode steps. [ms]"""
+    return _steps_s(_deployment(row), row) / STEPS * 1e3
+
+
+def _serial_cost(row: Published) -> float:
+    """Time that attention before feed-forward takes, over that of both in parallel, less 1. [%]"""
+    return (_steps_s(_deployment(row, serial=True), row) / _steps_s(_deployment(row), row) - 1) * 100
+
+
+def _steps_s(d: Deployment, row: Published) -> float:
+    if row["phase"] == "prefill":
+        return step_time_s(d, StepShape.prefill(PROMPT))
+    return STEPS * step_time_s(d, StepShape.decode(int(row["batch"]), PROMPT + STEPS // 2))
 
 
 def _padded(model: str, chips: int) -> Architecture:
@@ -108,3 +116,12 @@ def _contexts() -> dict[str, Callable[[], float]]:
         ours[f"multi-query-batch-{batch}"] = partial(lambda b: CHIPS * memory / (b * per_token(1, 256)), batch)
     ours["multi-head-unpadded"] = lambda: CHIPS * memory / (128 * per_token(48, 128))
     return ours
+
+
+#: How rows with a model are priced, by their unit.
+PRICES: dict[str, Callable[[Published], float]] = {
+    "%": _mfu,
+    "s": _time_s,
+    "ms a step": _step_ms,
+    "% slower": _serial_cost,
+}

@@ -9,6 +9,7 @@ row. Where a source does not say how the chips were shared, the best tensor-para
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +21,13 @@ from simulator.engine.records import EngineSettings, Requests
 from simulator.errors import InputError, UnpriceableError
 from simulator.reproduction.rows import Ours, Published, read_published
 from simulator.reproduction.textbook import step_without_links_s, textbook
-from simulator.roofline.compile import compile_step_cost
+from simulator.roofline.compile import compile_step_cost, step_time_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import memory_fit, weights_bytes
 from simulator.roofline.ops import StepShape, step_ops
+from simulator.roofline.pipeline import sends_s, shard
 from simulator.roofline.precision import parse_precision
+from simulator.roofline.sharding import Sharding
 
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 2048, 8192
 DEGREES = (1, 2, 4, 8)
@@ -75,25 +78,18 @@ def bound_tokens_per_s(row: Published) -> float:
         batch = min(held / (prompt + (output + 1) / 2), float(row["batch"] or "inf"))
         if batch < 1:
             return 0.0
-        new = batch / max(output - 1, 1)  # prompts that start in the step in which as many sequences end
-        step = StepShape(
-            n=batch + new * prompt,
-            B=batch,
-            S=batch * (prompt + (output + 1) / 2),
-            P=new,
-            A=new * prompt * (prompt + 1) / 2,
-            K=new * prompt,
-            R=batch + new,
-        )
+        step = _steady(batch, prompt, output)
         ops = [op for op in step_ops(d, step) if op.kind != "collective"]
         step_s = max(sum(float(op.compute_s) for op in ops), sum(float(op.memory_s) for op in ops))
-        return (batch + new) / step_s * int(row["chips"]) / tp
+        return (batch + step.P) / step_s * int(row["chips"]) / tp
 
     return max(rate(tp) for tp in _degrees(row))
 
 
 def estimate_tokens_per_s(row: Published) -> float:
     """Output tokens per second of all chips, every request queued at time 0. [tokens/s]"""
+    if row["pp"]:
+        return pipelined_tokens_per_s(row)
     rates = []
     for tp in _degrees(row):
         d = _deployment(row, tp)
@@ -108,6 +104,40 @@ def estimate_tokens_per_s(row: Published) -> float:
             f"{row['model']} does not fit on {row['chips']} x {row['chip']} with the engine's defaults"
         )
     return max(rates)
+
+
+def pipelined_tokens_per_s(row: Published) -> float:
+    """Output tokens per second of all chips through pipeline stages kept full: a steady state, which no engine simulates. [tokens/s]
+
+    As many sequences as memory and the engine's settings hold, split into one micro-batch per stage; in each, as many prompts
+    start as sequences end. A round takes the longer of one micro-batch's way through the stages and all of them in the slowest.
+    """
+    tp, pp = int(row["tp"] or 1), int(row["pp"])
+    sharding = Sharding(tp=tp, pp=pp)
+    settings = _settings(row, tp * pp)
+    d = shard(settings.pop("architecture"), settings.pop("slice"), sharding, **settings)
+    prompt, output = int(row["prompt"]), int(row["output"])
+    replicas = int(row["chips"]) // sharding.chips
+    held = d.kv_tokens / (prompt + (output + 1) / 2)
+    batch = min(held, MAX_NUM_SEQS, int(row["requests"]) / replicas) / pp
+    step = _steady(batch, prompt, output)
+    stages = [step_time_s(stage, step) for stage in d.stages]
+    round_s = max(sum(stages) + sum(sends_s(d, step.n)), pp * max(stages))
+    return pp * (batch + step.P) / round_s * replicas
+
+
+def _steady(batch: float, prompt: int, output: int) -> StepShape:
+    """A step of ``batch`` sequences halfway through their outputs, in which as many prompts start as sequences end."""
+    new = batch / max(output - 1, 1)
+    return StepShape(
+        n=batch + new * prompt,
+        B=batch,
+        S=batch * (prompt + (output + 1) / 2),
+        P=new,
+        A=new * prompt * (prompt + 1) / 2,
+        K=new * prompt,
+        R=batch + new,
+    )
 
 
 def _offline_rate(d: Deployment, kv_blocks: int, requests: int, prompt: int, output: int) -> float:
@@ -171,10 +201,8 @@ def _degrees(row: Published) -> list[int]:
     Raises
     ------
     UnpriceableError
-        If an estimate needs pipeline parallelism, or the model is not priced at any degree.
+        If the model is not priced at any degree.
     """
-    if row["pp"] and row["kind"] != "bound":
-        raise UnpriceableError("pipeline stages are not simulated by the engine yet, so not priced here")
     if row["tp"]:
         return [int(row["tp"]) * int(row["pp"] or 1)]
     found = []
@@ -196,14 +224,17 @@ def _deployment(row: Published, tp: int, *, scales: bool = True) -> Deployment:
 
     Without ``scales``, as generous as the format allows: no scales, embedding and head quantised too.
     """
+    return Deployment(**_settings(row, tp, scales=scales))
+
+
+def _settings(row: Published, chips: int, *, scales: bool = True) -> dict[str, Any]:
     word = row["precision"] if scales or row["precision"] == "bf16" else f"{row['precision']}g0"
     torus = {8: "2x4", 4: "2x2", 1: "1"}
-    shape = torus.get(tp, str(tp)) if row["chip"].startswith("tpu") else str(tp)
-    sequences = min(MAX_NUM_SEQS, int(row["batch"] or MAX_NUM_SEQS))
-    return Deployment(
-        architecture=load_model(row["model"]),
-        slice=resolve_slice(f"{row['chip']}:{shape}"),
-        precision=parse_precision(word, quantize_head=not scales),
-        max_num_seqs=sequences,
-        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-    )
+    shape = torus.get(chips, str(chips)) if row["chip"].startswith("tpu") else str(chips)
+    return {
+        "architecture": load_model(row["model"]),
+        "slice": resolve_slice(f"{row['chip']}:{shape}"),
+        "precision": parse_precision(word, quantize_head=not scales),
+        "max_num_seqs": min(MAX_NUM_SEQS, int(row["batch"] or MAX_NUM_SEQS)),
+        "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
+    }

@@ -27,6 +27,11 @@ TABLES = {
     "gqa": Table("Multi-head, grouped and multi-query T5-XXL", "gqa:rows_ours"),
     "pope": Table("PaLM on TPU v4, Pope et al. 2022", "pope:rows_ours"),
     "fastertransformer": Table("MT-NLG 530B and GPT-3 175B on A100, FasterTransformer", "fastertransformer:rows_ours"),
+    "scaling-laws": Table(
+        "Loss laws: optima, fits to published runs, repeated data, over-training", "scaling:laws_ours"
+    ),
+    "lifetime": Table("Training and serving together, Sardana et al. 2024", "scaling:lifetime_ours"),
+    "training": Table("Training: FLOPs, memory, time and utilisation of published runs", "scaling:training_ours"),
     "mlperf": Table("MLPerf Inference v4.1 and v5.1, data centre, closed", "serving:mlperf_ours", simulates=True),
     "trtllm": Table("TensorRT-LLM 1.0 maximum throughput, and one load curve", "serving:trtllm_ours", simulates=True),
     "jetstream": Table("JetStream on eight TPU v5e", "serving:jetstream_ours", simulates=True),

@@ -85,6 +85,7 @@ class Requests(Section):
     prompt_tokens: int
     """Of finished requests, cached tokens included."""
     cached_tokens: int
+    """Of finished requests: leading tokens they did not compute, stated as cached or found in the prefix cache."""
     output_tokens: int
     recomputed_tokens: int
 
@@ -196,6 +197,25 @@ class Utilisation(Section):
     recomputed_flops: float
     """FLOPs spent a second time after preemptions."""
     hbm_bytes: float
+
+
+class PrefixCache(Section):
+    """What the prefix cache found, counted whenever a request is admitted (again, after a preemption)."""
+
+    kind: str
+    """blocks: vLLM's cache of hashed blocks."""
+    queried_tokens: int
+    """Tokens known of the requests admitted."""
+    hit_tokens: int
+    """Of these, found in the cache."""
+    hit_fraction: float
+    """hit_tokens ÷ queried_tokens."""
+    evicted_blocks: int
+    """Cached blocks given up to make room."""
+    saved_chip_s: float
+    """What computing the hits would have taken in full steps: a lower bound."""
+    saved_share_of_busy: float
+    """saved_chip_s ÷ the chip-seconds the run was busy."""
 
 
 class ChipSeconds(Section):
@@ -350,6 +370,8 @@ class Summary(Section):
     throughput: Throughput
     occupancy: Occupancy
     utilisation: Utilisation
+    prefix_cache: PrefixCache | None = None
+    """Null without a prefix cache."""
     chip_seconds_per_query: ChipSeconds
     prices: Prices | None
     """Null when the chip has no price and the scenario sets none."""

@@ -46,7 +46,11 @@ REQUEST_COLUMNS = (
     Column("tpot_s", "float64 or null", "(e2e_s − ttft_s)/(output_tokens − 1); null for one-token outputs"),
     Column("e2e_s", "float64 or null", "end-to-end latency: finish_s − arrival_s"),
     Column("prompt_tokens", "int64", "prompt length, cached tokens included"),
-    Column("cached_tokens", "int64", "leading prompt tokens whose KV was already there"),
+    Column(
+        "cached_tokens",
+        "int64",
+        "leading prompt tokens whose KV was already there, stated so or found in the prefix cache",
+    ),
     Column("output_tokens", "int64", "output length"),
     Column("preemptions", "int32", "times it was preempted"),
     Column("chip_s_busy", "float64", "its share of the steps it rode in, times the replica's chips"),

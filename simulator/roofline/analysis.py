@@ -6,7 +6,7 @@ from typing import Literal
 
 from simulator.catalog.chips import IDEAL
 from simulator.errors import InputError
-from simulator.roofline.compile import hidden_s, sum_over
+from simulator.roofline.compile import hidden_s, hiding, sum_over
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import MemoryFit, memory_fit
 from simulator.roofline.ops import Op, StepShape, dense_ops, merge_ops, step_op_groups, step_ops
@@ -185,10 +185,10 @@ def report(d: Deployment, step: StepShape) -> StepReport:
 
 
 def _hidden_fraction(d: Deployment, ops: Sequence[Op]) -> dict[str, float]:
-    """Fraction of each collective among ``ops`` that hides; the same for all of them."""
+    """Fraction of each collective among ``ops`` that hides: all hide the same part of what they may."""
     collectives = [op for op in ops if op.kind == "collective"]
-    total_s = float(sum_over(op.roofline_s for op in collectives))
-    return {op.name: float(hidden_s(d, ops)) / total_s for op in collectives} if total_s else {}
+    able_s = float(sum_over(hiding(d, op) * op.roofline_s for op in collectives))
+    return {op.name: hiding(d, op) * float(hidden_s(d, ops)) / able_s for op in collectives} if able_s else {}
 
 
 def _resource(op: Op) -> Bound:

@@ -37,15 +37,15 @@ def mixer_matrices(d: Deployment, mixer: Mixer) -> dict[str, Matrix]:
     D, t = d.architecture.d_model, d.chips
     match mixer:
         case SoftmaxAttention(n_heads=N, n_kv_heads=K, head_dim=H):
-            queries, keys = N / t * H, 2 * d.kv_heads_per_chip(mixer) * H
+            x, f, g = d.model_chips, d.column_chips, d.gathered_chips
+            queries, keys = N / f * H, 2 * d.projected_kv_heads(mixer) * H
             gate = queries if mixer.gated_output else 0.0
-            bias = queries + keys if mixer.qkv_bias else 0.0
-            again = keys - 2 * K * H / t
-            copied_bias = again if mixer.qkv_bias else 0.0
-            return {
-                "QKV projection": Matrix(D, queries + gate + keys, bias=bias, copied=again, copied_bias=copied_bias),
-                "output projection": Matrix(queries, D, bias=D / t if mixer.o_bias else 0.0, split_rows=True),
-            }
+            bias = (queries + keys) / x if mixer.qkv_bias else 0.0
+            again = keys - 2 * K * H / f
+            copied_bias = again / x if mixer.qkv_bias else 0.0
+            into = Matrix(D / x, queries + gate + keys, bias, again, copied_bias, crossed=x, gathered=g)
+            out = Matrix(queries, D / x, D / (x * f) if mixer.o_bias else 0.0, split_rows=True, crossed=x, gathered=g)
+            return {"QKV projection": into, "output projection": out}
         case LatentAttention(n_heads=N, q_rank=q, kv_rank=kv, nope_dim=nope, rope_dim=rope, v_dim=v):
             down = kv + rope + (q or 0)
             found = {
@@ -106,9 +106,17 @@ def ffn_matrices(d: Deployment, ffn: FeedForward) -> dict[str, tuple[float, Matr
     inputs = 2 if ffn.gated else 1
     match ffn:
         case DenseFFN(d_ff=F):
+            x, f, g = d.model_chips, d.column_chips, d.gathered_chips
+            columns, bias = inputs * F / f, float(ffn.bias)
             return {
-                "FFN gate, up" if ffn.gated else "FFN up": (1, _up(D, inputs * F / t, bias=ffn.bias)),
-                "FFN down": (1, _down(F / t, D, t, bias=ffn.bias)),
+                "FFN gate, up" if ffn.gated else "FFN up": (
+                    1,
+                    Matrix(D / x, columns, bias * columns / x, crossed=x, gathered=g),
+                ),
+                "FFN down": (
+                    1,
+                    Matrix(F / f, D / x, bias * D / (x * f), split_rows=True, crossed=x, gathered=g),
+                ),
             }
         case MoEFFN(d_ff=F, n_experts=E):
             bias = E * (ffn.router_bias + ffn.score_correction_bias)
@@ -168,12 +176,14 @@ def mixer_ops(d: Deployment, count: int, mixer: Mixer, n: Number) -> list[Op]:
     """Ops of ``count`` mixers that depend on the number of tokens alone."""
     p, some, t = d.precision, np.greater(n, 0) * 1.0, d.chips
     wide = p.wide_bytes
-    products = {name: matmul_op(d, name, count, m, n) for name, m in mixer_matrices(d, mixer).items()}
+    rows = n * (1 / d.gathered_chips)
+    products = {name: matmul_op(d, name, count, m, rows) for name, m in mixer_matrices(d, mixer).items()}
     last = products.pop("output projection")
     ops = list(products.values())
     match mixer:
         case SoftmaxAttention(n_heads=N, n_kv_heads=K, head_dim=H):
-            queries, keys = N / t * H, 2 * d.kv_heads_per_chip(mixer) * H
+            # What a chip has of the step's tokens, d.model_chips having scattered the queries' heads.
+            queries, keys = N / t * H, 2 * d.projected_kv_heads(mixer) / d.gathered_chips * H
             written = d.kv_heads_per_chip(mixer) * p.kv_head_bytes(H)
             # Queries and keys are rotated in place; attention reads queries and writes as much.
             moved = (2 * queries + 2 * keys + 2 * queries) * wide
@@ -233,11 +243,12 @@ def ffn_ops(d: Deployment, count: int, ffn: FeedForward, n: Number) -> list[Op]:
         return _moe_ops(d, count, ffn, n)
     some, wide = np.greater(n, 0) * 1.0, d.precision.wide_bytes
     (up, (_, wider)), (down, (_, narrower)) = ffn_matrices(d, ffn).items()
-    moved = (wider.n_out + narrower.n_in) * wide
+    rows = n * (1 / d.gathered_chips)
+    moved = (wider.n_out + narrower.n_in) * wide / d.model_chips  # partial sums are scattered first
     return [
-        matmul_op(d, up, count, wider, n),
-        memory_op(d, "FFN activation", count, some, activation_bytes=n * (count * moved)),
-        matmul_op(d, down, count, narrower, n),
+        matmul_op(d, up, count, wider, rows),
+        memory_op(d, "FFN activation", count, some, activation_bytes=rows * (count * moved)),
+        matmul_op(d, down, count, narrower, rows),
     ]
 
 
@@ -299,7 +310,7 @@ def decode_ops(d: Deployment, count: int, mixer: Mixer, B: Number, S: Number, SW
     some = np.greater(B, 0) * 1.0
     match mixer:
         case SoftmaxAttention():
-            return [_softmax_op(d, "attention, decode", count, mixer, some, S, S, SW, SW)]
+            return [_softmax_op(d, "attention, decode", count, mixer, some, S, S, SW, SW, busiest_share(d, B))]
         case LatentAttention():
             seen = S if mixer.indexer is None else SW
             return [
@@ -317,7 +328,9 @@ def prefill_ops(
     name = "attention, prefill"
     match mixer:
         case SoftmaxAttention():
-            return [_softmax_op(d, name, count, mixer, P, A, K, AW, KW)]
+            # Gathered keys are on every chip that needs them: whole heads, of all tokens.
+            each = d.gathers_keys and d.attended_kv_heads(mixer) / d.kv_heads_per_chip(mixer)
+            return [_softmax_op(d, name, count, mixer, P, A, K, AW, KW, read=each or 1.0)]
         case LatentAttention():
             if mixer.indexer is not None:  # selected keys are gathered as latents, so prefill is absorbed too
                 index = _indexer_ops(d, "indexer, prefill", count, mixer, P, A, K)
@@ -346,18 +359,30 @@ def _softmax_op(
     K: Number,
     AW: Number,
     KW: Number,
+    busiest: Number = 1.0,
+    read: float = 1.0,
 ) -> Op:
+    """Attention of a chip's heads; ``busiest``: work of the busiest chip against the mean, ``read``: keys, against those held."""
     pairs, keys = (A, K) if a.window is None else (AW, KW)
-    kv, held = count * d.precision.kv_head_bytes(a.head_dim), d.kv_heads_per_chip(a)
+    kv, held = count * d.precision.kv_head_bytes(a.head_dim), d.kv_heads_per_chip(a) * read
+    flops = pairs * (4 * count * a.n_heads / d.chips * a.head_dim)
     return attention_op(
         d,
         name,
         count,
         launches,
-        flops=pairs * (4 * count * a.n_heads / d.chips * a.head_dim),
-        read_bytes=keys * (kv * held),
-        copied_bytes=keys * (kv * (held - a.n_kv_heads / d.chips)),
+        flops=flops * busiest,
+        copied_flops=flops * (busiest - 1.0),
+        read_bytes=keys * (kv * held) * busiest,
+        copied_bytes=keys * (kv * (held * busiest - a.n_kv_heads / d.chips)),
     )
+
+
+def busiest_share(d: Deployment, B: Number) -> Number:
+    """Sequences of the chip that has most of them, against the mean, where a chip holds whole sequences; else 1."""
+    if d.kv_layout != "batch":
+        return 1.0
+    return np.where(np.greater(B, 0), np.ceil(np.divide(B, d.chips)) * d.chips / np.maximum(B, 1), 1.0)
 
 
 def _expanded_op(

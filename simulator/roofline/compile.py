@@ -33,6 +33,11 @@ def compile_step_cost(d: Deployment) -> StepCost:
     """
     if d.context_domains:
         raise InputError("context parallelism splits prompts and cannot decode; the engines do both")
+    if d.kv_layout == "batch":
+        raise InputError(
+            "kv_layout = 'batch': a step waits for the chip with most sequences, which the engines' tables cannot say; "
+            "price it with chipseconds roofline"
+        )
     if d.stage != (1, 1) or d.expert_ranks > 1:
         what = (
             f"stage {d.stage[0]} of {d.stage[1]}"
@@ -87,9 +92,25 @@ def step_time_s(d: Deployment, step: StepShape) -> float:
 
 
 def hidden_s(d: Deployment, ops: Sequence[Op]) -> Array:
-    """Time of collectives that hides behind the matrix products among ``ops``, either all dense or all of the head. [s]"""
-    collective_s = sum_over(op.roofline_s for op in ops if op.kind == "collective")
-    return d.overlap * np.minimum(collective_s, sum_over(op.roofline_s for op in ops if op.kind == "matmul"))
+    """Time of collectives that hides behind the matrix products among ``ops``, either all dense or all of the head. [s]
+
+    Of each collective ``overlap`` may, or what its algorithm hides if that is more, but no more than its share of the
+    time the products take.
+    """
+    fractions = {hiding(d, op) for op in ops if op.kind == "collective"} - {0.0}
+    if not fractions:
+        return np.zeros(())
+    products_s = sum_over(op.roofline_s for op in ops if op.kind == "matmul")
+    if len(fractions) == 1 and d.overlap:
+        collective_s = sum_over(op.roofline_s for op in ops if op.kind == "collective")
+        return d.overlap * np.minimum(collective_s, products_s)
+    able_s = sum_over(hiding(d, op) * op.roofline_s for op in ops if op.kind == "collective")
+    return np.minimum(able_s, max(fractions) * products_s)
+
+
+def hiding(d: Deployment, op: Op) -> float:
+    """Fraction of a collective that may hide behind matrix products."""
+    return max(d.overlap, op.hides)
 
 
 def dense_parts(d: Deployment, dense: Sequence[Op]) -> dict[str, Array]:
@@ -118,14 +139,23 @@ def _prefill_planes(d: Deployment, expansion_s: float) -> Array:
     sum from below everywhere, and is the sum where the state holds.
     """
 
+    def every(*sizes: float) -> list[Op]:
+        return prefill_attention_ops(d, *sizes)
+
     def seconds(*sizes: float) -> list[float]:
-        return [float(op.roofline_s) for op in prefill_attention_ops(d, *sizes)]
+        return [float(op.roofline_s) for op in every(*sizes) if op.kind != "collective"]
+
+    def gather_s(*sizes: float) -> float:
+        return sum(float(op.roofline_s) for op in every(*sizes) if op.kind == "collective")
+
+    key_s = expansion_s + gather_s(0.0, 0.0, 1.0)
+    seen_s = gather_s(0.0, 0.0, 0.0, 0.0, 1.0)
 
     launches = prefill_attention_ops(d, 1.0, 0.0, 0.0)
     chunk_s = float(sum_over(op.time_s for op in launches))
     full = _states(seconds(0.0, 1.0, 0.0), seconds(0.0, 0.0, 1.0))
     windowed = _states(seconds(0.0, 0.0, 0.0, 1.0, 0.0), seconds(0.0, 0.0, 0.0, 0.0, 1.0))
-    return np.array([[a, k + expansion_s, chunk_s, aw, kw] for a, k in full for aw, kw in windowed])
+    return np.array([[a, k + key_s, chunk_s, aw, kw + seen_s] for a, k in full for aw, kw in windowed])
 
 
 def _states(pairs: Sequence[float], keys: Sequence[float]) -> list[tuple[float, float]]:

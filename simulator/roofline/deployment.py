@@ -19,6 +19,8 @@ from simulator.catalog.chips import IDEAL, Efficiency
 from simulator.catalog.models import attention_windows, unpriceable_features
 from simulator.catalog.slices import LinkDomain, Slice
 from simulator.errors import InputError, UnpriceableError
+from simulator.roofline.layouts import AxisSplit, parse_layout, split_axes
+from simulator.roofline.layouts import FeedForward as Widths
 from simulator.roofline.precision import BITS, WIDER, Dtype, Precision
 
 #: Context, NCCL buffers, captured graphs, compiled programs. Assumed; the sources quote 0.4 to 3.9 GB for GPUs.
@@ -52,6 +54,15 @@ class Deployment:
         ``heads``: KV heads are spread over the chips, and copied when there are more chips than heads.
         ``even``: the cache is spread evenly whatever the number of heads, as by sharding over sequences or positions;
         the exchange this takes is *not* priced.
+        ``batch``: each sequence's cache is on one chip; queries and outputs of a decode change places in two all-to-alls
+        per layer, a prefill gathers its keys, and the busiest chip sets the pace.
+    layout
+        where the weights of a layer are: ``1d``, split over heads and feed-forward columns; ``2d``, over d_model too;
+        ``gathered``, put together before use while tokens are split. ``2d-x``, ``gathered-xy`` … name the axes of the
+        torus that d_model is split over, or weights are gathered over (see :mod:`simulator.roofline.layouts`).
+    looped_exchange
+        how a two-dimensional layout exchanges: False, one collective over all axes of a group, and nothing hides but what
+        ``overlap`` says; True, as the published code does (see :mod:`simulator.roofline.exchange`).
     activation_traffic
         True: inputs and outputs of every op and KV writes cross HBM. False: only weights and KV reads do, as in
         textbook rooflines, and unpacking weights is free.
@@ -88,7 +99,9 @@ class Deployment:
     gpu_memory_utilization: float = 0.9
     workspace_bytes: float = WORKSPACE_BYTES
     overlap: float = 0.0
-    kv_layout: Literal["heads", "even"] = "heads"
+    kv_layout: Literal["heads", "even", "batch"] = "heads"
+    layout: str = "1d"
+    looped_exchange: bool = False
     activation_traffic: bool = True
     sequence_parallel: bool | None = None
     dequantization_flops: float = DEQUANTIZATION_FLOPS
@@ -121,8 +134,8 @@ class Deployment:
             raise InputError(f"deployment.dequantization_flops = {self.dequantization_flops}: must not be negative")
         if not 1 <= self.expert_imbalance < float("inf"):
             raise InputError(f"deployment.expert_imbalance = {self.expert_imbalance}: must be finite and at least 1")
-        if self.kv_layout not in {"heads", "even"}:
-            raise InputError(f"deployment.kv_layout = {self.kv_layout!r}: must be 'heads' or 'even'")
+        if self.kv_layout not in {"heads", "even", "batch"}:
+            raise InputError(f"deployment.kv_layout = {self.kv_layout!r}: must be 'heads', 'even' or 'batch'")
         if BITS[self.precision.weights] > BITS[self.precision.activations]:
             raise InputError(
                 f"precision {self.precision.name}: weights ({self.precision.weights}) wider than activations "
@@ -147,6 +160,15 @@ class Deployment:
             raise InputError(
                 f"tp = {tp} on {self.slice.spec} ({chips} chip{'s' if chips > 1 else ''}): tp must be {chips}; {rule}"
             )
+        if self.looped_exchange and self.model_chips == 1:
+            raise InputError(
+                f"deployment.looped_exchange with layout = {self.layout!r}: only 2d layouts exchange in loops"
+            )
+        if self.axis_split is not None:
+            self._check_layout(self.axis_split)
+            return
+        if self.kv_layout == "batch":
+            self._check_batch_attention()
         sizes = self._split_sizes()
         for what, size in sizes:
             if size % tp:
@@ -170,11 +192,52 @@ class Deployment:
                     "is a multiple of them"
                 )
 
+    def _check_layout(self, split: AxisSplit) -> None:
+        """Refuse two-dimensional and gathered layouts that the model does not allow, or that nobody has described."""
+        where = f"layout {split.layout} of {self.architecture.name} on {self.slice.spec}"
+        if not all(isinstance(m, SoftmaxAttention) for _, m in self.mixers) or not all(
+            isinstance(f, DenseFFN) for _, f in self.ffns
+        ):
+            raise InputError(
+                f"{where}: priced for softmax attention and dense feed-forward blocks alone; use 1d, and ep for experts"
+            )
+        if self.context_domains:
+            raise InputError(f"{where}: context parallelism splits the tokens already; use cp or the layout")
+        if self.sequence_parallel is False:
+            raise InputError(f"{where}: residuals are split over the chips; sequence_parallel = false contradicts that")
+        if self.kv_layout == "batch":
+            if split.layout.kind == "gathered":
+                raise InputError(
+                    f"{where}: sequences are split over axis {split.layout.axes} already; kv_layout = heads"
+                )
+            self._check_batch_attention()
+        if self.architecture.d_model % self.chips:
+            raise InputError(f"{where}: {self.chips} chips do not divide d_model = {self.architecture.d_model} evenly")
+        heads = self.chips // split.gathered.size
+        for what, size in self._split_sizes():
+            ways = heads if what == "query heads" else split.columns.size
+            if size % ways:
+                raise InputError(f"{where}: {size} {what} are split over {ways} chips, which do not divide them")
+        for _, mixer in self.mixers:
+            kv = mixer.n_kv_heads if isinstance(mixer, SoftmaxAttention) else 1
+            for ways in (heads, split.columns.size):
+                if self.kv_layout == "heads" and kv % ways and ways % kv:
+                    raise InputError(f"{where}: {kv} KV heads over {ways} chips; one must be a multiple of the other")
+
+    def _check_batch_attention(self) -> None:
+        where = f"kv_layout = 'batch' of {self.architecture.name} on {self.slice.spec}"
+        if not all(isinstance(m, SoftmaxAttention) for _, m in self.mixers):
+            raise InputError(f"{where}: sequences are spread over chips for softmax attention alone")
+        if self.expert_domains or self.context_domains:
+            raise InputError(f"{where}: attention ranks and context parallelism spread sequences in their own way")
+
     def _split_sizes(self) -> list[tuple[str, int]]:
         """What tensor parallelism divides, by name."""
         found: dict[tuple[str, int], None] = {}
         for _, mixer in self.mixers:
             match mixer:
+                case SoftmaxAttention(n_heads=heads, head_dim=width) if self.kv_layout == "batch":
+                    found["query columns", heads * width] = None
                 case SoftmaxAttention() | LatentAttention():
                     found["query heads", mixer.n_heads] = None
                 case GatedDeltaNet():
@@ -195,6 +258,39 @@ class Deployment:
     def chips(self) -> int:
         """Chips of the replica: the tensor-parallel degree."""
         return self.slice.n_chips if self.tp is None else self.tp
+
+    @cached_property
+    def axis_split(self) -> AxisSplit | None:
+        """The layout on the axes of the slice's torus; None for ``1d``."""
+        layout = parse_layout(self.layout)
+        if layout.kind == "1d":
+            return None
+        if len(self.slice.domains) > 1:
+            raise InputError(
+                f"layout {layout} on {self.slice.spec}: 2d and gathered layouts are laid on the axes of one torus, and it "
+                "has several levels of links; use 1d"
+            )
+        blocks = [ffn for _, ffn in self.ffns if isinstance(ffn, DenseFFN)]
+        widest = max(blocks, key=lambda ffn: ffn.d_ff, default=None)
+        widths = None
+        if widest is not None:
+            widths = Widths(self.architecture.d_model, widest.d_ff, matrices=3 if widest.gated else 2)
+        return split_axes(self.slice.domains[0], layout, widths, where=self.slice.spec)
+
+    @cached_property
+    def model_chips(self) -> int:
+        """Chips over which d_model is split; 1 unless the layout is two-dimensional."""
+        return 1 if self.axis_split is None else self.axis_split.model.size
+
+    @cached_property
+    def gathered_chips(self) -> int:
+        """Chips that gather each other's weights and split the tokens; 1 unless the layout is gathered."""
+        return 1 if self.axis_split is None else self.axis_split.gathered.size
+
+    @cached_property
+    def column_chips(self) -> int:
+        """Chips over which heads and feed-forward columns are split in a product."""
+        return self.chips // (self.model_chips * self.gathered_chips)
 
     @property
     def max_rows(self) -> int:
@@ -268,9 +364,26 @@ class Deployment:
         return any(chunked for _, chunked in attention_windows(self.architecture))
 
     def kv_heads_per_chip(self, attention: SoftmaxAttention) -> float:
-        """KV heads one chip stores and reads; a fraction under ``kv_layout = "even"``."""
+        """KV heads one chip stores and reads; a fraction where the cache is spread without regard to heads."""
         share = attention.n_kv_heads / self.chips
-        return share if self.kv_layout == "even" else max(1.0, share)
+        if self.kv_layout != "heads":
+            return share
+        return max(1.0 / self.gathered_chips, share)
+
+    def projected_kv_heads(self, attention: SoftmaxAttention) -> float:
+        """KV heads one chip computes the keys and values of, for its tokens."""
+        share = attention.n_kv_heads / self.column_chips
+        spread = self.kv_layout == "even" or (self.kv_layout == "batch" and self.axis_split is None)
+        return share if spread else max(1.0, share)
+
+    @property
+    def gathers_keys(self) -> bool:
+        """Whether a prefill collects keys that other chips hold."""
+        return self.gathered_chips > 1 or (self.kv_layout == "batch" and self.chips > 1)
+
+    def attended_kv_heads(self, attention: SoftmaxAttention) -> float:
+        """KV heads that one chip's queries of a prefill attend to, where it gathers the keys."""
+        return max(1.0, attention.n_kv_heads * self.gathered_chips / self.chips)
 
     def groups_per_chip(self, mamba: Mamba2) -> float:
         """Groups of B and C one chip computes; with more chips than groups each has a copy of one."""
@@ -381,6 +494,8 @@ class Deployment:
         if self.kv_copies > 1:
             what = f"share {min(kv_heads)} KV heads" if kv_heads else "each need the whole latents"
             found.append(f"{self.chips} chips {what}: the KV cache is held {self.kv_copies:g} times")
+        if self.axis_split is not None and str(self.axis_split.layout) != self.layout:
+            found.append(f"layout {self.layout}: laid as {self.axis_split.layout}")
         if self.kv_layout == "even" and self.chips > min(kv_heads, default=1):
             found.append("kv_layout = even: the exchange that an even KV layout needs is not priced")
         return tuple(found)

@@ -55,6 +55,8 @@ class Op:
         launches and other fixed time. [s]
     dtype
         format of its arithmetic; empty if it does none.
+    hides
+        of a collective, the fraction that runs in pieces inside matrix products.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Op:
     roofline_s: Number = 0.0
     overhead_s: Number = 0.0
     dtype: str = ""
+    hides: float = 0.0
 
     @property
     def hbm_bytes(self) -> Number:
@@ -104,6 +107,10 @@ class Matrix:
     form
         ``weights``: the precision's; ``experts``: as well, in routed experts; ``head``: that of embedding and head;
         ``wide``: 16-bit whatever the precision.
+    crossed
+        chips over which the other dimension is split as well (two-dimensional layouts).
+    gathered
+        chips whose shards were put together to make this one (weight-gathered layouts).
     """
 
     n_in: float
@@ -113,6 +120,8 @@ class Matrix:
     copied_bias: float = 0.0
     split_rows: bool = False
     form: Literal["weights", "experts", "head", "wide"] = "weights"
+    crossed: int = 1
+    gathered: int = 1
 
     def quantised(self, p: Precision) -> bool:
         """Whether the matrix is held in the precision's weights."""
@@ -146,8 +155,10 @@ def matmul_op(
     p, e, some = d.precision, d.eff, np.greater(n, 0) * 1.0
     read = some if reads is None else reads
     # Scales may belong to whole columns or blocks that a split cuts: what is over the chip's share is a copy.
-    whole = (m.n_in * d.chips, m.n_out) if m.split_rows else (m.n_in, (m.n_out - m.copied) * d.chips)
-    copied_bytes = _stored(p, m, m.n_in, m.n_out) - _stored(p, m, *whole) / d.chips + m.copied_bias * p.wide_bytes
+    own, ways = m.n_out - m.copied, d.chips / (m.crossed * m.gathered)
+    whole = (m.n_in * ways, own * m.crossed) if m.split_rows else (m.n_in * m.crossed, own * ways)
+    copied_bias = m.bias - (m.bias - m.copied_bias) / m.gathered
+    copied_bytes = _stored(p, m, m.n_in, m.n_out) - _stored(p, m, *whole) / d.chips + copied_bias * p.wide_bytes
     narrow = m.quantised(p)
     dtype = d.compute_dtype if narrow else d.attention_dtype
     flops = n * (2 * count * m.n_in * m.n_out)
@@ -272,7 +283,8 @@ def all_reduce_ops(d: Deployment, name: str, count: int, n: Number) -> list[Op]:
             comm_bytes=count * 2 * size * (1 - 1 / d.chips),
             network_s=time,
             roofline_s=time,
-            overhead_s=np.greater(n, 0) * (count * d.eff.collective_latency_s),
+            # Where tokens are split between the two halves, each is a collective of its own.
+            overhead_s=np.greater(n, 0) * (count * (2 if d.splits_tokens else 1) * d.eff.collective_latency_s),
         )
     ]
 
@@ -299,5 +311,5 @@ def times(n: Number, factor: float) -> Number:
 
 def sum_ops(one: Op, other: Op) -> Op:
     """Add two ops of one name."""
-    kept = {"name", "kind", "dtype"}
+    kept = {"name", "kind", "dtype", "hides"}
     return replace(one, **{f: getattr(one, f) + getattr(other, f) for f in vars(one) if f not in kept})

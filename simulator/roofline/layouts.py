@@ -1,4 +1,8 @@
-"""Communication of a feed-forward layer under the layouts of Pope et al. on a torus of N = X·YZ chips.
+"""How weights lie on the axes of a torus: the layouts of Pope et al., and what a feed-forward layer communicates in each.
+
+A :class:`Layout` is a word, such as ``2d-x``; on a torus it makes an :class:`AxisSplit`, which
+:class:`~simulator.roofline.deployment.Deployment` prices for whole models. The rest is one feed-forward layer on N = X·YZ
+chips, to compare layouts by.
 
 The layer maps tokens of width E over a hidden width F and back. What each chip communicates per forward pass:
 
@@ -20,6 +24,7 @@ collectives on the axes of a real slice, where fewer axes mean less bandwidth, a
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -30,6 +35,129 @@ from simulator.errors import InputError
 from simulator.roofline.collectives import all_gather_s, reduce_scatter_s
 
 Name = Literal["1d-stationary", "2d-stationary", "gathered"]
+
+AXES = "xyzuvw"
+"""Names of a torus's axes, in the order of its shape."""
+
+_LAYOUT = re.compile(r"1d|(2d|gathered)(?:-([a-z]+))?")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the weights of a layer are.
+
+    Attributes
+    ----------
+    kind
+        ``1d``: split over heads and feed-forward columns alone. ``2d``: over d_model too. ``gathered``: stored in shards,
+        gathered over some axes before use, while the tokens are split over those axes and the rest works as in ``1d``.
+    axes
+        axes that d_model is split over, or weights are gathered over; empty: the best ones (:func:`best_axes`).
+    """
+
+    kind: Literal["1d", "2d", "gathered"] = "1d"
+    axes: str = ""
+
+    def __str__(self) -> str:
+        """As :func:`parse_layout` reads it."""
+        return f"{self.kind}-{self.axes}" if self.axes else self.kind
+
+
+def parse_layout(text: str) -> Layout:
+    """Read ``1d``, ``2d``, ``2d-x``, ``gathered-xyz`` …: letters name axes of the slice in the order of its shape.
+
+    >>> parse_layout("2d-xy")
+    Layout(kind='2d', axes='xy')
+
+    Raises
+    ------
+    InputError
+        If the text is anything else.
+    """
+    found = _LAYOUT.fullmatch(text)
+    axes = (found[2] or "") if found else ""
+    if found is None or any(a not in AXES for a in axes) or len(set(axes)) < len(axes):
+        raise InputError(
+            f"layout {text!r}: must be 1d, 2d or gathered, the last two optionally with axes of the torus: 2d-x, "
+            "2d-xy, gathered-xyz; each axis at most once"
+        )
+    kind: Literal["1d", "2d", "gathered"] = "1d" if text == "1d" else "2d" if text.startswith("2d") else "gathered"
+    return Layout(kind, "".join(sorted(axes, key=AXES.index)))
+
+
+@dataclass(frozen=True)
+class AxisSplit:
+    """A layout on a torus: chips along ``model`` split d_model, along ``columns`` heads and d_ff, along ``gathered`` tokens."""
+
+    layout: Layout
+    model: LinkDomain
+    columns: LinkDomain
+    gathered: LinkDomain
+
+
+def split_axes(torus: LinkDomain, layout: Layout, layer: "FeedForward | None" = None, *, where: str) -> AxisSplit:
+    """Lay a layout on the axes of a torus. ``layer`` is what to choose axes by where the layout names none.
+
+    Raises
+    ------
+    InputError
+        If it is no torus, lacks an axis, or none would be left for the columns.
+    """
+    if torus.kind != "torus":
+        raise InputError(
+            f"layout {layout} on {where}: 2d and gathered layouts are laid on the axes of one torus, and its links are "
+            f"{torus.network or torus.kind}; use 1d"
+        )
+    long = "".join(a for a, n in zip(AXES, torus.dims, strict=False) if n > 1)
+    if not layout.axes:
+        layout = Layout(layout.kind, best_axes(torus, layout.kind, layer, where=where))
+    for axis in layout.axes:
+        if axis not in long:
+            raise InputError(
+                f"layout {layout} on {where}: its torus {'x'.join(map(str, torus.dims))} has no axis {axis} longer than "
+                f"one chip; axes: {', '.join(long) or 'none'}"
+            )
+    if layout.kind == "2d" and layout.axes == long:
+        raise InputError(
+            f"layout {layout} on {where}: d_model cannot be split over all axes ({long}); leave one for the columns"
+        )
+    chosen = [AXES.index(a) for a in layout.axes]
+    rest = [i for i, n in enumerate(torus.dims) if n > 1 and i not in chosen]
+    none: list[int] = []
+    over_d, over_g = (chosen, none) if layout.kind == "2d" else (none, chosen)
+    return AxisSplit(layout, _axes(torus, over_d), _axes(torus, rest), _axes(torus, over_g))
+
+
+def best_axes(
+    torus: LinkDomain,
+    kind: str,
+    layer: "FeedForward | None",
+    *,
+    tokens: float = 1e9,
+    weight_bytes: float = 2.0,
+    where: str = "",
+) -> str:
+    """Axes with which ``kind`` exchanges a layer of ``tokens`` fastest, those that divide its widths; by default, of many tokens.
+
+    >>> from simulator.catalog.slices import resolve_slice
+    >>> pod = resolve_slice("tpu-v4:4x4x8").domains[0]
+    >>> best_axes(pod, "2d", FeedForward(8192, 32768)), best_axes(pod, "gathered", FeedForward(8192, 32768))
+    ('x', 'xyz')
+    """
+    times: dict[str, float] = {}
+    for over_g, over_x, over_f in _ways(torus):
+        chosen = over_x if kind == "2d" else over_g
+        if not chosen or (over_x and over_g):
+            continue
+        found = layer and _layer_time(torus, layer, tokens, (over_g, over_x, over_f), weight_bytes, 2.0, 1.0, 0.0)
+        if layer is None or found:
+            times["".join(AXES[i] for i in chosen)] = found.time_s if found else 0.0
+    if not times:
+        raise InputError(
+            f"layout {kind} on {where}: no choice of the axes of {'x'.join(map(str, torus.dims))} leaves one for the columns "
+            f"and divides {f'd_model = {layer.d_model} and d_ff = {layer.d_ff}' if layer else 'the model'}; use 1d"
+        )
+    return min(times, key=lambda axes: (times[axes], len(axes), axes))
 
 
 @dataclass(frozen=True)
@@ -173,34 +301,56 @@ def layer_layouts(
         raise InputError(f"layouts of {slice_.spec}: they are laid on the axes of one torus, and this is none")
     if tokens < 0:
         raise InputError(f"tokens = {tokens}: must not be negative")
-    axes = [i for i, n in enumerate(torus.dims) if n > 1]
-    found = []
-    for over_g, rest in _splits(axes):
-        for over_x, over_f in _splits(rest):
-            if rest and not over_f:
-                continue  # splitting d_model alone needs no second dimension: it is the mirror image of 1D
-            g_domain, x_domain, f_domain = (_axes(torus, chosen) for chosen in (over_g, over_x, over_f))
-            g, x, f = g_domain.size, x_domain.size, f_domain.size
-            if layer.d_model % (x * g) or layer.d_ff % f:
-                continue
-            n = tokens / g
-
-            def both(size: float, domain: LinkDomain) -> float:
-                way = {"link": link, "latency_s": latency_s}
-                return float(all_gather_s(size, [domain], **way)) + float(reduce_scatter_s(size, [domain], **way))
-
-            weights = layer.matrices * layer.d_model * layer.d_ff * weight_bytes / (x * f)
-            weights_s = float(all_gather_s(weights, [g_domain], link=link, latency_s=latency_s))
-            hidden = layer.matrices - 1  # gate and up are summed over x apart, their product gathered once
-            tokens_s = both(n * layer.d_model * activation_bytes / x, f_domain)
-            inner = n * layer.d_ff / f * activation_bytes
-            tokens_s += both(inner, x_domain)
-            tokens_s += (hidden - 1) * float(reduce_scatter_s(inner, [x_domain], link=link, latency_s=latency_s))
-            name: Name = "gathered" if g > 1 else "2d-stationary" if x > 1 else "1d-stationary"
-            found.append(LayoutTime(name, x, g, weights_s, tokens_s))
+    every = (
+        _layer_time(torus, layer, tokens, axes, weight_bytes, activation_bytes, link, latency_s)
+        for axes in _ways(torus)
+    )
+    found = [time for time in every if time is not None]
     if not found:
         raise InputError(f"no axis of {slice_.spec} divides d_model = {layer.d_model} and d_ff = {layer.d_ff}")
     return sorted(found, key=lambda t: (t.time_s, t.gathered, t.x))
+
+
+_Ways = tuple[list[int], list[int], list[int]]
+"""Axes that weights are gathered over, that split d_model, and that split d_ff."""
+
+
+def _layer_time(
+    torus: LinkDomain,
+    layer: FeedForward,
+    tokens: float,
+    axes: _Ways,
+    weight_bytes: float,
+    activation_bytes: float,
+    link: float,
+    latency_s: float,
+) -> LayoutTime | None:
+    """Collectives of a layer, its axes used so; None if a split does not divide it."""
+    g_domain, x_domain, f_domain = (_axes(torus, chosen) for chosen in axes)
+    g, x, f = g_domain.size, x_domain.size, f_domain.size
+    if layer.d_model % (x * g) or layer.d_ff % f:
+        return None
+    n, way = tokens / g, {"link": link, "latency_s": latency_s}
+
+    def both(size: float, domain: LinkDomain) -> float:
+        return float(all_gather_s(size, [domain], **way)) + float(reduce_scatter_s(size, [domain], **way))
+
+    weights = layer.matrices * layer.d_model * layer.d_ff * weight_bytes / (x * f)
+    weights_s = float(all_gather_s(weights, [g_domain], **way))
+    # Gate and up are summed over x apart, their product is gathered once.
+    inner = n * layer.d_ff / f * activation_bytes
+    tokens_s = both(n * layer.d_model * activation_bytes / x, f_domain) + both(inner, x_domain)
+    tokens_s += (layer.matrices - 2) * float(reduce_scatter_s(inner, [x_domain], **way))
+    name: Name = "gathered" if g > 1 else "2d-stationary" if x > 1 else "1d-stationary"
+    return LayoutTime(name, x, g, weights_s, tokens_s)
+
+
+def _ways(torus: LinkDomain) -> Iterator[_Ways]:
+    """Every way to use the axes of a torus."""
+    for over_g, rest in _splits([i for i, n in enumerate(torus.dims) if n > 1]):
+        for over_x, over_f in _splits(rest):
+            if over_f or not rest:  # splitting d_model alone needs no second dimension: it is the mirror image of 1D
+                yield over_g, over_x, over_f
 
 
 def _splits(axes: list[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -208,6 +358,11 @@ def _splits(axes: list[int]) -> Iterator[tuple[list[int], list[int]]]:
     for k in range(len(axes) + 1):
         for chosen in combinations(axes, k):
             yield list(chosen), [a for a in axes if a not in chosen]
+
+
+def single_axes(torus: LinkDomain) -> list[LinkDomain]:
+    """Each axis longer than one chip, on its own."""
+    return [_axes(torus, [i]) for i, n in enumerate(torus.dims) if n > 1]
 
 
 def _axes(torus: LinkDomain, chosen: list[int]) -> LinkDomain:

@@ -73,9 +73,9 @@ def weights_bytes(d: Deployment) -> float:
             total += p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
         total += arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
     for count, mixer in d.mixers:
-        total += count * sum(matrix_bytes(p, m) for m in mixer_matrices(d, mixer).values())
+        total += count * sum(matrix_bytes(p, m) / m.gathered for m in mixer_matrices(d, mixer).values())
     for count, ffn in d.ffns:
-        total += count * sum(each * matrix_bytes(p, m) for each, m in ffn_matrices(d, ffn).values())
+        total += count * sum(each * matrix_bytes(p, m) / m.gathered for each, m in ffn_matrices(d, ffn).values())
     return total
 
 

@@ -25,6 +25,7 @@ from simulator.roofline.blocks import (
 )
 from simulator.roofline.collectives import all_gather_s
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.exchange import keys_gather_ops, layer_exchange_ops, sequence_exchange_ops
 from simulator.roofline.kernels import Kind, Matrix, Number, Op, all_reduce_ops, matmul_op, memory_op, sum_ops, times
 from simulator.roofline.step_cost import window_keys, window_pairs
 
@@ -136,7 +137,7 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
         ops += mixer_ops(d, count, mixer, n)
     for count, ffn in d.ffns:
         ops += ffn_ops(d, count, ffn, n)
-    ops += all_reduce_ops(d, "all-reduce, layers", d.reductions, n)
+    ops += layer_exchange_ops(d, n)
     ops.append(Op("step overhead", "overhead", overhead_s=some * e.step_overhead_s))
     return ops
 
@@ -182,14 +183,16 @@ def head_ops(d: Deployment, R: Number) -> list[Op]:
 
 def decode_attention_ops(d: Deployment, B: Number, S: Number, SW: Number = 0.0) -> list[Op]:
     """Mixing of ``B`` decoding sequences over ``S`` keys in all, ``SW`` in windowed layers; none for B = 0."""
-    return [op for count, mixer in d.mixers for op in decode_ops(d, count, mixer, B, S, SW)]
+    ops = [op for count, mixer in d.mixers for op in decode_ops(d, count, mixer, B, S, SW)]
+    return [*ops, *sequence_exchange_ops(d, B)]
 
 
 def prefill_attention_ops(
     d: Deployment, P: Number, A: Number, K: Number, AW: Number = 0.0, KW: Number = 0.0
 ) -> list[Op]:
     """Mixing of ``P`` prefill chunks: ``A`` (query, key) pairs, ``K`` keys read, ``AW`` and ``KW`` in windowed layers."""
-    return [op for count, mixer in d.mixers for op in prefill_ops(d, count, mixer, P, A, K, AW, KW)]
+    ops = [op for count, mixer in d.mixers for op in prefill_ops(d, count, mixer, P, A, K, AW, KW)]
+    return [*ops, *keys_gather_ops(d, P, K, KW)]
 
 
 def context_attention_ops(d: Deployment, past: Number) -> list[Op]:

@@ -276,7 +276,7 @@ def sharded_report(
         tokens = decode / d.sharding.dp
     times = {shape: _stages_s(d, shape) for shape in dict.fromkeys(shapes)}
     table = [times[shape] for shape in shapes]
-    sends = _sends_s(d, max(shape.n for shape in shapes))
+    sends = sends_s(d, max(shape.n for shape in shapes))
     slowest_s = max(sum(column) for column in zip(*table, strict=True))
     # Rounds of decodes follow each other: a micro-batch's next token waits for its last one, and for the slowest stage.
     time_s = flow_s(table, sends) if prefill is not None else max(sum(table[0]) + sum(sends), slowest_s)
@@ -365,7 +365,7 @@ def _part(shape: StepShape, cp: int) -> StepShape:
     return replace(shape, n=-(-int(shape.n) // cp), A=shape.A / cp, AW=shape.AW / cp)
 
 
-def _sends_s(d: ShardedDeployment, n: float) -> list[float]:
+def sends_s(d: ShardedDeployment, n: float) -> list[float]:
     """Time to hand ``n`` tokens on at each boundary between stages. [s]
 
     Every tensor-parallel chip sends its share to its peer; where chips keep whole rows they gather them afterwards.

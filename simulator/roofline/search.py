@@ -1,24 +1,42 @@
-"""Every legal way to lay a model on a slice, priced and ranked: ``--shard auto``."""
+"""Every legal way to lay a model on a slice, priced and ranked: ``--shard auto``.
+
+On a torus each tensor-parallel group is tried in every layout of its weights (:mod:`simulator.roofline.layouts`), the axes of
+each chosen for the step's tokens by the exchanges of a feed-forward layer; and where a decode would copy KV heads, with
+attention spread over sequences too.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from simulator.catalog.architecture import Architecture, MoEFFN
+from simulator.catalog.architecture import Architecture, DenseFFN, MoEFFN, SoftmaxAttention
 from simulator.catalog.slices import Slice
 from simulator.errors import InfeasibleError, InputError
+from simulator.roofline.layouts import FeedForward, best_axes
 from simulator.roofline.pipeline import ShardedDeployment, ShardedReport, shard, sharded_report
-from simulator.roofline.sharding import Sharding
+from simulator.roofline.sharding import Sharding, link_domains
 
 Objective = Literal["latency", "throughput"]
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One sharding: its report, or why it has none."""
+    """One sharding in one layout: its report, or why it has none."""
 
     sharding: Sharding
     report: ShardedReport | None = None
     reason: str = ""
+    layout: str = "1d"
+    kv_layout: str = "heads"
+
+    @property
+    def name(self) -> str:
+        """In words: the sharding, and what is unusual about its layout.
+
+        >>> Tried(Sharding(tp=64), layout="2d-x", kv_layout="batch").name
+        'tp64 2d-x, attention over sequences'
+        """
+        words = str(self.sharding) + (f" {self.layout}" if self.layout != "1d" else "")
+        return words + (", attention over sequences" if self.kv_layout == "batch" else "")
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class Search:
         """
         report = self.tried[0].report
         if report is None:
-            reasons = "; ".join(f"{t.sharding}: {t.reason}" for t in self.tried)
+            reasons = "; ".join(f"{t.name}: {t.reason}" for t in self.tried)
             raise InfeasibleError(f"no sharding does it: {reasons}")
         return report
 
@@ -86,7 +104,7 @@ def search(
     ranks by the time of the prompt or per output token; ``throughput`` by tokens per second and chip, all replicas and
     stages kept busy. A fixed batch ranks both ways alike; ``throughput`` with neither ``prefill`` nor ``decode`` gives
     each sharding the largest decode batch at ``context`` that its memory and ``max_num_seqs`` per replica allow. Ties go to
-    fewer stages, then fewer replicas.
+    fewer stages, then fewer replicas. ``settings`` that say ``layout`` or ``kv_layout`` leave no choice of them.
 
     Raises
     ------
@@ -101,18 +119,58 @@ def search(
     tried = []
     moe = any(isinstance(group.ffn, MoEFFN) for group in architecture.layers)
     for sharding in shardings(slice_.n_chips, experts=moe, prompts=prefill is not None):
-        try:
-            d = shard(architecture, slice_, sharding, **settings)
-        except InputError as error:
-            tried.append(Tried(sharding, reason=str(error)))
-            continue
-        batch = largest_batch(d, context or 1) if fill else decode
-        reason = _too_small(d, prefill, batch, context)
-        if reason:
-            tried.append(Tried(sharding, reason=reason))
-        else:
-            tried.append(Tried(sharding, sharded_report(d, prefill=prefill, decode=batch, context=context)))
+        tokens = prefill or -(-(decode or settings.get("max_num_seqs", 256)) // (sharding.dp * sharding.pp))
+        for how in _layouts(architecture, slice_, sharding, tokens, settings, decodes=prefill is None):
+            label = {"layout": how.get("layout", "1d"), "kv_layout": how.get("kv_layout", "heads")}
+            try:
+                d = shard(architecture, slice_, sharding, **how)
+            except InputError as error:
+                tried.append(Tried(sharding, reason=str(error), **label))
+                continue
+            batch = largest_batch(d, context or 1) if fill else decode
+            reason = _too_small(d, prefill, batch, context)
+            found = None if reason else sharded_report(d, prefill=prefill, decode=batch, context=context)
+            tried.append(Tried(sharding, found, reason, **label))
+            if not d.memory.fits:  # layouts differ in where weights are, not in how much of them a chip holds
+                break
     return Search(objective, tuple(sorted(tried, key=lambda t: _rank(t, objective))))
+
+
+def _layouts(
+    architecture: Architecture,
+    slice_: Slice,
+    sharding: Sharding,
+    tokens: int,
+    settings: dict[str, Any],
+    *,
+    decodes: bool,
+) -> list[dict[str, Any]]:
+    """``settings`` with every layout worth trying: on a torus one of each kind, with either place for the keys of a decode."""
+    found = [settings]
+    if sharding.tp == 1 or sharding.cp > 1 or slice_.domains[0].kind != "torus":
+        return found
+    dense = [g.ffn for g in architecture.layers if isinstance(g.ffn, DenseFFN)]
+    softmax = [g.mixer for g in architecture.layers if isinstance(g.mixer, SoftmaxAttention)]
+    if not dense or min(len(dense), len(softmax)) < len(architecture.layers):
+        return found
+    if "layout" not in settings:
+        try:
+            inner = link_domains(slice_, sharding).tp
+        except InputError:  # no such groups: the sharding is refused with this reason
+            return found
+        widest = max(dense, key=lambda ffn: ffn.d_ff)
+        widths = FeedForward(architecture.d_model, widest.d_ff, matrices=3 if widest.gated else 2)
+        for kind in ("2d", "gathered") if len(inner) == 1 else ():
+            try:
+                axes = best_axes(inner[0], kind, widths, tokens=tokens)
+            except InputError:  # a line of chips has no second dimension
+                continue
+            found.append(settings | {"layout": f"{kind}-{axes}"})
+    copies = any(a.n_kv_heads < sharding.tp for a in softmax)
+    if "kv_layout" not in settings and decodes and copies:
+        stationary = [how for how in found if not str(how.get("layout", "1d")).startswith("gathered")]
+        found += [how | {"kv_layout": "batch"} for how in stationary]
+    return found
 
 
 def largest_batch(d: ShardedDeployment, context: int) -> int:

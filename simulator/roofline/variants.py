@@ -107,7 +107,12 @@ def textbook(d: Deployment) -> Deployment:
     """
     free = LinkDomain("switched", (d.slice.n_chips,), (False,), math.inf, 0.0, "free links")
     return replace(
-        d, slice=replace(d.slice, domains=(free,)), efficiency=IDEAL, activation_traffic=False, kv_layout="even"
+        d,
+        slice=replace(d.slice, domains=(free,)),
+        efficiency=IDEAL,
+        activation_traffic=False,
+        kv_layout="even",
+        layout="1d",
     )
 
 

@@ -63,9 +63,13 @@ def total_work(outcome: Outcome, cost: StepCost) -> Work:
 
 
 def useful_pairs(outcome: Outcome, cost: StepCost) -> tuple[int, int]:
-    """(Query, key) pairs the finished requests need when every token is computed once; the same through the window."""
+    """(Query, key) pairs the finished requests need when every token is computed once; the same through the window.
+
+    Reused tokens are taken to be the first of each request. That fails only where a prefix cache had more for a request's second
+    admission than it had computed before its preemption; its pairs are then a little too many.
+    """
     done = outcome.column("status") == FINISHED
-    cached = outcome.requests.cached_tokens[done]
+    cached = outcome.column("reused_tokens")[done]
     computed = outcome.requests.prompt_tokens[done] + outcome.requests.output_tokens[done] - 1
 
     def windowed(context: NDArray[np.int64]) -> int:
@@ -89,6 +93,19 @@ def utilisation(outcome: Outcome, cost: StepCost, work: Work) -> Utilisation:
         recomputed_flops=work.recomputed_flops,
         hbm_bytes=work.hbm_bytes,
     )
+
+
+def saved_chip_seconds(outcome: Outcome, cost: StepCost, budget: int) -> float:
+    """What computing the prefix cache's hits would have taken in full steps. [chip-s]
+
+    A lower bound: ``budget`` tokens per step is the cheapest way to compute a token, and the largest plane of sums is at most the
+    sum of the largest planes (rule C9). Windowed layers are left out.
+    """
+    tokens, pairs = outcome.total("cache_hit_tokens"), outcome.total("cache_hit_pairs")
+    dense_s = tokens * float(cost.dense_s[budget]) / budget
+    planes = cost.prefill_planes
+    attention_s = float((planes[:, 0] * pairs + planes[:, 1] * tokens).max())
+    return cost.chips * (dense_s + attention_s)
 
 
 def ideal_chip_seconds(

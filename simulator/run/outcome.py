@@ -114,6 +114,7 @@ def split(requests: Requests, replicas: int) -> list[Requests]:
             cached_tokens=requests.cached_tokens[r::replicas],
             max_tokens=requests.max_tokens[r::replicas],
             concurrency=len(range(r, requests.concurrency, replicas)),
+            hashes=None if requests.hashes is None else requests.hashes.rows(slice(r, None, replicas)),
         )
         for r in range(replicas)
     ]
@@ -143,7 +144,7 @@ def requests_table(outcome: Outcome) -> Table:
         "tpot_s": tpot,
         "e2e_s": e2e,
         "prompt_tokens": requests.prompt_tokens,
-        "cached_tokens": requests.cached_tokens,
+        "cached_tokens": outcome.column("reused_tokens"),
         "output_tokens": requests.output_tokens,
         "preemptions": outcome.column("preemptions"),
         "chip_s_busy": outcome.column("busy_s") * chips,
@@ -235,7 +236,7 @@ def check_conservation(outcome: Outcome, cost: StepCost) -> None:
 
 def _check_tokens(outcome: Outcome, done: NDArray[np.bool_]) -> None:
     requests = outcome.requests
-    computed = requests.prompt_tokens - requests.cached_tokens + requests.output_tokens - 1
+    computed = requests.prompt_tokens - outcome.column("reused_tokens") + requests.output_tokens - 1
     wanted = int(computed[done].sum()) + int(outcome.total("recomputed_tokens"))
     found = int(outcome.total("dense_tokens"))
     if wanted != found:

@@ -59,6 +59,10 @@ def resolve(scenario: Scenario) -> Resolved:
         overlap=scenario.sharding.overlap,
         kv_layout=scenario.sharding.kv_layout,
         sequence_parallel=scenario.sharding.sequence_parallel,
+        layout=scenario.sharding.layout,
+        looped_exchange=scenario.sharding.looped_exchange,
+        expert_imbalance=scenario.deployment.expert_imbalance,
+        dequantization_flops=scenario.deployment.dequantization_flops,
     )
     override = engine.num_gpu_blocks_override
     # vLLM's count includes the null block, which no request gets.
@@ -71,6 +75,8 @@ def resolve(scenario: Scenario) -> Resolved:
         num_kv_blocks=blocks,
         max_model_len=length or 0,
         scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
+        prefix_cache=engine.prefix_cache,
+        cache_outputs=engine.cache_outputs,
     )
     return Resolved(
         scenario=scenario,

@@ -17,7 +17,7 @@ from simulator.catalog.files import data_folder, find, names_in, parse, read_tom
 from simulator.catalog.records import Record
 from simulator.engine.records import EngineSettings
 from simulator.errors import InputError
-from simulator.roofline.deployment import WORKSPACE_BYTES
+from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
 from simulator.traffic import TrafficSpec
 
@@ -34,8 +34,21 @@ class ShardingOptions(Record):
     """Fraction of the collectives that may hide behind matrix products."""
     kv_layout: Literal["heads", "even"] = "heads"
     """``even`` spreads the KV cache without regard to heads (its exchange is not priced)."""
+    layout: str = "1d"
+    """Where weights are on a torus: ``1d``, ``2d``, ``gathered``, or with axes, ``2d-x``."""
+    looped_exchange: bool = False
+    """Whether a ``2d`` layout exchanges in pieces inside its products."""
     sequence_parallel: bool | None = None
     """Norms and residuals split over tokens; None: on a torus."""
+
+
+class DeploymentOptions(Record):
+    """``[deployment]``: what the datasheet and the sharding leave open about a step's cost."""
+
+    expert_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Busiest against mean time of routed experts."""
+    dequantization_flops: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEQUANTIZATION_FLOPS
+    """Unpacking one weight held narrower than its products, in FLOPs of the matrix units. [FLOP]"""
 
 
 class EngineOptions(Record):
@@ -48,6 +61,10 @@ class EngineOptions(Record):
     max_model_len: Annotated[int, Field(ge=0)] | None = None
     """Longest prompt + output; 0: bounded by the KV cache alone; None: the model's context length, if known."""
     scheduler_reserve_full_isl: bool = EngineSettings.scheduler_reserve_full_isl
+    prefix_cache: Literal["off", "blocks"] = "off"
+    """``blocks``: vLLM's cache of hashed blocks, over the hashes that the traffic states."""
+    cache_outputs: bool = EngineSettings.cache_outputs
+    """Whether the prefix cache keeps blocks with output tokens."""
     num_gpu_blocks_override: Annotated[int, Field(ge=2)] | None = None
     """KV blocks, the null block included, instead of what fits in memory. Memory is then not checked."""
     workspace_bytes: Annotated[float, Field(ge=0)] = WORKSPACE_BYTES
@@ -104,6 +121,7 @@ class Scenario(Record):
     replicas: PositiveInt = 1
     router: Literal["round-robin"] = "round-robin"
     sharding: ShardingOptions = ShardingOptions()
+    deployment: DeploymentOptions = DeploymentOptions()
     engine: EngineOptions = EngineOptions()
     efficiency: Annotated[EfficiencyOptions, BeforeValidator(_base_from_word)] = EfficiencyOptions()
     traffic: TrafficSpec

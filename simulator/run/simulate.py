@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from simulator import __version__
+from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.records import FINISHED, EngineResult, Requests
 from simulator.errors import InfeasibleError, InputError
 from simulator.results.store import Result
@@ -136,7 +137,10 @@ def _run_once(
         at_once = outcome
     else:
         at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers)
-    about = facts(resolved, seed=seed, traffic=_source(stream, scenario), notes=stream.notes)
+    notes = stream.notes
+    if stream.blocks is not None and scenario.engine.prefix_cache == "off":
+        notes += ('the traffic says which prompts share a prefix; engine.prefix_cache = "off" makes no use of it',)
+    about = facts(resolved, seed=seed, traffic=_source(stream, scenario), notes=notes)
     return (*summarise(outcome, at_once, about), outcome)
 
 
@@ -159,6 +163,7 @@ def as_requests(stream: Stream) -> Requests:
         cached_tokens=stream.cached_tokens,
         max_tokens=stream.max_tokens,
         concurrency=stream.concurrency,
+        hashes=None if stream.blocks is None else BlockHashes(**vars(stream.blocks)),
     )
 
 
@@ -221,6 +226,7 @@ _SECTIONS = (
     "throughput",
     "occupancy",
     "utilisation",
+    "prefix_cache",
     "chip_seconds_per_query",
     "prices",
     "energy",

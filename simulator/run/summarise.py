@@ -19,6 +19,7 @@ from simulator.results.summary import (
     Ledger,
     Load,
     Occupancy,
+    PrefixCache,
     Prices,
     Slo,
     Status,
@@ -29,7 +30,7 @@ from simulator.results.summary import (
 from simulator.results.summary import Requests as RequestCounts
 from simulator.results.tables import Table
 from simulator.roofline.step_cost import StepCost
-from simulator.run.consumption import Work, ideal_chip_seconds, total_work, utilisation
+from simulator.run.consumption import Work, ideal_chip_seconds, saved_chip_seconds, total_work, utilisation
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
 from simulator.run.outcome import (
     Outcome,
@@ -125,6 +126,7 @@ def summarise(outcome: Outcome, at_once: Outcome, facts: Facts) -> tuple[Summary
         throughput=_throughput(outcome, table, measured, finished),
         occupancy=_occupancy(outcome, measured, facts.settings),
         utilisation=used,
+        prefix_cache=_prefix_cache(outcome, facts),
         chip_seconds_per_query=chip_seconds,
         prices=_prices(outcome, table, finished, facts),
         energy=energy,
@@ -272,12 +274,29 @@ def _occupancy(outcome: Outcome, measured: Measured, settings: EngineSettings) -
     )
 
 
+def _prefix_cache(outcome: Outcome, facts: Facts) -> PrefixCache | None:
+    if facts.settings.prefix_cache == "off":
+        return None
+    queried, hit = int(outcome.total("cache_queried_tokens")), int(outcome.total("cache_hit_tokens"))
+    saved = saved_chip_seconds(outcome, facts.cost, facts.settings.max_num_batched_tokens)
+    busy = outcome.busy_s * outcome.chips_per_replica
+    return PrefixCache(
+        kind=facts.settings.prefix_cache,
+        queried_tokens=queried,
+        hit_tokens=hit,
+        hit_fraction=hit / queried,
+        evicted_blocks=int(outcome.total("evicted_blocks")),
+        saved_chip_s=saved,
+        saved_share_of_busy=saved / busy,
+    )
+
+
 def _chip_seconds(outcome: Outcome, table: Table, finished: NDArray[np.bool_], facts: Facts) -> ChipSeconds:
     queries = int(finished.sum())
     requests = outcome.requests
     ideal = ideal_chip_seconds(
         requests.prompt_tokens[finished],
-        requests.cached_tokens[finished],
+        table["cached_tokens"][finished],
         requests.output_tokens[finished],
         cost=facts.ideal_cost,
         settings=facts.settings,

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError, nearest
+from simulator.traffic.hash_ids import HASH_BLOCK_TOKENS, read_block_ids
 from simulator.traffic.sources import Source, open_source
-from simulator.traffic.stream import first_fault, order_check, row_checks
+from simulator.traffic.stream import BlockIds, first_fault, order_check, row_checks
 
 FormatName = Literal["azure", "mooncake", "vidur", "plain"]
 Quantity = Literal["arrival_s", "prompt_tokens", "output_tokens", "cached_tokens", "max_tokens"]
@@ -45,6 +46,8 @@ class Format:
     required: tuple[Quantity, ...]
     per_second: float = 1.0
     left_out: dict[str, str] = field(default_factory=dict)
+    hash_ids: tuple[str, ...] = ()
+    """Header names of a list of block ids per row."""
 
 
 #: Formats with names of their own come first; ``plain`` takes whatever they leave.
@@ -65,7 +68,7 @@ FORMATS: dict[FormatName, Format] = {
         },
         ("arrival_s", "prompt_tokens", "output_tokens"),
         per_second=1000.0,
-        left_out={"hash_ids": "hash_ids (which prompts share a prefix) are not read: no token counts as cached"},
+        hash_ids=("hash_ids",),
     ),
     "vidur": Format(
         {
@@ -100,6 +103,7 @@ FORMATS: dict[FormatName, Format] = {
             "max_tokens": ("max_tokens",),
         },
         ("prompt_tokens", "output_tokens"),
+        hash_ids=("hash_ids",),
         left_out={
             "prefix_hit_tokens_upper_bound": "prefix_hit_tokens_upper_bound is not read: it is what an infinite cache "
             "would hit, not what was cached"
@@ -128,6 +132,8 @@ class Trace:
         rows left out because ``drop_invalid`` was set.
     notes
         what a reader of the results should know.
+    blocks
+        which prompts share a prefix, or None if the file does not say.
     """
 
     file: str
@@ -140,13 +146,20 @@ class Trace:
     max_tokens: NDArray[np.int64] | None = None
     n_dropped: int = 0
     notes: tuple[str, ...] = ()
+    blocks: BlockIds | None = None
 
     def __len__(self) -> int:
         """Return the number of requests."""
         return len(self.prompt_tokens)
 
 
-def read_trace(file: Path, *, format_name: FormatName | None = None, drop_invalid: bool = False) -> Trace:
+def read_trace(
+    file: Path,
+    *,
+    format_name: FormatName | None = None,
+    drop_invalid: bool = False,
+    hash_block_tokens: int = HASH_BLOCK_TOKENS,
+) -> Trace:
     """Read a trace: CSV, JSON lines (both also gzipped) or Parquet.
 
     Parameters
@@ -158,6 +171,8 @@ def read_trace(file: Path, *, format_name: FormatName | None = None, drop_invali
     drop_invalid
         leave out rows with a missing, negative, fractional or zero number and count them, where otherwise the first
         of them is an error. Times out of order are an error in either case.
+    hash_block_tokens
+        tokens per entry of ``hash_ids``, if there is such a column.
 
     Raises
     ------
@@ -173,7 +188,8 @@ def read_trace(file: Path, *, format_name: FormatName | None = None, drop_invali
     n_read = len(values["prompt_tokens"])
     if n_read == 0:
         raise InputError(f"{file}: has columns, but no rows")
-    notes = [text for column, text in FORMATS[name].left_out.items() if column in map(_plain_name, header)]
+    plain = [_plain_name(column) for column in header]
+    notes = [text for column, text in FORMATS[name].left_out.items() if column in plain]
     rows = np.arange(n_read)
     if drop_invalid:
         rows = np.flatnonzero(~np.any([bad for _, bad, _ in _checks(values)], axis=0))
@@ -196,6 +212,12 @@ def read_trace(file: Path, *, format_name: FormatName | None = None, drop_invali
         values["arrival_s"] = values["arrival_s"] - values["arrival_s"][0]
         notes.append("times count from the first row")
 
+    found = next((plain.index(n) for n in FORMATS[name].hash_ids if n in plain), None)
+    blocks = None
+    if found is not None:
+        prompt = values["prompt_tokens"].astype(np.int64)
+        blocks = read_block_ids(source, found, rows, prompt, hash_block_tokens)
+
     def whole(quantity: Quantity) -> NDArray[np.int64] | None:
         return values[quantity].astype(np.int64) if quantity in values else None
 
@@ -210,6 +232,7 @@ def read_trace(file: Path, *, format_name: FormatName | None = None, drop_invali
         max_tokens=whole("max_tokens"),
         n_dropped=n_read - len(rows),
         notes=tuple(notes),
+        blocks=blocks,
     )
 
 

@@ -11,9 +11,10 @@ from simulator.catalog.files import data_folder, find, parse, read_toml
 from simulator.catalog.records import Record
 from simulator.errors import InputError
 from simulator.traffic.arrivals import Arrival, Closed, Constant, Gamma, Poisson, TraceTimes, times_within_s
+from simulator.traffic.hash_ids import HASH_BLOCK_TOKENS
 from simulator.traffic.lengths import Fraction, Length, LengthTable, Tokens
 from simulator.traffic.readers import FormatName, Trace, read_trace
-from simulator.traffic.stream import Stream
+from simulator.traffic.stream import BlockIds, Stream
 
 MAX_REQUESTS = 100_000_000
 """Longest stream built: 4 GB of columns."""
@@ -25,6 +26,8 @@ class TraceFile(Record):
     file: str
     format: FormatName | None = None
     drop_invalid: bool = False
+    hash_block_tokens: Annotated[int, Field(ge=1)] = HASH_BLOCK_TOKENS
+    """Tokens per entry of the file's ``hash_ids``."""
 
 
 class Traffic(Record):
@@ -192,9 +195,13 @@ def build_stream(spec: TrafficSpec, seed: int, *, base_folder: Path) -> Stream:
     """
     plain = resolve(spec, base_folder=base_folder)
     notes: list[str] = []
+    blocks: BlockIds | None = None
     if plain.trace is not None:
         trace = read_trace(
-            base_folder / plain.trace.file, format_name=plain.trace.format, drop_invalid=plain.trace.drop_invalid
+            base_folder / plain.trace.file,
+            format_name=plain.trace.format,
+            drop_invalid=plain.trace.drop_invalid,
+            hash_block_tokens=plain.trace.hash_block_tokens,
         )
         notes += trace.notes
         arrival, arrival_s = _trace_arrivals(plain, trace, seed)
@@ -202,6 +209,7 @@ def build_stream(spec: TrafficSpec, seed: int, *, base_folder: Path) -> Stream:
         prompt, output = trace.prompt_tokens[:n], trace.output_tokens[:n]
         cached = trace.cached_tokens[:n] if trace.cached_tokens is not None else np.zeros(n, dtype=np.int64)
         limit = trace.max_tokens[:n] if trace.max_tokens is not None else output
+        blocks = trace.blocks.first(n) if trace.blocks is not None else None
         columns = ", ".join(trace.columns.values())
         source = f"trace {plain.trace.file} ({trace.format}: {columns})"
     else:
@@ -240,6 +248,7 @@ def build_stream(spec: TrafficSpec, seed: int, *, base_folder: Path) -> Stream:
         kind=arrival.process,
         source=f"{source}; arrivals: {_in_words(arrival)}",
         notes=tuple(notes),
+        blocks=blocks,
     )
 
 

@@ -66,6 +66,35 @@ def _whole(values: Numbers, lowest: int) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
+class BlockIds:
+    """Which blocks of tokens of a stream's requests are alike: compressed rows of ids.
+
+    An id stands for its block *and everything before it*: equal ids at one place mean equal prefixes up to there.
+
+    Attributes
+    ----------
+    ids
+        [m] not negative; row i is ``ids[offsets[i] : offsets[i + 1]]``, from the first block of the prompt on.
+    offsets
+        [n + 1] from 0 to m.
+    block_tokens
+        tokens per id.
+    covers_output
+        whether rows go on with the blocks that the output fills.
+    """
+
+    ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    block_tokens: int
+    covers_output: bool
+
+    def first(self, n: int) -> "BlockIds":
+        """The first ``n`` rows."""
+        offsets = self.offsets[: n + 1]
+        return BlockIds(self.ids[: int(offsets[-1])], offsets, self.block_tokens, self.covers_output)
+
+
+@dataclass(frozen=True)
 class Stream:
     """Requests in arrival order, one row each, before an engine sees them.
 
@@ -89,6 +118,8 @@ class Stream:
         where lengths and arrivals come from, in words.
     notes
         what a reader of the results should know: columns left aside, rows dropped, outputs cut.
+    blocks
+        which prompts share a prefix; None: not known.
     """
 
     arrival_s: NDArray[np.float64]
@@ -100,6 +131,7 @@ class Stream:
     kind: str = ""
     source: str = ""
     notes: tuple[str, ...] = ()
+    blocks: BlockIds | None = None
 
     def __post_init__(self) -> None:
         """Check lengths, types, ranges and order; the message names the first bad row."""
@@ -111,6 +143,8 @@ class Stream:
                 raise InputError(
                     f"stream.{name} is {column.dtype}{list(column.shape)}; must be {np.dtype(wanted)}[{n}], one row per request"
                 )
+        if self.blocks is not None and len(self.blocks.offsets) != n + 1:
+            raise InputError(f"stream.blocks has {len(self.blocks.offsets) - 1} rows; must be {n}, one per request")
         if self.concurrency < 0:
             raise InputError(f"stream.concurrency = {self.concurrency}: must be 0 (open loop) or positive")
         checks = row_checks(

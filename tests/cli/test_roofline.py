@@ -139,3 +139,67 @@ def test_heavy_packages_stay_unimported_without_a_plot():
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_layouts_of_a_torus():
+    plain = json.loads(run(*DECODE, "--json").stdout)
+    two = json.loads(run(*DECODE, "--layout", "2d", "--json").stdout)
+    names = {row["op"] for row in two["ops_per_chip"]}
+    assert {"gather, scatter d_model", "gather, scatter columns", "all-reduce, norms"} <= names
+    assert two["layout"] == {"asked": "2d", "laid": "2d-x", "d_model_chips": 4, "column_chips": 4, "gathered_chips": 1}
+    assert plain["layout"]["laid"] == "1d"
+    looped = json.loads(run(*DECODE, "--layout", "2d", "--looped-exchange", "--json").stdout)
+    assert looped["step_time_s"] != two["step_time_s"]
+    sharded = run(*DECODE, "--shard", "tp16", "--layout", "gathered-x")
+    assert "gathered-x: d_model over 1 chip(s), columns over 4, weights gathered over 4" in sharded.output
+
+
+def test_auto_says_which_layouts_it_tried():
+    found = json.loads(run(*DECODE, "--shard", "auto", "--json").stdout)
+    tried = {(t["sharding"], t["layout"], t["kv_layout"]) for t in found["tried"]}
+    assert {("tp16", "1d", "heads"), ("tp16", "1d", "batch"), ("tp16", "2d-x", "heads")} <= tried
+    assert found["best"]["layout"] in {"1d", "2d-x"}
+    with pytest.raises(InputError, match="axes of one torus"):
+        CliRunner().invoke(cli, ["roofline", *PREFILL, "--layout", "2d"], catch_exceptions=False, standalone_mode=False)
+
+
+def test_prediction_modules_of_a_step():
+    ask = [
+        "--model",
+        "deepseek-v3",
+        "--slice",
+        "h200-sxm:8",
+        "--precision",
+        "fp8g128",
+        "--decode",
+        "16",
+        "--context",
+        "4096",
+    ]
+    document = json.loads(run(*ask, "--mtp", "2", "--json").stdout)
+    assert document["mtp"]["step_with_mtp_s"] == document["step_time_s"] + 2 * document["mtp"]["run_s"]
+    output = run(*ask, "--mtp", "2").output
+    assert "checking them left out" in output
+    with pytest.raises(InputError, match="no multi-token-prediction modules"):
+        CliRunner().invoke(cli, ["roofline", *DECODE, "--mtp", "1"], catch_exceptions=False, standalone_mode=False)
+
+
+def test_cost_settings_of_roofline_pareto_and_fit():
+    def step(*more):
+        mixtral = ["--model", "mixtral-8x7b", "--slice", "h100-sxm:4", "--precision", "w4a16", "--decode", "8"]
+        return json.loads(run(*mixtral, "--context", "4096", *more, "--json").stdout)["step_time_s"]
+
+    plain = step()
+    assert step("--expert-imbalance", "1.5") > plain
+    assert step("--dequantization-flops", "1000") > plain
+    assert step("--overlap", "1") < plain
+    for command in ("pareto", "fit"):
+        place = ["--slice", "h100-sxm:4"] if command == "pareto" else ["--chips", "h100-sxm"]
+        ask = [command, "--model", "mixtral-8x7b", *place, "--json"]
+        rates = [
+            CliRunner().invoke(cli, [*ask, *more]).stdout
+            for more in ([], ["--expert-imbalance", "2"], ["--overlap", "1"])
+        ]
+        assert len(set(rates)) == 3
+        with pytest.raises(InputError, match=r"expert_imbalance = 0.5"):
+            CliRunner().invoke(cli, [*ask, "--expert-imbalance", "0.5"], catch_exceptions=False, standalone_mode=False)

@@ -65,7 +65,9 @@ def speculation_cost(pick: Pick, case: Case, queries: list[int], grid_s: float) 
     def slopes(most):
         return SLOPE_GRID_S * np.array([0] + [pick(0, most) for _ in range(levels - 1)], dtype=float)
 
-    draft = grid_s * np.array([[pick(0, 3) * (level > 0) * (b > 0) for b in range(seqs + 1)] for level in range(levels)])
+    draft = grid_s * np.array(
+        [[pick(0, 3) * (level > 0) * (b > 0) for b in range(seqs + 1)] for level in range(levels)]
+    )
     extra = slopes(3)[:, None]
     return SpeculationCost(
         queries=np.array(queries),
@@ -100,7 +102,9 @@ def speculating_case(pick: Pick) -> Case:
         table[:] = pick(1, len(queries) - 1)
     dense = np.array([0.0] + [grid_s * pick(1, 9) for _ in range(budget)])
     head = np.array([0.0] + [grid_s * pick(0, 4) for _ in range(max(budget, seqs * queries[-1]))])
-    sized = replace(cost, dense_s=dense, head_s=head, dense_flops=dense, dense_bytes=dense, head_flops=head, head_bytes=head)
+    sized = replace(
+        cost, dense_s=dense, head_s=head, dense_flops=dense, dense_bytes=dense, head_flops=head, head_bytes=head
+    )
     case = Case(sized, limits, requests)
     plan = Speculation(speculation_cost(pick, case, queries, grid_s), survival, table)
     if pick(0, 1):

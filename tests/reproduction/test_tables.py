@@ -64,7 +64,12 @@ def test_estimates_stay_under_their_bounds(simulated):
 
 
 def test_default_efficiencies_follow_published_throughput(simulated):
-    assert tally([row for row in simulated["trtllm"] if "Llama" in row.section]).median_error < 0.12
+    stages = [row for row in simulated["trtllm"] if ", PP" in row.quantity]
+    llama = [row for row in simulated["trtllm"] if "Llama" in row.section and row not in stages]
+    assert tally(llama).median_error < 0.12
+    # A steady state with all stages full is the most an engine can do; measured ones lose up to half of it.
+    assert len([row for row in stages if row.kind == "reported"]) == 21
+    assert all(-0.02 < row.difference < 1.2 for row in stages if row.kind == "reported")
     assert tally(simulated["mlperf"]).median_error < 0.30
     curve = [row for row in simulated["trtllm"] if row.id.startswith("nim-")]
     assert len(curve) == 24
@@ -86,11 +91,17 @@ def test_a_printed_value_that_differs_is_explained(name):
 
 
 def test_latency_of_large_dense_models_is_in_the_right_range():
-    found = FOUND["pope"] + FOUND["fastertransformer"]
-    latencies = [row for row in found if row.kind == "reported"]
-    assert len(latencies) == 4 + 43
+    latencies = [row for row in FOUND["fastertransformer"] if row.kind == "reported"]
+    assert len(latencies) == 43
     # Old software on old kernels: the catalogue's efficiencies are optimistic by less than a factor of 2.2, and hardly pessimistic.
     assert all(-0.55 < row.difference < 0.1 for row in latencies)
+
+
+def test_latencies_of_palm_are_within_fifteen_percent_at_the_median():
+    latencies = [row for row in FOUND["pope"] if row.unit in {"s", "ms a step"}]
+    assert len(latencies) == 5
+    assert tally(latencies).median_error < 0.15
+    assert all(abs(row.difference) < 0.25 for row in latencies)
 
 
 def test_the_slips_of_the_serving_chapter_are_not_reproduced():

@@ -38,7 +38,7 @@ def test_what_cannot_be_priced_is_refused_by_name():
         ({"gpu_memory_utilization": 0}, r"gpu_memory_utilization = 0: must be above 0"),
         ({"max_num_seqs": 0}, r"max_num_seqs = 0: must be at least 1"),
         ({"workspace_bytes": -1.0}, r"workspace_bytes = -1\.0: must not be negative"),
-        ({"kv_layout": "odd"}, r"kv_layout = 'odd': must be 'heads' or 'even'"),
+        ({"kv_layout": "odd"}, r"kv_layout = .odd.: must be .heads., .even. or .batch."),
         ({"efficiency": replace(IDEAL, matmul=1.01)}, r"efficiency\.matmul = 1\.01: must be above 0 and at most 1"),
         ({"efficiency": replace(IDEAL, kv=0.0)}, r"efficiency\.kv = 0\.0: must be above 0"),
         ({"efficiency": replace(IDEAL, op_overhead_s=-1e-6)}, r"efficiency\.op_overhead_s = -1e-06: .* not negative"),

@@ -11,6 +11,7 @@ from simulator.catalog.models import load_model
 from simulator.catalog.slices import resolve_slice
 from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.pipeline import shard, sharded_report
+from simulator.roofline.precision import parse_precision
 from simulator.roofline.search import largest_batch, search, shardings
 
 LLAMA, NODES = load_model("llama-3-70b"), resolve_slice("h100-sxm:2x8")
@@ -42,6 +43,33 @@ def test_nothing_legal_beats_the_best(objective, question):
             assert found.best.time_s <= again.time_s
         else:
             assert found.best.tokens_per_s_per_chip >= again.tokens_per_s_per_chip
+
+
+@pytest.mark.parametrize("question", [{"decode": 64}, {"prefill": 4096}])
+def test_layouts_of_a_torus_are_tried_too(question):
+    grid = resolve_slice("tpu-v5e:4x4")
+    settings = {"precision": parse_precision("w8a16kv8")}
+    found = search(LLAMA, grid, context=8192, **question, **settings)
+    kinds = {(t.layout.partition("-")[0], t.kv_layout) for t in found.tried if t.sharding.tp == 16}
+    stationary = {("1d", "heads"), ("2d", "heads"), ("gathered", "heads")}
+    assert kinds == stationary | ({("1d", "batch"), ("2d", "batch")} if "decode" in question else set())
+    assert len({t.name for t in found.tried}) == len(found.tried)
+    for tried in found.tried:
+        if tried.report is not None:
+            how = {"layout": tried.layout, "kv_layout": tried.kv_layout}
+            again = sharded_report(shard(LLAMA, grid, tried.sharding, **how, **settings), context=8192, **question)
+            assert found.best.time_s <= again.time_s == tried.report.time_s
+    fixed = search(LLAMA, grid, context=8192, layout="1d", kv_layout="heads", **question, **settings)
+    assert {(t.layout, t.kv_layout) for t in fixed.tried} == {("1d", "heads")}
+
+
+def test_axes_are_chosen_for_the_steps_tokens():
+    pod = resolve_slice("tpu-v4:2x2x4")
+    layouts = {
+        n: next(t.layout for t in search(LLAMA, pod, prefill=n).tried if t.sharding.tp == 16 and "gath" in t.layout)
+        for n in (64, 262144)
+    }
+    assert layouts == {64: "gathered-x", 262144: "gathered-xyz"}
 
 
 def test_one_prompt_is_fastest_without_replicas_and_many_run_best_with_them():

@@ -176,3 +176,21 @@ def fields(record, path=""):
 def test_every_field_is_documented():
     text = (Path(__file__).parents[2] / "docs" / "scenarios.md").read_text(encoding="utf-8")
     assert [name for name in fields(Scenario) if f"`{name.rpartition('.')[2]}`" not in text] == []
+
+
+def test_layout_and_costs_reach_the_deployment():
+    def resolved(*overrides):
+        return resolve(load_scenario("llama-3-70b-v5e-chat", ["engine.max_num_batched_tokens=512", *overrides]))
+
+    plain = resolved()
+    changed = resolved("sharding.layout=2d", "sharding.looped_exchange=true", "deployment.dequantization_flops=200")
+    assert changed.deployment.layout == "2d"
+    assert changed.deployment.looped_exchange
+    assert changed.deployment.dequantization_flops == 200
+    assert changed.cost.dense_s[64] != plain.cost.dense_s[64]
+    assert resolved("deployment.expert_imbalance=2").deployment.expert_imbalance == 2
+    for bad in ("deployment.expert_imbalance=0.9", "deployment.dequantization_flops=-1", "deployment.imbalance=2"):
+        with pytest.raises(InputError, match=r"deployment"):
+            load_scenario("llama-3-70b-v5e-chat", [bad])
+    with pytest.raises(InputError, match="no axis z"):
+        resolved("sharding.layout=2d-z")

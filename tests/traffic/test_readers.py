@@ -83,7 +83,6 @@ def test_a_second_reader_in_plain_python_agrees(shared):
 
 def test_notes_say_what_was_left_aside(shared):
     folder = shared / "data" / "traces"
-    assert "hash_ids" in read_trace(folder / "mooncake_synthetic_trace.jsonl.gz").notes[0]
     assert "prefix_hit" in read_trace(folder / "llmservingsim_sharegpt-qwen3-32b-300-sps10.csv").notes[0]
 
 

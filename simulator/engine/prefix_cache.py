@@ -1,0 +1,436 @@
+"""The compiled engine's prefix cache: published blocks in a queue, and counts of those nobody can find.
+
+Rules C1 to C9 of ``docs/engine-prefix-cache.md``. A *node* is one published block or, in the queue of free blocks only, a run
+of unpublished ones: those are all alike, so they are counted. A request owns a table of nodes, its published blocks, which are
+always its first; the rest of its blocks is a number that the engine knows.
+
+A node is one row of :attr:`Cache.nodes`, 64 bytes, a cache line. Node 0 is the end of the queue, which is a ring; blocks under
+one id form a ring too, from the oldest on.
+
+Blocks that decoding fills are published late, just before anybody looks (:func:`catch_up`). That they are found as if they had been
+published in time rests on the stamp of each: the step that filled it, decodes before chunks, and the order of admission.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.heaps import pop_key, push_key
+from simulator.engine.jit import compiled, inlined
+
+# columns of Cache.nodes
+NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
+# indices into Cache.ints
+N_NODES, SPARE, N_FILLS, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, N_INTS = range(11)
+NOBODY = -1
+"""Id of a run of blocks that nobody can find."""
+SLOT_BITS = 20
+"""A key of the fill heap is step << SLOT_BITS | slot."""
+STAMP_BITS = 31
+"""A stamp is (2 · step, or 2 · step + 1 for a chunk) << STAMP_BITS | the number of its owner's admission."""
+# kinds of entries in Cache.log
+TAKEN, ADMITTED, PUBLISHED, FREED = range(4)
+
+
+class Cache(NamedTuple):
+    """Everything a prefix cache knows. ``on`` is false where a replica has none.
+
+    Attributes
+    ----------
+    nodes
+        [blocks + 2, 8] see the columns' names.
+    first
+        [ids] oldest node published under an id; 0: none.
+    ids, offsets
+        the requests' :class:`BlockHashes`.
+    table, stride
+        nodes that slot s owns are ``table[s * stride : s * stride + published[s]]``.
+    published
+        [slots] how many of its blocks a running request has published.
+    start
+        [slots] where its prefill started (C8).
+    order
+        [slots] number of its admission.
+    fill_step, fills
+        [slots] the step that fills its next block with an id, -1: none; and a heap of these.
+    ended
+        [slots] requests that finished in this step, and have blocks to give back.
+    reused
+        [requests] tokens never computed (C8).
+    log
+        [entries, 4] kind, row or -1, and two amounts: a record of what happened, as far as there is room.
+    """
+
+    on: bool
+    late: bool
+    block_size: int
+    nodes: Any
+    first: Any
+    ids: Any
+    offsets: Any
+    table: Any
+    stride: int
+    published: Any
+    start: Any
+    order: Any
+    fill_step: Any
+    fills: Any
+    ended: Any
+    ended_blocks: Any
+    reused: Any
+    log: Any
+    ints: Any
+
+
+def new_cache(
+    hashes: BlockHashes | None, *, num_blocks: int, max_num_seqs: int, block_size: int, n: int, log_size: int = 0
+) -> Cache:
+    """An empty cache over ``num_blocks`` free blocks, or the stand-in of none if ``hashes`` is None.
+
+    ``log_size``: entries of the record that tests replay.
+    """
+    on = hashes is not None
+    if hashes is None:
+        hashes = BlockHashes(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64), 1)
+        num_blocks = max_num_seqs = n = 0
+    stride = int(np.diff(hashes.offsets).max(initial=0))
+    cache = Cache(
+        on=on,
+        late=hashes.covers_output,
+        block_size=block_size,
+        nodes=np.zeros((num_blocks + 2, 8), dtype=np.int64),
+        first=np.zeros(int(hashes.ids.max(initial=-1)) + 1, dtype=np.int64),
+        ids=hashes.ids,
+        offsets=hashes.offsets,
+        table=np.zeros(max_num_seqs * stride, dtype=np.int64),
+        stride=stride,
+        published=np.zeros(max_num_seqs, dtype=np.int64),
+        start=np.zeros(max_num_seqs, dtype=np.int64),
+        order=np.zeros(max_num_seqs, dtype=np.int64),
+        fill_step=np.full(max_num_seqs, -1, dtype=np.int64),
+        fills=np.zeros(2 * max_num_seqs + 2, dtype=np.int64),
+        ended=np.zeros(max_num_seqs, dtype=np.int64),
+        ended_blocks=np.zeros(max_num_seqs, dtype=np.int64),
+        reused=np.zeros(n, dtype=np.int64),
+        log=np.zeros((log_size, 4), dtype=np.int64),
+        ints=np.zeros(N_INTS, dtype=np.int64),
+    )
+    cache.ints[N_NODES] = 1
+    if on:
+        _append_run(cache, num_blocks)
+    return cache
+
+
+@compiled
+def _note(cache: Cache, kind: int, row: int, a: int, b: int) -> None:
+    """Add an entry to the log, if there is room."""
+    place = cache.ints[N_LOG]
+    if place < len(cache.log):
+        cache.log[place, 0] = kind
+        cache.log[place, 1] = row
+        cache.log[place, 2] = a
+        cache.log[place, 3] = b
+    cache.ints[N_LOG] = place + 1
+
+
+@inlined
+def _new_node(cache: Cache) -> int:
+    """A node out of use."""
+    ints = cache.ints
+    node = ints[SPARE]
+    if node > 0:
+        ints[SPARE] = cache.nodes[node, NEXT]
+    else:
+        node = ints[N_NODES]
+        ints[N_NODES] = node + 1
+    return int(node)
+
+
+@inlined
+def _drop_node(cache: Cache, node: int) -> None:
+    """Put a node out of use."""
+    cache.nodes[node, NEXT] = cache.ints[SPARE]
+    cache.ints[SPARE] = node
+
+
+@inlined
+def _append(cache: Cache, node: int) -> None:
+    """Put a node at the end of the queue."""
+    nodes = cache.nodes
+    last = nodes[0, PREVIOUS]
+    nodes[node, NEXT] = 0
+    nodes[node, PREVIOUS] = last
+    nodes[last, NEXT] = node
+    nodes[0, PREVIOUS] = node
+
+
+@inlined
+def _remove(cache: Cache, node: int) -> None:
+    """Take a node out of the queue."""
+    nodes = cache.nodes
+    after, before = nodes[node, NEXT], nodes[node, PREVIOUS]
+    nodes[before, NEXT] = after
+    nodes[after, PREVIOUS] = before
+
+
+@compiled
+def _append_run(cache: Cache, count: int) -> None:
+    """Put ``count`` unpublished blocks at the end of the queue."""
+    if count == 0:
+        return
+    last = cache.nodes[0, PREVIOUS]
+    if last > 0 and cache.nodes[last, ID] == NOBODY:
+        cache.nodes[last, COUNT] += count
+        return
+    node = _new_node(cache)
+    cache.nodes[node, ID] = NOBODY
+    cache.nodes[node, COUNT] = count
+    _append(cache, node)
+
+
+@inlined
+def _withdraw(cache: Cache, node: int) -> None:
+    """Let a block no longer be found."""
+    nodes = cache.nodes
+    block_id = nodes[node, ID]
+    newer, older = nodes[node, NEWER], nodes[node, OLDER]
+    if newer == node:
+        cache.first[block_id] = 0
+        return
+    nodes[older, NEWER] = newer
+    nodes[newer, OLDER] = older
+    if cache.first[block_id] == node:
+        cache.first[block_id] = newer
+
+
+@inlined
+def _enter(cache: Cache, node: int) -> None:
+    """Let a block be found under its id, behind all with an earlier stamp."""
+    nodes = cache.nodes
+    block_id = nodes[node, ID]
+    first = cache.first[block_id]
+    if first == 0:
+        cache.first[block_id] = node
+        nodes[node, NEWER] = node
+        nodes[node, OLDER] = node
+        return
+    older = nodes[first, OLDER]
+    stamp = nodes[node, STAMP]
+    while nodes[older, STAMP] > stamp:
+        if older == first:
+            cache.first[block_id] = node
+            older = nodes[first, OLDER]
+            break
+        older = nodes[older, OLDER]
+    newer = nodes[older, NEWER]
+    nodes[node, OLDER] = older
+    nodes[node, NEWER] = newer
+    nodes[older, NEWER] = node
+    nodes[newer, OLDER] = node
+
+
+@compiled
+def take(cache: Cache, count: int) -> None:
+    """C2: take blocks from the front of the queue; the taker counts them."""
+    if count <= 0:
+        return
+    nodes = cache.nodes
+    if len(cache.log) > 0:
+        _note(cache, TAKEN, -1, count, 0)
+    left = count
+    while left > 0:
+        node = nodes[0, NEXT]
+        if nodes[node, ID] == NOBODY:
+            if nodes[node, COUNT] > left:
+                nodes[node, COUNT] -= left
+                return
+            left -= nodes[node, COUNT]
+        else:
+            _withdraw(cache, node)
+            cache.ints[EVICTED] += 1
+            left -= 1
+        _remove(cache, node)
+        _drop_node(cache, node)
+
+
+@compiled
+def find(cache: Cache, row: int, longest: int) -> tuple[int, int]:
+    """C5, C6: hits of a request among its first ``longest`` blocks, and how many of them somebody owns."""
+    start = cache.offsets[row]
+    longest = min(longest, cache.offsets[row + 1] - start)
+    held = 0
+    for j in range(longest):
+        node = cache.first[cache.ids[start + j]]
+        if node == 0:
+            return j, held
+        if cache.nodes[node, OWNERS] > 0:
+            held += 1
+    return longest, held
+
+
+@compiled
+def admit(cache: Cache, slot: int, row: int, hits: int, known: int, start: int, seen: int) -> int:
+    """C6, C8, C9: let a request own its hits; return how many free blocks that took."""
+    ints, nodes = cache.ints, cache.nodes
+    base = slot * cache.stride
+    offset = cache.offsets[row]
+    freed = 0
+    for j in range(hits):
+        node = cache.first[cache.ids[offset + j]]
+        if nodes[node, OWNERS] == 0:
+            _remove(cache, node)
+            freed += 1
+        nodes[node, OWNERS] += 1
+        cache.table[base + j] = node
+    cache.published[slot] = hits
+    cache.start[slot] = start
+    cache.order[slot] = ints[ADMISSIONS]
+    cache.fill_step[slot] = -1
+    cache.reused[row] += max(0, start - seen)
+    tokens = hits * cache.block_size
+    ints[ADMISSIONS] += 1
+    ints[QUERIED] += known
+    ints[HIT_TOKENS] += tokens
+    ints[HIT_PAIRS] += tokens * (tokens + 1) // 2
+    if len(cache.log) > 0:
+        _note(cache, ADMITTED, row, hits, known)
+    return freed
+
+
+@compiled
+def publish(cache: Cache, slot: int, row: int, full: int, stamp: int) -> None:
+    """C3: let the first ``full`` blocks of a request be found, as far as they have ids."""
+    nodes = cache.nodes
+    offset = cache.offsets[row]
+    full = min(full, cache.offsets[row + 1] - offset)
+    done = cache.published[slot]
+    if full <= done:
+        return
+    if len(cache.log) > 0:
+        _note(cache, PUBLISHED, row, full, stamp)
+    base = slot * cache.stride
+    for j in range(done, full):
+        node = _new_node(cache)
+        nodes[node, ID] = cache.ids[offset + j]
+        nodes[node, OWNERS] = 1
+        nodes[node, STAMP] = stamp << STAMP_BITS | cache.order[slot]
+        _enter(cache, node)
+        cache.table[base + j] = node
+    cache.published[slot] = full
+
+
+@compiled
+def release(cache: Cache, slot: int, row: int, owned: int) -> int:
+    """C7: a request gives back its ``owned`` blocks, the last first; return how many become free."""
+    nodes = cache.nodes
+    published = cache.published[slot]
+    freed = owned - published
+    _append_run(cache, freed)
+    base = slot * cache.stride
+    for j in range(published - 1, -1, -1):
+        node = cache.table[base + j]
+        nodes[node, OWNERS] -= 1
+        if nodes[node, OWNERS] == 0:
+            _append(cache, node)
+            freed += 1
+    cache.published[slot] = 0
+    cache.fill_step[slot] = -1
+    if len(cache.log) > 0:
+        _note(cache, FREED, row, owned, 0)
+    return int(freed)
+
+
+@compiled
+def watch(cache: Cache, slot: int, row: int, computed: int, step: int) -> None:
+    """C4: note the step at which a decoding request, at ``computed`` tokens before ``step``, fills its next block with an id."""
+    ints = cache.ints
+    done = cache.published[slot]
+    if cache.offsets[row] + done >= cache.offsets[row + 1]:
+        cache.fill_step[slot] = -1
+        return
+    when = step + (done + 1) * cache.block_size - 1 - computed
+    cache.fill_step[slot] = when
+    if ints[N_FILLS] == len(cache.fills):
+        # Not from the keys that still hold: a slot that changed hands may have left the same key several times.
+        size = 0
+        for other in range(len(cache.fill_step)):
+            if other != slot and cache.fill_step[other] >= 0:
+                size = push_key(cache.fills, size, cache.fill_step[other] << SLOT_BITS | other)
+        ints[N_FILLS] = size
+    ints[N_FILLS] = push_key(cache.fills, ints[N_FILLS], when << SLOT_BITS | slot)
+
+
+@compiled
+def next_fill(cache: Cache) -> int:
+    """The next step that fills a decoding request's block with an id; -1: none. Stale keys are dropped."""
+    ints = cache.ints
+    while ints[N_FILLS] > 0:
+        key = cache.fills[0]
+        if cache.fill_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+            return int(key >> SLOT_BITS)
+        ints[N_FILLS] = pop_key(cache.fills, ints[N_FILLS])
+    return -1
+
+
+@compiled
+def steps_to_fill(cache: Cache, step: int) -> int:
+    """Steps from ``step`` on, whose own fills have been published, before another block with an id is filled."""
+    when = next_fill(cache)
+    return int(when - step) if when >= 0 else 1 << SLOT_BITS
+
+
+@compiled
+def catch_up(cache: Cache, rows: Any, step: int) -> None:
+    """C3, C4: publish every block that decoding fills in steps up to ``step``."""
+    ints = cache.ints
+    when = next_fill(cache)
+    while 0 <= when <= step:
+        slot = cache.fills[0] & ((1 << SLOT_BITS) - 1)
+        ints[N_FILLS] = pop_key(cache.fills, ints[N_FILLS])
+        _fill(cache, slot, rows[slot], when)
+        when = next_fill(cache)
+
+
+@compiled
+def _fill(cache: Cache, slot: int, row: int, step: int) -> None:
+    """Publish the block that a decoding request fills in ``step``, and look out for its next."""
+    publish(cache, slot, row, cache.published[slot] + 1, 2 * step)
+    watch(cache, slot, row, cache.published[slot] * cache.block_size, step + 1)
+
+
+@compiled
+def leave(cache: Cache, slot: int, row: int, step: int) -> None:
+    """C4: a decoding request stops before ``step``: publish what it has filled, and watch it no longer."""
+    when = cache.fill_step[slot]
+    while 0 <= when < step:
+        publish(cache, slot, row, cache.published[slot] + 1, 2 * when)
+        when += cache.block_size
+        if cache.offsets[row] + cache.published[slot] >= cache.offsets[row + 1]:
+            break
+    cache.fill_step[slot] = -1
+
+
+@compiled
+def note_end(cache: Cache, slot: int, owned: int) -> None:
+    """A request has finished; its blocks are given back by :func:`release_ended`, in the order of admission."""
+    ints = cache.ints
+    i = ints[N_ENDED]
+    ints[N_ENDED] = i + 1
+    while i > 0 and cache.order[cache.ended[i - 1]] > cache.order[slot]:
+        cache.ended[i] = cache.ended[i - 1]
+        cache.ended_blocks[i] = cache.ended_blocks[i - 1]
+        i -= 1
+    cache.ended[i] = slot
+    cache.ended_blocks[i] = owned
+
+
+@compiled
+def release_ended(cache: Cache, rows: Any) -> int:
+    """C7: the requests that finished in this step give back their blocks; return how many become free."""
+    freed = 0
+    for i in range(cache.ints[N_ENDED]):
+        slot = cache.ended[i]
+        freed += release(cache, slot, rows[slot], cache.ended_blocks[i])
+    cache.ints[N_ENDED] = 0
+    return freed

@@ -1,0 +1,100 @@
+"""The reference engine's prefix cache: blocks as objects, moved one by one.
+
+Written from docs/engine-prefix-cache.md to be read; the comments name the rule a line carries out.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+
+from simulator.engine.block_hashes import BlockHashes
+
+NOBODY = -1
+"""Id of a block that cannot be found."""
+
+
+@dataclass(eq=False)
+class Block:
+    """One KV block: the id it was last published under, and how many requests own it."""
+
+    id: int = NOBODY
+    owners: int = 0
+
+
+class BlockPool:
+    """All blocks of a replica, whoever owns them, and what each request owns.
+
+    Requests are named by their rows. ``tables[row]`` are a request's blocks from the first token on.
+    """
+
+    def __init__(self, num_blocks: int, hashes: BlockHashes) -> None:
+        self.num_blocks = num_blocks
+        self.queue = OrderedDict.fromkeys(Block() for _ in range(num_blocks))
+        self.published: dict[int, list[Block]] = {}
+        """Blocks by id, the oldest first (C3)."""
+        self.tables: dict[int, list[Block]] = {}
+        self.ids = [hashes.ids[start:stop].tolist() for start, stop in pairwise(hashes.offsets.tolist())]
+        self.counts = dict.fromkeys(
+            ("cache_queried_tokens", "cache_hit_tokens", "cache_hit_pairs", "evicted_blocks"), 0
+        )
+
+    @property
+    def free(self) -> int:
+        """Blocks in the queue."""
+        return len(self.queue)
+
+    def lookup(self, row: int, longest: int) -> list[Block]:
+        """The blocks, at most ``longest``, that a request need not compute (C5)."""
+        hits: list[Block] = []
+        for block_id in self.ids[row][:longest]:
+            found = self.published.get(block_id)
+            if not found:
+                break
+            hits.append(found[0])
+        return hits
+
+    def share(self, row: int, hits: list[Block]) -> None:
+        """Let a request that is admitted own its hits (C6)."""
+        for block in hits:
+            if not block.owners:
+                del self.queue[block]
+            block.owners += 1
+        self.tables[row] = list(hits)
+
+    def take(self, row: int, count: int) -> None:
+        """Give a request new blocks, evicting what they held (C2)."""
+        for _ in range(count):
+            block, _ = self.queue.popitem(last=False)
+            if block.id != NOBODY:
+                self.withdraw(block)
+                self.counts["evicted_blocks"] += 1
+            block.owners = 1
+            self.tables[row].append(block)
+
+    def withdraw(self, block: Block) -> None:
+        """Let a block no longer be found."""
+        same = self.published[block.id]
+        same.remove(block)
+        if not same:
+            del self.published[block.id]
+        block.id = NOBODY
+
+    def publish(self, row: int, full: int) -> None:
+        """Let the first ``full`` blocks of a request be found, as far as they have ids (C3)."""
+        for block, block_id in zip(self.tables[row][:full], self.ids[row], strict=False):
+            if block.id == NOBODY:
+                block.id = block_id
+                self.published.setdefault(block_id, []).append(block)
+
+    def release(self, row: int) -> None:
+        """Take a request's blocks away, the last first (C7)."""
+        for block in reversed(self.tables.pop(row)):
+            block.owners -= 1
+            if not block.owners:
+                self.queue[block] = None
+
+    def count_admission(self, known: int, hit_tokens: int) -> None:
+        """Count a request that is admitted (C9)."""
+        self.counts["cache_queried_tokens"] += known
+        self.counts["cache_hit_tokens"] += hit_tokens
+        self.counts["cache_hit_pairs"] += hit_tokens * (hit_tokens + 1) // 2

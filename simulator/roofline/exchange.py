@@ -1,0 +1,182 @@
+"""What the chips of a layout send each other: two-dimensional and gathered weights, and attention spread over sequences.
+
+Per layer, with n tokens, X chips along d_model, R along the columns, g that gather, e bytes a value, heads of width H:
+
+=============================  ======================================================================================
+two-dimensional, a block       gather n·D/X over R before it, scatter as much after it
+… its norm                     all-reduce over X of each token's statistics, FP32
+… its feed-forward             scatter n·(gate and up)/R over X, gather n·F/R over X
+… its attention                scatter n·(queries, keys, values)/R over X, gather n·N·H/R over X; keys and values on all X
+gathered                       gather the stored shards of every matrix over g; gather and scatter (n/g)·D over R
+attention over sequences       all-to-all over all chips of n·(queries, keys, values), and of n·N·H back
+=============================  ======================================================================================
+
+Where attention and feed-forward are parallel, their products are fused and so are their exchanges over X, and they share a
+norm, as in the published code of [1]_ (``layers/two_d_parallel_xmap.py`` at commit 8d8a4f1b of google-research), from which
+the order of the exchanges is taken. ``looped_exchange`` follows it in two more points: exchanges of the residual stream take
+the R chips' axes one after the other, and those over X run in X pieces inside the products they belong to, so that all but
+the first piece may hide.
+
+A prefill in which chips hold parts of the keys gathers them, every layer. Its latencies add to its transfer, which makes a
+step's time linear in its keys.
+
+.. [1] R. Pope et al., "Efficiently Scaling Transformer Inference", 2022, §3.2–3.3 (as transcribed in the project's target tables).
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from simulator.catalog.architecture import SoftmaxAttention
+from simulator.catalog.slices import LinkDomain
+from simulator.roofline.blocks import ffn_matrices, mixer_matrices
+from simulator.roofline.collectives import all_gather_s, all_reduce_s, all_to_all_s
+from simulator.roofline.deployment import Deployment
+from simulator.roofline.kernels import Number, Op, all_reduce_ops, matrix_bytes
+from simulator.roofline.layouts import AxisSplit, single_axes
+
+STATISTICS_BYTES = 4
+"""FP32 sum of squares of a token; layer norm has the sum as well."""
+
+
+def layer_exchange_ops(d: Deployment, n: Number) -> list[Op]:
+    """Exchanges of all layers for ``n`` tokens, those of attention over sequences and of keys apart."""
+    split = d.axis_split
+    if split is None:
+        return all_reduce_ops(d, "all-reduce, layers", d.reductions, n)
+    wide = d.precision.wide_bytes
+    rows = n * (d.architecture.d_model * wide / (d.model_chips * d.gathered_chips))
+    ops = _row_moves(d, rows, split.columns)
+    if split.layout.kind == "gathered":
+        return [*_weight_gathers(d, split, n), *ops]
+    parallel = d.architecture.parallel_attention_ffn
+    sums = STATISTICS_BYTES * (2 if d.architecture.norm == "layer" else 1)
+    ops += _all_reduces(d, "all-reduce, norms", d.reductions, n * sums, split.model)
+    for group in d.architecture.layers:
+        sizes = []  # columns scattered and gathered by one pair of exchanges
+        if isinstance(group.mixer, SoftmaxAttention):
+            a = group.mixer
+            width = a.n_heads * a.head_dim
+            sizes.append((width * (2 if a.gated_output else 1), width))
+            ops += _keys_moves(d, group.count, a, n, split)
+        if group.ffn is not None:
+            sizes.append((group.ffn.d_ff * (2 if group.ffn.gated else 1), group.ffn.d_ff))
+        if parallel and sizes:
+            sizes = [(sum(out for out, _ in sizes), sum(back for _, back in sizes))]
+        for out, back in sizes:
+            for columns in (out, back):
+                size = n * (columns / d.column_chips * wide)
+                hides = 1 - 1 / d.model_chips if d.looped_exchange else 0.0
+                moves = _moves(d, "gather, scatter columns", group.count, 1, size, split.model)
+                ops += [replace(op, hides=hides) for op in moves]
+    return ops
+
+
+def sequence_exchange_ops(d: Deployment, B: Number) -> list[Op]:
+    """Queries of ``B`` decoding sequences to the chips that hold their keys, and outputs back; none unless ``batch``."""
+    if d.kv_layout != "batch" or d.chips == 1:
+        return []
+    ops = []
+    for count, a in d.mixers:
+        if isinstance(a, SoftmaxAttention):
+            keys = 2 * a.n_kv_heads if d.axis_split is None else 0  # two-dimensional layouts have them in place
+            for heads in (a.n_heads + keys, a.n_heads):
+                size = B * (heads * a.head_dim * d.precision.wide_bytes)
+                time = count * all_to_all_s(size, d.slice.domains, link=d.eff.link)
+                moved = size * (count * (d.chips - 1) / d.chips**2)
+                ops.append(_collective(d, "all-to-all, attention", count, 1, size, moved, time))
+    return ops
+
+
+def keys_gather_ops(d: Deployment, P: Number, K: Number, KW: Number) -> list[Op]:
+    """Gathers of ``K`` keys (``KW`` in windowed layers) of ``P`` chunks, whose tokens or earlier keys are on other chips."""
+    if not d.gathers_keys:
+        return []
+    split = d.axis_split
+    domains = d.slice.domains if d.kv_layout == "batch" or split is None else (split.gathered,)
+    chips = d.chips if d.kv_layout == "batch" else d.gathered_chips
+    free = [replace(domain, latency_s=0.0) for domain in domains]
+    per_byte = float(all_gather_s(1.0, free, link=d.eff.link))
+    latency = float(all_gather_s(1.0, domains, link=d.eff.link)) + d.eff.collective_latency_s
+    ops = []
+    for count, a in d.mixers:
+        if isinstance(a, SoftmaxAttention):
+            keys = K if a.window is None else KW
+            size = keys * (count * d.attended_kv_heads(a) * d.precision.kv_head_bytes(a.head_dim))
+            time = size * per_byte
+            ops.append(
+                Op(
+                    "all-gather, keys",
+                    "collective",
+                    count,
+                    comm_bytes=size * (1 - 1 / chips),
+                    network_s=time,
+                    roofline_s=time,
+                    overhead_s=P * (count * latency),
+                )
+            )
+    return ops
+
+
+def _row_moves(d: Deployment, rows: Number, columns: LinkDomain) -> list[Op]:
+    """Gathers of the residual stream over the columns' axes before the blocks, and scatters after them."""
+    ops, size = [], rows
+    for axis in reversed(single_axes(columns)) if d.looped_exchange else [columns]:
+        ops += _moves(d, "gather, scatter d_model", d.reductions, 2, size, axis)
+        size = size * (1 / axis.size)
+    return ops
+
+
+def _keys_moves(d: Deployment, count: int, a: SoftmaxAttention, n: Number, split: AxisSplit) -> list[Op]:
+    """Keys and values of partial sums over d_model: all of them to every chip, or each sequence's to its own."""
+    size = n * (2 * d.projected_kv_heads(a) * a.head_dim * d.precision.wide_bytes)
+    if d.kv_layout == "batch":
+        return _moves(d, "scatter, keys", count, 1, size * (1 / d.column_chips), split.model)
+    return _all_reduces(d, "all-reduce, keys", count, size, split.model)
+
+
+def _weight_gathers(d: Deployment, split: AxisSplit, n: Number) -> list[Op]:
+    """Every matrix of the layers, put together from the shards of the chips that split the tokens."""
+    some = np.greater(n, 0) * 1.0
+    found: dict[float, int] = {}
+    for count, mixer in d.mixers:
+        for m in mixer_matrices(d, mixer).values():
+            size = matrix_bytes(d.precision, m)
+            found[size] = found.get(size, 0) + count
+    for count, ffn in d.ffns:
+        for each, m in ffn_matrices(d, ffn).values():
+            size = matrix_bytes(d.precision, m)
+            found[size] = found.get(size, 0) + int(count * each)
+    return [
+        op
+        for size, count in found.items()
+        for op in _moves(d, "all-gather, weights", count, 1, some * size, split.gathered)
+    ]
+
+
+def _moves(d: Deployment, name: str, count: int, passes: int, size: Number, domain: LinkDomain) -> list[Op]:
+    """``count`` times ``passes`` all-gathers, or reduce-scatters, which take as long, of ``size`` bytes; none over one chip."""
+    if domain.size == 1:
+        return []
+    time = count * passes * all_gather_s(size, [domain], link=d.eff.link)
+    moved = size * (count * passes * (1 - 1 / domain.size))
+    return [_collective(d, name, count, passes, size, moved, time)]
+
+
+def _all_reduces(d: Deployment, name: str, count: int, size: Number, domain: LinkDomain) -> list[Op]:
+    if domain.size == 1:
+        return []
+    time = count * all_reduce_s(size, [domain], link=d.eff.link)
+    return [_collective(d, name, count, 1, size, size * (count * 2 * (1 - 1 / domain.size)), time)]
+
+
+def _collective(d: Deployment, name: str, count: int, passes: int, size: Number, moved: Number, time: Number) -> Op:
+    return Op(
+        name,
+        "collective",
+        count * passes,
+        comm_bytes=moved,
+        network_s=time,
+        roofline_s=time,
+        overhead_s=np.greater(size, 0) * (count * passes * d.eff.collective_latency_s),
+    )
