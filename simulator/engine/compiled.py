@@ -20,6 +20,7 @@ from simulator.engine.records import (
     Requests,
     SpeculationResult,
     cache_hashes,
+    drafted_tokens,
     drafting_s,
 )
 from simulator.errors import InputError
@@ -231,12 +232,14 @@ class Engine:
     def _speculation(self) -> SpeculationResult | None:
         if self._extra is None or not self._extra.spec.on:
             return None
+        plan = self._settings.speculation
         batch, tariff = self._extra.spec.batch, self._extra.spec.tariff
         found = SpeculationResult(
             passes=tariff.passes,
             keys=tariff.keys[0],
             window_keys=tariff.keys[1],
             chunk_steps=tariff.chunk_steps,
+            drafted_tokens=drafted_tokens(plan.cost, tariff.passes) if plan else 0,
             extra_tokens=int(batch.ints[speculation.EXTRA_TOKENS]),
             wasted_s=tariff.wasted,
             draft_s=0.0,

@@ -241,8 +241,10 @@ class SpeculationResult:
         [levels] Σ S and Σ SW of those steps.
     chunk_steps
         [max_num_batched_tokens + 1] steps by the number of their chunk tokens.
+    drafted_tokens
+        drafts verified.
     extra_tokens
-        tokens emitted beyond one per pass. They share their pass's time: each adds an inter-token latency of 0 to those
+        of them, those accepted and emitted: tokens emitted beyond one per pass. They share their pass's time: each adds an inter-token latency of 0 to those
         of ``EngineResult.itl_counts``, which has one latency per pass.
     wasted_s
         [n] the part of ``busy_s`` spent on drafts that were rejected.
@@ -254,14 +256,25 @@ class SpeculationResult:
     keys: NDArray[np.float64]
     window_keys: NDArray[np.float64]
     chunk_steps: NDArray[np.int64]
+    drafted_tokens: int
     extra_tokens: int
     wasted_s: NDArray[np.float64]
     draft_s: float
 
     @property
+    def rejected_tokens(self) -> int:
+        """Drafts verified in vain."""
+        return self.drafted_tokens - self.extra_tokens
+
+    @property
     def sequence_passes(self) -> NDArray[np.int64]:
         """[levels] passes of single sequences."""
         return np.asarray(self.passes @ np.arange(self.passes.shape[1]))
+
+
+def drafted_tokens(cost: SpeculationCost, passes: NDArray[np.int64]) -> int:
+    """Drafts verified in passes, from their counts."""
+    return int((cost.queries - 1) @ (passes @ np.arange(passes.shape[1])))
 
 
 def drafting_s(cost: SpeculationCost, passes: NDArray[np.int64], keys: NDArray[np.float64]) -> float:
@@ -349,18 +362,21 @@ def itl_bin(value_s: float) -> int:
     return min(max(index, 0), ITL_BINS - 1)
 
 
-def itl_quantiles_s(counts: NDArray[np.int64], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+def itl_quantiles_s(
+    counts: NDArray[np.int64], probabilities: NDArray[np.float64], zeros: int = 0
+) -> NDArray[np.float64]:
     """Quantiles of an ITL histogram (inverse of the empirical distribution), each within 0.4 % of the exact one. [s]
 
-    NaN if the histogram is empty.
+    ``zeros`` latencies of 0 are counted besides. NaN if there are none at all.
     """
-    total = int(counts.sum())
+    total = int(counts.sum()) + zeros
     if total == 0:
         return np.full(len(probabilities), np.nan)
-    ranks = np.maximum(np.ceil(probabilities * total), 1)
+    ranks = np.maximum(np.ceil(probabilities * total), 1) - zeros
     bins = np.searchsorted(np.cumsum(counts), ranks)
     octave, part = np.divmod(bins, ITL_BINS_PER_OCTAVE)
-    return np.asarray(np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT))
+    values = np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT)
+    return np.where(ranks > 0, values, 0.0)
 
 
 def cache_hashes(settings: EngineSettings, requests: Requests) -> BlockHashes | None:

@@ -16,6 +16,7 @@ from simulator.engine.records import (
     Requests,
     Speculation,
     SpeculationResult,
+    drafted_tokens,
     drafting_s,
 )
 from simulator.randomness import BLOCK, uniform
@@ -166,6 +167,7 @@ class Speculator:
             keys=self.keys,
             window_keys=self.window_keys,
             chunk_steps=self.chunk_steps,
+            drafted_tokens=drafted_tokens(self.plan.cost, self.passes),
             extra_tokens=self.extra_tokens,
             wasted_s=np.array(self.wasted_s),
             draft_s=drafting_s(self.plan.cost, self.passes, self.keys) + self.chunk_draft_s,

@@ -55,6 +55,8 @@ class Latency(Section):
     """Time per output token after the first; requests with one output token have none."""
     itl_s: Distribution
     """Inter-token latency: one value per token after a request's first, over the whole run, each within 0.4 %."""
+    itl_pass_s: Distribution | None = None
+    """With speculative decoding: one value per pass, whose tokens come together; ``itl_s`` then has zeros. Null without."""
     e2e_s: Distribution
     """Arrival to last token."""
     queue_s: Distribution
@@ -197,6 +199,8 @@ class Utilisation(Section):
     recomputed_flops: float
     """FLOPs spent a second time after preemptions."""
     hbm_bytes: float
+    speculative_flops: float = 0.0
+    """FLOPs of drafting, and of verifying drafts that were rejected."""
 
 
 class PrefixCache(Section):
@@ -216,6 +220,30 @@ class PrefixCache(Section):
     """What computing the hits would have taken in full steps: a lower bound."""
     saved_share_of_busy: float
     """saved_chip_s ÷ the chip-seconds the run was busy."""
+
+
+class Speculation(Section):
+    """What speculative decoding did, over the whole run."""
+
+    method: str
+    draft_tokens: int
+    """Most drafts on one path."""
+    tokens_per_pass: float
+    """Tokens emitted ÷ passes of single sequences."""
+    drafts_per_pass: float
+    """Drafts verified ÷ passes."""
+    accepted_fraction: float | None
+    """Drafts accepted ÷ verified; null if none were."""
+    passes_without_drafts_fraction: float
+    """Share of the passes that drafted nothing, because their batch was too large."""
+    drafted_tokens: int
+    rejected_tokens: int
+    """Drafts not accepted, or not wanted any more at a request's end."""
+    draft_share_of_busy: float
+    """Time of drafting ÷ busy time."""
+    wasted_chip_s_per_query: float
+    """Part of busy chip-seconds: drafting and verifying drafts that were rejected."""
+    wasted_share_of_busy: float
 
 
 class ChipSeconds(Section):
@@ -372,6 +400,8 @@ class Summary(Section):
     utilisation: Utilisation
     prefix_cache: PrefixCache | None = None
     """Null without a prefix cache."""
+    speculation: Speculation | None = None
+    """Null without speculative decoding."""
     chip_seconds_per_query: ChipSeconds
     prices: Prices | None
     """Null when the chip has no price and the scenario sets none."""

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.catalog.architecture import Architecture, LatentAttention, LayerGroup, MoEFFN, SoftmaxAttention
 from simulator.errors import InputError, UnpriceableError
 from simulator.roofline.compile import compile_step_cost, dense_parts, hidden_s, sum_over
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Matrix, Number, Op, matmul_op, matrix_bytes
 from simulator.roofline.memory import MemoryFit, memory_fit, sequence_state_bytes, weights_bytes
+from simulator.roofline.mtp import input_ops, module_deployment, module_weights_bytes
 from simulator.roofline.ops import context_attention_ops, decode_attention_ops, dense_ops, head_ops
 from simulator.roofline.step_cost import StepCost
 
@@ -135,6 +135,8 @@ class Drafter:
         whether it shares the target's chips and memory; otherwise prompts are drafted beside the target's own steps.
     step_s, sequence_s
         host time per drafting step, and per sequence and drafting step, such as lookup, or the way to another slice. [s]
+    modules
+        layers held in memory, each with a cache of its own.
     """
 
     kind: str
@@ -142,6 +144,7 @@ class Drafter:
     same_slice: bool = True
     step_s: float = 0.0
     sequence_s: float = 0.0
+    modules: int = 1
 
 
 def with_drafter(cost: StepCost, speculation: SpeculationCost) -> StepCost:
@@ -161,41 +164,13 @@ def chain_levels(draft_tokens: int) -> list[Tree]:
     return [(1,) * depth for depth in range(draft_tokens + 1)]
 
 
-def layer_architecture(target: Architecture) -> Architecture:
-    """The one layer of an EAGLE head or a prediction module: the target's, with full attention and experts if it has any.
-
-    Embedding and head are the target's own. The choice is that of the parameter count of prediction layers.
-    """
-
-    def rank(group: LayerGroup) -> tuple[bool, bool, bool]:
-        full = isinstance(group.mixer, LatentAttention) or (
-            isinstance(group.mixer, SoftmaxAttention) and group.mixer.window is None
-        )
-        return isinstance(group.mixer, SoftmaxAttention | LatentAttention), full, isinstance(group.ffn, MoEFFN)
-
-    whole = [g for g in target.layers if g.mixer is not None and g.ffn is not None]
-    if not whole:
-        raise UnpriceableError(f"{target.name}: no layer with attention and feed-forward to draft with")
-    group = max(whole, key=rank).model_copy(update={"count": 1})
-    return target.model_copy(
-        update={
-            "name": f"{target.name} draft layer",
-            "layers": (group,),
-            "mtp_layers": 0,
-            "published_total": None,
-            "published_kind": None,
-        }
-    )
-
-
-def layer_drafter(target: Deployment, *, step_s: float = 0.0, sequence_s: float = 0.0) -> Drafter:
+def layer_drafter(target: Deployment, *, modules: int = 1, step_s: float = 0.0, sequence_s: float = 0.0) -> Drafter:
     """An EAGLE-style head or a prediction module (MTP) beside its target, in the target's precision.
 
     Its steps have the launches of their kernels but not the scheduler's overhead per step: they run inside the target's.
+    ``modules`` are held in memory; further depths run the last one again.
     """
-    eff = replace(target.eff, step_overhead_s=0.0)
-    d = replace(target, architecture=layer_architecture(target.architecture), efficiency=eff)
-    return Drafter("layer", d, step_s=step_s, sequence_s=sequence_s)
+    return Drafter("layer", module_deployment(target), step_s=step_s, sequence_s=sequence_s, modules=modules)
 
 
 def model_drafter(
@@ -316,7 +291,7 @@ def _draft_work(target: Deployment, drafter: Drafter, tree: Tree, B: Array) -> _
         n = B * nodes
         dense, head = dense_ops(d, n), head_ops(d, n)
         if drafter.kind == "layer":
-            dense = [*dense, projection_op(d, n)]
+            dense = [*dense, *input_ops(d, n)]
         terms = verify_terms(d, nodes)
         launch = decode_attention_ops(d, 1.0, 0.0, 0.0)
         # At this depth the sequence is longer by the drafts before it.
@@ -343,16 +318,6 @@ def _sums(ops: list[Op], chips: int) -> tuple[Array, Array]:
     return flops, chips * sum_over(op.weight_bytes + op.kv_write_bytes for op in ops)
 
 
-def projection_op(d: Deployment, n: Number) -> Op:
-    """The [2D, D] product that joins the target's hidden state with the embedding of the last token."""
-    return matmul_op(d, "draft projection", 1, _projection(d), n)
-
-
-def _projection(d: Deployment) -> Matrix:
-    width = d.architecture.d_model
-    return Matrix(2 * width, width / d.chips)
-
-
 def medusa_ops(d: Deployment, heads: int, B: Number) -> list[Op]:
     """Medusa's heads: for each depth a residual [D, D] block and an output head of its own."""
     block, head = _medusa_matrices(d)
@@ -373,9 +338,9 @@ def _chunk_work(drafter: Drafter, max_tokens: int) -> dict[str, Array | float]:
     table = compile_step_cost(replace(d, max_num_batched_tokens=max_tokens))
     time, flops, moved = table.dense_s, table.dense_flops, table.dense_bytes
     if drafter.kind == "layer":
-        projection = projection_op(d, c)
-        more_flops, more_bytes = _sums([projection], d.chips)
-        time, flops, moved = time + projection.time_s, flops + more_flops, moved + more_bytes
+        inputs = input_ops(d, c)
+        more_flops, more_bytes = _sums(inputs, d.chips)
+        time, flops, moved = time + sum_over(op.time_s for op in inputs), flops + more_flops, moved + more_bytes
     return {
         "chunk_s": time,
         "chunk_planes": table.prefill_planes,
@@ -398,10 +363,7 @@ def drafter_weights_bytes(target: Deployment, drafter: Drafter, depth: int) -> f
     d = drafter.deployment
     if d is None:
         return 0.0
-    if drafter.kind == "model":
-        return weights_bytes(d)
-    inner = replace(d, stage=(2, 3))  # a middle stage: neither embedding nor head
-    return weights_bytes(inner) + matrix_bytes(d.precision, _projection(d))
+    return weights_bytes(d) if drafter.kind == "model" else drafter.modules * module_weights_bytes(target)
 
 
 def memory_with_drafter(target: Deployment, drafter: Drafter, depth: int) -> MemoryFit:
@@ -414,7 +376,7 @@ def memory_with_drafter(target: Deployment, drafter: Drafter, depth: int) -> Mem
     return replace(
         fit,
         weights_bytes=fit.weights_bytes + weights,
-        kv_bytes_per_token=fit.kv_bytes_per_token + d.kv_bytes_per_token,
+        kv_bytes_per_token=fit.kv_bytes_per_token + drafter.modules * d.kv_bytes_per_token,
         reserved_bytes=fit.reserved_bytes + target.max_num_seqs * sequence_state_bytes(d),
     )
 

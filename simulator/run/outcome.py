@@ -16,6 +16,7 @@ from simulator.engine.records import (
     WAITING,
     EngineResult,
     Requests,
+    SpeculationResult,
 )
 from simulator.results.tables import REQUEST_STATES, Table
 from simulator.roofline.step_cost import StepCost
@@ -69,6 +70,31 @@ class Outcome:
         """Replica time without a step until the last replica ended. [s]"""
         return sum(replica.idle_s + (self.end_s - replica.end_s) for replica in self.replicas)
 
+    @property
+    def speculates(self) -> bool:
+        """Whether the replicas decode speculatively."""
+        return self.replicas[0].speculation is not None
+
+    @property
+    def speculation(self) -> SpeculationResult | None:
+        """What speculative decoding did, all replicas; ``wasted_s`` in stream order. None without it."""
+        parts = [replica.speculation for replica in self.replicas if replica.speculation is not None]
+        if not parts:
+            return None
+        wasted = np.empty(len(self.requests))
+        for r, part in enumerate(parts):
+            wasted[r :: self.n_replicas] = part.wasted_s
+        return SpeculationResult(
+            passes=np.asarray(np.sum([part.passes for part in parts], axis=0)),
+            keys=np.asarray(np.sum([part.keys for part in parts], axis=0)),
+            window_keys=np.asarray(np.sum([part.window_keys for part in parts], axis=0)),
+            chunk_steps=np.asarray(np.sum([part.chunk_steps for part in parts], axis=0)),
+            drafted_tokens=sum(part.drafted_tokens for part in parts),
+            extra_tokens=sum(part.extra_tokens for part in parts),
+            wasted_s=wasted,
+            draft_s=sum(part.draft_s for part in parts),
+        )
+
     def column(self, name: str) -> NDArray[Any]:
         """One per-request array of the engine results, in stream order."""
         parts = [getattr(replica, name) for replica in self.replicas]
@@ -114,6 +140,7 @@ def split(requests: Requests, replicas: int) -> list[Requests]:
             cached_tokens=requests.cached_tokens[r::replicas],
             max_tokens=requests.max_tokens[r::replicas],
             concurrency=len(range(r, requests.concurrency, replicas)),
+            acceptance_class=None if requests.acceptance_class is None else requests.acceptance_class[r::replicas],
             hashes=None if requests.hashes is None else requests.hashes.rows(slice(r, None, replicas)),
         )
         for r in range(replicas)
@@ -197,6 +224,8 @@ def step_time_s(outcome: Outcome, cost: StepCost) -> dict[str, float]:
     parts["head"] = float(by_rows @ cost.head_s[:rows])
     parts["attention_prefill"] = outcome.total("prefill_attention_s")
     parts["attention_decode"] = outcome.total("decode_attention_s")
+    if outcome.speculates:
+        parts["draft"] = outcome.total("draft_s")
     _demand_equal("step parts", sum(parts.values()), "busy time", outcome.busy_s)
     return parts
 
@@ -220,6 +249,7 @@ def check_conservation(outcome: Outcome, cost: StepCost) -> None:
             (replica.busy_prefill_s <= replica.busy_s * (1 + TOLERANCE)).all()
             and (replica.busy_cached_s <= replica.busy_prefill_s * (1 + TOLERANCE)).all()
             and (replica.recompute_s <= replica.busy_prefill_s * (1 + TOLERANCE)).all()
+            and (replica.speculation is None or (replica.speculation.wasted_s >= 0).all())
         ):
             raise ConservationError(f"replica {r}: a part of a query's busy time exceeds the whole")
     chip_time = outcome.chips * outcome.end_s
@@ -237,13 +267,16 @@ def check_conservation(outcome: Outcome, cost: StepCost) -> None:
 def _check_tokens(outcome: Outcome, done: NDArray[np.bool_]) -> None:
     requests = outcome.requests
     computed = requests.prompt_tokens - outcome.column("reused_tokens") + requests.output_tokens - 1
-    wanted = int(computed[done].sum()) + int(outcome.total("recomputed_tokens"))
+    rejected = sum(replica.speculation.rejected_tokens for replica in outcome.replicas if replica.speculation)
+    wanted = int(computed[done].sum()) + int(outcome.total("recomputed_tokens")) + rejected
     found = int(outcome.total("dense_tokens"))
     if wanted != found:
         raise ConservationError(f"steps computed {found} tokens, the finished requests needed {wanted}")
     emitted = int(requests.output_tokens[done].sum())
-    if emitted != int(outcome.total("rows")):
-        raise ConservationError(f"{int(outcome.total('rows'))} logit rows, but {emitted} tokens were emitted")
+    if emitted + rejected != int(outcome.total("rows")):
+        raise ConservationError(
+            f"{int(outcome.total('rows'))} logit rows, but {emitted} tokens were emitted and {rejected} drafts rejected"
+        )
 
 
 def _demand_equal(left: str, a: float, right: str, b: float) -> None:

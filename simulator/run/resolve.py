@@ -16,6 +16,7 @@ from simulator.roofline.memory import require_fit
 from simulator.roofline.precision import parse_precision
 from simulator.roofline.step_cost import StepCost
 from simulator.run.scenario import EfficiencyOptions, Scenario
+from simulator.run.speculation import ResolvedSpeculation, assumptions_of, resolve_speculation
 from simulator.run.summarise import Facts
 
 
@@ -27,6 +28,7 @@ class Resolved:
     deployment: Deployment
     settings: EngineSettings
     cost: StepCost
+    speculation: ResolvedSpeculation | None
     ideal_cost: StepCost
     """The same deployment with every efficiency at 1 and no overheads."""
 
@@ -56,6 +58,7 @@ def resolve(scenario: Scenario) -> Resolved:
         block_size=engine.block_size,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         workspace_bytes=engine.workspace_bytes,
+        decode_tokens=1 if engine.speculation is None else engine.speculation.decode_tokens,
         overlap=scenario.sharding.overlap,
         kv_layout=scenario.sharding.kv_layout,
         sequence_parallel=scenario.sharding.sequence_parallel,
@@ -67,6 +70,12 @@ def resolve(scenario: Scenario) -> Resolved:
     override = engine.num_gpu_blocks_override
     # vLLM's count includes the null block, which no request gets.
     blocks = require_fit(deployment).kv_blocks if override is None else override - 1
+    cost = compile_step_cost(deployment)
+    drafting = None
+    if engine.speculation is not None:
+        drafting = resolve_speculation(engine.speculation, deployment, cost, check_memory=override is None)
+        cost = drafting.with_other_slice(cost)
+        blocks = drafting.fit.kv_blocks if override is None else blocks
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
     settings = EngineSettings(
         max_num_seqs=engine.max_num_seqs,
@@ -77,12 +86,14 @@ def resolve(scenario: Scenario) -> Resolved:
         scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
         prefix_cache=engine.prefix_cache,
         cache_outputs=engine.cache_outputs,
+        speculation=drafting.plan if drafting else None,
     )
     return Resolved(
         scenario=scenario,
         deployment=deployment,
         settings=settings,
-        cost=compile_step_cost(deployment),
+        cost=cost,
+        speculation=drafting,
         ideal_cost=compile_step_cost(replace(deployment, efficiency=IDEAL)),
     )
 
@@ -119,7 +130,7 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
             model=d.architecture.name,
             slice=d.slice.spec,
             chip=chip.name,
-            chips_per_replica=d.chips,
+            chips_per_replica=resolved.cost.chips,
             replicas=scenario.replicas,
             precision=d.precision.name,
             sharding=f"tp={d.chips}",
@@ -135,6 +146,7 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
         slo=scenario.slo,
         prices=prices,
         options=scenario.run,
+        speculation_method=scenario.engine.speculation.method if scenario.engine.speculation else "",
         usd_per_chip_hour=usd_per_chip_hour,
         price_source="scenario" if prices.usd_per_chip_hour else _quote_text(quote),
         peak_power_w=peak_w,
@@ -188,6 +200,8 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
     if scenario.engine.num_gpu_blocks_override is None:
         value = f"{scenario.engine.workspace_bytes / 1e9:g} GB per chip"
         found.append(Assumption(what="engine.workspace_bytes", value=value, kind="assumed", source="scenario default"))
+    if scenario.engine.speculation is not None:
+        found += assumptions_of(scenario.engine.speculation)
     if scenario.prices.usd_per_chip_hour is not None:
         value = f"{scenario.prices.usd_per_chip_hour:g} USD per chip-hour"
         found.append(Assumption(what="price", value=value, kind="assumed", source="scenario"))

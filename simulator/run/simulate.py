@@ -21,6 +21,7 @@ from simulator.results.tables import Table
 from simulator.run.outcome import Outcome, split
 from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
 from simulator.run.scenario import Scenario
+from simulator.run.speculation import with_acceptance
 from simulator.run.statistics import between_seeds
 from simulator.run.summarise import summarise
 from simulator.traffic import Stream, build_stream
@@ -127,7 +128,7 @@ def _run_once(
     if len(stream) == 0:
         raise InputError(f"{scenario.name}: the traffic has no requests")
     check_contradictions(scenario, stream.concurrency)
-    requests = as_requests(stream)
+    requests = with_acceptance(as_requests(stream), scenario.engine.speculation, seed)
     outcome = simulate_fleet(resolved, requests, workers=workers)
     finished = int((outcome.column("status") == FINISHED).sum())
     if finished == 0:
@@ -227,6 +228,7 @@ _SECTIONS = (
     "occupancy",
     "utilisation",
     "prefix_cache",
+    "speculation",
     "chip_seconds_per_query",
     "prices",
     "energy",
@@ -269,8 +271,11 @@ def _input_digests(scenario: Scenario) -> dict[str, str]:
     """SHA-256 of the user's own files that a scenario names."""
     chip = scenario.slice.rpartition(":")[0]
     trace = scenario.traffic.trace
+    drafting = scenario.engine.speculation
     candidates = {
         "model": scenario.model,
+        "engine.speculation.model": drafting.model if drafting else None,
+        "engine.speculation.slice": (drafting.slice or "").rpartition(":")[0] if drafting else None,
         "slice": chip,
         "traffic.mix": scenario.traffic.mix,
         "traffic.trace": trace.file if trace else None,

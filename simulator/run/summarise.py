@@ -22,6 +22,7 @@ from simulator.results.summary import (
     PrefixCache,
     Prices,
     Slo,
+    Speculation,
     Status,
     Summary,
     Throughput,
@@ -72,6 +73,7 @@ class Facts:
     options: RunOptions
     usd_per_chip_hour: float | None = None
     price_source: str = ""
+    speculation_method: str = ""
     peak_power_w: float | None = None
     idle_power_w: float | None = None
     power_source: str = ""
@@ -99,7 +101,8 @@ def summarise(outcome: Outcome, at_once: Outcome, facts: Facts) -> tuple[Summary
     )
     load = measure_load(outcome, measured, at_once)
     finished = np.asarray(table["status"] == FINISHED)
-    work = total_work(outcome, cost)
+    plan = facts.settings.speculation
+    work = total_work(outcome, cost, plan.cost if plan else None)
     used = utilisation(outcome, cost, work)
     chip_seconds = _chip_seconds(outcome, table, finished, facts)
     energy, busy_power_w = _energy(outcome, work, finished, facts)
@@ -127,6 +130,7 @@ def summarise(outcome: Outcome, at_once: Outcome, facts: Facts) -> tuple[Summary
         occupancy=_occupancy(outcome, measured, facts.settings),
         utilisation=used,
         prefix_cache=_prefix_cache(outcome, facts),
+        speculation=_speculation(outcome, facts),
         chip_seconds_per_query=chip_seconds,
         prices=_prices(outcome, table, finished, facts),
         energy=energy,
@@ -176,6 +180,7 @@ def _latency(outcome: Outcome, table: Table, measured: Measured, finished: NDArr
         ttft_s=column("ttft_s"),
         tpot_s=column("tpot_s"),
         itl_s=_itl(outcome, table, finished),
+        itl_pass_s=_itl(outcome, table, finished, per_pass=True) if outcome.speculates else None,
         e2e_s=column("e2e_s"),
         queue_s=column("queue_s"),
         one_token_outputs=int((table["output_tokens"][rows] == 1).sum()),
@@ -189,16 +194,20 @@ def _without_intervals(found: Distribution, reason: str) -> Distribution:
     return found.model_copy(update=update)
 
 
-def _itl(outcome: Outcome, table: Table, finished: NDArray[np.bool_]) -> Distribution:
-    """Percentiles from the histogram; the exact mean: time from first to last token over the gaps between."""
-    counts = outcome.itl_counts
-    n = int(counts.sum())
+def _itl(outcome: Outcome, table: Table, finished: NDArray[np.bool_], *, per_pass: bool = False) -> Distribution:
+    """Percentiles from the histogram; the exact mean: time from first to last token over the gaps between.
+
+    Tokens of one pass come together: 0 s apart, or one value, ``per_pass``.
+    """
+    counts, found = outcome.itl_counts, outcome.speculation
+    together = found.extra_tokens if found else 0
+    n = int(counts.sum()) + (0 if per_pass else together)
     why = "counted in a histogram over the whole run; replications (--seeds) give intervals"
     decoding_s = float((table["finish_s"][finished] - table["first_token_s"][finished]).sum())
-    gaps = int((table["output_tokens"][finished] - 1).sum())
+    gaps = int((table["output_tokens"][finished] - 1).sum()) - (together if per_pass else 0)
     p50, p90, p95, p99 = (
         Estimate(value=float(v) if n else None, reason=why if n else "no values")
-        for v in itl_quantiles_s(counts, np.array([0.50, 0.90, 0.95, 0.99]))
+        for v in itl_quantiles_s(counts, np.array([0.50, 0.90, 0.95, 0.99]), 0 if per_pass else together)
     )
     mean = Estimate(value=decoding_s / gaps if gaps else None, reason=why if gaps else "no values")
     return Distribution(n=n, mean=mean, p50=p50, p90=p90, p95=p95, p99=p99)
@@ -288,6 +297,27 @@ def _prefix_cache(outcome: Outcome, facts: Facts) -> PrefixCache | None:
         evicted_blocks=int(outcome.total("evicted_blocks")),
         saved_chip_s=saved,
         saved_share_of_busy=saved / busy,
+    )
+
+
+def _speculation(outcome: Outcome, facts: Facts) -> Speculation | None:
+    found, plan = outcome.speculation, facts.settings.speculation
+    if found is None or plan is None:
+        return None
+    passes = max(int(found.sequence_passes.sum()), 1)
+    queries = int((outcome.column("status") == FINISHED).sum())
+    return Speculation(
+        method=facts.speculation_method,
+        draft_tokens=plan.survival.shape[2],
+        tokens_per_pass=1 + found.extra_tokens / passes,
+        drafts_per_pass=found.drafted_tokens / passes,
+        accepted_fraction=found.extra_tokens / found.drafted_tokens if found.drafted_tokens else None,
+        passes_without_drafts_fraction=float(found.sequence_passes[0]) / passes,
+        drafted_tokens=found.drafted_tokens,
+        rejected_tokens=found.rejected_tokens,
+        draft_share_of_busy=found.draft_s / outcome.busy_s,
+        wasted_chip_s_per_query=float(found.wasted_s.sum()) * outcome.chips_per_replica / queries,
+        wasted_share_of_busy=float(found.wasted_s.sum()) / outcome.busy_s,
     )
 
 
