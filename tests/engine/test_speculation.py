@@ -77,7 +77,7 @@ def speculating_case(pick: Pick) -> Case:
     cost, limits, requests = cache_case(pick) if pick(0, 3) == 0 else dyadic_case(pick)
     grid_s = 2.0**-6
     levels = pick(2, 4)
-    queries = [1] + sorted({pick(2, 7) for _ in range(levels - 1)})
+    queries = [1, *sorted({pick(2, 7) for _ in range(levels - 1)})]
     if pick(0, 2) == 0:  # room for whole batches of the highest level
         limits = replace(limits, max_num_batched_tokens=limits.max_num_seqs * queries[-1] + pick(1, 20))
     budget, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
@@ -171,7 +171,6 @@ def speculation_events(case: Case, result: EngineResult, steps: Sequence[StepRec
     cost, limits, requests = case
     plan, found = limits.speculation, result.speculation
     levels = plan.levels(limits.max_num_seqs, limits.max_num_batched_tokens)
-    queries = plan.cost.queries
     events = set()
     batches = {step.B for step in steps if step.B}
     decode_only = [step for step in steps if step.B and not step.P]

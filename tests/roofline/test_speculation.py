@@ -162,7 +162,7 @@ def test_level_0_is_a_plain_step(compiled):
             assert pass_time_s(cost, table, 0, batch, context) == pytest.approx(plain, rel=1e-12)
 
 
-def test_draft_steps_are_the_draft_models_own(target, compiled, drafters):
+def test_draft_steps_are_the_draft_models_own(compiled, drafters):
     """γ serial steps, each at a context longer by the drafts before it."""
     _, tables = compiled
     d = replace(drafters["model"].deployment, max_num_seqs=256)
