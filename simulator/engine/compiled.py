@@ -380,7 +380,9 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
     prices = None if plan is None else plan.cost
     levels = 0 if prices is None else len(prices.queries)
     columns = np.zeros((levels, speculation.N_LEVEL_COLUMNS))
+    slope = None
     if prices is not None:
+        slope = prices.slope_s + prices.draft_slope_s[:, None]
         columns[:, speculation.QUERIES] = prices.queries
         columns[:, speculation.SEQ] = prices.seq_s
         columns[:, speculation.WINDOW_SLOPE] = prices.window_slope_s
@@ -402,10 +404,10 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
     )
     tariff = speculation.Tariff(
         levels=columns,
-        value=real(prices and prices.value_s, 2),
-        slope=real(prices and prices.slope_s + prices.draft_slope_s[:, None], 2),
-        draft=real(prices and prices.draft_s, 2),
-        chunk=real(prices and prices.chunk_s, 1),
+        value=real(prices.value_s if prices else None, 2),
+        slope=real(slope, 2),
+        draft=real(prices.draft_s if prices else None, 2),
+        chunk=real(prices.chunk_s if prices else None, 1),
         floats=np.zeros(speculation.N_SPEC_FLOATS),
         v=np.zeros(m),
         wasted=np.zeros(n),
@@ -417,7 +419,7 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
         on=plan is not None,
         batch=batch,
         tariff=tariff,
-        level_by_batch=whole(plan and plan.levels(m, settings.max_num_batched_tokens), 1),
-        rates=whole(plan and plan.rates, 2),
+        level_by_batch=whole(plan.levels(m, settings.max_num_batched_tokens) if plan else None, 1),
+        rates=whole(plan.rates if plan else None, 2),
         classes=whole(requests.acceptance_class if plan else None, 1),
     )

@@ -69,7 +69,8 @@ class Speculation:
     @cached_property
     def rates(self) -> NDArray[np.int64]:
         """[classes, levels] mean tokens per pass in units of 2**-16, rounded."""
-        return np.rint((1 + self.survival.sum(axis=2)) * (1 << PROGRESS_BITS)).astype(np.int64)
+        tokens = 1 + self.survival.sum(axis=2)
+        return np.asarray(np.rint(tokens * (1 << PROGRESS_BITS)), dtype=np.int64)
 
     def levels(self, max_num_seqs: int, budget: int) -> NDArray[np.int64]:
         """[max_num_seqs + 1] levels in force: the wanted one, or the largest below it that leaves a token of the budget."""

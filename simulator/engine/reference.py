@@ -408,7 +408,7 @@ class Replica:
 
         decodes = [request for request in batch if not request.in_prefill]
         chunks = [self.chunk_work(one.computed, tokens) for one, tokens in batch.items() if one.in_prefill]
-        work = {
+        work: dict[str, Any] = {
             "n": sum(batch.values()),
             "B": len(decodes),
             "S": sum(self.context(request) for request in decodes),

@@ -24,15 +24,16 @@ from simulator.engine import speculation
 from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.prefix_cache import (
+    ENDED,
     N_ENDED,
+    START,
     Cache,
     admit,
-    catch_up,
-    find,
-    leave,
+    give_back,
+    grow,
+    look_up,
     note_end,
     publish,
-    release,
     release_ended,
     steps_to_fill,
     take,
@@ -437,10 +438,20 @@ def _owned(state: State, extra: Extra | None, slot: int, decoded: bool, block_si
 
 
 @inlined
+def _moment(state: State, extra: Extra) -> int:
+    """Stamp of what is published now: the step, or with speculation, which publishes nothing late, a count."""
+    if extra.spec.on:
+        extra.spec.batch.ints[speculation.MOMENT] += 1
+        return int(extra.spec.batch.ints[speculation.MOMENT])
+    return int(state.ints[STEP])
+
+
+@inlined
 def _publish_outputs(state: State, extra: Extra | None, slot: int, block_size: int) -> None:
     """P6: with speculation, a request's blocks of accepted tokens are published as it gives them back."""
     if extra is not None and extra.cache.on and extra.spec.on:
-        publish(extra.cache, slot, state.row[slot], state.computed[slot] // block_size, 2 * state.ints[STEP])
+        full = state.computed[slot] // block_size
+        publish(extra.cache, slot, state.row[slot], full, _moment(state, extra))
 
 
 @inlined
@@ -460,8 +471,7 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
     row = state.row[slot]
     freed = _owned(state, extra, slot, decoded, block_size)
     if extra is not None and extra.cache.on:
-        leave(extra.cache, slot, row, ints[STEP])
-        freed = release(extra.cache, slot, row, freed)
+        freed = give_back(extra.cache, slot, row, freed, ints[STEP])
     ints[FREE_BLOCKS] += freed
     state.computed[slot] = 0
     _unlink(state, slot)
@@ -480,8 +490,7 @@ def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, owned: i
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
     if extra is not None and extra.cache.on:
-        leave(extra.cache, slot, row, ints[STEP])
-        note_end(extra.cache, slot, owned)
+        note_end(extra.cache, slot, row, owned, ints[STEP])
         owned = 0
     ints[FREE_BLOCKS] += owned
     if extra is not None and extra.spec.on:
@@ -564,7 +573,7 @@ class Chunks(NamedTuple):
     free: int
     preempted: bool
     unsure: bool
-    """The first of the queue lacks blocks, and may lack fewer in a later step without anyone leaving (C6)."""
+    """The first of the queue lacks blocks, but decoding may publish one that it can share."""
 
 
 class Price(NamedTuple):
@@ -700,8 +709,7 @@ def _schedule_chunks(
         else:
             free -= missing
             if extra is not None and extra.cache.on:
-                take(extra.cache, missing)
-                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
+                grow(extra.cache, slot, row, missing, (done + want) // bs, _moment(state, extra))
             room -= want
             tokens += want
             state.chunk_slot[0] = slot
@@ -722,15 +730,13 @@ def _schedule_chunks(
             held = 0
             hits = 0
             if extra is not None and extra.cache.on:
-                if extra.cache.late:
-                    catch_up(extra.cache, state.row, ints[STEP])
-                hits, held = find(extra.cache, row, (known - 1) // bs)
+                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, ints[STEP])
                 done = max(done, hits * bs)
             want = min(known - done, room)
             need = blocks_for(done + want, bs)
             if need - held > free or (limits.reserve_full and blocks_for(known, bs) - held > free):
-                if extra is not None and extra.cache.on:
-                    unsure = extra.cache.late or not limits.reserve_full
+                if extra is not None:
+                    unsure = extra.cache.late
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1
@@ -749,8 +755,7 @@ def _schedule_chunks(
             free -= need
             if extra is not None and extra.cache.on:
                 free += hits - admit(extra.cache, slot, row, hits, known, done, state.seen[slot])
-                take(extra.cache, need - hits)
-                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
+                grow(extra.cache, slot, row, need - hits, (done + want) // bs, _moment(state, extra))
             room -= want
             tokens += want
             state.chunk_slot[chunks] = slot
@@ -1013,7 +1018,7 @@ def _end_chunks(
             pays += cost.planes[plane, 4] * _chunk_keys(cost, done, size)
         start = stream.cached[row]
         if extra is not None and extra.cache.on:
-            start = extra.cache.start[slot]
+            start = extra.cache.slots[slot, START]
         out.busy_cached[row] += cost.planes[plane, 1] * start
         if done + size == known:
             pays += price.per_row
@@ -1062,7 +1067,6 @@ def _end_decodes(
                 row = state.row[slot]
                 speculation.cut_surplus(extra.spec.batch, slot, stream.output[row])
                 state.computed[slot] = stream.prompt[row] + stream.output[row] - 1
-                _publish_outputs(state, extra, slot, block_size)
             _finish(state, out, extra, slot, owned)
             n_done += 1
     return n_done
@@ -1140,7 +1144,7 @@ def advance(
             if not chunks.preempted:
                 k = _segment_length(cost, limits, state, extra, price.d0, q, next_arrival, until)
                 if extra is not None and chunks.unsure:
-                    k = min(k, steps_to_fill(extra.cache, step)) if limits.reserve_full else 1
+                    k = min(k, steps_to_fill(extra.cache, step))
             before = limits.num_blocks - ints[FREE_BLOCKS]
             owned = before
             blocks_integral = 0.0
@@ -1175,6 +1179,8 @@ def advance(
             n_done += _end_chunks(cost, stream, out, state, extra, chunks.n, price, bs)
         n_done += _end_decodes(cost, stream, out, state, extra, bs)
         if extra is not None and extra.cache.ints[N_ENDED] > 0:
+            for i in range(extra.cache.ints[N_ENDED]):
+                _publish_outputs(state, extra, extra.cache.slots[i, ENDED], bs)
             ints[FREE_BLOCKS] += release_ended(extra.cache, state.row)
         if stream.concurrency > 0 and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)

@@ -27,7 +27,7 @@ SLOT_BITS = 20
 SLOT_MASK = (1 << SLOT_BITS) - 1
 
 # indices into Batch.ints; contexts and rates are in units of 2**-16 tokens
-LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, N_SPEC_INTS = range(8)
+LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT, N_SPEC_INTS = range(9)
 # columns of Batch.slots
 (
     BASE,
@@ -254,7 +254,7 @@ def _forget_window(batch: Batch, slot: int) -> None:
 @inlined
 def _context(slots: Any, slot: int) -> int:
     """Keys that a sequence's last token sees at the step ``SINCE``, in units."""
-    return ((slots[slot, BASE] + 1) << UNIT_BITS) + slots[slot, PROGRESS]
+    return int(((slots[slot, BASE] + 1) << UNIT_BITS) + slots[slot, PROGRESS])
 
 
 @inlined
@@ -266,7 +266,7 @@ def _settle_window(batch: Batch, slope: float, slot: int, step: int) -> float:
     keys = (n * slots[slot, SEEN] + grows * (n * (n - 1) // 2)) * PER_TOKEN
     slots[slot, SEEN] += n * grows
     slots[slot, SEEN_SINCE] = step
-    return slope * keys
+    return float(slope * keys)
 
 
 @compiled
@@ -387,7 +387,7 @@ def steps_in_reach(batch: Batch, next_knot: float, step: int, k: int) -> int:
     while ints[N_WINDOW_EVENTS] > 0:
         key = batch.events[0]
         if batch.slots[key & SLOT_MASK, EVENT_STEP] == key >> SLOT_BITS:
-            return min(k, (key >> SLOT_BITS) - step)
+            return int(min(k, (key >> SLOT_BITS) - step))
         ints[N_WINDOW_EVENTS] = pop_key(batch.events, ints[N_WINDOW_EVENTS])
     return k
 

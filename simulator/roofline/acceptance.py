@@ -75,7 +75,7 @@ def survival_of_rate(acceptance: float, draft_tokens: int) -> Array:
     """[γ] probabilities that at least 1 … γ drafts are accepted, each with probability ``acceptance``."""
     if not 0 <= acceptance <= 1:
         raise InputError(f"acceptance rate = {acceptance}: must be 0 … 1")
-    return acceptance ** np.arange(1, draft_tokens + 1, dtype=np.float64)
+    return np.asarray(acceptance ** np.arange(1, draft_tokens + 1, dtype=np.float64))
 
 
 def survival_of_curve(curve: Sequence[float], draft_tokens: int) -> Array:
@@ -88,7 +88,7 @@ def survival_of_curve(curve: Sequence[float], draft_tokens: int) -> Array:
         raise InputError(
             f"acceptance curve {list(curve)}: needs at least {draft_tokens} entries, one per draft position, each 0 … 1"
         )
-    return np.cumprod(np.asarray(curve[:draft_tokens], dtype=np.float64))
+    return np.asarray(np.cumprod(np.asarray(curve[:draft_tokens], dtype=np.float64)))
 
 
 def survival_of_lengths(lengths: Sequence[float], draft_tokens: int) -> Array:

@@ -6,15 +6,17 @@ put beside the :class:`~simulator.roofline.step_cost.StepCost`; ``docs/engine-sp
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError, UnpriceableError
+from simulator.roofline.blocks import state_bytes
 from simulator.roofline.compile import compile_step_cost, dense_parts, hidden_s, sum_over
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Matrix, Number, Op, matmul_op, matrix_bytes
-from simulator.roofline.memory import MemoryFit, memory_fit, sequence_state_bytes, weights_bytes
+from simulator.roofline.memory import MemoryFit, memory_fit, weights_bytes
 from simulator.roofline.mtp import input_ops, module_deployment, module_weights_bytes
 from simulator.roofline.ops import context_attention_ops, decode_attention_ops, dense_ops, head_ops
 from simulator.roofline.step_cost import StepCost
@@ -329,7 +331,7 @@ def _medusa_matrices(d: Deployment) -> tuple[Matrix, Matrix]:
     return Matrix(width, width / d.chips), Matrix(width, vocabulary / d.chips, form="head")
 
 
-def _chunk_work(drafter: Drafter, max_tokens: int) -> dict[str, Array | float]:
+def _chunk_work(drafter: Drafter, max_tokens: int) -> dict[str, Any]:
     """The drafter's own pass over prompts; none on another slice, which does it meanwhile, and for drafters without a cache."""
     c = np.arange(max_tokens + 1, dtype=np.float64)
     d = drafter.deployment
@@ -373,11 +375,12 @@ def memory_with_drafter(target: Deployment, drafter: Drafter, depth: int) -> Mem
     d = drafter.deployment if drafter.same_slice else None
     if d is None:
         return replace(fit, weights_bytes=fit.weights_bytes + weights)
+    state = sum(count * state_bytes(d, mixer) for count, mixer in d.mixers)
     return replace(
         fit,
         weights_bytes=fit.weights_bytes + weights,
         kv_bytes_per_token=fit.kv_bytes_per_token + drafter.modules * d.kv_bytes_per_token,
-        reserved_bytes=fit.reserved_bytes + target.max_num_seqs * sequence_state_bytes(d),
+        reserved_bytes=fit.reserved_bytes + target.max_num_seqs * state,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,7 +159,7 @@ def drafter_of(options: SpeculationOptions, target: Deployment) -> Drafter:
     sequence_s = options.host_sequence_s
     if sequence_s is None:
         sequence_s = LOOKUP_S if options.method == "ngram" else 0.0
-    host = {"step_s": options.host_step_s, "sequence_s": sequence_s}
+    host: dict[str, Any] = {"step_s": options.host_step_s, "sequence_s": sequence_s}
     name, modules = target.architecture.name, target.architecture.mtp_layers
     if options.method == "mtp":
         if not modules:
