@@ -17,6 +17,7 @@ COMMANDS = {
     "pareto": ("simulator.cli.pareto", "Latency against throughput of decoding, over the batch and context."),
     "fit": ("simulator.cli.fit", "What fits where: smallest slices, KV capacity and batch of every chip."),
     "simulate": ("simulator.cli.simulate", "Run a scenario: TTFT, TPOT, goodput and chip-seconds per query."),
+    "speculation": ("simulator.cli.speculation", "What speculative decoding is worth at each batch."),
     "compare": ("simulator.cli.compare", "Compare two simulation results."),
     "reproduce": ("simulator.cli.reproduce", "Published numbers against ours."),
     "hardware": ("simulator.cli.hardware", "Chips and slices of the catalogue, with sources."),

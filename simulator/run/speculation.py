@@ -136,6 +136,11 @@ class ResolvedSpeculation:
     other_peak_flops_per_s: float = 0.0
     other_bandwidth_bytes_per_s: float = 0.0
 
+    @property
+    def class_weights(self) -> NDArray[np.float64]:
+        """Share of the requests in each class of acceptance."""
+        return _class_weights(self.options, len(self.plan.survival))
+
     def with_other_slice(self, cost: StepCost) -> StepCost:
         """The target's table, with the chips of the drafter's own slice counted among the replica's."""
         return replace(
