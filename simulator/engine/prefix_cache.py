@@ -22,9 +22,9 @@ from simulator.engine.jit import compiled, inlined
 # columns of Cache.nodes
 NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
 # indices into Cache.ints
-N_NODES, SPARE, N_FILLS, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, N_INTS = range(11)
+N_NODES, SPARE, BLANK, N_FILLS, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, N_INTS = range(12)
 # columns of Cache.slots
-PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, N_COLUMNS = range(7)
+PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, N_COLUMNS = range(8)
 NOBODY = -1
 """Id of a run of blocks that nobody can find."""
 SLOT_BITS = 20
@@ -36,7 +36,10 @@ TAKES, ADMITS, PUBLISHES, FREES = range(4)
 
 
 class Cache(NamedTuple):
-    """Everything a prefix cache knows. ``on`` is false where a replica has none.
+    """Everything a prefix cache knows. ``on`` is false where a replica has none, ``radix`` true where it is a tree (D1 to D4).
+
+    ``late`` says that blocks which decoding fills are published too. A tree's blank blocks are ``ints[BLANK]``; in its queue stand
+    published ones only.
 
     Attributes
     ----------
@@ -49,9 +52,9 @@ class Cache(NamedTuple):
     table, stride
         nodes that slot s owns are ``table[s * stride :]``, as many as it has published.
     slots
-        [slots, 6] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
-        admission, and the step that fills its next block with an id (-1: none). The last two columns list the slots
-        whose requests finished in this step, and the blocks they have to give back.
+        [slots, 7] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
+        admission, and the step that fills its next block with an id (-1: none). The last three columns list the slots
+        whose requests finished in this step, the blocks they have to give back, and how many of them are full.
     fills
         heap of the steps that fill blocks.
     reused
@@ -61,6 +64,7 @@ class Cache(NamedTuple):
     """
 
     on: bool
+    radix: bool
     late: bool
     block_size: int
     nodes: Any
@@ -77,7 +81,14 @@ class Cache(NamedTuple):
 
 
 def new_cache(
-    hashes: BlockHashes | None, *, num_blocks: int, max_num_seqs: int, block_size: int, n: int, log_size: int = 0
+    hashes: BlockHashes | None,
+    *,
+    num_blocks: int,
+    max_num_seqs: int,
+    block_size: int,
+    n: int,
+    radix: bool = False,
+    log_size: int = 0,
 ) -> Cache:
     """An empty cache over ``num_blocks`` free blocks, or the stand-in of none if ``hashes`` is None.
 
@@ -90,7 +101,8 @@ def new_cache(
     stride = int(np.diff(hashes.offsets).max(initial=0))
     cache = Cache(
         on=on,
-        late=hashes.covers_output,
+        radix=radix,
+        late=hashes.covers_output and not radix,
         block_size=block_size,
         nodes=np.zeros((num_blocks + 2, 8), dtype=np.int64),
         first=np.zeros(int(hashes.ids.max(initial=-1)) + 1, dtype=np.int64),
@@ -165,7 +177,10 @@ def _remove(cache: Cache, node: int) -> None:
 
 @compiled
 def _append_run(cache: Cache, count: int) -> None:
-    """Put ``count`` unpublished blocks at the end of the queue."""
+    """Put ``count`` unpublished blocks at the end of the queue; a tree has them apart."""
+    if cache.radix:
+        cache.ints[BLANK] += count
+        return
     if count == 0:
         return
     last = cache.nodes[0, PREVIOUS]
@@ -227,7 +242,9 @@ def take(cache: Cache, count: int) -> None:
     nodes = cache.nodes
     if len(cache.log) > 0:
         _note(cache, TAKES, -1, count, 0)
-    left = count
+    blank = min(count, cache.ints[BLANK])
+    cache.ints[BLANK] -= blank
+    left = count - blank
     while left > 0:
         node = nodes[0, NEXT]
         if nodes[node, ID] == NOBODY:
@@ -293,18 +310,33 @@ def admit(cache: Cache, slot: int, row: int, hits: int, known: int, start: int, 
 
 
 @compiled
-def publish(cache: Cache, slot: int, row: int, full: int, step: int) -> None:
-    """C3: let the first ``full`` blocks of a request be found from ``step`` on, as far as they have ids."""
+def publish(cache: Cache, slot: int, row: int, full: int, step: int) -> int:
+    """C3: let the first ``full`` blocks of a request be found from ``step`` on, as far as they have ids.
+
+    D3: in a tree, those already there replace the request's own. Return how many blocks that frees.
+    """
     nodes = cache.nodes
     offset = cache.offsets[row]
     full = min(full, cache.offsets[row + 1] - offset)
     done = cache.slots[slot, PUBLISHED]
     if full <= done:
-        return
+        return 0
     if len(cache.log) > 0:
         _note(cache, PUBLISHES, row, full, step)
     base = slot * cache.stride
+    freed = 0
     for j in range(done, full):
+        if cache.radix:
+            node = cache.first[cache.ids[offset + j]]
+            if node > 0:
+                cache.ints[BLANK] += 1
+                freed += 1
+                if nodes[node, OWNERS] == 0:
+                    _remove(cache, node)
+                    freed -= 1
+                nodes[node, OWNERS] += 1
+                cache.table[base + j] = node
+                continue
         node = _new_node(cache)
         nodes[node, ID] = cache.ids[offset + j]
         nodes[node, OWNERS] = 1
@@ -312,13 +344,15 @@ def publish(cache: Cache, slot: int, row: int, full: int, step: int) -> None:
         _enter(cache, node)
         cache.table[base + j] = node
     cache.slots[slot, PUBLISHED] = full
+    return freed
 
 
 @compiled
 def grow(cache: Cache, slot: int, row: int, count: int, full: int, step: int) -> None:
     """C2, C3: give a request ``count`` blocks for a chunk of ``step``, and publish the first ``full`` it has then."""
     take(cache, count)
-    publish(cache, slot, row, full, step)
+    if not cache.radix:
+        publish(cache, slot, row, full, step)
 
 
 @compiled
@@ -420,8 +454,8 @@ def _leave(cache: Cache, slot: int, row: int, step: int) -> None:
 
 
 @compiled
-def note_end(cache: Cache, slot: int, row: int, owned: int, step: int) -> None:
-    """A request has finished before ``step``; :func:`release_ended` gives its blocks back, in the order of admission."""
+def note_end(cache: Cache, slot: int, row: int, computed: int, owned: int, step: int) -> None:
+    """A request has finished before ``step`` with ``computed`` tokens in ``owned`` blocks; :func:`release_ended` gives its blocks back, in the order of admission."""
     ints = cache.ints
     _leave(cache, slot, row, step)
     i = ints[N_ENDED]
@@ -429,17 +463,24 @@ def note_end(cache: Cache, slot: int, row: int, owned: int, step: int) -> None:
     while i > 0 and cache.slots[cache.slots[i - 1, ENDED], ORDER] > cache.slots[slot, ORDER]:
         cache.slots[i, ENDED] = cache.slots[i - 1, ENDED]
         cache.slots[i, ENDED_BLOCKS] = cache.slots[i - 1, ENDED_BLOCKS]
+        cache.slots[i, ENDED_FULL] = cache.slots[i - 1, ENDED_FULL]
         i -= 1
     cache.slots[i, ENDED] = slot
     cache.slots[i, ENDED_BLOCKS] = owned
+    cache.slots[i, ENDED_FULL] = computed // cache.block_size
 
 
 @compiled
-def release_ended(cache: Cache, rows: Any) -> int:
-    """C7: the requests that finished in this step give back their blocks; return how many become free."""
+def release_ended(cache: Cache, rows: Any, step: int) -> int:
+    """C7: the requests that finished before ``step`` give back their blocks; return how many become free.
+
+    Blocks of outputs that have not been published are now (D2, P6).
+    """
     freed = 0
     for i in range(cache.ints[N_ENDED]):
         slot = cache.slots[i, ENDED]
-        freed += release(cache, slot, rows[slot], cache.slots[i, ENDED_BLOCKS])
+        row = rows[slot]
+        freed += publish(cache, slot, row, cache.slots[i, ENDED_FULL], step)
+        freed += release(cache, slot, row, cache.slots[i, ENDED_BLOCKS])
     cache.ints[N_ENDED] = 0
     return freed

@@ -14,7 +14,7 @@ FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED = 0, 1, 2, 3, 4
 STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived")
 
 #: Kinds of prefix cache.
-PREFIX_CACHES = ("off", "blocks")
+PREFIX_CACHES = ("off", "blocks", "radix")
 
 #: ITL histogram: bins of equal width in the mantissa, 128 per factor of two, so a bin's centre is within 0.4 % of
 #: every value in it. Bin 0 also takes everything below ITL_MIN_S.
@@ -108,7 +108,8 @@ class EngineSettings:
     speculation
         speculative decoding; None: one token per sequence and step.
     prefix_cache
-        one of :data:`PREFIX_CACHES`: ``off``, or ``blocks``, vLLM's cache of hashed blocks (``docs/engine-prefix-cache.md``).
+        one of :data:`PREFIX_CACHES`: ``off``; ``blocks``, vLLM's cache of hashed blocks; ``radix``, SGLang's tree of prefixes
+        (``docs/engine-prefix-cache.md``).
     cache_outputs
         whether blocks with output tokens can be reused, where the requests' hashes cover them.
     """

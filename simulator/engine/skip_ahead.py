@@ -24,7 +24,6 @@ from simulator.engine import speculation
 from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.prefix_cache import (
-    ENDED,
     N_ENDED,
     START,
     Cache,
@@ -447,14 +446,6 @@ def _moment(state: State, extra: Extra) -> int:
 
 
 @inlined
-def _publish_outputs(state: State, extra: Extra | None, slot: int, block_size: int) -> None:
-    """P6: with speculation, a request's blocks of accepted tokens are published as it gives them back."""
-    if extra is not None and extra.cache.on and extra.spec.on:
-        full = state.computed[slot] // block_size
-        publish(extra.cache, slot, state.row[slot], full, _moment(state, extra))
-
-
-@inlined
 def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
     """R6: free all blocks, forget the cache, go to the front of the queue."""
     ints = state.ints
@@ -463,7 +454,9 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
         ints[PARTIAL] = -1
     else:
         _leave_batch(cost, state, out, extra, slot, block_size)
-        _publish_outputs(state, extra, slot, block_size)
+        if extra is not None and extra.cache.on and extra.spec.on and not extra.cache.radix:  # P6
+            full = state.computed[slot] // block_size
+            publish(extra.cache, slot, state.row[slot], full, _moment(state, extra))
         state.finish_step[slot] = -1
         state.last_token[slot] = state.floats[CLOCK]
     computed = state.computed[slot]
@@ -490,7 +483,7 @@ def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, owned: i
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
     if extra is not None and extra.cache.on:
-        note_end(extra.cache, slot, row, owned, ints[STEP])
+        note_end(extra.cache, slot, row, state.computed[slot], owned, ints[STEP])
         owned = 0
     ints[FREE_BLOCKS] += owned
     if extra is not None and extra.spec.on:
@@ -1030,6 +1023,8 @@ def _end_chunks(
             ints[RECOMPUTED] += again
         done += size
         state.computed[slot] = done
+        if extra is not None and extra.cache.radix:
+            ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, _moment(state, extra))
         if done < known:
             ints[PARTIAL] = slot
             continue
@@ -1179,9 +1174,7 @@ def advance(
             n_done += _end_chunks(cost, stream, out, state, extra, chunks.n, price, bs)
         n_done += _end_decodes(cost, stream, out, state, extra, bs)
         if extra is not None and extra.cache.ints[N_ENDED] > 0:
-            for i in range(extra.cache.ints[N_ENDED]):
-                _publish_outputs(state, extra, extra.cache.slots[i, ENDED], bs)
-            ints[FREE_BLOCKS] += release_ended(extra.cache, state.row)
+            ints[FREE_BLOCKS] += release_ended(extra.cache, state.row, _moment(state, extra))
         if stream.concurrency > 0 and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)
             for _ in range(n_done):

@@ -207,7 +207,7 @@ class PrefixCache(Section):
     """What the prefix cache found, counted whenever a request is admitted (again, after a preemption)."""
 
     kind: str
-    """blocks: vLLM's cache of hashed blocks."""
+    """blocks: vLLM's cache of hashed blocks; radix: SGLang's tree of prefixes."""
     queried_tokens: int
     """Tokens known of the requests admitted."""
     hit_tokens: int

@@ -52,7 +52,8 @@ def cache_case(pick: Pick) -> Case:
     unit = one_of(pick, (blocks, blocks, 2 * blocks, *(u for u in (1, 2, 3) if blocks % u == 0)))
     hashes = families(pick, prompt, requests.output_tokens, unit, covers_output=bool(pick(0, 1)))
     requests = replace(requests, prompt_tokens=prompt, cached_tokens=cached, hashes=hashes)
-    engine_settings = replace(engine_settings, prefix_cache="blocks", cache_outputs=bool(pick(0, 3)))
+    kind = one_of(pick, ("blocks", "blocks", "radix"))
+    engine_settings = replace(engine_settings, prefix_cache=kind, cache_outputs=bool(pick(0, 3)))
     return Case(cost, engine_settings, requests)
 
 
@@ -134,12 +135,18 @@ def events_of(case: Case) -> set[str]:
         if shared:
             met.add("block kept by another")
 
-    pool.lookup, pool.publish, pool.share, pool.release = (
-        watched_lookup,
-        watched_publish,
-        watched_share,
-        watched_release,
-    )
+    def watched_publish_at_end(row, full):
+        before = list(pool.tables[row])
+        publish_at_end(row, full)
+        if before != pool.tables[row]:
+            met.add("own block replaced by one in the tree")
+        if case.settings.prefix_cache == "radix" and pool.queue and pool.blank:
+            met.add("blank blocks beside cached ones")
+
+    publish_at_end = pool.publish_at_end
+    watched = (watched_lookup, watched_publish, watched_share, watched_release, watched_publish_at_end)
+    pool.lookup, pool.publish, pool.share, pool.release, pool.publish_at_end = watched
+    met.add(case.settings.prefix_cache)
     replica.advance()
     if pool.counts["evicted_blocks"]:
         met.add("eviction")
@@ -171,6 +178,9 @@ FREQUENT = (
     "two freed at once",
     "closed loop",
     "window",
+    "radix",
+    "own block replaced by one in the tree",
+    "blank blocks beside cached ones",
 )
 
 
