@@ -520,8 +520,8 @@ class Replica:
         for request, tokens in batch.items():
             is_chunk, emits = request.in_prefill, 1
             if self.speculator is not None and not is_chunk:
-                emits = tokens = self.speculator.take(request)
-            request.computed += tokens
+                emits = self.speculator.take(request)
+            request.computed += tokens if is_chunk else emits
             if is_chunk:
                 self.publish_at_end(request)
             request.seen = max(request.seen, request.computed)

@@ -1,6 +1,5 @@
 """Our side of the table on speculative decoding: the formulas of Leviathan et al. 2023."""
 
-from collections.abc import Callable
 from functools import partial
 
 from simulator.reproduction.rows import Ours, read_published
@@ -9,17 +8,11 @@ from simulator.roofline.acceptance import best_draft_tokens, operations_factor, 
 
 def rows_ours() -> Ours:
     """Our side of ``data/speculation.csv``: an id says what is computed, and from which α, γ and c."""
-    ours: dict[str, Callable[[], float]] = {}
-    for item in read_published("speculation"):
-        what, *numbers = item["id"].split("/")
-        first, *others = map(float, numbers)
-        if what == "best":
-            ours[item["id"]] = partial(_best, first, others[0])
-        else:
-            function = operations_factor if what == "ops" else walltime_factor
-            ours[item["id"]] = partial(function, first, int(others[0]), others[1])
-    return ours
+    return {item["id"]: partial(_ours, *item["id"].split("/")) for item in read_published("speculation")}
 
 
-def _best(acceptance: float, cost_ratio: float) -> float:
-    return float(best_draft_tokens(acceptance, cost_ratio))
+def _ours(what: str, acceptance: str, *numbers: str) -> float:
+    if what == "best":
+        return float(best_draft_tokens(float(acceptance), float(numbers[0])))
+    factor = {"ops": operations_factor, "speed": walltime_factor}[what]
+    return factor(float(acceptance), int(numbers[0]), float(numbers[1]))
