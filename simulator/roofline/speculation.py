@@ -6,7 +6,7 @@ put beside the :class:`~simulator.roofline.step_cost.StepCost`; ``docs/engine-sp
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +141,7 @@ class Drafter:
         layers held in memory, each with a cache of its own.
     """
 
-    kind: str
+    kind: Literal["model", "layer", "heads", "lookup"]
     deployment: Deployment | None = None
     same_slice: bool = True
     step_s: float = 0.0
