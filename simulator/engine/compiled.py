@@ -148,6 +148,37 @@ class Engine:
             )
         )
 
+    def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
+        """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``).
+
+        Tokens that come with others of their pass are in bin 0.
+        """
+        self.advance(start_s)
+        before, together = self._out.itl.copy(), self._extra_tokens()
+        self.advance(stop_s)
+        counts = self._out.itl - before
+        counts[0] += self._extra_tokens() - together
+        return np.asarray(counts)
+
+    @property
+    def decode_keys(self) -> float:
+        """Σ S so far: keys that decoding sequences have seen."""
+        if self._extra is not None and self._extra.spec.on:
+            return float(self._extra.spec.tariff.keys[0].sum())
+        return int(self._state.ints[skip_ahead.DECODE_KEYS])
+
+    def _extra_tokens(self) -> int:
+        """Tokens emitted beyond one per pass of speculative decoding, those of sequences not yet settled included."""
+        if self._extra is None or not self._extra.spec.on:
+            return 0
+        batch = self._extra.spec.batch
+        slots = batch.slots[batch.slots[:, speculation.BLOCK_STEP] >= 0]
+        passes = self._state.ints[skip_ahead.STEP] - slots[:, speculation.SINCE]
+        before = slots[:, speculation.PROGRESS]
+        after = before + passes * slots[:, speculation.RATE]
+        extra = (after >> speculation.UNIT_BITS) - (before >> speculation.UNIT_BITS) - passes
+        return int(batch.ints[speculation.EXTRA_TOKENS] + extra.sum())
+
     def result(self) -> EngineResult:
         """What has happened so far; requests still decoding are not yet charged for their latest steps."""
         ints, floats, out = self._state.ints, self._state.floats, self._out
@@ -198,6 +229,7 @@ class Engine:
             "waiting": means[skip_ahead.T_WAITING],
             "kv_blocks": means[skip_ahead.T_BLOCKS],
             "busy_fraction": means[skip_ahead.T_BUSY],
+            "preemptions_per_s": means[skip_ahead.T_PREEMPTIONS],
         }
         found = self._speculation()
         if found is not None:
@@ -326,6 +358,7 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
     ints[skip_ahead.FREE_BLOCKS] = settings.num_kv_blocks
     ints[[skip_ahead.FIRST, skip_ahead.LAST, skip_ahead.PARTIAL]] = -1
     ints[skip_ahead.N_FREE_SLOTS] = m
+    ints[skip_ahead.STOP_ROW] = np.iinfo(np.int64).max
 
     def slots() -> NDArray[np.int64]:
         return np.zeros(m, dtype=np.int64)
@@ -358,7 +391,7 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
         growing=slots(),
         chunk_slot=slots(),
         chunk_size=slots(),
-        timeline=np.zeros((4, TIMELINE_INTERVALS)),
+        timeline=np.zeros((5, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),
     )

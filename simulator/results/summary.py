@@ -54,7 +54,8 @@ class Latency(Section):
     tpot_s: Distribution
     """Time per output token after the first; requests with one output token have none."""
     itl_s: Distribution
-    """Inter-token latency: one value per token after a request's first, over the whole run, each within 0.4 %."""
+    """Inter-token latency: one value per token after a request's first, in the steps that start inside the measured window (in
+    a closed loop, or when everything arrives at once, in the whole run), each within 0.4 %."""
     itl_pass_s: Distribution | None = None
     """With speculative decoding: one value per pass, whose tokens come together; ``itl_s`` then has zeros. Null without."""
     e2e_s: Distribution
@@ -266,6 +267,8 @@ class ChipSeconds(Section):
     """Part of busy: tokens computed again after a preemption."""
     decode: float
     """Part of busy: busy − prefill."""
+    busy_of_measured: Distribution
+    """Busy chip-seconds from query to query, over the measured requests."""
 
 
 class TokenPrices(Section):

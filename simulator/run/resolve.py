@@ -99,7 +99,7 @@ def resolve(scenario: Scenario) -> Resolved:
 
 
 def _efficiency(options: EfficiencyOptions, chip: ChipSpec) -> Efficiency:
-    return replace(IDEAL if options.base == "ideal" else chip.efficiency, **options.overrides)
+    return (IDEAL if options.base == "ideal" else chip.efficiency).override(**options.overrides)
 
 
 def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...] = ()) -> Facts:

@@ -9,6 +9,7 @@ import pytest
 from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.acceptance import tokens_per_pass
 from simulator.run import load_scenario, run_scenario
+from simulator.run.explain import explain
 from simulator.run.resolve import resolve
 from simulator.run.simulate import as_requests
 from simulator.run.speculation import SpeculationOptions, survival_table, with_acceptance
@@ -155,3 +156,21 @@ def test_the_gain_collapses_with_the_batch_in_the_engine_as_in_the_cost_model():
         assert adaptive >= fixed - 0.02
     assert view.best[0] == 3
     assert view.best[255] < 3
+
+
+def test_tokens_that_come_together_are_counted_in_the_measured_window(runs):
+    """Cut at the window's ends, where sequences are not yet settled: as many tokens as passes times tokens per pass."""
+    run = runs["eagle"]
+    counts = run.outcome.itl_counts_measured
+    measured = counts.sum() / (counts.sum() - counts[0])
+    assert measured == pytest.approx(run.summary.speculation.tokens_per_pass, rel=0.02)
+    assert counts.sum() < run.outcome.itl_counts.sum()
+
+
+def test_explain_and_summary_only_know_speculation_or_say_so():
+    text = '{method="eagle", num_speculative_tokens=3, acceptance_rate=0.75, acceptance_spread=0.1}'
+    settings = scenario(text, "traffic.n_requests=200")
+    found = explain(resolve(settings), 50)
+    assert found.e2e_s == pytest.approx(run_scenario(settings).result.requests["e2e_s"][50], rel=1e-12)
+    with pytest.raises(InputError, match="speculation"):
+        run_scenario(scenario(text, "run.summary_only=true"))
