@@ -31,12 +31,14 @@ def prices(depth: int = DEPTH) -> SpeculationCost:
     draft = np.arange(levels)[:, None] * np.where(batch > 0, 5e-4 + 4e-6 * batch, 0.0)
     return SpeculationCost(
         queries=np.arange(1, levels + 1),
+        knots=np.zeros(1),
         value_s=np.zeros((levels, 1)),
         slope_s=np.full((levels, 1), cost.decode_slope_s[0]),
         window_slope_s=np.zeros(levels),
         seq_s=np.full(levels, cost.decode_seq_s),
         draft_s=draft,
-        draft_slope_s=np.arange(levels) * 1e-9,
+        draft_value_s=np.zeros((levels, 1)),
+        draft_slope_s=np.arange(levels)[:, None] * 1e-9,
         chunk_s=np.arange(MAX_TOKENS + 1) * 1e-7,
     )
 

@@ -21,7 +21,7 @@ from simulator.engine.records import (
     SpeculationResult,
     cache_hashes,
     drafted_tokens,
-    drafting_s,
+    fixed_drafting_s,
 )
 from simulator.errors import InputError
 from simulator.roofline.speculation import with_drafter
@@ -276,12 +276,13 @@ class Engine:
             wasted_s=tariff.wasted,
             draft_s=0.0,
         )
-        chunks_s = float(tariff.floats[speculation.CHUNK_DRAFT])
-        return replace(found, draft_s=self._decode_drafting_s(found) + chunks_s)
+        return replace(found, draft_s=self._decode_drafting_s(found) + float(tariff.floats[speculation.CHUNK_DRAFT]))
 
     def _decode_drafting_s(self, found: SpeculationResult) -> float:
         plan = self._settings.speculation
-        return 0.0 if plan is None else drafting_s(plan.cost, found.passes, found.keys)
+        if plan is None or self._extra is None:
+            return 0.0
+        return fixed_drafting_s(plan.cost, found.passes) + float(self._extra.spec.tariff.floats[speculation.KEYS_DRAFT])
 
 
 def simulate(
@@ -414,13 +415,14 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
     prices = None if plan is None else plan.cost
     levels = 0 if prices is None else len(prices.queries)
     columns = np.zeros((levels, speculation.N_LEVEL_COLUMNS))
-    slope = None
+    value = slope = curve = None
     if prices is not None:
-        slope = prices.slope_s + prices.draft_slope_s[:, None]
+        value = prices.value_s + prices.draft_value_s
+        slope = prices.slope_s + prices.draft_slope_s
+        curve = np.stack([prices.draft_value_s, prices.draft_slope_s])
         columns[:, speculation.QUERIES] = prices.queries
         columns[:, speculation.SEQ] = prices.seq_s
         columns[:, speculation.WINDOW_SLOPE] = prices.window_slope_s
-        columns[:, speculation.DRAFT_SLOPE] = prices.draft_slope_s
     ring_of_none = np.zeros((2, ring), dtype=np.int64)
     ring_of_none[speculation.RING_FIRST] = -1
     slots = np.zeros((m, speculation.N_SLOT_COLUMNS), dtype=np.int64)
@@ -438,12 +440,13 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
     )
     tariff = speculation.Tariff(
         levels=columns,
-        value=real(prices.value_s if prices else None, 2),
+        value=real(value, 2),
         slope=real(slope, 2),
+        draft_curve=real(curve, 3),
         draft=real(prices.draft_s if prices else None, 2),
         chunk=real(prices.chunk_s if prices else None, 1),
         floats=np.zeros(speculation.N_SPEC_FLOATS),
-        v=np.zeros(m),
+        v=np.zeros((m, 3)),
         wasted=np.zeros(n),
         passes=np.zeros((levels, m + 1), dtype=np.int64),
         keys=np.zeros((2, levels)),

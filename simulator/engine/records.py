@@ -283,10 +283,9 @@ def drafted_tokens(cost: SpeculationCost, passes: NDArray[np.int64]) -> int:
     return int((cost.queries - 1) @ (passes @ np.arange(passes.shape[1])))
 
 
-def drafting_s(cost: SpeculationCost, passes: NDArray[np.int64], keys: NDArray[np.float64]) -> float:
-    """Time of drafting in decode passes, from their counts. [s]"""
-    most = passes.shape[1]
-    return float((passes * cost.draft_s[:, :most]).sum() + cost.draft_slope_s @ keys)
+def fixed_drafting_s(cost: SpeculationCost, passes: NDArray[np.int64]) -> float:
+    """Time of drafting in decode passes that does not depend on contexts, from their counts. [s]"""
+    return float((passes * cost.draft_s[:, : passes.shape[1]]).sum())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from simulator.engine.records import (
     Speculation,
     SpeculationResult,
     drafted_tokens,
-    drafting_s,
 )
 from simulator.randomness import BLOCK, uniform
 from simulator.roofline.step_cost import StepCost
@@ -55,6 +54,7 @@ class Speculator:
     wasted_s: list[float] = field(default_factory=list)
     extra_tokens: int = 0
     chunk_draft_s: float = 0.0
+    decode_draft_s: float = 0.0
     draws: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class Speculator:
 
     def decode_s(self, B: int, S: float, SW: float) -> float:
         """What decoding sequences add to a step besides dense layers and head (P4)."""
-        return self.plan.cost.decode_s(self.level, self.cost.decode_knots, B=B, S=S, SW=SW)
+        return self.plan.cost.decode_s(self.level, B=B, S=S, SW=SW)
 
     def chunk_s(self, tokens: int) -> float:
         """The drafter's pass over a step's chunks (P4)."""
@@ -106,16 +106,18 @@ class Speculator:
 
     def draft_s(self, B: int, S: float) -> float:
         """Drafting, within :meth:`decode_s`."""
-        return float(self.plan.cost.draft_s[self.level, B] + self.plan.cost.draft_slope_s[self.level] * S) if B else 0.0
+        return self.plan.cost.drafting_s(self.level, B=B, S=S)
 
     def share(self, request: Sequence, B: int, S: float, per_token_s: float, per_row_s: float) -> float:
         """A decoding request's share of a step, dense layers and head included; notes what of it is wasted (P5)."""
         cost, level, q = self.plan.cost, self.level, self.queries
-        piece = max(j for j, knot in enumerate(self.cost.decode_knots) if knot <= S)
-        slope_s = float(cost.slope_s[level, piece])
-        intercept_s = float(cost.value_s[level, piece]) - slope_s * float(self.cost.decode_knots[piece])
+        piece = max(j for j, knot in enumerate(cost.knots) if knot <= S)
+        knot = float(cost.knots[piece])
+        slope_s, draft_slope_s = float(cost.slope_s[level, piece]), float(cost.draft_slope_s[level, piece])
+        intercept_s = float(cost.value_s[level, piece]) - slope_s * knot
         context = self.context(request)
-        draft_s = float(cost.draft_s[level, B]) / B + float(cost.draft_slope_s[level]) * context
+        draft_s = (float(cost.draft_s[level, B] + cost.draft_value_s[level, piece]) - draft_slope_s * knot) / B
+        draft_s += draft_slope_s * context
         if q > 1:
             rejected = q - self.rate(request) / UNIT
             self.wasted_s[request.row] += rejected * (per_token_s + per_row_s + draft_s / (q - 1))
@@ -126,6 +128,7 @@ class Speculator:
     def count(self, B: int, S: float, SW: float, chunk_tokens: int) -> None:
         """Count a step."""
         if B:
+            self.decode_draft_s += self.draft_s(B, S)
             self.passes[self.level, B] += 1
             self.keys[self.level] += S
             self.window_keys[self.level] += SW
@@ -170,5 +173,5 @@ class Speculator:
             drafted_tokens=drafted_tokens(self.plan.cost, self.passes),
             extra_tokens=self.extra_tokens,
             wasted_s=np.array(self.wasted_s),
-            draft_s=drafting_s(self.plan.cost, self.passes, self.keys) + self.chunk_draft_s,
+            draft_s=self.decode_draft_s + self.chunk_draft_s,
         )

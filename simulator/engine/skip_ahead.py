@@ -357,7 +357,7 @@ def _rebase(cost: CostTable, state: State, out: Outcome, extra: Extra | None) ->
     ints[STEP_ORIGIN] = step
     if extra is not None and extra.spec.on:
         extra.spec.tariff.v[:] = 0.0
-        extra.spec.tariff.floats[speculation.SHARE_V] = 0.0
+        extra.spec.tariff.floats[: speculation.CHUNK_DRAFT] = 0.0
 
 
 @inlined
@@ -928,7 +928,8 @@ def _advance_decodes(
     if extra is not None and extra.spec.on:
         per_token = price.per_token + price.per_row
         share = speculation.fixed_share(extra.spec, cost.knots, knot, batch, price.slope, per_token)
-        speculation.count_passes(extra.spec, batch, k, per_token)
+        since = ints[STEP] - ints[STEP_ORIGIN]
+        speculation.count_passes(extra.spec, cost.knots, knot, batch, k, per_token, since)
     else:
         intercept = cost.value[knot] - price.slope * cost.knots[knot]
         share = price.per_token + price.per_row + cost.seq + intercept / batch
@@ -955,7 +956,7 @@ def _start_decoding(
     ints[BATCH] += 1
     if extra is not None and extra.spec.on:
         row = state.row[slot]
-        extra.spec.tariff.v[slot] = extra.spec.tariff.floats[speculation.SHARE_V]
+        speculation.mark(extra.spec.tariff.floats, extra.spec.tariff.v, slot)
         speculation.join(extra.spec.batch, slot, step, _rate(extra.spec, row), stream.prompt[row], state.emitted[slot])
         rest = speculation.passes_left(extra.spec.batch, slot, stream.output[row])
     else:

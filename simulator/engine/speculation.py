@@ -48,9 +48,11 @@ LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT
 # rows of Batch.ring
 RING_FIRST, RING_NEED = 0, 1
 # columns of Tariff.levels
-QUERIES, SEQ, WINDOW_SLOPE, DRAFT_SLOPE, N_LEVEL_COLUMNS = range(5)
-# indices into Tariff.floats
-SHARE_V, CHUNK_DRAFT, N_SPEC_FLOATS = range(3)
+QUERIES, SEQ, WINDOW_SLOPE, N_LEVEL_COLUMNS = range(4)
+# layers of Tariff.draft_curve
+DRAFT_VALUE, DRAFT_SLOPE = 0, 1
+# indices into Tariff.floats: running sums of what rejected drafts cost, like those of shares in the engine's loop, and times
+SHARE_V, SHARE_D0, SHARE_D1, CHUNK_DRAFT, KEYS_DRAFT, N_SPEC_FLOATS = range(6)
 
 
 class Batch(NamedTuple):
@@ -88,13 +90,14 @@ class Batch(NamedTuple):
 class Tariff(NamedTuple):
     """What passes cost, who pays, and what was counted.
 
-    ``levels`` [levels, columns] and the curves ``value``, ``slope`` (verification and drafting together), ``draft`` and ``chunk`` are those of
-    SpeculationCost; ``v`` [slots] is the running sum of waste when a sequence was last settled; the rest as in SpeculationResult.
+    ``levels`` [levels, columns] and the curves ``value``, ``slope`` (verification and drafting together), ``draft_curve``, ``draft`` and ``chunk`` are
+    those of SpeculationCost; ``v`` [slots, 3] are the running sums of waste when a sequence was last settled; the rest as in SpeculationResult.
     """
 
     levels: Any
     value: Any
     slope: Any
+    draft_curve: Any
     draft: Any
     chunk: Any
     floats: Any
@@ -269,6 +272,14 @@ def _settle_window(batch: Batch, slope: float, slot: int, step: int) -> float:
     return float(slope * keys)
 
 
+@inlined
+def mark(floats: Any, v: Any, slot: int) -> None:
+    """Remember the running sums of waste at which a sequence starts, or goes on."""
+    v[slot, 0] = floats[SHARE_V]
+    v[slot, 1] = floats[SHARE_D0]
+    v[slot, 2] = floats[SHARE_D1]
+
+
 @compiled
 def settle(
     batch: Batch, levels: Any, floats: Any, v: Any, slot: int, step: int, origin: int, w: float, r0: float, r1: float
@@ -289,9 +300,9 @@ def settle(
     wasted = 0.0
     q = levels[level, QUERIES]
     if level > 0:
-        keys = (n * context + rate * (n * (n - 1) // 2)) * PER_TOKEN
-        wasted = (q - rate * PER_TOKEN) * (floats[SHARE_V] - v[slot] + levels[level, DRAFT_SLOPE] * keys / (q - 1))
-    v[slot] = floats[SHARE_V]
+        keys_s = first * (floats[SHARE_D0] - v[slot, 1]) + rate * PER_TOKEN * (floats[SHARE_D1] - v[slot, 2])
+        wasted = (q - rate * PER_TOKEN) * (floats[SHARE_V] - v[slot, 0] + keys_s / (q - 1))
+    mark(floats, v, slot)
     before = slots[slot, PROGRESS]
     after = before + n * rate
     slots[slot, PROGRESS] = after
@@ -399,8 +410,6 @@ def decode_terms(spec: Spec, knots: Any, knot: int, size: int) -> DecodeTerms:
     level = ints[LEVEL]
     slope = tariff.slope[level, knot]
     seconds = tariff.value[level, knot] + slope * (ints[KEYS] * PER_TOKEN - knots[knot])
-    # The drafts' own slope starts at 0 keys, the curve's piece at its knot.
-    seconds += tariff.levels[level, DRAFT_SLOPE] * knots[knot]
     seconds += tariff.levels[level, SEQ] * size + tariff.draft[level, size]
     growth = slope * (ints[RATES] * PER_TOKEN)
     window_slope = tariff.levels[level, WINDOW_SLOPE]
@@ -414,25 +423,31 @@ def fixed_share(spec: Spec, knots: Any, knot: int, size: int, slope: float, per_
     """What each of ``size`` sequences pays for a step whatever its context; ``per_token`` includes the token's logit row (P5)."""
     tariff = spec.tariff
     level = spec.batch.ints[LEVEL]
-    intercept = tariff.value[level, knot] + tariff.draft[level, size]
-    intercept += (tariff.levels[level, DRAFT_SLOPE] - slope) * knots[knot]
+    intercept = tariff.value[level, knot] + tariff.draft[level, size] - slope * knots[knot]
     return float(tariff.levels[level, QUERIES] * per_token + tariff.levels[level, SEQ] + intercept / size)
 
 
 @inlined
-def count_passes(spec: Spec, size: int, k: int, per_token: float) -> None:
-    """Count k steps of ``size`` sequences, and let the batch's sums grow."""
+def count_passes(spec: Spec, knots: Any, knot: int, size: int, k: int, per_token: float, since_origin: int) -> None:
+    """Count k steps of ``size`` sequences, the first ``since_origin`` steps after the running sums', and let the batch's sums grow."""
     ints, tariff = spec.batch.ints, spec.tariff
     level = ints[LEVEL]
     growth = 0.5 * (k * (k - 1))
     tariff.passes[level, size] += k
     tariff.keys[0, level] += (k * ints[KEYS] + ints[RATES] * growth) * PER_TOKEN
     tariff.keys[1, level] += (k * ints[SEEN_KEYS] + ints[SEEN_RATES] * growth) * PER_TOKEN
+    if level > 0:
+        draft_slope = tariff.draft_curve[DRAFT_SLOPE, level, knot]
+        draft = tariff.draft_curve[DRAFT_VALUE, level, knot] + draft_slope * (ints[KEYS] * PER_TOKEN - knots[knot])
+        tariff.floats[KEYS_DRAFT] += k * draft + draft_slope * (ints[RATES] * PER_TOKEN) * growth
+        more = tariff.levels[level, QUERIES] - 1
+        intercept = tariff.draft_curve[DRAFT_VALUE, level, knot] - draft_slope * knots[knot]
+        fixed = (tariff.draft[level, size] + intercept) / (size * more)
+        tariff.floats[SHARE_V] += k * (per_token + fixed)
+        tariff.floats[SHARE_D0] += k * draft_slope
+        tariff.floats[SHARE_D1] += draft_slope * (k * since_origin + growth)
     ints[KEYS] += k * ints[RATES]
     ints[SEEN_KEYS] += k * ints[SEEN_RATES]
-    if level > 0:
-        share = tariff.draft[level, size] / (size * (tariff.levels[level, QUERIES] - 1))
-        tariff.floats[SHARE_V] += k * (per_token + share)
 
 
 @inlined

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError, UnpriceableError
-from simulator.roofline.blocks import state_bytes
+from simulator.roofline.blocks import decode_knots, state_bytes
 from simulator.roofline.compile import compile_step_cost, dense_parts, hidden_s, sum_over
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Matrix, Number, Op, matmul_op, matrix_bytes
@@ -32,21 +32,23 @@ class SpeculationCost:
 
     With n tokens, of which c in prefill chunks, R rows, B decoding sequences whose contexts sum to S, a step of level l takes::
 
-        dense_s[n] + head_s[R] + [B > 0]·(g_l(S) + window_slope_s[l]·SW + seq_s[l]·B + draft_s[l, B] + draft_slope_s[l]·S)
+        dense_s[n] + head_s[R] + [B > 0]·(g_l(S) + window_slope_s[l]·SW + seq_s[l]·B + draft_s[l, B] + h_l(S))
         + [P > 0]·(max_j(planes[j]·(A, K, P, AW, KW)) + chunk_s[c])
 
     Attributes
     ----------
     queries
         [L] tokens verified per sequence and pass, ascending from 1 (level 0).
+    knots
+        [m] ascending S from 0 at which the slope of an attention curve changes, target's and drafter's.
     value_s, slope_s
-        [L, m] g_l at the StepCost's knots, and its slope from there. Row 0 is the StepCost's. [s], [s per key]
+        [L, m] g_l there, and its slope from there on. Row 0 is the StepCost's. [s], [s per key]
     window_slope_s, seq_s
         [L] as in the StepCost. [s]
     draft_s
         [L, max_num_seqs + 1] drafting for B sequences, whatever their contexts. [s]
-    draft_slope_s
-        [L] drafting, per key of the contexts. [s]
+    draft_value_s, draft_slope_s
+        [L, m] h_l, the attention of drafting, as ``value_s`` and ``slope_s``.
     chunk_s
         [max_num_batched_tokens + 1] the drafter's own pass over c prompt tokens. [s]
     chunk_planes
@@ -54,17 +56,19 @@ class SpeculationCost:
     draft_flops, draft_bytes, chunk_flops, chunk_bytes
         as ``draft_s`` and ``chunk_s``: FLOPs, and bytes that must cross HBM, all chips together.
     draft_flops_per_key, draft_bytes_per_key
-        [L] as ``draft_slope_s``.
+        [L] of the drafter's attention, per key of the contexts.
     chunk_flops_per_pair, chunk_bytes_per_key
         of the drafter's attention over prompts.
     """
 
     queries: NDArray[np.int64]
+    knots: Array
     value_s: Array
     slope_s: Array
     window_slope_s: Array
     seq_s: Array
     draft_s: Array
+    draft_value_s: Array
     draft_slope_s: Array
     chunk_s: Array
     chunk_planes: Array = field(default_factory=lambda: np.zeros((1, 5)))
@@ -82,14 +86,27 @@ class SpeculationCost:
         levels, seqs = self.draft_s.shape
         if self.queries[0] != 1 or (np.diff(self.queries) <= 0).any():
             raise InputError(f"SpeculationCost.queries = {self.queries}: must ascend from 1 (level 0 drafts nothing)")
-        for name in ("queries", "value_s", "slope_s", "window_slope_s", "seq_s", "draft_slope_s"):
-            if len(getattr(self, name)) != levels:
-                raise InputError(f"SpeculationCost.{name} has {len(getattr(self, name))} levels, draft_s has {levels}")
-        for name in ("slope_s", "window_slope_s", "draft_s", "draft_slope_s", "chunk_s", "chunk_planes"):
+        for name in ("queries", "value_s", "slope_s", "window_slope_s", "seq_s", "draft_value_s", "draft_slope_s"):
+            table = getattr(self, name)
+            if len(table) != levels or (table.ndim == 2 and table.shape[1] != len(self.knots)):
+                raise InputError(
+                    f"SpeculationCost.{name} has shape {table.shape}: there are {levels} levels, {len(self.knots)} knots"
+                )
+        if self.knots[0] != 0 or (np.diff(self.knots) <= 0).any():
+            raise InputError(f"SpeculationCost.knots must ascend from 0, got {self.knots}")
+        for name in (
+            "slope_s",
+            "window_slope_s",
+            "draft_s",
+            "draft_value_s",
+            "draft_slope_s",
+            "chunk_s",
+            "chunk_planes",
+        ):
             table = getattr(self, name)
             if not (np.isfinite(table).all() and (table >= 0).all()):
                 raise InputError(f"SpeculationCost.{name} must be finite and not negative")
-        if self.draft_s[0].any() or self.draft_slope_s[0] or self.chunk_s[0]:
+        if self.draft_s[0].any() or self.draft_slope_s[0].any() or self.draft_value_s[0].any() or self.chunk_s[0]:
             raise InputError("SpeculationCost: level 0 drafts nothing, and no tokens take no time")
         sizes: dict[str, tuple[int, ...]] = {
             "draft_flops": (levels, seqs),
@@ -108,17 +125,26 @@ class SpeculationCost:
         """KV slots a pass may fill beyond that of the sequence's last token."""
         return int(self.queries[-1]) - 1
 
-    def attention_s(self, level: int, knots: Array, S: float) -> float:
+    def attention_s(self, level: int, S: float) -> float:
         """g_l(S): attention of the verifying queries. [s]"""
-        j = int(np.searchsorted(knots, S, side="right")) - 1
-        return float(self.value_s[level, j] + self.slope_s[level, j] * (S - knots[j]))
+        j = self._piece(S)
+        return float(self.value_s[level, j] + self.slope_s[level, j] * (S - self.knots[j]))
 
-    def decode_s(self, level: int, knots: Array, *, B: int, S: float, SW: float = 0) -> float:
+    def drafting_s(self, level: int, *, B: int, S: float) -> float:
+        """Drafting for ``B`` sequences. [s]"""
+        j = self._piece(S)
+        keys_s = self.draft_value_s[level, j] + self.draft_slope_s[level, j] * (S - self.knots[j])
+        return float(self.draft_s[level, B] + keys_s) if B else 0.0
+
+    def decode_s(self, level: int, *, B: int, S: float, SW: float = 0) -> float:
         """Verification's attention and drafting of one step. [s]"""
         if not B:
             return 0.0
-        verify = self.attention_s(level, knots, S) + self.window_slope_s[level] * SW + self.seq_s[level] * B
-        return float(verify + self.draft_s[level, B] + self.draft_slope_s[level] * S)
+        verify = self.attention_s(level, S) + self.window_slope_s[level] * SW + self.seq_s[level] * B
+        return float(verify) + self.drafting_s(level, B=B, S=S)
+
+    def _piece(self, S: float) -> int:
+        return int(np.searchsorted(self.knots, S, side="right")) - 1
 
 
 @dataclass(frozen=True)
@@ -150,11 +176,19 @@ class Drafter:
 
 
 def with_drafter(cost: StepCost, speculation: SpeculationCost) -> StepCost:
-    """The StepCost with the drafter's prompt attention in its planes: max_i a_i + max_j b_j = max_ij (a_i + b_j)."""
-    if not speculation.chunk_planes.any():
-        return cost
+    """The StepCost as the engines run it beside its drafter.
+
+    The drafter's prompt attention is in the planes, max_i a_i + max_j b_j = max_ij (a_i + b_j), and the decode curve has the
+    drafter's knots too.
+    """
     planes = cost.prefill_planes[:, None, :] + speculation.chunk_planes[None, :, :]
-    return replace(cost, prefill_planes=planes.reshape(-1, cost.prefill_planes.shape[1]))
+    return replace(
+        cost,
+        prefill_planes=planes.reshape(-1, cost.prefill_planes.shape[1]),
+        decode_knots=speculation.knots,
+        decode_value_s=speculation.value_s[0],
+        decode_slope_s=speculation.slope_s[0],
+    )
 
 
 def chain_levels(draft_tokens: int) -> list[Tree]:
@@ -207,32 +241,32 @@ def compile_speculation(target: Deployment, cost: StepCost, drafter: Drafter, le
     seqs = target.max_num_seqs
     queries = np.array([1 + sum(tree) for tree in levels], dtype=np.int64)
     verify = [verify_terms(target, int(q)) for q in queries]
-    plain = verify[0]
-    base = cost.decode_value_s[0]
-    ratio = np.array([[terms.key_s / plain.key_s if plain.key_s else 1.0] for terms in verify])
-    drafts = [_draft_work(target, drafter, tree, np.arange(seqs + 1, dtype=np.float64)) for tree in levels]
-    chunk = _chunk_work(drafter, target.max_num_batched_tokens)
+    d = drafter.deployment
+    knots = np.unique([*cost.decode_knots, *(decode_knots(d) if d is not None else ())])
+    piece = np.searchsorted(cost.decode_knots, knots, side="right") - 1
+    more = np.array([[terms.key_s] for terms in verify])
+    drafts = [_draft_work(target, drafter, tree, np.arange(seqs + 1, dtype=np.float64), knots) for tree in levels]
     return SpeculationCost(
         queries=queries,
-        value_s=base + ratio * (cost.decode_value_s - base),
-        slope_s=ratio * cost.decode_slope_s,
-        window_slope_s=np.array(
-            [cost.window_slope_s * (terms.seen_s / plain.seen_s if plain.seen_s else 1.0) for terms in verify]
-        ),
-        seq_s=np.array([cost.decode_seq_s + (terms.sequence_s - plain.sequence_s) for terms in verify]),
+        knots=knots,
+        value_s=np.array([cost.decode_attention_s(knot) for knot in knots]) + more * knots,
+        slope_s=cost.decode_slope_s[piece] + more,
+        window_slope_s=np.array([cost.window_slope_s + terms.seen_s for terms in verify]),
+        seq_s=np.array([cost.decode_seq_s + terms.sequence_s for terms in verify]),
         draft_s=np.array([work.time_s for work in drafts]),
+        draft_value_s=np.array([work.keys_s for work in drafts]),
         draft_slope_s=np.array([work.key_s for work in drafts]),
         draft_flops=np.array([work.flops for work in drafts]),
         draft_bytes=np.array([work.bytes for work in drafts]),
         draft_flops_per_key=np.array([work.key_flops for work in drafts]),
         draft_bytes_per_key=np.array([work.key_bytes for work in drafts]),
-        **chunk,
+        **_chunk_work(drafter, target.max_num_batched_tokens),
     )
 
 
 @dataclass(frozen=True)
 class VerifyTerms:
-    """Attention of q queries per sequence: seconds per key, per windowed key, and per sequence."""
+    """What q queries per sequence take beyond one: seconds per key, per windowed key, and per sequence."""
 
     key_s: float
     seen_s: float
@@ -240,24 +274,22 @@ class VerifyTerms:
 
 
 def verify_terms(d: Deployment, queries: int) -> VerifyTerms:
-    """Attention of ``queries`` tokens per sequence that share one reading of its cache.
+    """What ``queries`` tokens per sequence, which share one reading of its cache, add to the attention of one.
 
-    Per op and key max(q·compute, memory). Query j of a sequence at context t sees t + j keys: q(q − 1)/2 more pairs and q − 1 more
-    keys per sequence, whose bound is added to the keys' (never less than the bound of both together, and
-    less than (q − 1)/t above it). Recurrent state is read and written once per pass.
+    Per op and key max(q·compute, memory) − max(compute, memory). Query j of a sequence at context t sees t + j keys: q(q − 1)/2
+    more pairs and q − 1 more keys per sequence, whose bound is added to the keys' (never less than the bound of both together, and less than
+    (q − 1)/t above it). Recurrent state is read and written once per pass; latents are expanded for every query.
     """
-    launch, key, seen = (decode_attention_ops(d, *x) for x in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
+    key, seen = (decode_attention_ops(d, *x) for x in ((0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
     expansion_s = float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))
-    more = queries * (queries - 1) / 2
 
     def longest(ops: list[Op], pairs: float, keys: float) -> float:
         return float(sum_over(np.maximum(pairs * op.compute_s, keys * op.memory_s) for op in ops))
 
-    state_s = float(sum_over(op.roofline_s for op in launch))
     return VerifyTerms(
-        key_s=longest(key, queries, 1),
-        seen_s=longest(seen, queries, 1),
-        sequence_s=state_s + queries * expansion_s + longest(key, more, queries - 1),
+        key_s=longest(key, queries, 1) - longest(key, 1, 1),
+        seen_s=longest(seen, queries, 1) - longest(seen, 1, 1),
+        sequence_s=(queries - 1) * expansion_s + longest(key, queries * (queries - 1) / 2, queries - 1),
     )
 
 
@@ -266,52 +298,72 @@ class _Work:
     """Drafting of one level, over the number of sequences."""
 
     time_s: Array
-    key_s: float
+    keys_s: Array
+    """[m] attention at each knot."""
+    key_s: Array
+    """[m] and its slope from there."""
     flops: Array
     bytes: Array
-    key_flops: float
-    key_bytes: float
+    key_flops: float = 0.0
+    key_bytes: float = 0.0
 
 
-def _draft_work(target: Deployment, drafter: Drafter, tree: Tree, B: Array) -> _Work:
+def _draft_work(target: Deployment, drafter: Drafter, tree: Tree, B: Array, knots: Array) -> _Work:
     """One drafting step per depth (Medusa's heads: one in all); the step at a depth runs the nodes of the depth before."""
-    some = np.greater(B, 0) * 1.0
+    some, none = np.greater(B, 0) * 1.0, 0 * knots
     if not tree:
-        return _Work(0 * B, 0.0, 0 * B, 0 * B, 0.0, 0.0)
+        return _Work(0 * B, none, none, 0 * B, 0 * B)
     host = drafter.step_s * some + drafter.sequence_s * B
     if drafter.kind == "lookup":
-        return _Work(host, 0.0, 0 * B, 0 * B, 0.0, 0.0)
+        return _Work(host, none, none, 0 * B, 0 * B)
     if drafter.kind == "heads":
         ops = medusa_ops(target, len(tree), B)
-        return _Work(host + sum_over(op.time_s for op in ops), 0.0, *_sums(ops, target.chips), 0.0, 0.0)
+        return _Work(host + sum_over(op.time_s for op in ops), none, none, *_sums(ops, target.chips))
     d = drafter.deployment
     if d is None:
         raise InputError(f"drafter {drafter.kind}: needs a deployment")
-    time, flops, moved = 0 * B, 0 * B, 0 * B
-    key_s = key_flops = key_bytes = 0.0
+    plain_s = np.array([_keys_s(d, S) for S in knots])
+    ends = np.array([*knots[1:], 2 * knots[-1] + 1])
+    slope_s = (np.array([_keys_s(d, S) for S in ends]) - plain_s) / (ends - knots)
+    launch = decode_attention_ops(d, 1.0, 0.0, 0.0)
+    launch_s, sequence_s = (
+        float(sum_over(x)) for x in ([o.overhead_s for o in launch], [o.roofline_s for o in launch])
+    )
+    read_key = decode_attention_ops(d, 0.0, 1.0, 0.0)
+    flops_of_key = d.chips * float(sum_over(op.flops - op.copied_flops for op in read_key))
+    bytes_of_key = d.chips * float(sum_over(op.kv_read_bytes for op in read_key))
+    found = _Work(0 * B, none, none, 0 * B, 0 * B)
     for depth, nodes in enumerate((1, *tree[:-1])):
         n = B * nodes
         dense, head = dense_ops(d, n), head_ops(d, n)
         if drafter.kind == "layer":
             dense = [*dense, *input_ops(d, n)]
         terms = verify_terms(d, nodes)
-        launch = decode_attention_ops(d, 1.0, 0.0, 0.0)
-        # At this depth the sequence is longer by the drafts before it.
-        time = time + host + sum_over(dense_parts(d, dense).values())
-        time = time + sum_over(op.time_s for op in head) - hidden_s(d, head)
-        # MLA: terms.sequence_s has the expansion that compiled tables leave out of dense_s; here it is all there.
-        expansion_s = nodes * float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))
-        time = time + some * float(sum_over(op.overhead_s for op in launch))
-        time = time + B * (terms.sequence_s - expansion_s + depth * terms.key_s)
-        key_s += terms.key_s
-        keys = decode_attention_ops(d, 0.0, 1.0, 0.0)
-        pair_flops = float(sum_over(op.flops - op.copied_flops for op in keys)) * nodes * d.chips
-        read = float(sum_over(op.kv_read_bytes for op in keys)) * d.chips
-        key_flops, key_bytes = key_flops + pair_flops, key_bytes + read
+        # At this depth a sequence is longer by the drafts before it, far beyond where the curve bends. A compiled table leaves
+        # the expansion of MLA's latents out of dense_s and has it per sequence; here the dense ops have all of it.
+        expansion_s = (nodes - 1) * float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))
+        each_s = sequence_s + terms.sequence_s - expansion_s + depth * (slope_s[-1] + terms.key_s)
         step_flops, step_bytes = _sums([*dense, *head], d.chips)
-        flops = flops + step_flops + B * (depth * pair_flops)
-        moved = moved + step_bytes + B * (depth * read)
-    return _Work(time, key_s, flops, moved, key_flops, key_bytes)
+        found = _Work(
+            time_s=found.time_s
+            + host
+            + sum_over(dense_parts(d, dense).values())
+            + (sum_over(op.time_s for op in head) - hidden_s(d, head))
+            + some * launch_s
+            + B * each_s,
+            keys_s=found.keys_s + plain_s + terms.key_s * knots,
+            key_s=found.key_s + slope_s + terms.key_s,
+            flops=found.flops + step_flops + B * (depth * nodes * flops_of_key),
+            bytes=found.bytes + step_bytes + B * (depth * bytes_of_key),
+            key_flops=found.key_flops + nodes * flops_of_key,
+            key_bytes=found.key_bytes + bytes_of_key,
+        )
+    return found
+
+
+def _keys_s(d: Deployment, S: float) -> float:
+    """Attention over ``S`` keys, launches left out. [s]"""
+    return float(sum_over(op.roofline_s for op in decode_attention_ops(d, 0.0, S, 0.0)))
 
 
 def _sums(ops: list[Op], chips: int) -> tuple[Array, Array]:
@@ -388,7 +440,7 @@ def pass_time_s(cost: StepCost, speculation: SpeculationCost, level: int, batch:
     """Time of a step in which ``batch`` sequences of ``context`` tokens take a pass of ``level``. [s]"""
     tokens = batch * int(speculation.queries[level])
     S, SW = batch * context, batch * min(context, cost.window)
-    inner = speculation.decode_s(level, cost.decode_knots, B=batch, S=S, SW=SW)
+    inner = speculation.decode_s(level, B=batch, S=S, SW=SW)
     return float(cost.dense_s[tokens] + cost.head_s[tokens]) + inner
 
 

@@ -59,14 +59,19 @@ def speculation_cost(pick: Pick, case: Case, queries: list[int], grid_s: float) 
         [[pick(0, 3) * (level > 0) * (b > 0) for b in range(seqs + 1)] for level in range(levels)]
     )
     extra = slopes(3)[:, None]
+    curve = np.array([slopes(2) for _ in cost.decode_knots]).T
     return SpeculationCost(
         queries=np.array(queries),
+        knots=cost.decode_knots,
         value_s=cost.decode_value_s + extra * cost.decode_knots,
         slope_s=cost.decode_slope_s + extra,
         window_slope_s=cost.window_slope_s + (slopes(2) if cost.window else np.zeros(levels)),
         seq_s=cost.decode_seq_s + grid_s * steps[:, 0] * pick(0, 1),
         draft_s=draft,
-        draft_slope_s=slopes(2),
+        draft_value_s=np.concatenate(
+            [np.zeros((levels, 1)), np.cumsum(curve[:, :-1] * np.diff(cost.decode_knots), axis=1)], axis=1
+        ),
+        draft_slope_s=curve,
         chunk_s=grid_s * pick(0, 1) * np.arange(limits.max_num_batched_tokens + 1.0),
         chunk_planes=SLOPE_GRID_S * np.array([[pick(0, 2), pick(0, 2), pick(0, 2), 0, 0] for _ in range(pick(1, 2))]),
     )

@@ -38,12 +38,14 @@ def chain(depth, rate, *, levels=None, draft_s=0.0, classes=None):
     zeros = np.zeros(depth + 1)
     prices = SpeculationCost(
         queries=steps + 1,
+        knots=np.zeros(1),
         value_s=zeros[:, None],
         slope_s=zeros[:, None],
         window_slope_s=zeros,
         seq_s=zeros,
         draft_s=draft,
-        draft_slope_s=zeros,
+        draft_value_s=zeros[:, None],
+        draft_slope_s=zeros[:, None],
         chunk_s=np.zeros(TOKENS + 1),
     )
     table = np.full(SEQS + 1, depth) if levels is None else np.array(levels)

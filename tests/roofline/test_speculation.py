@@ -169,8 +169,8 @@ def test_draft_steps_are_the_draft_models_own(compiled, drafters):
     for batch, context in ((1, 300), (32, 4096)):
         steps = sum(step_time_s(d, StepShape.decode(batch, context + depth)) for depth in range(DEPTH))
         table = tables["model"]
-        found = table.draft_s[DEPTH, batch] + table.draft_slope_s[DEPTH] * batch * context
-        assert found == pytest.approx(steps, rel=1e-9)
+        # Exact but for the drafts' own keys, priced as beyond the bend of the curve.
+        assert table.drafting_s(DEPTH, B=batch, S=batch * context) == pytest.approx(steps, rel=1e-4)
 
 
 def test_verification_is_one_step_of_as_many_tokens(compiled):
@@ -178,7 +178,7 @@ def test_verification_is_one_step_of_as_many_tokens(compiled):
     cost, tables = compiled
     table, batch, context = tables["lookup"], 16, 1024
     tokens = batch * (DEPTH + 1)
-    attention = table.decode_s(DEPTH, cost.decode_knots, B=batch, S=batch * context) - table.draft_s[DEPTH, batch]
+    attention = table.decode_s(DEPTH, B=batch, S=batch * context) - table.draft_s[DEPTH, batch]
     verify = pass_time_s(cost, table, DEPTH, batch, context) - table.draft_s[DEPTH, batch]
     assert verify == pytest.approx(float(cost.dense_s[tokens] + cost.head_s[tokens]) + attention)
     plain = cost.decode_attention_s(batch * context) + cost.decode_seq_s * batch
@@ -191,14 +191,13 @@ def test_verification_is_one_step_of_as_many_tokens(compiled):
 def test_verification_is_never_under_its_bound(model, queries):
     """Pairs at the attention rate, and keys at the bandwidth; whichever binds, at any context."""
     d = Deployment(load_model(model), resolve_slice("h200-sxm:8"), parse_precision("fp8"))
-    terms, one = verify_terms(d, queries), verify_terms(d, 1)
-    assert one.key_s <= terms.key_s <= queries * one.key_s * (1 + 1e-12)
-    cost = compile_step_cost(d)
+    terms, cost = verify_terms(d, queries), compile_step_cost(d)
+    assert 0 <= terms.key_s <= (queries - 1) * cost.decode_slope_s[-1] * (1 + 1e-9)
     for context in (queries, 1000, 100_000):
         pairs = sum(context + j for j in range(queries))
         flops_s = cost.attention_flops_per_pair * pairs / cost.peak_flops_per_s
         bytes_s = cost.kv_bytes_per_token * (context + queries - 1) / cost.hbm_bandwidth_bytes_per_s
-        priced = terms.key_s * context + terms.sequence_s
+        priced = cost.decode_attention_s(context) + cost.decode_seq_s + terms.key_s * context + terms.sequence_s
         assert priced >= max(flops_s / 2, bytes_s)  # FP8 peak counts attention, which runs in BF16, at half
 
 
@@ -208,9 +207,9 @@ def test_latent_attention_turns_compute_bound_before_grouped_queries():
     gqa = Deployment(load_model("llama-3-8b"), resolve_slice("h200-sxm:8"))
 
     def turning_point(d):
-        return next(q for q in range(1, 1000) if verify_terms(d, q).key_s > verify_terms(d, 1).key_s)
+        return next(q for q in range(1, 1000) if verify_terms(d, q).key_s > 0)
 
-    assert 4 < turning_point(mla) < turning_point(gqa) / 3
+    assert 2 < turning_point(mla) < turning_point(gqa) / 2
 
 
 def test_the_gain_at_batch_1_is_nearly_the_formula_and_collapses_with_the_batch(compiled):
@@ -219,7 +218,7 @@ def test_the_gain_at_batch_1_is_nearly_the_formula_and_collapses_with_the_batch(
     tokens = tokens_per_pass(0.8, DEPTH)
     gains = [speedup(cost, table, DEPTH, tokens, batch, 2048) for batch in (1, 8, 32, 128, 256)]
     assert sorted(gains, reverse=True) == gains
-    ratio = float(table.draft_s[1, 1] + table.draft_slope_s[1] * 2048) / pass_time_s(cost, table, 0, 1, 2048)
+    ratio = table.drafting_s(1, B=1, S=2048) / pass_time_s(cost, table, 0, 1, 2048)
     assert gains[0] == pytest.approx(walltime_factor(0.8, DEPTH, ratio), rel=0.05)
     assert gains[0] > 1.8
     assert gains[-1] < 0.9
@@ -265,7 +264,11 @@ def test_a_drafters_prompt_pass_is_its_own_prefill(target, compiled, drafters):
     alone = cost.step_s(n=2000, P=1, A=shape.A, K=shape.K)
     assert both - alone == pytest.approx(step_time_s(d, shape), rel=1e-9)
     assert not tables["lookup"].chunk_s.any()
-    assert with_drafter(cost, tables["heads"]) is cost
+    heads = with_drafter(cost, tables["heads"])
+    np.testing.assert_array_equal(heads.prefill_planes, cost.prefill_planes)
+    for keys in (0, 100, 10**6):  # further knots change nothing
+        alike = with_drafter(cost, tables["model"]).decode_attention_s(keys)
+        assert alike == pytest.approx(cost.decode_attention_s(keys), rel=1e-12)
 
 
 def test_another_slice_drafts_prompts_meanwhile_and_takes_no_memory(target):
