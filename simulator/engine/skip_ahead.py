@@ -345,7 +345,7 @@ def _rebase(cost: CostTable, state: State, out: Outcome, extra: Extra | None) ->
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
-        if slot != ints[PARTIAL]:
+        if state.finish_step[slot] >= 0:
             _settle(cost, state, out, extra, slot, step)
             state.w[slot] = 0.0
             state.r0[slot] = 0.0
@@ -914,9 +914,7 @@ def _record_segment(state: State, t: float, end: float, running: int, waiting: i
 
 
 @inlined
-def _advance_decodes(
-    cost: CostTable, out: Outcome, state: State, extra: Extra | None, price: Price, q: float, k: int
-) -> None:
+def _advance_decodes(cost: CostTable, state: State, extra: Extra | None, price: Price, q: float, k: int) -> None:
     """R10, R11: k steps of the decoding batch, by their sums. ``State.ints[STEP]`` is still that of the first."""
     ints, floats = state.ints, state.floats
     batch = ints[BATCH]
@@ -940,8 +938,13 @@ def _advance_decodes(
     floats[SHARE_W] += k * share
     floats[SHARE_R0] += k * price.slope
     floats[SHARE_R1] += price.slope * (k * (ints[STEP] - ints[STEP_ORIGIN]) + growth)
-    count_itl(out.itl, state.bits_f, state.bits_i, price.d0, q, k, batch)
-    floats[ITL_MAX] = max(floats[ITL_MAX], price.d0 + q * (k - 1))
+
+
+@inlined
+def _count_latencies(out: Outcome, state: State, batch: int, d0: float, q: float, k: int) -> None:
+    """R10: k tokens of each of ``batch`` sequences, in steps that last d0, d0 + q, …"""
+    count_itl(out.itl, state.bits_f, state.bits_i, d0, q, k, batch)
+    state.floats[ITL_MAX] = max(state.floats[ITL_MAX], d0 + q * (k - 1))
 
 
 @inlined
@@ -1171,7 +1174,8 @@ def advance(
         out.steps_by_rows[price.rows] += k
         _record_segment(state, t, end, running, waiting, blocks_integral)
         if batch > 0:
-            _advance_decodes(cost, out, state, extra, price, q, k)
+            _advance_decodes(cost, state, extra, price, q, k)
+            _count_latencies(out, state, batch, price.d0, q, k)
         ints[STEP] = step + k
         n_done = 0
         if chunks.n > 0:

@@ -61,7 +61,7 @@ def total_work(
         + cost.decode_seq_bytes * (outcome.total("decode_tokens") + outcome.total("chunks"))
     )
     recomputed = 0.0
-    again = outcome.total("recomputed_tokens")
+    again = computed_in_vain(outcome)
     if again:
         full, windowed = useful or useful_pairs(outcome, cost)
         recomputed = (
@@ -111,6 +111,11 @@ def _with_drafts(
         hbm_bytes=work.hbm_bytes + read + draft_bytes,
         speculative_flops=float(draft_flops + rejected),
     )
+
+
+def computed_in_vain(outcome: Outcome) -> int:
+    """Tokens computed a second time, or for attempts that timed out or were cancelled."""
+    return int(outcome.total("recomputed_tokens") + outcome.total("abandoned_tokens"))
 
 
 def useful_pairs(outcome: Outcome, cost: StepCost) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from simulator.catalog.models import load_model
 from simulator.catalog.records import Quantity
 from simulator.catalog.slices import resolve_slice
 from simulator.engine.records import EngineSettings
+from simulator.engine.scheduling import HostOverheads
 from simulator.errors import InputError
 from simulator.results.summary import Assumption
 from simulator.results.summary import Deployment as DeploymentLabel
@@ -87,6 +88,9 @@ def resolve(scenario: Scenario) -> Resolved:
         prefix_cache=engine.prefix_cache,
         cache_outputs=engine.cache_outputs,
         speculation=drafting.plan if drafting else None,
+        scheduling=engine.scheduling,
+        host=HostOverheads(**engine.host.model_dump()),
+        retries=scenario.clients.retries,
     )
     return Resolved(
         scenario=scenario,
@@ -202,6 +206,15 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
         found.append(Assumption(what="engine.workspace_bytes", value=value, kind="assumed", source="scenario default"))
     if scenario.engine.speculation is not None:
         found += assumptions_of(scenario.engine.speculation)
+    if scenario.engine.policy == "sjf":
+        sigma = scenario.engine.length_prediction_sigma
+        value = f"log-normal error, sigma {sigma:g}" if sigma else "oracle: the true lengths"
+        found.append(Assumption(what="output-length prediction", value=value, kind="assumed", source="scenario"))
+    host = {name: value for name, value in scenario.engine.host.model_dump().items() if value}
+    found += [
+        Assumption(what=f"engine.host.{name}", value=f"{value}", kind="assumed", source="scenario")
+        for name, value in host.items()
+    ]
     if scenario.prices.usd_per_chip_hour is not None:
         value = f"{scenario.prices.usd_per_chip_hour:g} USD per chip-hour"
         found.append(Assumption(what="price", value=value, kind="assumed", source="scenario"))
