@@ -3,20 +3,22 @@
 from dataclasses import dataclass, replace
 
 from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency, PriceQuote
+from simulator.catalog.engines import EngineProfile, load_engine
 from simulator.catalog.models import load_model
 from simulator.catalog.records import Quantity
 from simulator.catalog.slices import resolve_slice
 from simulator.engine.records import EngineSettings
 from simulator.engine.scheduling import HostOverheads
-from simulator.errors import InputError
+from simulator.errors import InfeasibleError, InputError
 from simulator.results.summary import Assumption
 from simulator.results.summary import Deployment as DeploymentLabel
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.engine_profile import apply_profile, kernel_cost, profile_kv_blocks
 from simulator.roofline.memory import require_fit
 from simulator.roofline.precision import parse_precision
 from simulator.roofline.step_cost import StepCost
-from simulator.run.scenario import EfficiencyOptions, Scenario
+from simulator.run.scenario import EfficiencyOptions, EngineOptions, Scenario
 from simulator.run.speculation import ResolvedSpeculation, assumptions_of, resolve_speculation
 from simulator.run.summarise import Facts
 
@@ -69,11 +71,28 @@ def resolve(scenario: Scenario) -> Resolved:
         dequantization_flops=scenario.deployment.dequantization_flops,
     )
     override = engine.num_gpu_blocks_override
-    # vLLM's count includes the null block, which no request gets.
-    blocks = require_fit(deployment).kv_blocks if override is None else override - 1
-    cost = compile_step_cost(deployment)
+    profile = _profile(engine)
+    if override is not None:
+        # vLLM's count includes the null block, which no request gets.
+        blocks = override - 1
+    elif profile is None:
+        blocks = require_fit(deployment).kv_blocks
+    else:
+        require_fit(deployment)
+        blocks = profile_kv_blocks(deployment, profile)
+        if blocks < 1:
+            raise InfeasibleError(
+                f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
+                f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
+            )
+    cost = compile_step_cost(deployment) if profile is None else apply_profile(kernel_cost(deployment), profile)
     drafting = None
     if engine.speculation is not None:
+        if profile is not None:
+            raise InputError(
+                f"{scenario.name}: engine.speculation and engine.profile = {profile.name!r}: what an engine adds to a step was "
+                "measured without drafts; leave one of them out"
+            )
         drafting = resolve_speculation(engine.speculation, deployment, cost, check_memory=override is None)
         cost = drafting.with_other_slice(cost)
         blocks = drafting.fit.kv_blocks if override is None else blocks
@@ -100,6 +119,14 @@ def resolve(scenario: Scenario) -> Resolved:
         speculation=drafting,
         ideal_cost=compile_step_cost(replace(deployment, efficiency=IDEAL)),
     )
+
+
+def _profile(engine: EngineOptions) -> EngineProfile | None:
+    """The engine's profile under the scenario's own memory settings."""
+    if engine.profile is None:
+        return None
+    profile = load_engine(engine.profile).profile
+    return replace(profile, memory_fraction=engine.gpu_memory_utilization, workspace_bytes=engine.workspace_bytes)
 
 
 def _efficiency(options: EfficiencyOptions, chip: ChipSpec) -> Efficiency:
@@ -201,6 +228,16 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
         Assumption(what=f"efficiency.{name}", value=f"{value:g}", kind="assumed", source="scenario")
         for name, value in overrides.items()
     ]
+    if scenario.engine.profile is not None:
+        # The profile's host stands in for the chip's step and row overheads; what only a client sees is no part of a run.
+        found = [a for a in found if a.what not in {"efficiency.step_overhead", "efficiency.row_overhead"}]
+        found += [
+            Assumption(
+                what=f"engine profile: {path}", value=_text(quantity), kind=quantity.kind, source=quantity.source
+            )
+            for path, quantity in load_engine(scenario.engine.profile).quantities().items()
+            if path not in {"memory.fraction", "memory.workspace", "host.request"}
+        ]
     if scenario.engine.num_gpu_blocks_override is None:
         value = f"{scenario.engine.workspace_bytes / 1e9:g} GB per chip"
         found.append(Assumption(what="engine.workspace_bytes", value=value, kind="assumed", source="scenario default"))
