@@ -77,6 +77,11 @@ class SpeculationOptions(Record):
     host_sequence_s: Seconds | None = None
     """Host time per sequence and drafting step; None: 20 µs for ``ngram``, else 0. [s]"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, data: Any) -> Any:
+        return {name: _as_tuple(value) for name, value in data.items()} if isinstance(data, dict) else data
+
     @model_validator(mode="after")
     def _fits_together(self) -> "SpeculationOptions":
         given = [self.acceptance_rate is not None, bool(self.acceptance_curve), bool(self.acceptance_lengths)]
@@ -113,6 +118,10 @@ class SpeculationOptions(Record):
     def decode_tokens(self) -> int:
         """Tokens of a sequence in its largest pass."""
         return 1 + sum(self.levels[-1])
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
