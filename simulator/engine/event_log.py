@@ -163,7 +163,7 @@ class Recorder:
         ints = self._state.ints
         return _Counters(
             int(ints[skip_ahead.DECODE_TOKENS]),
-            int(ints[skip_ahead.DECODE_KEYS]),
+            round(self._engine.decode_keys),
             int(ints[skip_ahead.CHUNKS]),
             int(ints[skip_ahead.PREFILL_PAIRS]),
             int(ints[skip_ahead.PREEMPTIONS]),

@@ -35,6 +35,7 @@ COMPILED_SOURCES = (
     "records.py",
     "scheduling.py",
     "skip_ahead.py",
+    "speculation.py",
 )
 
 

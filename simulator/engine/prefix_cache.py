@@ -471,14 +471,16 @@ def note_end(cache: Cache, slot: int, row: int, computed: int, owned: int, step:
 
 
 @compiled
-def release_ended(cache: Cache, rows: Any) -> int:
-    """C7: the requests that finished in this step give back their blocks; return how many become free."""
+def release_ended(cache: Cache, rows: Any, step: int) -> int:
+    """C7: the requests that finished before ``step`` give back their blocks; return how many become free.
+
+    Blocks of outputs that have not been published are now (D2, P6).
+    """
     freed = 0
     for i in range(cache.ints[N_ENDED]):
         slot = cache.slots[i, ENDED]
         row = rows[slot]
-        if cache.radix:
-            freed += publish(cache, slot, row, cache.slots[i, ENDED_FULL], 0)
+        freed += publish(cache, slot, row, cache.slots[i, ENDED_FULL], step)
         freed += release(cache, slot, row, cache.slots[i, ENDED_BLOCKS])
     cache.ints[N_ENDED] = 0
     return freed

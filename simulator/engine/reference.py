@@ -39,7 +39,9 @@ from simulator.engine.records import (
 )
 from simulator.engine.reference_cache import Block, BlockPool, RadixPool
 from simulator.engine.reference_queue import Queue
+from simulator.engine.reference_speculation import Speculator
 from simulator.errors import InputError
+from simulator.roofline.speculation import with_drafter
 from simulator.roofline.step_cost import StepCost, window_keys
 
 STEP_ENDS, LEAVING, ARRIVAL, STEP_STARTS = EventPriority(0), EventPriority(1), EventPriority(2), EventPriority(3)
@@ -136,12 +138,12 @@ class StepRecord:
     end_s: float
     n: int
     B: int
-    S: int
+    S: float
     P: int
     A: int
     K: int
     R: int
-    SW: int
+    SW: float
     AW: int
     KW: int
     host_s: float
@@ -193,6 +195,8 @@ class Replica:
     settings: EngineSettings
     requests: Requests
     on_step: Callable[[StepRecord], None] | None = None
+    acceptance_seed: int | None = None
+    """With speculation: draw every pass's accepted drafts, instead of the deterministic progress of P3."""
 
     clock: Clock = field(default_factory=Clock)
     rows: list[Request] = field(default_factory=list)
@@ -222,16 +226,21 @@ class Replica:
     """When each preemption happened."""
     totals: dict[str, float] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
+    speculator: Speculator | None = None
 
     def __post_init__(self) -> None:
         """Fill the rows and start the processes."""
         settings = self.settings
-        if self.cost.max_tokens < settings.max_num_batched_tokens or self.cost.max_rows < settings.max_num_seqs:
+        if self.cost.max_tokens < settings.max_num_batched_tokens or self.cost.max_rows < settings.max_rows:
             raise InputError(
                 f"StepCost covers {self.cost.max_tokens} tokens and {self.cost.max_rows} rows; engine settings ask for "
-                f"max_num_batched_tokens = {settings.max_num_batched_tokens}, max_num_seqs = {settings.max_num_seqs}"
+                f"max_num_batched_tokens = {settings.max_num_batched_tokens}, max_num_seqs = {settings.max_num_seqs}, "
+                f"{settings.max_rows} rows"
             )
         check_columns(settings, self.requests)
+        if settings.speculation is not None:
+            self.cost = with_drafter(self.cost, settings.speculation.cost)
+            self.speculator = Speculator(settings.speculation, self.cost, settings, self.requests, self.acceptance_seed)
         names = ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
         columns = [getattr(self.requests, name).tolist() for name in names]
         self.rows = [Request(row, *lengths) for row, lengths in enumerate(zip(*columns, strict=True))]
@@ -245,7 +254,7 @@ class Replica:
             pool = RadixPool if settings.prefix_cache == "radix" else BlockPool
             self.pool = pool(settings.num_kv_blocks, hashes)
         self.steps_by_tokens = [0] * (settings.max_num_batched_tokens + 1)
-        self.steps_by_rows = [0] * (settings.max_num_seqs + 1)
+        self.steps_by_rows = [0] * (settings.max_rows + 1)
         counts = ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "prefill_keys", "chunks")
         windowed = ("window_decode_keys", "window_prefill_pairs", "window_prefill_keys")
         more = ("rows", "preemptions", "recomputed_tokens", "segments", "max_running", "max_waiting", "max_kv_blocks")
@@ -317,7 +326,7 @@ class Replica:
         at_once = request.prompt_tokens if scheduling.batching == "static" else longest - 1
         if (
             0 < settings.max_model_len < longest
-            or self.blocks_for(longest - 1) > settings.num_kv_blocks
+            or self.blocks_for(longest - 1 + settings.lookahead) > settings.num_kv_blocks
             or (scheduling.batching != "chunked" and at_once - request.cached_tokens > settings.max_num_batched_tokens)
         ):
             request.status = REJECTED
@@ -397,20 +406,22 @@ class Replica:
         request.preemptions += 1
         self.waiting.join_again(request)
 
-    def grow(self, request: Request, tokens: int) -> None:
-        """Let a request own the blocks of ``tokens`` tokens."""
+    def grow(self, request: Request, tokens: int, computed: int | None = None) -> None:
+        """Let a request own the blocks of ``tokens`` tokens, of which the step is sure to compute ``computed`` (all, if None)."""
         missing = self.blocks_for(tokens) - request.blocks
         request.blocks += missing
         self.free_blocks -= missing
         if self.pool is not None:
             self.pool.take(request.row, missing)
-            self.pool.publish(request.row, tokens // self.settings.block_size)
+            self.pool.publish(request.row, (tokens if computed is None else computed) // self.settings.block_size)
 
     def free(self, request: Request) -> None:
         """Take all blocks from a request."""
         if self.pool is None:
             self.free_blocks += request.blocks
         else:
+            if self.speculator is not None:  # P6
+                self.pool.publish(request.row, request.computed // self.settings.block_size)
             self.pool.release(request.row)
             self.free_blocks = self.pool.free
         request.blocks = 0
@@ -430,6 +441,31 @@ class Replica:
             self.free_blocks = self.pool.free
         request.blocks = len(hits)
 
+    def speculates(self, request: Request) -> bool:
+        """Whether a running request's step is a pass of speculative decoding."""
+        return self.speculator is not None and not request.in_prefill
+
+    def wants(self, request: Request, budget: int) -> tuple[int, int]:
+        """Tokens a running request wants of the step, and the tokens its blocks must then hold (R5, P2)."""
+        if self.speculator is not None and not request.in_prefill:
+            return self.speculator.queries, self.speculator.slots(request)
+        wanted = min(request.known - request.computed, budget, self.longest_chunk)
+        return wanted, request.computed + wanted
+
+    def context(self, request: Request) -> float:
+        """Keys that a decoding request's last token sees (R9, P4)."""
+        return request.computed + 1 if self.speculator is None else self.speculator.context(request)
+
+    def seen(self, request: Request) -> float:
+        """As :meth:`context`, in the windowed layers."""
+        if not self.cost.window or self.speculator is None:
+            return self.keys_in_window(request.computed + 1)
+        return self.speculator.seen(request)
+
+    def logit_rows(self, request: Request, tokens: int) -> int:
+        """Logit rows of a scheduled request: a decoding one has one per token, a chunk one if it completes (R9, P4)."""
+        return int(request.computed + tokens == request.known) if request.in_prefill else tokens
+
     def keys_in_window(self, context: int) -> int:
         """Keys that the query at ``context`` sees in the windowed layers (R9)."""
         return int(window_keys(context, self.cost.window, chunked=self.cost.window_chunked))
@@ -445,20 +481,22 @@ class Replica:
 
     def go_on(self, plan: Plan) -> None:
         """Give tokens to those who run, decoding requests first (R5, B1)."""
+        if self.speculator is not None:
+            self.speculator.begin(sum(not request.in_prefill for request in self.running))
         for request in sorted(self.running, key=lambda request: request.in_prefill):
             if not plan.budget:
                 break
             if request.status != RUNNING:
                 continue
-            wanted = min(request.known - request.computed, plan.budget, self.longest_chunk)
-            while self.free_blocks < self.blocks_for(request.computed + wanted) - request.blocks:
+            wanted, held = self.wants(request, plan.budget)
+            while self.free_blocks < self.blocks_for(held) - request.blocks:
                 victim = self.waiting.victim(self.running)
                 self.preempt(victim, plan)
                 if victim is request:
                     break
             if request.status != RUNNING:  # it had to preempt itself
                 continue
-            self.grow(request, request.computed + wanted)
+            self.grow(request, held, computed=0 if self.speculates(request) else held)
             plan.batch[request] = wanted
             plan.budget -= wanted
 
@@ -556,13 +594,13 @@ class Replica:
                 self.waiting.count_output(request)
         decodes = [request for request in batch if not request.in_prefill]
         chunks = [self.chunk_work(one.computed, tokens) for one, tokens in batch.items() if one.in_prefill]
-        work = {
+        work: dict[str, Any] = {
             "n": sum(batch.values()),
             "B": len(decodes),
-            "S": sum(request.computed + 1 for request in decodes),
+            "S": sum(self.context(request) for request in decodes),
             **{name: sum(chunk[i] for chunk in chunks) for i, name in enumerate(("A", "K", "P", "AW", "KW"))},
-            "R": sum(request.computed + tokens == request.known for request, tokens in batch.items()),
-            "SW": sum(self.keys_in_window(request.computed + 1) for request in decodes),
+            "R": sum(self.logit_rows(request, tokens) for request, tokens in batch.items()),
+            "SW": sum(self.seen(request) for request in decodes),
         }
         self.totals["preemptions"] += len(preempted)
         self.preempted_s += [now_s] * len(preempted)
@@ -570,7 +608,7 @@ class Replica:
         peaks = {"max_running": len(self.running), "max_waiting": len(self.waiting), "max_kv_blocks": used}
         for name, value in peaks.items():
             self.totals[name] = max(self.totals[name], value)
-        device_s = self.cost.step_s(**work)
+        device_s = self.step_s(work)
         host_s = self.host_s(work["n"], len(batch), device_s)
         record = StepRecord(
             start_s=now_s,
@@ -591,6 +629,15 @@ class Replica:
         )
         return batch, record
 
+    def step_s(self, work: dict[str, Any]) -> float:
+        """Time of a step (R9, P4)."""
+        if self.speculator is None:
+            return self.cost.step_s(**work)
+        without = work | {"B": 0, "S": 0, "SW": 0}
+        decodes_s = self.speculator.decode_s(work["B"], work["S"], work["SW"])
+        chunk_tokens = work["n"] - self.speculator.queries * work["B"]
+        return self.cost.step_s(**without) + decodes_s + self.speculator.chunk_s(chunk_tokens)
+
     def charge(self, batch: dict[Request, int], step: StepRecord) -> None:
         """Split a step's time among its requests (R11, R12) and count it. Before ``computed`` grows."""
         cost = self.cost
@@ -602,12 +649,20 @@ class Replica:
         planes = [[float(entry) for entry in plane] for plane in cost.prefill_planes]
         plane = max(planes, key=lambda plane: dot(plane, (step.A, step.K, step.P, step.AW, step.KW)))
         per_key_s = plane[1]
+        chunk_tokens = sum(tokens for request, tokens in batch.items() if request.in_prefill)
+        chunk_s = self.speculator.chunk_s(chunk_tokens) / chunk_tokens if self.speculator and chunk_tokens else 0.0
+        if self.speculator is not None:
+            self.speculator.count(step.B, step.S, step.SW, chunk_tokens)
         for request, tokens in batch.items():
             start, stop = request.computed, request.computed + tokens
+            if self.speculator is not None and not request.in_prefill:
+                request.busy_s += self.speculator.share(request, step.B, step.S, dense_per_token_s, head_per_row_s)
+                continue
             share_s = dense_per_token_s * tokens
             if stop == request.known:
                 share_s += head_per_row_s
             if request.in_prefill:
+                share_s += chunk_s * tokens
                 share_s += dot(plane, self.chunk_work(start, tokens))
                 again = max(0, min(stop, request.seen) - start)
                 request.busy_prefill_s += share_s
@@ -620,6 +675,8 @@ class Replica:
             request.busy_s += share_s
 
         decode_s = cost.decode_attention_s(step.S) + cost.window_slope_s * step.SW + cost.decode_seq_s * step.B
+        if self.speculator is not None:
+            decode_s = self.speculator.decode_s(step.B, step.S, step.SW) - self.speculator.draft_s(step.B, step.S)
         self.steps_by_tokens[step.n] += 1
         self.steps_by_rows[step.R] += 1
         sums = {
@@ -647,14 +704,18 @@ class Replica:
         now_s = self.clock.now
         output_s = self.settings.host.output_s  # H3
         for request, tokens in batch.items():
-            is_chunk = request.in_prefill
-            request.computed += tokens
+            is_chunk, emits = request.in_prefill, 1
+            if self.speculator is not None and not is_chunk:
+                emits = self.speculator.take(request)
+            request.computed += tokens if is_chunk else emits
             if is_chunk:
                 self.publish_at_end(request)
             request.seen = max(request.seen, request.computed)
             if request.computed < request.known:
                 continue
-            request.emitted += 1
+            if self.speculator is not None and is_chunk:
+                self.speculator.first(request)
+            request.emitted += emits
             request.must_emit = False
             if request.emitted == 1:
                 request.first_token_s = now_s + output_s
@@ -699,6 +760,9 @@ class Replica:
             name + "_s": sum((getattr(piece, name) * (piece.end_s - piece.start_s) for piece in self.pieces), start=0.0)
             for name in ("running", "waiting", "kv_blocks")
         }
+        speculation = None if self.speculator is None else self.speculator.result()
+        if speculation is not None:
+            self.totals["draft_s"] = speculation.draft_s
         return EngineResult(
             status=column("status", np.int8),
             arrival_s=column("arrival_s"),
@@ -722,6 +786,7 @@ class Replica:
             totals=self.totals | integrals | (self.pool.counts if self.pool is not None else {}),
             timeline=timeline(self.pieces, self.preempted_s, timeline_interval_s) if timeline_interval_s else {},
             timeline_interval_s=timeline_interval_s or 0.0,
+            speculation=speculation,
         )
 
 
@@ -774,11 +839,13 @@ def simulate_reference(
     *,
     timeline_interval_s: float | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    acceptance_seed: int | None = None,
 ) -> EngineResult:
     """Run the requests through one replica until all are finished or rejected.
 
     ``on_step`` is called with each step's :class:`StepRecord` as the step starts. Times of one step are sums of a
     handful of terms and the clock adds steps one by one, so with all times on a grid of 2**-k s every float is exact.
+    ``acceptance_seed`` lets every pass of speculative decoding draw its accepted drafts.
     Cost: some 30 microseconds per request and step; for oracles and debugging.
 
     Raises
@@ -786,6 +853,6 @@ def simulate_reference(
     InputError
         if the tables of ``cost`` are shorter than the settings allow a step to be.
     """
-    replica = Replica(cost, settings, requests, on_step)
+    replica = Replica(cost, settings, requests, on_step, acceptance_seed)
     replica.advance()
     return replica.result(timeline_interval_s)

@@ -265,6 +265,19 @@ def _prefix_cache(s: Summary) -> list[str]:
     )
 
 
+def _speculation(s: Summary) -> list[str]:
+    c = s.speculation
+    if c is None:
+        return []
+    accepted = (
+        "none drafted" if c.accepted_fraction is None else f"{percent(c.accepted_fraction)} of the drafts accepted"
+    )
+    return wrapped(
+        f"speculation ({c.method}): {number(c.tokens_per_pass)} tokens per pass, {number(c.drafts_per_pass)} drafts, {accepted}; "
+        f"drafting takes {percent(c.draft_share_of_busy)} of busy time, rejected drafts waste {percent(c.wasted_share_of_busy)}"
+    )
+
+
 def _throughput(s: Summary) -> list[str]:
     t, o, u = s.throughput, s.occupancy, s.utilisation
     rows = [
@@ -291,6 +304,7 @@ def _throughput(s: Summary) -> list[str]:
             f"{s.requests.recomputed_tokens:,} tokens recomputed"
         ),
         *_prefix_cache(s),
+        *_speculation(s),
         *wrapped(
             f"MFU {percent(u.mfu)}, MBU {percent(u.mbu)} of all chip time; {percent(u.mfu_busy)} and {percent(u.mbu_busy)} "
             "of busy time"

@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 
 def compile_step_cost(d: Deployment, *, equal_ranks: bool = False) -> StepCost:
-    """Table of step times of ``d``, from 0 to ``max_num_batched_tokens`` tokens and ``max_num_seqs`` rows.
+    """Table of step times of ``d``, from 0 to ``max_num_batched_tokens`` tokens and ``max_rows`` rows.
 
     With ``equal_ranks``, attention ranks that share experts are taken to hold equal batches at every step, so that one of
     them stands for all; they are refused otherwise, because real ranks wait for the fullest.
@@ -55,7 +55,7 @@ def compile_step_cost(d: Deployment, *, equal_ranks: bool = False) -> StepCost:
         )
     _keep_freed_memory()
     n = np.arange(1, d.max_num_batched_tokens + 1, dtype=np.float64)
-    rows = np.arange(1, d.max_num_seqs + 1, dtype=np.float64)
+    rows = np.arange(1, d.max_rows + 1, dtype=np.float64)
     dense, head = dense_ops(d, n), head_ops(d, rows)
     launch, key, seen = (decode_attention_ops(d, *x) for x in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
     expansion_s = float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))

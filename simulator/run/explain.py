@@ -13,7 +13,7 @@ from simulator.engine.records import FINISHED, REJECTED, EngineResult, EngineSet
 from simulator.errors import InfeasibleError, InputError
 from simulator.run.outcome import split
 from simulator.run.resolve import Resolved, check_contradictions
-from simulator.run.simulate import as_requests, client_columns
+from simulator.run.simulate import scenario_requests
 from simulator.traffic import build_stream
 
 MAX_EXPLAINED_STEPS = 1_000_000
@@ -116,13 +116,13 @@ def explain(resolved: Resolved, request: int, *, seed: int | None = None) -> Exp
         If the request was rejected: its time went nowhere.
     """
     scenario = resolved.scenario
-    stream = build_stream(scenario.traffic, scenario.run.seed if seed is None else seed, base_folder=Path.cwd())
+    used = scenario.run.seed if seed is None else seed
+    stream = build_stream(scenario.traffic, used, base_folder=Path.cwd())
     if not 0 <= request < len(stream):
         raise InputError(f"request {request}: the stream of {scenario.name} has requests 0 … {len(stream) - 1}")
     check_contradictions(scenario, stream.concurrency)
     n = scenario.replicas
-    columns = client_columns(scenario, stream.output_tokens, scenario.run.seed if seed is None else seed)
-    requests = split(as_requests(stream, columns), n)[request % n]
+    requests = split(scenario_requests(scenario, stream, used), n)[request % n]
     row = request // n
     result = simulate(resolved.cost, resolved.settings, requests)
     if result.status[row] == REJECTED:

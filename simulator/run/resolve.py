@@ -19,6 +19,7 @@ from simulator.roofline.memory import require_fit
 from simulator.roofline.precision import parse_precision
 from simulator.roofline.step_cost import StepCost
 from simulator.run.scenario import EfficiencyOptions, EngineOptions, Scenario
+from simulator.run.speculation import ResolvedSpeculation, assumptions_of, resolve_speculation
 from simulator.run.summarise import Facts
 
 
@@ -30,6 +31,7 @@ class Resolved:
     deployment: Deployment
     settings: EngineSettings
     cost: StepCost
+    speculation: ResolvedSpeculation | None
     ideal_cost: StepCost
     """The same deployment with every efficiency at 1 and no overheads."""
 
@@ -59,6 +61,7 @@ def resolve(scenario: Scenario) -> Resolved:
         block_size=engine.block_size,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         workspace_bytes=engine.workspace_bytes,
+        decode_tokens=1 if engine.speculation is None else engine.speculation.decode_tokens,
         overlap=scenario.sharding.overlap,
         kv_layout=scenario.sharding.kv_layout,
         sequence_parallel=scenario.sharding.sequence_parallel,
@@ -82,6 +85,17 @@ def resolve(scenario: Scenario) -> Resolved:
                 f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
                 f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
             )
+    cost = compile_step_cost(deployment) if profile is None else apply_profile(kernel_cost(deployment), profile)
+    drafting = None
+    if engine.speculation is not None:
+        if profile is not None:
+            raise InputError(
+                f"{scenario.name}: engine.speculation and engine.profile = {profile.name!r}: what an engine adds to a step was "
+                "measured without drafts; leave one of them out"
+            )
+        drafting = resolve_speculation(engine.speculation, deployment, cost, check_memory=override is None)
+        cost = drafting.with_other_slice(cost)
+        blocks = drafting.fit.kv_blocks if override is None else blocks
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
     settings = EngineSettings(
         max_num_seqs=engine.max_num_seqs,
@@ -92,6 +106,7 @@ def resolve(scenario: Scenario) -> Resolved:
         scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
         prefix_cache=engine.prefix_cache,
         cache_outputs=engine.cache_outputs,
+        speculation=drafting.plan if drafting else None,
         scheduling=engine.scheduling,
         host=HostOverheads(**engine.host.model_dump()),
         retries=scenario.clients.retries,
@@ -100,7 +115,8 @@ def resolve(scenario: Scenario) -> Resolved:
         scenario=scenario,
         deployment=deployment,
         settings=settings,
-        cost=compile_step_cost(deployment) if profile is None else apply_profile(kernel_cost(deployment), profile),
+        cost=cost,
+        speculation=drafting,
         ideal_cost=compile_step_cost(replace(deployment, efficiency=IDEAL)),
     )
 
@@ -145,7 +161,7 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
             model=d.architecture.name,
             slice=d.slice.spec,
             chip=chip.name,
-            chips_per_replica=d.chips,
+            chips_per_replica=resolved.cost.chips,
             replicas=scenario.replicas,
             precision=d.precision.name,
             sharding=f"tp={d.chips}",
@@ -161,6 +177,7 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
         slo=scenario.slo,
         prices=prices,
         options=scenario.run,
+        speculation_method=scenario.engine.speculation.method if scenario.engine.speculation else "",
         usd_per_chip_hour=usd_per_chip_hour,
         price_source="scenario" if prices.usd_per_chip_hour else _quote_text(quote),
         peak_power_w=peak_w,
@@ -224,6 +241,8 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
     if scenario.engine.num_gpu_blocks_override is None:
         value = f"{scenario.engine.workspace_bytes / 1e9:g} GB per chip"
         found.append(Assumption(what="engine.workspace_bytes", value=value, kind="assumed", source="scenario default"))
+    if scenario.engine.speculation is not None:
+        found += assumptions_of(scenario.engine.speculation)
     if scenario.engine.policy == "sjf":
         sigma = scenario.engine.length_prediction_sigma
         value = f"log-normal error, sigma {sigma:g}" if sigma else "oracle: the true lengths"

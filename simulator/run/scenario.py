@@ -22,6 +22,7 @@ from simulator.errors import InputError
 from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
 from simulator.run.clients import ClientOptions
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
+from simulator.run.speculation import SpeculationOptions
 from simulator.traffic import TrafficSpec
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -111,6 +112,8 @@ class EngineOptions(Record):
     """KV blocks, the null block included, instead of what fits in memory. Memory is then not checked."""
     workspace_bytes: Annotated[float, Field(ge=0)] = WORKSPACE_BYTES
     """Memory per chip that is neither weights, activations nor KV cache. [bytes]"""
+    speculation: SpeculationOptions | None = None
+    """Speculative decoding; None: off."""
 
     @model_validator(mode="before")
     @classmethod
@@ -303,15 +306,12 @@ def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _absolute_paths(data: dict[str, Any], base: Path) -> None:
-    """Make the file names in a scenario absolute: the model's, the chip's, the profile's, the mix's and the trace's."""
-    model, sliced, traffic = data.get("model"), data.get("slice"), data.get("traffic")
-    if isinstance(model, str) and (model.endswith((".toml", ".json")) or "/" in model):
-        data["model"] = _absolute(model, base)
-    if isinstance(sliced, str):
-        chip, colon, shape = sliced.rpartition(":")
-        if chip.endswith(".toml") or "/" in chip:
-            data["slice"] = f"{_absolute(chip, base)}{colon}{shape}"
-    engine = data.get("engine")
+    """Make the file names in a scenario absolute: the models', the chips', the profile's, the mix's and the trace's."""
+    traffic, engine = data.get("traffic"), data.get("engine")
+    drafting = engine.get("speculation") if isinstance(engine, dict) else None
+    for table in (data, drafting):
+        if isinstance(table, dict):
+            _absolute_model_and_slice(table, base)
     profile = engine.get("profile") if isinstance(engine, dict) else None
     if isinstance(profile, str) and (profile.endswith(".toml") or "/" in profile):
         data["engine"] = {**data["engine"], "profile": _absolute(profile, base)}
@@ -324,6 +324,16 @@ def _absolute_paths(data: dict[str, Any], base: Path) -> None:
         traffic["trace"] = _absolute(trace, base)
     elif isinstance(trace, dict) and isinstance(trace.get("file"), str):
         trace["file"] = _absolute(trace["file"], base)
+
+
+def _absolute_model_and_slice(table: dict[str, Any], base: Path) -> None:
+    model, sliced = table.get("model"), table.get("slice")
+    if isinstance(model, str) and (model.endswith((".toml", ".json")) or "/" in model):
+        table["model"] = _absolute(model, base)
+    if isinstance(sliced, str):
+        chip, colon, shape = sliced.rpartition(":")
+        if chip.endswith(".toml") or "/" in chip:
+            table["slice"] = f"{_absolute(chip, base)}{colon}{shape}"
 
 
 def _absolute(text: str, base: Path) -> str:
