@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import by_policy, jit, prefix_cache, queues, skip_ahead, speculation
+from simulator.engine import by_policy, jit, prefix_cache, queues, skip_ahead, speculation, swap, tiers
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.new_queue import new_queue
 from simulator.engine.records import (
@@ -120,9 +120,12 @@ class Engine:
             self._queue = new_queue(settings, requests)
         self._extra: skip_ahead.Extra | None = None
         hashes = cache_hashes(settings, requests)
-        if hashes is not None or settings.speculation is not None:
+        if hashes is not None or settings.speculation is not None or settings.swap is not None:
             self._extra = skip_ahead.Extra(
-                cache=_new_cache(hashes, settings, n, log_size), spec=_new_spec(cost, settings, requests)
+                cache=_new_cache(hashes, settings, n, log_size),
+                spec=_new_spec(cost, settings, requests),
+                swap=swap.new_swap(settings.swap, max_num_seqs=m, n=n),
+                loads=tiers.new_loads(settings.load_policy, n, on=bool(settings.tiers)),
             )
         floats, ints = self._state.floats, self._state.ints
         last = 0.0 if requests.concurrency or n == 0 else float(requests.arrival_s[-1])
@@ -152,6 +155,13 @@ class Engine:
     def clients_come_and_go(self) -> bool:
         """Whether clients may leave, or requests are seen later than they arrive."""
         return self._queue is not None and (self._queue.rules.clients_leave or self._queue.rules.request_s > 0)
+
+    @property
+    def next_load_s(self) -> float:
+        """When the next load from the tiers below HBM will be there; infinite if none is on its way. [s]"""
+        if self._extra is None:
+            return math.inf
+        return tiers.next_ready(self._extra.loads, int(self._state.ints[skip_ahead.N_LOADING]))
 
     @property
     def cache_log(self) -> NDArray[np.int64]:
@@ -260,6 +270,25 @@ class Engine:
             "abandoned_outputs": int(clients[queues.ABANDONED_OUTPUTS]),
             "host_s": host_s,
         }
+        swap_s = np.zeros(len(reused))
+        if self._extra is not None and self._extra.swap.on:
+            host = self._extra.swap
+            swap_s = host.charged
+            totals |= {
+                "swap_out_blocks": int(host.ints[swap.OUT_BLOCKS]),
+                "swap_in_blocks": int(host.ints[swap.IN_BLOCKS]),
+                "swap_fallbacks": int(host.ints[swap.FALLBACKS]),
+                "max_host_blocks": int(host.ints[swap.MAX_HOST]),
+                "swap_s": float(host.delay[0]),
+            }
+        load_start_s = load_end_s = np.full(len(reused), np.nan)
+        if self._extra is not None and self._extra.loads.on:
+            loads, counts_by_tier = self._extra.loads, self._extra.cache.tiers.counts
+            load_start_s, load_end_s = loads.start_s, loads.end_s
+            totals |= {"loads": int(loads.ints[tiers.STARTED]), "loads_declined": int(loads.ints[tiers.DECLINED])}
+            for i, tier in enumerate(counts_by_tier):
+                totals[f"tier{i}_stored_blocks"] = int(tier[tiers.STORED])
+                totals[f"tier{i}_loaded_blocks"] = int(tier[tiers.LOADED])
         interval = float(floats[skip_ahead.INTERVAL])
         end = self.clock_s
         used = min(math.ceil(end / interval), self._state.timeline.shape[1])
@@ -292,6 +321,9 @@ class Engine:
             attempts=attempts,
             wasted_s=wasted,
             reused_tokens=reused,
+            swap_s=swap_s,
+            load_start_s=load_start_s,
+            load_end_s=load_end_s,
             idle_s=float(floats[skip_ahead.IDLE]),
             end_s=end,
             steps_by_tokens=counts,
@@ -396,6 +428,7 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
         block_size=settings.block_size,
         n=n,
         radix=settings.prefix_cache == "radix",
+        tiers=settings.tiers,
         log_size=log_size,
     )
 

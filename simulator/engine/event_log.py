@@ -181,7 +181,7 @@ class Recorder:
         else:
             row = ints[skip_ahead.NEXT_ROW]
             arrival = float(self._stream.arrival[row]) if row < len(self._stream.arrival) else math.inf
-        return max(self._engine.clock_s, arrival)
+        return max(self._engine.clock_s, min(arrival, self._engine.next_load_s))
 
     def step(self, before_s: float) -> bool:
         """Run and note the next step, if it starts before ``before_s``; return whether there was one to try."""

@@ -29,6 +29,7 @@ COMPILED_SOURCES = (
     "by_policy.py",
     "heaps.py",
     "jit.py",
+    "kv_memory.py",
     "prefix_cache.py",
     "progressions.py",
     "queues.py",
@@ -36,6 +37,8 @@ COMPILED_SOURCES = (
     "scheduling.py",
     "skip_ahead.py",
     "speculation.py",
+    "swap.py",
+    "tiers.py",
 )
 
 

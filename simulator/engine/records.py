@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.kv_memory import LOAD_POLICIES, HostSwap, Tier
 from simulator.engine.scheduling import HostOverheads, Retries, Scheduling
 from simulator.errors import InputError, nearest
 from simulator.roofline.speculation import SpeculationCost
@@ -123,6 +124,12 @@ class EngineSettings:
         time that the CPU adds.
     retries
         what clients do after a timeout.
+    swap
+        host memory that preempted requests are copied to (``docs/engine-kv-memory.md``); None: they are computed again.
+    tiers
+        memory below HBM that keeps what the prefix cache evicts, the nearest first.
+    load_policy
+        one of :data:`~simulator.engine.kv_memory.LOAD_POLICIES`: whether what the tiers hold is loaded or computed again.
     """
 
     max_num_seqs: int = 256
@@ -137,6 +144,9 @@ class EngineSettings:
     scheduling: Scheduling = field(default_factory=Scheduling)
     host: HostOverheads = field(default_factory=HostOverheads)
     retries: Retries = field(default_factory=Retries)
+    swap: HostSwap | None = None
+    tiers: tuple[Tier, ...] = ()
+    load_policy: str = "cheaper"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -160,6 +170,10 @@ class EngineSettings:
                 )
         if self.prefix_cache not in PREFIX_CACHES:
             raise InputError(f"engine.prefix_cache = {self.prefix_cache!r}{nearest(self.prefix_cache, PREFIX_CACHES)}")
+        if self.load_policy not in LOAD_POLICIES:
+            raise InputError(f"engine.load_policy = {self.load_policy!r}{nearest(self.load_policy, LOAD_POLICIES)}")
+        if self.tiers and self.prefix_cache == "off":
+            raise InputError("engine.cache_tiers: without engine.prefix_cache there is nothing to keep in them")
 
     @property
     def max_rows(self) -> int:
@@ -314,16 +328,21 @@ def check_columns(settings: EngineSettings, requests: Requests) -> None:
     InputError
         if the policy's column is missing, or a client would give up before the scheduler sees its request.
     """
-    if settings.prefix_cache != "off" and needs_queue(settings, clients_leave=requests.clients_may_leave):
+    remembers = settings.prefix_cache != "off" or settings.swap is not None
+    if remembers and needs_queue(settings, clients_leave=requests.clients_may_leave):
+        cached = f"engine.prefix_cache = {settings.prefix_cache!r}"
         raise InputError(
-            f"engine.prefix_cache = {settings.prefix_cache!r}: only with policy and batching at their defaults, a host that costs "
-            "nothing and clients that do not leave"
+            f"{cached if settings.prefix_cache != 'off' else 'engine.preemption = swap'}: only with policy and batching at their "
+            "defaults, a host that costs nothing and clients that do not leave"
         )
     if settings.speculation is not None and needs_queue(settings, clients_leave=requests.clients_may_leave):
         raise InputError(
             "engine.speculation: only with policy and batching at their defaults, a host that costs nothing and clients that do "
             "not leave"
         )
+    if settings.speculation is not None and (settings.swap is not None or settings.tiers):
+        name = "preemption = swap" if settings.swap is not None else "cache_tiers"
+        raise InputError(f"engine.{name}: not together with speculative decoding")
     needed = {"priority": "priority", "sjf": "predicted_tokens", "edf": "deadline_s", "fair": "tenant"}
     policy = settings.scheduling.policy
     if policy in needed and getattr(requests, needed[policy]) is None:
@@ -418,6 +437,10 @@ class EngineResult:
         [n] attempts that reached the scheduler.
     wasted_s
         [n] the part of ``busy_s`` spent on attempts that timed out or were cancelled.
+    swap_s
+        [n] the part of ``busy_s`` by which copies of its blocks to and from host memory lengthened steps.
+    load_start_s, load_end_s
+        [n] from when to when it waited for KV blocks to be loaded from the tiers below HBM.
     idle_s
         time without a step.
     end_s
@@ -436,7 +459,11 @@ class EngineResult:
         and times: ``decode_attention_s``, ``prefill_attention_s``, ``host_s`` (host work that delayed a step);
         and time integrals: ``running_s`` (Σ running requests × time), ``waiting_s``, ``kv_blocks_s``;
         and peaks: ``max_running``, ``max_waiting``, ``max_kv_blocks``;
-        with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``.
+        with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``;
+        with swapping: ``swap_out_blocks``, ``swap_in_blocks``, ``swap_fallbacks`` (preempted requests that found host memory full),
+        ``max_host_blocks`` and ``swap_s`` (time by which copies lengthened steps);
+        with tiers: ``loads``, ``loads_declined`` (computed again instead), and of each tier ``tier0_stored_blocks`` (moved into it),
+        ``tier0_loaded_blocks``.
     timeline
         columns of equal length: ``start_s``, and means over each interval of ``running``, ``waiting``, ``kv_blocks``,
         ``busy_fraction``, and ``preemptions_per_s``. Intervals are ``timeline_interval_s`` long; the last may be partly past the end.
@@ -458,6 +485,9 @@ class EngineResult:
     reused_tokens: NDArray[np.int64]
     attempts: NDArray[np.int32]
     wasted_s: NDArray[np.float64]
+    swap_s: NDArray[np.float64]
+    load_start_s: NDArray[np.float64]
+    load_end_s: NDArray[np.float64]
     idle_s: float
     end_s: float
     steps_by_tokens: NDArray[np.int64]
@@ -468,6 +498,11 @@ class EngineResult:
     timeline: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     timeline_interval_s: float = 0.0
     speculation: SpeculationResult | None = None
+
+    @property
+    def load_s(self) -> NDArray[np.float64]:
+        """Time waited for KV blocks to be loaded, part of the time in the queue. [n] [s]"""
+        return np.nan_to_num(self.load_end_s - self.load_start_s)
 
 
 def itl_bin(value_s: float) -> int:

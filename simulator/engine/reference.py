@@ -40,6 +40,8 @@ from simulator.engine.records import (
 from simulator.engine.reference_cache import Block, BlockPool, RadixPool
 from simulator.engine.reference_queue import Queue
 from simulator.engine.reference_speculation import Speculator
+from simulator.engine.reference_swap import HostPool
+from simulator.engine.reference_tiers import TierStack
 from simulator.errors import InputError
 from simulator.roofline.speculation import with_drafter
 from simulator.roofline.step_cost import StepCost, window_keys
@@ -98,6 +100,17 @@ class Request:
     start: int = 0
     """``computed`` when it was last admitted (C8)."""
     reused_tokens: int = 0
+    saved: int = 0
+    """Tokens whose blocks are in host memory (E1)."""
+    swap_s: float = 0.0
+    returned_s: float = inf
+    """When it came back to the queue from loading."""
+    asks: bool = True
+    """Whether it may still load from below HBM (F3)."""
+    loaded: int = 0
+    """Tokens that lie ready since it has loaded them (F5)."""
+    load_start_s: float = nan
+    load_end_s: float = nan
     must_emit: bool = True
     """No token emitted since it was last admitted."""
     last_token_s: float = nan
@@ -205,6 +218,11 @@ class Replica:
     free_blocks: int = 0
     pool: BlockPool | None = None
     """The blocks one by one, where a prefix cache must tell them apart."""
+    tiers: TierStack | None = None
+    loading: list[Request] = field(default_factory=list)
+    """Who waits for a load (F5)."""
+    swapped: HostPool | None = None
+    """Host memory for preempted requests, where there is some."""
     unreleased: int = 0
     """First row of a closed loop that nobody has asked for yet."""
     work: simpy.Event | None = None
@@ -253,6 +271,10 @@ class Replica:
         if hashes is not None:
             pool = RadixPool if settings.prefix_cache == "radix" else BlockPool
             self.pool = pool(settings.num_kv_blocks, hashes)
+            if settings.tiers:
+                self.tiers = self.pool.tiers = TierStack(settings.tiers)
+        if settings.swap is not None:
+            self.swapped = HostPool(settings.swap)
         self.steps_by_tokens = [0] * (settings.max_num_batched_tokens + 1)
         self.steps_by_rows = [0] * (settings.max_rows + 1)
         counts = ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "prefill_keys", "chunks")
@@ -382,6 +404,8 @@ class Replica:
                 continue
             self.close_piece()
             batch, record = self.schedule()
+            if record is None:  # all who waited load
+                continue
             self.in_step, self.step_end_s = True, record.end_s
             if self.on_step is not None:
                 self.on_step(record)
@@ -400,6 +424,8 @@ class Replica:
         self.running.remove(request)
         plan.budget += plan.batch.pop(request, 0)
         plan.preempted.append(request)
+        if self.swapped is not None and self.swapped.copy_out(request.row, request.blocks):
+            request.saved = request.computed
         self.free(request)
         request.computed = 0
         request.status = WAITING
@@ -437,7 +463,7 @@ class Replica:
         request.reused_tokens += max(0, request.start - request.seen)
         if self.pool is not None:
             self.pool.share(request.row, hits)
-            self.pool.count_admission(request.known, len(hits) * self.settings.block_size)
+            self.pool.count_admission(request.known, max(len(hits) * self.settings.block_size, request.loaded))
             self.free_blocks = self.pool.free
         request.blocks = len(hits)
 
@@ -478,6 +504,42 @@ class Replica:
         window_pairs = sum(self.keys_in_window(context) for context in range(past + 1, stop + 1))
         keys = past % window + tokens if self.cost.window_chunked else min(stop, tokens + window - 1)
         return pairs(past, tokens), stop, 1, window_pairs, keys
+
+    def goes_loading(self, request: Request, hits: int) -> bool:
+        """Ask the tiers for what follows the hits of the first in the queue; return whether it leaves to load it (F3 to F5)."""
+        if self.tiers is None or self.pool is None or not request.asks:
+            return False
+        now_s, bs, budget = self.clock.now, self.settings.block_size, self.settings.max_num_batched_tokens
+        first = max(hits, request.cached_tokens // bs)
+        run = self.tiers.run(self.pool.ids[request.row][first : (request.known - 1) // bs])
+        if not run:
+            return False
+        tokens = len(run) * bs
+        A, K, P, AW, KW = self.chunk_work(first * bs, tokens)
+        prefill_s = tokens * float(self.cost.dense_s[budget]) / budget + self.cost.prefill_attention_s(A, K, P, AW, KW)
+        request.asks = False
+        ready_s = self.tiers.ready_s(run, now_s)
+        policy = self.settings.load_policy
+        if policy == "never" or (policy == "cheaper" and ready_s - now_s >= prefill_s):  # F4
+            self.tiers.counts["loads_declined"] += 1
+            return False
+        self.tiers.load(run, now_s)
+        request.loaded = first * bs + tokens
+        request.load_start_s, request.load_end_s = now_s, ready_s
+        request.returned_s = ready_s
+        self.waiting.leave(request)
+        self.loading.append(request)
+        self.clock.process(self.load(request))
+        return True
+
+    def load(self, request: Request) -> Process:
+        """Process of one load: when it is there, the request comes back to the queue (F5)."""
+        yield Moment(self.clock, request.load_end_s, ARRIVAL)
+        self.close_piece()
+        self.loading.remove(request)
+        self.waiting.come_back(request)
+        if self.work is not None and not self.work.triggered:
+            self.work.succeed()
 
     def go_on(self, plan: Plan) -> None:
         """Give tokens to those who run, decoding requests first (R5, B1)."""
@@ -534,15 +596,18 @@ class Replica:
                 return
             longest = (request.known - 1) // self.settings.block_size
             hits = self.pool.lookup(request.row, longest) if self.pool is not None else []  # C5
-            start = max(len(hits) * self.settings.block_size, request.cached_tokens)
-            rest = request.known - start
+            if len(self.running) < self.settings.max_num_seqs and self.goes_loading(request, len(hits)):
+                continue
+            start = max(len(hits) * self.settings.block_size, request.cached_tokens, request.loaded)
+            computed = max(start, request.saved)  # E2
+            rest = request.known - computed
             chunk = min(rest, plan.budget, self.longest_chunk)
             if chunk < rest:
                 unfinished = sum(self.is_unfinished(one, plan) for one in self.running)
                 limit = scheduling.max_num_partial_prefills
                 if scheduling.batching != "chunked" or 0 < limit <= unfinished:  # B2, B6
                     return
-            if not self.fits(request, start + chunk, sum(block.owners > 0 for block in hits)):
+            if not self.fits(request, computed + chunk, sum(block.owners > 0 for block in hits)):
                 victim = self.waiting.lower_victim(request, self.running)
                 if victim is None:
                     return
@@ -552,9 +617,13 @@ class Replica:
             self.running.append(request)
             request.status = RUNNING
             request.must_emit = True
-            request.computed = request.start = start
+            request.start, request.computed = start, computed
             self.admit_to_blocks(request, hits)
-            self.grow(request, start + chunk)
+            request.asks, request.loaded = False, 0
+            if self.swapped is not None and request.saved:
+                self.swapped.copy_in(request.row, len(hits))
+                request.saved = 0
+            self.grow(request, computed + chunk)
             plan.batch[request] = chunk
             plan.budget -= chunk
             plan.admitted.append(request)
@@ -584,11 +653,16 @@ class Replica:
         work_s = host.step_s + host.sequence_s * sequences + host.token_s * n
         return max(0.0, work_s - device_s) if host.asynchronous else work_s
 
-    def schedule(self) -> tuple[dict[Request, int], StepRecord]:
-        """Choose the tokens of the step that starts now; return them and what they cost (R9, H1)."""
+    def schedule(self) -> tuple[dict[Request, int], StepRecord | None]:
+        """Choose the tokens of the step that starts now; return them and what they cost (R9, H1).
+
+        No record if there is nothing to do, since all who waited went to load (F5).
+        """
         now_s = self.clock.now
         plan = self.choose()
         batch, preempted, admitted = plan.batch, plan.preempted, plan.admitted
+        if not batch:
+            return batch, None
         for request, tokens in batch.items():
             if request.computed + tokens == request.known:
                 self.waiting.count_output(request)
@@ -605,10 +679,16 @@ class Replica:
         self.totals["preemptions"] += len(preempted)
         self.preempted_s += [now_s] * len(preempted)
         used = self.settings.num_kv_blocks - self.free_blocks
-        peaks = {"max_running": len(self.running), "max_waiting": len(self.waiting), "max_kv_blocks": used}
+        waiting = len(self.waiting) + len(self.loading)
+        peaks = {"max_running": len(self.running), "max_waiting": waiting, "max_kv_blocks": used}
         for name, value in peaks.items():
             self.totals[name] = max(self.totals[name], value)
         device_s = self.step_s(work)
+        if self.swapped is not None:  # E3, E4
+            for row, share_s in self.swapped.end_copies(device_s).items():
+                self.rows[row].busy_s += share_s
+                self.rows[row].swap_s += share_s
+            device_s += self.swapped.delay_s
         host_s = self.host_s(work["n"], len(batch), device_s)
         record = StepRecord(
             start_s=now_s,
@@ -743,9 +823,8 @@ class Replica:
         start_s = self.pieces[-1].end_s if self.pieces else 0.0
         if self.clock.now > start_s:
             used = self.settings.num_kv_blocks - self.free_blocks
-            self.pieces.append(
-                Piece(start_s, self.clock.now, len(self.running), len(self.waiting), used, busy=self.in_step)
-            )
+            waiting = len(self.waiting) + len(self.loading)
+            self.pieces.append(Piece(start_s, self.clock.now, len(self.running), waiting, used, busy=self.in_step))
 
     def result(self, timeline_interval_s: float | None = None) -> EngineResult:
         """Result of a run that came to its end, with a timeline if asked for one."""
@@ -777,13 +856,20 @@ class Replica:
             reused_tokens=column("reused_tokens", np.int64),
             attempts=column("attempts", np.int32),
             wasted_s=column("wasted_s"),
+            swap_s=column("swap_s"),
+            load_start_s=column("load_start_s"),
+            load_end_s=column("load_end_s"),
             idle_s=sum((piece.end_s - piece.start_s for piece in self.pieces if not piece.busy), start=0.0),
             end_s=self.pieces[-1].end_s if self.pieces else 0.0,
             steps_by_tokens=np.array(self.steps_by_tokens, dtype=np.int64),
             steps_by_rows=np.array(self.steps_by_rows, dtype=np.int64),
             itl_counts=itl_counts,
             itl_max_s=max(self.itl_s, default=0.0),
-            totals=self.totals | integrals | (self.pool.counts if self.pool is not None else {}),
+            totals=self.totals
+            | integrals
+            | (self.pool.counts if self.pool is not None else {})
+            | (self.swapped.counts if self.swapped is not None else {})
+            | (self.tiers.counts if self.tiers is not None else {}),
             timeline=timeline(self.pieces, self.preempted_s, timeline_interval_s) if timeline_interval_s else {},
             timeline_interval_s=timeline_interval_s or 0.0,
             speculation=speculation,

@@ -51,6 +51,8 @@ from simulator.engine.progressions import (
 )
 from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
 from simulator.engine.speculation import Spec
+from simulator.engine.swap import N_MOVED, SAVED, Swap, charge_copies, copy_in, copy_out
+from simulator.engine.tiers import BLOCKED, N_READY, Loads, find_run, next_ready, start_load
 
 # indices into State.ints
 (
@@ -90,8 +92,9 @@ from simulator.engine.speculation import Spec
     WINDOW_PAIRS,
     WINDOW_KEYS,
     STOP_ROW,
+    N_LOADING,
     N_INTS,
-) = range(37)
+) = range(38)
 # indices into State.floats
 (
     CLOCK,
@@ -217,6 +220,8 @@ class Extra(NamedTuple):
 
     cache: Cache
     spec: Spec
+    swap: Swap
+    loads: Loads
 
 
 @inlined
@@ -464,6 +469,8 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
     state.seen[slot] = max(state.seen[slot], computed)
     row = state.row[slot]
     freed = _owned(state, extra, slot, decoded, block_size)
+    if extra is not None and extra.swap.on:
+        copy_out(extra.swap, slot, computed, freed)
     if extra is not None and extra.cache.on:
         freed = give_back(extra.cache, slot, row, freed, ints[STEP])
     ints[FREE_BLOCKS] += freed
@@ -532,7 +539,7 @@ def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_
         if when < now:
             floats[WAITING_INTEGRAL] += now - when
             if when <= floats[LAST_START]:  # it waited while later steps of the segment were scheduled
-                waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
+                waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD] + ints[N_LOADING]
                 ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
             spread(state.timeline, T_WAITING, floats[INTERVAL], when, now, 1.0)
 
@@ -602,7 +609,7 @@ def _next_arrival(stream: Stream, state: State) -> float:
 
 @inlined
 def _n_waiting(state: State) -> int:
-    """Requests in the queue."""
+    """Requests in the queue, without those that load."""
     return int(state.ints[N_PREEMPTED] + state.ints[FIFO_TAIL] - state.ints[FIFO_HEAD])
 
 
@@ -658,6 +665,56 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extr
         slot = state.after[slot]
 
 
+@compiled
+def _goes_loading(
+    cost: CostTable, limits: Limits, stream: Stream, state: State, extra: Extra, row: int, hits: int
+) -> bool:
+    """F3 to F6: ask the tiers for what follows the ``hits`` of the first in the queue; return whether it left to load it."""
+    cache, loads, ints, bs = extra.cache, extra.loads, state.ints, limits.block_size
+    if loads.loaded[row] != 0:
+        return False
+    longest = min((stream.prompt[row] - 1) // bs, cache.offsets[row + 1] - cache.offsets[row])
+    first = max(hits, stream.cached[row] // bs)
+    offset = cache.offsets[row]
+    run = find_run(cache.tiers, cache.ids, offset + first, offset + longest) if first < longest else 0
+    if run == 0:
+        return False
+    past, tokens = first * bs, run * bs
+    attention = 0.0
+    for j in range(cost.planes.shape[0]):
+        value = cost.planes[j, 0] * (tokens * past + tokens * (tokens + 1) // 2)
+        value += cost.planes[j, 1] * (past + tokens) + cost.planes[j, 2]
+        if cost.window > 0:
+            value += cost.planes[j, 3] * _chunk_pairs(cost, past, tokens)
+            value += cost.planes[j, 4] * _chunk_keys(cost, past, tokens)
+        attention = max(attention, value)
+    prefill_s = tokens * cost.dense[limits.budget] / limits.budget + attention
+    start = offset + first
+    now = state.floats[CLOCK]
+    if not start_load(cache.tiers, loads, cache.ids, start, start + run, row, ints[N_LOADING], now, prefill_s):
+        return False
+    loads.loaded[row] = past + tokens
+    ints[N_LOADING] += 1
+    ints[FIFO_HEAD] += 1
+    return True
+
+
+@compiled
+def _end_loads(state: State, loads: Loads) -> None:
+    """F5: who has loaded comes back to the queue, before all who were never admitted, behind those who came back earlier."""
+    ints = state.ints
+    while ints[N_LOADING] > 0 and loads.times[0] <= state.floats[CLOCK]:
+        row = loads.rows[0]
+        ints[N_LOADING] = pop_arrival(loads.times, loads.rows, ints[N_LOADING])
+        ints[FIFO_HEAD] -= 1
+        place = ints[FIFO_HEAD]
+        for _ in range(loads.ints[N_READY]):
+            state.fifo[place] = state.fifo[place + 1]
+            place += 1
+        state.fifo[place] = row
+        loads.ints[N_READY] += 1
+
+
 @inlined
 def _append(state: State, slot: int) -> None:
     """Put a request at the end of the running list."""
@@ -710,6 +767,8 @@ def _schedule_chunks(
             state.chunk_slot[0] = slot
             state.chunk_size[0] = want
             chunks = 1
+    if extra is not None:
+        extra.loads.ints[BLOCKED] = 0
     if not preempted:
         waiting = _n_waiting(state)
         while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
@@ -727,11 +786,25 @@ def _schedule_chunks(
             if extra is not None and extra.cache.on:
                 hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, ints[STEP])
                 done = max(done, hits * bs)
+            loaded = 0
+            if extra is not None and extra.loads.on and not resumed:
+                if _goes_loading(cost, limits, stream, state, extra, row, hits):
+                    waiting -= 1
+                    continue
+                loaded = max(extra.loads.loaded[row], 0)
+                done = max(done, loaded)
+            start = done
+            saved = 0
+            if extra is not None and extra.swap.on and resumed:
+                saved = extra.swap.slots[slot, SAVED]
+                done = max(done, saved)
             want = min(known - done, room)
             need = blocks_for(done + want, bs)
             if need - held > free or (limits.reserve_full and blocks_for(known, bs) - held > free):
                 if extra is not None:
                     unsure = extra.cache.late
+                    if extra.loads.on and not resumed and extra.loads.loaded[row] == 0:
+                        extra.loads.ints[BLOCKED] = 1
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1
@@ -749,8 +822,14 @@ def _schedule_chunks(
             waiting -= 1
             free -= need
             if extra is not None and extra.cache.on:
-                free += hits - admit(extra.cache, slot, row, hits, known, done, state.seen[slot])
+                free += hits - admit(extra.cache, slot, row, hits, loaded, known, start, state.seen[slot])
                 grow(extra.cache, slot, row, need - hits, (done + want) // bs, _moment(state, extra))
+            if extra is not None and extra.loads.on and not resumed:
+                extra.loads.loaded[row] = -1
+                if extra.loads.ints[N_READY] > 0:
+                    extra.loads.ints[N_READY] -= 1
+            if extra is not None and saved > 0:
+                copy_in(extra.swap, slot, blocks_for(saved, bs), hits)
             room -= want
             tokens += want
             state.chunk_slot[chunks] = slot
@@ -848,6 +927,26 @@ def _steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | N
     if ints[N_EVENTS] > 0:
         k = min(k, (state.events[0] >> SLOT_BITS) - step)
     return int(steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS]))
+
+
+@inlined
+def _lengthen(price: Price, seconds: float) -> Price:
+    """The price of a step that lasts ``seconds`` longer."""
+    return Price(
+        price.d0 + seconds,
+        price.per_token,
+        price.per_row,
+        price.slope,
+        price.attention,
+        price.rows,
+        price.pairs,
+        price.keys,
+        price.seen_pairs,
+        price.seen_keys,
+        price.plane,
+        price.prefill,
+        price.per_chunk_token,
+    )
 
 
 @inlined
@@ -1089,14 +1188,23 @@ def advance(
         _receive(stream, limits, out, state, before_now=False)
         t = floats[CLOCK]
         next_arrival = _next_arrival(stream, state)
+        stop = until
+        wakes = next_arrival
+        if extra is not None and extra.loads.on:
+            _end_loads(state, extra.loads)
+            stop = min(stop, next_ready(extra.loads, ints[N_LOADING]))
+            wakes = min(wakes, next_ready(extra.loads, ints[N_LOADING]))
         if ints[N_RUNNING] == 0 and _n_waiting(state) == 0:
-            if next_arrival == math.inf:
+            if wakes == math.inf:
                 return True
-            if next_arrival >= until:
+            if wakes >= until:
                 return False
-            _widen(state.timeline, floats, next_arrival)
-            floats[IDLE] += next_arrival - t
-            floats[CLOCK] = next_arrival
+            _widen(state.timeline, floats, wakes)
+            if extra is not None and ints[N_LOADING] > 0:
+                floats[WAITING_INTEGRAL] += ints[N_LOADING] * (wakes - t)
+                spread(state.timeline, T_WAITING, floats[INTERVAL], t, wakes, float(ints[N_LOADING]))
+            floats[IDLE] += wakes - t
+            floats[CLOCK] = wakes
             continue
         if t >= until or ints[NEXT_ROW] >= ints[STOP_ROW]:
             return False
@@ -1124,13 +1232,17 @@ def advance(
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else step_need)
         chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short)
-        waiting = _n_waiting(state)
+        if extra is not None and chunks.tokens == 0:  # all who waited load
+            continue
+        waiting = _n_waiting(state) + ints[N_LOADING]
         running = ints[N_RUNNING]
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
         # --- what it costs, and for how many steps: R9 ---
         price = _price(cost, stream, state, extra, chunks.n, chunks.tokens)
+        if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
+            price = _lengthen(price, charge_copies(extra.swap, state.row, out.busy, price.d0))
         k = 1
         q = 0.0
         if chunks.n > 0:
@@ -1144,9 +1256,13 @@ def advance(
             if extra is not None and extra.spec.on:
                 q = speculation.decode_terms(extra.spec, cost.knots, ints[KNOT], batch).growth
             if not chunks.preempted:
-                k = _segment_length(cost, limits, state, extra, price.d0, q, next_arrival, until)
+                if extra is not None and extra.loads.on:  # a load may have begun
+                    stop = min(stop, next_ready(extra.loads, ints[N_LOADING]))
+                k = _segment_length(cost, limits, state, extra, price.d0, q, next_arrival, stop)
                 if extra is not None and chunks.unsure:
                     k = min(k, steps_to_fill(extra.cache, step))
+                if extra is not None and extra.loads.ints[BLOCKED] == 1:  # what is evicted it may load
+                    k = 1
             before = limits.num_blocks - ints[FREE_BLOCKS]
             owned = before
             blocks_integral = 0.0

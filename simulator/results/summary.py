@@ -250,6 +250,39 @@ class Speculation(Section):
     wasted_share_of_busy: float
 
 
+class CacheTier(Section):
+    """One tier of memory below HBM that keeps what the prefix cache evicts."""
+
+    name: str
+    hit_tokens: int
+    """Tokens loaded from it instead of being computed."""
+    stored_bytes: float
+    """Moved into it."""
+    loaded_bytes: float
+    """Loaded from it."""
+
+
+class KvMemory(Section):
+    """What happened to KV blocks outside of HBM."""
+
+    swap_out_bytes: float
+    """Of preempted requests, copied to host memory."""
+    swap_in_bytes: float
+    """Copied back."""
+    swap_fallbacks: int
+    """Preempted requests that found host memory full and were computed again."""
+    swap_time_fraction: float
+    """Share of the busy time by which copies lengthened steps."""
+    tiers: list[CacheTier]
+    """The nearest first."""
+    loads: int
+    """Requests that loaded blocks from the tiers."""
+    loads_declined: int
+    """Requests that computed blocks again although a tier held them."""
+    mean_load_s: float | None
+    """Time a load took, from its request on; null without one."""
+
+
 class ChipSeconds(Section):
     """Chip-seconds per query, three kinds, never mixed; over all finished queries of the whole run."""
 
@@ -410,6 +443,8 @@ class Summary(Section):
     """Null without a prefix cache."""
     speculation: Speculation | None = None
     """Null without speculative decoding."""
+    kv_memory: KvMemory | None = None
+    """Null where KV blocks live in HBM alone."""
     chip_seconds_per_query: ChipSeconds
     prices: Prices | None
     """Null when the chip has no price and the scenario sets none."""

@@ -165,6 +165,7 @@ def requests_table(outcome: Outcome) -> Table:
         "first_token_s": first,
         "finish_s": finish,
         "queue_s": scheduled - arrival,
+        "load_s": outcome.column("load_s"),
         "ttft_s": ttft,
         "tpot_s": tpot,
         "e2e_s": e2e,
@@ -179,6 +180,7 @@ def requests_table(outcome: Outcome) -> Table:
         "chip_s_prefill": outcome.column("busy_prefill_s") * chips,
         "chip_s_cached": outcome.column("busy_cached_s") * chips,
         "chip_s_recompute": outcome.column("recompute_s") * chips,
+        "chip_s_swap": outcome.column("swap_s") * chips,
         "chip_s_wasted": outcome.column("wasted_s") * chips,
     }
 
@@ -232,6 +234,8 @@ def step_time_s(outcome: Outcome, cost: StepCost) -> dict[str, float]:
     host_s = outcome.total("host_s")
     if host_s:
         parts["host"] = host_s
+    if any(replica.totals.get("swap_s") for replica in outcome.replicas):
+        parts["swap"] = outcome.total("swap_s")
     demand_equal("step parts", sum(parts.values()), "busy time", outcome.busy_s)
     return parts
 

@@ -18,6 +18,7 @@ from simulator.roofline.engine_profile import apply_profile, kernel_cost, profil
 from simulator.roofline.memory import require_fit
 from simulator.roofline.precision import parse_precision
 from simulator.roofline.step_cost import StepCost
+from simulator.run.kv_memory import block_bytes, cache_tier, host_swap
 from simulator.run.scenario import EfficiencyOptions, EngineOptions, Scenario
 from simulator.run.speculation import ResolvedSpeculation, assumptions_of, resolve_speculation
 from simulator.run.summarise import Facts
@@ -110,6 +111,9 @@ def resolve(scenario: Scenario) -> Resolved:
         scheduling=engine.scheduling,
         host=HostOverheads(**engine.host.model_dump()),
         retries=scenario.clients.retries,
+        swap=host_swap(deployment, engine),
+        tiers=tuple(cache_tier(deployment, tier) for tier in engine.cache_tiers),
+        load_policy=engine.load_policy,
     )
     return Resolved(
         scenario=scenario,
@@ -174,6 +178,7 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
         cost=resolved.cost,
         ideal_cost=resolved.ideal_cost,
         settings=resolved.settings,
+        kv_block_bytes=block_bytes(d),
         slo=scenario.slo,
         prices=prices,
         options=scenario.run,

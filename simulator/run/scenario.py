@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from simulator.catalog.engines import load_engine
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
@@ -21,6 +21,7 @@ from simulator.engine.scheduling import HostOverheads, Scheduling
 from simulator.errors import InputError
 from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
 from simulator.run.clients import ClientOptions
+from simulator.run.kv_memory import TierOptions
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
 from simulator.run.speculation import SpeculationOptions
 from simulator.traffic import TrafficSpec
@@ -72,6 +73,10 @@ class HostOptions(Record):
     """Between a token and its arrival at the client."""
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class EngineOptions(Record):
     """``[engine]``: vLLM's settings, under vLLM's names."""
 
@@ -89,6 +94,18 @@ class EngineOptions(Record):
     """``blocks``: vLLM's cache of hashed blocks; ``radix``: SGLang's tree. Both go by the hashes that the traffic states."""
     cache_outputs: bool = EngineSettings.cache_outputs
     """Whether the prefix cache keeps blocks with output tokens."""
+    preemption: Literal["recompute", "swap"] = "recompute"
+    """``swap``: copy the blocks of preempted requests to host memory instead of computing them again."""
+    host_blocks: Annotated[int, Field(ge=0)] | None = None
+    """KV blocks of host memory for them; needed by ``swap``."""
+    swap_bandwidth_bytes_per_s: PositiveFloat | None = None
+    """Of the whole replica; None: the chips' PCIe links together. [bytes/s]"""
+    swap_overlap: bool = False
+    """Whether copies run beside the step's computation."""
+    cache_tiers: Annotated[tuple[TierOptions, ...], BeforeValidator(_as_tuple)] = ()
+    """Memory that keeps what the prefix cache evicts, the nearest first."""
+    load_policy: Literal["always", "never", "cheaper"] = "cheaper"
+    """Whether blocks in a tier are loaded or computed again."""
     policy: Literal["fcfs", "priority", "sjf", "edf", "fair"] = "fcfs"
     """Who is served next: first come, smallest class, fewest predicted tokens, earliest deadline, least-served tenant."""
     preempt_lower: bool = Scheduling.preempt_lower
@@ -128,6 +145,12 @@ class EngineOptions(Record):
             "workspace_bytes": profile.workspace_bytes,
         }
         return {**defaults, **data}
+
+    @model_validator(mode="after")
+    def _swap_has_room(self) -> "EngineOptions":
+        if (self.preemption == "swap") != (self.host_blocks is not None):
+            raise ValueError(f'host_blocks = {self.host_blocks}: to be stated with preemption = "swap", and only then')
+        return self
 
     @model_validator(mode="after")
     def _budget_covers_a_full_batch(self) -> "EngineOptions":

@@ -312,6 +312,7 @@ _SECTIONS = (
     "utilisation",
     "prefix_cache",
     "speculation",
+    "kv_memory",
     "chip_seconds_per_query",
     "prices",
     "energy",

@@ -10,11 +10,13 @@ from simulator.engine.records import EngineSettings, itl_mean_s, itl_quantiles_s
 from simulator.results.summary import (
     Assumption,
     Breakdown,
+    CacheTier,
     ChipSeconds,
     Deployment,
     Distribution,
     Energy,
     Estimate,
+    KvMemory,
     Latency,
     Ledger,
     Load,
@@ -59,6 +61,8 @@ class Facts:
         price of a chip, None if it has none.
     peak_power_w, idle_power_w, power_source
         of one chip; None if not published.
+    kv_block_bytes
+        bytes of a KV block on all chips of a replica. [bytes]
     """
 
     scenario: str
@@ -76,6 +80,7 @@ class Facts:
     peak_power_w: float | None = None
     idle_power_w: float | None = None
     power_source: str = ""
+    kv_block_bytes: float = 0.0
     assumptions: tuple[Assumption, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -145,6 +150,7 @@ def compose(
         utilisation=utilisation(outcome, cost, work),
         prefix_cache=_prefix_cache(outcome, facts),
         speculation=_speculation(outcome, sums, facts),
+        kv_memory=_kv_memory(outcome, facts),
         chip_seconds_per_query=_chip_seconds(outcome, sums),
         prices=_prices(outcome, sums, facts),
         energy=energy,
@@ -304,6 +310,36 @@ def _speculation(outcome: Outcome, sums: Tally, facts: Facts) -> Speculation | N
         draft_share_of_busy=found.draft_s / outcome.busy_s,
         wasted_chip_s_per_query=float(found.wasted_s.sum()) * outcome.chips_per_replica / sums.finished,
         wasted_share_of_busy=float(found.wasted_s.sum()) / outcome.busy_s,
+    )
+
+
+def _kv_memory(outcome: Outcome, facts: Facts) -> KvMemory | None:
+    settings, bytes_ = facts.settings, facts.kv_block_bytes
+    if settings.swap is None and not settings.tiers:
+        return None
+
+    def total(name: str) -> float:
+        return sum(replica.totals.get(name, 0) for replica in outcome.replicas)
+
+    loads = int(total("loads"))
+    loading_s = float(sum(replica.load_s.sum() for replica in outcome.replicas))
+    return KvMemory(
+        swap_out_bytes=total("swap_out_blocks") * bytes_,
+        swap_in_bytes=total("swap_in_blocks") * bytes_,
+        swap_fallbacks=int(total("swap_fallbacks")),
+        swap_time_fraction=total("swap_s") / outcome.busy_s,
+        tiers=[
+            CacheTier(
+                name=tier.name,
+                hit_tokens=int(total(f"tier{i}_loaded_blocks")) * settings.block_size,
+                stored_bytes=total(f"tier{i}_stored_blocks") * bytes_,
+                loaded_bytes=total(f"tier{i}_loaded_blocks") * bytes_,
+            )
+            for i, tier in enumerate(settings.tiers)
+        ],
+        loads=loads,
+        loads_declined=int(total("loads_declined")),
+        mean_load_s=loading_s / loads if loads else None,
     )
 
 
