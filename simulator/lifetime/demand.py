@@ -110,7 +110,7 @@ def lifetime_tokens(
     3000000000000.0
     """
     rate = growth + elasticity * price_decline
-    return first_year_tokens * (math.expm1(rate * years) / rate if rate else years)
+    return first_year_tokens * years * _mean_growth(rate * years)
 
 
 def present_value(
@@ -130,7 +130,12 @@ def present_value(
     300.0
     """
     rate = discount - growth - (elasticity - 1) * price_decline
-    return first_year_spend * (-math.expm1(-rate * years) / rate if rate else years)
+    return first_year_spend * years * _mean_growth(-rate * years)
+
+
+def _mean_growth(x: float) -> float:
+    """Mean of e^(xt) over t in [0, 1]: (e^x − 1)/x; 1 + x/2 where that would divide by next to nothing."""
+    return math.expm1(x) / x if abs(x) > 1e-9 else 1 + x / 2
 
 
 def bass_adoption(years: float, innovation: float, imitation: float) -> float:

@@ -160,7 +160,7 @@ def test_the_views_page_runs(run_cli, tmp_path, monkeypatch):
     commands = [
         shlex.split(line) for line in page.splitlines() if line.startswith("    chipseconds ") and "…" not in line
     ]
-    assert {command[1] for command in commands} == {"pareto", "fit", "roofline"}
+    assert {command[1] for command in commands} == {"pareto", "fit", "roofline", "speculation"}
     monkeypatch.chdir(tmp_path)
     for command in commands:
         run_cli(*command[1:])

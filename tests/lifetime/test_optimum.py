@@ -18,11 +18,14 @@ from simulator.lifetime.demand import (
 from simulator.lifetime.optimum import TokenDemand, identity_error, optimum, sardana_optimum, serve
 from simulator.scaling.laws import law
 
+# The first example of a process pays for importing scipy.
+without_deadline = settings(deadline=None)
 names = st.sampled_from(["hoffmann_tex", "sardana", "besiroglu", "muennighoff_c4"])
 qualities = st.floats(20, 26).map(lambda x: 10.0**x)
 demands = st.floats(8, 15).map(lambda x: 10.0**x)
 
 
+@without_deadline
 @given(names, qualities, demands, st.floats(0.1, 10))
 def test_optimality_identity_holds_at_every_optimum(name, flops, tokens, price):
     coefficients = law(name)
@@ -46,7 +49,7 @@ def test_optimality_identity_holds_at_every_optimum(name, flops, tokens, price):
 
 
 @given(names, qualities, demands)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_the_search_finds_the_root_of_the_formula(name, flops, tokens):
     coefficients = law(name)
     loss = coefficients.optimum(flops, extrapolate=True).loss
@@ -55,6 +58,7 @@ def test_the_search_finds_the_root_of_the_formula(name, flops, tokens):
     assert searched.total == pytest.approx(formula.total, rel=1e-9)
 
 
+@without_deadline
 @given(names, qualities)
 def test_no_demand_is_chinchilla_and_endless_demand_the_smallest_model(name, flops):
     coefficients = law(name)
