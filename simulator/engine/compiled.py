@@ -314,6 +314,7 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
         growing=slots(),
         chunk_slot=slots(),
         chunk_size=slots(),
+        chunk_start=slots(),
         timeline=np.zeros((4, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),

@@ -199,6 +199,7 @@ class State(NamedTuple):
     growing: Any
     chunk_slot: Any
     chunk_size: Any
+    chunk_start: Any
     timeline: Any
     bits_f: Any
     bits_i: Any
@@ -573,8 +574,12 @@ def _schedule_chunks(
     extra: Extra | None,
     free: int,
     preempted: bool,
+    held: bool,
 ) -> Chunks:
-    """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach."""
+    """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach.
+
+    ``held``: the prompt under way has a chunk in flight (P9), so it waits for blocks instead of giving up its own.
+    """
     ints = state.ints
     bs = limits.block_size
     batch = ints[BATCH]
@@ -582,6 +587,7 @@ def _schedule_chunks(
     tokens = batch
     room = limits.budget - batch
     unsure = False
+    closed = preempted
     slot = ints[PARTIAL]
     if slot >= 0:
         row = state.row[slot]
@@ -589,10 +595,12 @@ def _schedule_chunks(
         want = min(stream.prompt[row] + state.emitted[slot] - done, room)
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
         if missing > free:
-            free -= ints[FREE_BLOCKS]
-            _preempt(cost, state, out, extra, slot, bs)
-            preempted = True
-            free += ints[FREE_BLOCKS]
+            closed = True
+            if not held:
+                free -= ints[FREE_BLOCKS]
+                _preempt(cost, state, out, extra, slot, bs)
+                preempted = True
+                free += ints[FREE_BLOCKS]
         else:
             free -= missing
             if extra is not None and extra.cache.on:
@@ -602,8 +610,9 @@ def _schedule_chunks(
             tokens += want
             state.chunk_slot[0] = slot
             state.chunk_size[0] = want
+            state.chunk_start[0] = done
             chunks = 1
-    if not preempted:
+    if not closed:
         waiting = _n_waiting(state)
         while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
             resumed = ints[N_PREEMPTED] > 0
@@ -651,14 +660,15 @@ def _schedule_chunks(
             tokens += want
             state.chunk_slot[chunks] = slot
             state.chunk_size[chunks] = want
+            state.chunk_start[chunks] = done
             chunks += 1
             ints[PARTIAL] = slot
     return Chunks(chunks, tokens, free, preempted, unsure)
 
 
 @inlined
-def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: int) -> Price:
-    """R9: what the step costs."""
+def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: int, dense: float) -> Price:
+    """R9: what the step costs, its dense layers ``dense`` seconds."""
     ints = state.ints
     batch = ints[BATCH]
     rows = batch
@@ -669,7 +679,7 @@ def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: i
     for c in range(chunks):
         slot = state.chunk_slot[c]
         row = state.row[slot]
-        done = state.computed[slot]
+        done = state.chunk_start[c]
         size = state.chunk_size[c]
         pairs += size * done + size * (size + 1) // 2
         keys += done + size
@@ -678,7 +688,7 @@ def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: i
             seen_keys += _chunk_keys(cost, done, size)
         if done + size == stream.prompt[row] + state.emitted[slot]:
             rows += 1
-    d0 = cost.dense[tokens] + cost.head[rows]
+    d0 = dense + cost.head[rows]
     slope = 0.0
     attention = 0.0
     if batch > 0:
@@ -705,24 +715,17 @@ def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: i
                 prefill = value
                 plane = j
         d0 += prefill
-    per_token = cost.dense[tokens] / tokens
+    per_token = dense / tokens
     per_row = cost.head[rows] / rows if rows > 0 else 0.0
     return Price(d0, per_token, per_row, slope, attention, rows, pairs, keys, seen_pairs, seen_keys, plane, prefill)
 
 
 @inlined
-def _segment_length(
-    cost: CostTable, limits: Limits, state: State, d0: float, q: float, next_arrival: float, until: float
-) -> int:
-    """How many decode steps can be taken at once.
-
-    Until somebody finishes or can be admitted, blocks run out, a knot or a window is crossed, or an interval of the
-    timeline ends.
-    """
+def _steps_alike(cost: CostTable, limits: Limits, state: State) -> int:
+    """How many decode steps the batch can take until somebody finishes, blocks run out, or a knot or window is crossed."""
     ints = state.ints
     step = ints[STEP]
     batch = ints[BATCH]
-    t = state.floats[CLOCK]
     while True:
         key = state.heap[0]
         if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
@@ -734,10 +737,13 @@ def _segment_length(
         k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
     if ints[N_EVENTS] > 0:
         k = min(k, (state.events[0] >> SLOT_BITS) - step)
-    k = steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS])
-    stop = until
-    if _n_waiting(state) == 0 and ints[N_RUNNING] < limits.max_num_seqs:
-        stop = min(stop, next_arrival)
+    return steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS])
+
+
+@inlined
+def _steps_until(state: State, d0: float, q: float, stop: float, k: int) -> int:
+    """How many of k steps to take so that ``stop`` is not passed by a whole step, nor an interval of the timeline."""
+    t = state.floats[CLOCK]
     k = steps_to_reach(t, d0, q, stop, k)
     interval = state.floats[INTERVAL]
     edge = (int(t / interval) + 1) * interval
@@ -749,8 +755,10 @@ def _segment_length(
 
 
 @inlined
-def _record_segment(state: State, t: float, end: float, running: int, waiting: int, blocks_integral: float) -> None:
-    """R13, R15: integrals over time, and the timeline."""
+def _record_segment(
+    state: State, t: float, end: float, running: int, waiting: int, blocks_integral: float, busy: float
+) -> None:
+    """R13, R15: integrals over time, ``busy`` seconds of it at work, and the timeline."""
     floats, timeline = state.floats, state.timeline
     interval = floats[INTERVAL]
     if end >= timeline.shape[1] * interval:
@@ -761,20 +769,25 @@ def _record_segment(state: State, t: float, end: float, running: int, waiting: i
         timeline[T_RUNNING, b] += running * length
         timeline[T_WAITING, b] += waiting * length
         timeline[T_BLOCKS, b] += blocks_integral
-        timeline[T_BUSY, b] += length
+        timeline[T_BUSY, b] += busy
     else:
         spread(timeline, T_RUNNING, interval, t, end, running)
         spread(timeline, T_WAITING, interval, t, end, waiting)
         spread(timeline, T_BLOCKS, interval, t, end, blocks_integral / length)
-        spread(timeline, T_BUSY, interval, t, end, 1.0)
+        spread(timeline, T_BUSY, interval, t, end, busy / length)
     floats[RUNNING_INTEGRAL] += running * length
     floats[WAITING_INTEGRAL] += waiting * length
     floats[BLOCKS_INTEGRAL] += blocks_integral
 
 
 @inlined
-def _advance_decodes(cost: CostTable, out: Outcome, state: State, price: Price, q: float, k: int) -> None:
-    """R10, R11: k steps of the decoding batch, by their sums. ``State.ints[STEP]`` is still that of the first."""
+def _advance_decodes(
+    cost: CostTable, out: Outcome, state: State, price: Price, q: float, k: int, gap: float, widens: float
+) -> None:
+    """R10, R11: k steps of the decoding batch, by their sums. ``State.ints[STEP]`` is still that of the first.
+
+    Their tokens come ``gap`` seconds after the last ones, each step by ``widens`` more.
+    """
     ints, floats = state.ints, state.floats
     batch = ints[BATCH]
     total_keys = ints[KEYS_SUM]
@@ -790,8 +803,8 @@ def _advance_decodes(cost: CostTable, out: Outcome, state: State, price: Price, 
     floats[SHARE_W] += k * (price.per_token + price.per_row + cost.seq + intercept / batch)
     floats[SHARE_R0] += k * price.slope
     floats[SHARE_R1] += price.slope * (k * (ints[STEP] - ints[STEP_ORIGIN]) + growth)
-    count_itl(out.itl, state.bits_f, state.bits_i, price.d0, q, k, batch)
-    floats[ITL_MAX] = max(floats[ITL_MAX], price.d0 + q * (k - 1))
+    count_itl(out.itl, state.bits_f, state.bits_i, gap, widens, k, batch)
+    floats[ITL_MAX] = max(floats[ITL_MAX], gap + widens * (k - 1))
 
 
 @inlined
@@ -843,7 +856,7 @@ def _end_chunks(
         slot = state.chunk_slot[c]
         size = state.chunk_size[c]
         row = state.row[slot]
-        done = state.computed[slot]
+        done = state.chunk_start[c]
         known = stream.prompt[row] + state.emitted[slot]
         pays = (
             price.per_token * size
@@ -867,7 +880,7 @@ def _end_chunks(
             out.recompute[row] += pays * again / size
             ints[RECOMPUTED] += again
         done += size
-        state.computed[slot] = done
+        state.computed[slot] = max(done, state.computed[slot])  # a later chunk may be in flight already
         if done < known:
             ints[PARTIAL] = slot
             continue
@@ -944,14 +957,14 @@ def advance(
             take(extra.cache, step_need)
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else step_need)
-        chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short)
+        chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short, held=False)
         waiting = _n_waiting(state)
         running = ints[N_RUNNING]
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
         # --- what it costs, and for how many steps: R9 ---
-        price = _price(cost, stream, state, chunks.n, chunks.tokens)
+        price = _price(cost, stream, state, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
         k = 1
         q = 0.0
         if chunks.n > 0:
@@ -961,7 +974,11 @@ def advance(
         else:
             q = price.slope * batch + cost.window_slope * ints[N_GROWING]
             if not chunks.preempted:
-                k = _segment_length(cost, limits, state, price.d0, q, next_arrival, until)
+                k = _steps_alike(cost, limits, state)
+                stop = until
+                if waiting == 0 and running < limits.max_num_seqs:
+                    stop = min(stop, next_arrival)
+                k = _steps_until(state, price.d0, q, stop, k)
                 if extra is not None and chunks.unsure:
                     k = min(k, steps_to_fill(extra.cache, step)) if limits.reserve_full else 1
             end = end_of_steps(t, price.d0, q, k)
@@ -982,9 +999,9 @@ def advance(
         ints[SEGMENTS] += 1
         out.steps_by_tokens[chunks.tokens] += k
         out.steps_by_rows[price.rows] += k
-        _record_segment(state, t, end, running, waiting, blocks_integral)
+        _record_segment(state, t, end, running, waiting, blocks_integral, end - t)
         if batch > 0:
-            _advance_decodes(cost, out, state, price, q, k)
+            _advance_decodes(cost, out, state, price, q, k, price.d0, q)
         ints[STEP] = step + k
         n_done = 0
         if chunks.n > 0:
