@@ -137,9 +137,13 @@ class Engine:
             )
         )
 
+    def _figures(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Counts and times, as the state keeps them."""
+        return self._state.ints, self._state.floats
+
     def result(self) -> EngineResult:
         """What has happened so far; requests still decoding are not yet charged for their latest steps."""
-        ints, floats, out = self._state.ints, self._state.floats, self._out
+        (ints, floats), out = self._figures(), self._out
         counts = out.steps_by_tokens
         rows = out.steps_by_rows
         totals = {
@@ -219,9 +223,20 @@ def simulate(
 
     Exact: the schedule, the counts and the times are those of a step-by-step run of the same rules.
     """
-    engine = Engine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
+    engine = new_engine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
     engine.advance()
     return engine.result()
+
+
+def new_engine(
+    cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
+) -> Engine:
+    """The engine that a deployment needs: a plain one, or one of several parts."""
+    if cost.ranks == 1 and not settings.expert_skew.on:
+        return Engine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
+    from simulator.engine.grouped import RankEngine  # noqa: PLC0415 - built on this module
+
+    return RankEngine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
 
 
 def warm_up() -> None:

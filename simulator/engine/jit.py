@@ -29,6 +29,7 @@ COMPILED_SOURCES = (
     "jit.py",
     "prefix_cache.py",
     "progressions.py",
+    "ranks.py",
     "records.py",
     "skip_ahead.py",
 )

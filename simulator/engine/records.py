@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.expert_skew import ExpertSkew
 from simulator.errors import InputError, nearest
 
 FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED = 0, 1, 2, 3, 4
@@ -13,6 +14,9 @@ STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived")
 
 #: Kinds of prefix cache.
 PREFIX_CACHES = ("off", "blocks")
+
+#: How arrivals are spread over the attention ranks of a replica.
+RANK_ROUTINGS = ("round-robin", "least-loaded")
 
 #: ITL histogram: bins of equal width in the mantissa, 128 per factor of two, so a bin's centre is within 0.4 % of
 #: every value in it. Bin 0 also takes everything below ITL_MIN_S.
@@ -46,6 +50,11 @@ class EngineSettings:
         one of :data:`PREFIX_CACHES`: ``off``, or ``blocks``, vLLM's cache of hashed blocks (``docs/engine-prefix-cache.md``).
     cache_outputs
         whether blocks with output tokens can be reused, where the requests' hashes cover them.
+    rank_routing
+        one of :data:`RANK_ROUTINGS`; read where the cost table has several ranks (``docs/engine-ranks.md``). All
+        the settings above are those of one rank.
+    expert_skew
+        how the time of the routed experts varies from step to step.
     """
 
     max_num_seqs: int = 256
@@ -56,6 +65,8 @@ class EngineSettings:
     scheduler_reserve_full_isl: bool = True
     prefix_cache: str = "off"
     cache_outputs: bool = True
+    rank_routing: str = "round-robin"
+    expert_skew: ExpertSkew = ExpertSkew()
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -71,6 +82,8 @@ class EngineSettings:
             )
         if self.prefix_cache not in PREFIX_CACHES:
             raise InputError(f"engine.prefix_cache = {self.prefix_cache!r}{nearest(self.prefix_cache, PREFIX_CACHES)}")
+        if self.rank_routing not in RANK_ROUTINGS:
+            raise InputError(f"engine.rank_routing = {self.rank_routing!r}{nearest(self.rank_routing, RANK_ROUTINGS)}")
 
 
 @dataclass(frozen=True)
@@ -172,7 +185,7 @@ class EngineResult:
     totals
         sums over steps: ``steps``, ``dense_tokens``, ``decode_tokens`` (ΣB), ``decode_keys`` (ΣS), ``prefill_pairs`` (ΣA),
         ``prefill_keys`` (ΣK), ``window_decode_keys`` (ΣSW), ``window_prefill_pairs`` (ΣAW), ``window_prefill_keys`` (ΣKW), ``chunks`` (ΣP), ``rows`` (ΣR), ``preemptions``, ``recomputed_tokens``, ``segments``;
-        and times: ``decode_attention_s``, ``prefill_attention_s``;
+        and times: ``decode_attention_s``, ``prefill_attention_s``; with ranks or uneven experts, ``padding_s`` and ``imbalance_s``;
         and time integrals: ``running_s`` (Σ running requests × time), ``waiting_s``, ``kv_blocks_s``;
         and peaks: ``max_running``, ``max_waiting``, ``max_kv_blocks``;
         with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``.
@@ -201,6 +214,18 @@ class EngineResult:
     totals: dict[str, float] = field(default_factory=dict)
     timeline: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     timeline_interval_s: float = 0.0
+
+
+#: Columns and totals that an engine of several parts, ranks or stages, counts in seconds of one part.
+PART_COLUMNS = ("busy_s", "busy_prefill_s", "busy_cached_s", "recompute_s")
+PART_TOTALS = ("decode_attention_s", "prefill_attention_s", "padding_s", "imbalance_s")
+
+
+def of_the_whole(result: EngineResult, parts: int) -> EngineResult:
+    """Turn seconds of ``parts`` parts of a replica into seconds of the whole: Σ busy_s + idle_s = end_s again."""
+    columns = {name: getattr(result, name) / parts for name in PART_COLUMNS}
+    totals = {name: result.totals[name] / parts for name in PART_TOTALS if name in result.totals}
+    return replace(result, **columns, totals=result.totals | totals)
 
 
 def itl_bin(value_s: float) -> int:

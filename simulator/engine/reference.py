@@ -152,7 +152,7 @@ class Piece:
     running: int
     waiting: int
     kv_blocks: int
-    busy: bool
+    busy: float
 
 
 @dataclass
@@ -175,7 +175,8 @@ class Replica:
     """First row of a closed loop that nobody has asked for yet."""
     work: simpy.Event | None = None
     """What an idle replica waits for."""
-    in_step: bool = False
+    at_work: float = 0.0
+    """Share of the replica at work now: 1 during a step, unless parts of it wait for each other."""
     arrived: int = 0
     finished: int = 0
     rejected: int = 0
@@ -209,6 +210,10 @@ class Replica:
         self.totals = dict.fromkeys(counts + windowed + more, 0) | dict.fromkeys(
             ("decode_attention_s", "prefill_attention_s"), 0.0
         )
+        self.start()
+
+    def start(self) -> None:
+        """Let the first arrivals come and the steps begin."""
         for _ in range(self.requests.concurrency or len(self.rows)):
             self.release(0.0)
         self.clock.process(self.serve())
@@ -244,9 +249,13 @@ class Replica:
                 self.release(self.clock.now)
             return
         request.status = WAITING
-        self.waiting.append(request)
+        self.join(request)
         if self.work is not None and not self.work.triggered:
             self.work.succeed()
+
+    def join(self, request: Request) -> None:
+        """Put an accepted arrival into the queue."""
+        self.waiting.append(request)
 
     # Steps
 
@@ -260,12 +269,12 @@ class Replica:
             yield Moment(self.clock, self.clock.now, STEP_STARTS)
             self.close_piece()
             batch, record = self.schedule()
-            self.in_step = True
+            self.at_work = 1.0
             if self.on_step is not None:
                 self.on_step(record)
             yield Moment(self.clock, record.end_s, STEP_ENDS)
             self.close_piece()
-            self.in_step = False
+            self.at_work = 0.0
             self.charge(batch, record)
             self.take_effect(batch)
 
@@ -402,8 +411,12 @@ class Replica:
 
     def charge(self, batch: dict[Request, int], step: StepRecord) -> None:
         """Split a step's time among its requests (R11, R12) and count it. Before ``computed`` grows."""
-        cost = self.cost
-        dense_per_token_s = float(cost.dense_s[step.n]) / step.n
+        self.split_time(self.cost, float(self.cost.dense_s[step.n]), batch, step)
+        self.count(step)
+
+    def split_time(self, cost: StepCost, dense_s: float, batch: dict[Request, int], step: StepRecord) -> None:
+        """Let requests pay their shares of a step with these tables, its dense layers ``dense_s`` long."""
+        dense_per_token_s = dense_s / step.n
         head_per_row_s = float(cost.head_s[step.R]) / step.R if step.R else 0.0
         piece = max(j for j, knot in enumerate(cost.decode_knots) if knot <= step.S)
         slope_s = float(cost.decode_slope_s[piece])
@@ -428,6 +441,9 @@ class Replica:
                 share_s += cost.window_slope_s * self.keys_in_window(start + 1)
             request.busy_s += share_s
 
+    def count(self, step: StepRecord) -> None:
+        """Add a step to the totals."""
+        cost = self.cost
         decode_s = cost.decode_attention_s(step.S) + cost.window_slope_s * step.SW + cost.decode_seq_s * step.B
         self.steps_by_tokens[step.n] += 1
         self.steps_by_rows[step.R] += 1
@@ -483,7 +499,7 @@ class Replica:
         if self.clock.now > start_s:
             used = self.settings.num_kv_blocks - self.free_blocks
             self.pieces.append(
-                Piece(start_s, self.clock.now, len(self.running), len(self.waiting), used, busy=self.in_step)
+                Piece(start_s, self.clock.now, len(self.running), len(self.waiting), used, self.at_work)
             )
 
     def result(self, timeline_interval_s: float | None = None) -> EngineResult:
@@ -511,7 +527,7 @@ class Replica:
             busy_cached_s=column("busy_cached_s"),
             recompute_s=column("recompute_s"),
             reused_tokens=column("reused_tokens", np.int64),
-            idle_s=sum((piece.end_s - piece.start_s for piece in self.pieces if not piece.busy), start=0.0),
+            idle_s=sum(((1 - piece.busy) * (piece.end_s - piece.start_s) for piece in self.pieces), start=0.0),
             end_s=float(self.clock.now),
             steps_by_tokens=np.array(self.steps_by_tokens, dtype=np.int64),
             steps_by_rows=np.array(self.steps_by_rows, dtype=np.int64),
