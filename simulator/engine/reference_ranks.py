@@ -13,7 +13,7 @@ from simulator.engine.records import EngineResult, of_the_whole
 from simulator.engine.reference import STEP_ENDS, STEP_STARTS, Moment, Piece, Process, Replica, Request, StepRecord
 
 
-@dataclass
+@dataclass(eq=False)
 class Rank(Replica):
     """One rank: a replica that starts no process of its own, and hands what belongs to all to ``whole``."""
 
@@ -32,12 +32,12 @@ class Rank(Replica):
         return 4 * len(self.waiting) + len(self.running)
 
 
-@dataclass
+@dataclass(eq=False)
 class LockStep(Replica):
     """A replica of several ranks, ``cost.ranks`` of them."""
 
-    on_steps: Callable[[list[StepRecord]], None] | None = None
-    """Called with the records of the ranks that have tokens, as a step starts."""
+    on_steps: Callable[[dict[int, StepRecord]], None] | None = None
+    """Called with the records of the ranks that have tokens, by rank, as a step starts."""
     ranks: list[Rank] = field(default_factory=list)
     accepted: int = 0
     n_steps: int = 0
@@ -87,7 +87,8 @@ class LockStep(Replica):
             self.n_steps += 1
             self.note_peaks()
             if self.on_steps is not None:
-                self.on_steps([replace(step, end_s=self.clock.now + time_s) for _, _, step in batches])
+                end_s = self.clock.now + time_s
+                self.on_steps({self.ranks.index(rank): replace(step, end_s=end_s) for rank, _, step in batches})
             yield Moment(self.clock, self.clock.now + time_s, STEP_ENDS)
             self.close_piece()
             self.at_work = 0.0
