@@ -20,6 +20,7 @@ from simulator.engine.records import (
     cache_hashes,
 )
 from simulator.errors import InputError
+from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
 
 TIMELINE_INTERVALS = 1024
@@ -217,7 +218,11 @@ class Engine:
 
 
 def simulate(
-    cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
+    cost: StepCost | PipelineCost,
+    settings: EngineSettings,
+    requests: Requests,
+    *,
+    timeline_interval_s: float | None = None,
 ) -> EngineResult:
     """Run ``requests`` through one replica to the end.
 
@@ -229,13 +234,21 @@ def simulate(
 
 
 def new_engine(
-    cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
+    cost: StepCost | PipelineCost,
+    settings: EngineSettings,
+    requests: Requests,
+    *,
+    timeline_interval_s: float | None = None,
 ) -> Engine:
-    """The engine that a deployment needs: a plain one, or one of several parts."""
-    if cost.ranks == 1 and not settings.expert_skew.on:
+    """The engine that a deployment needs: a plain one, or one of several ranks or stages."""
+    if isinstance(cost, PipelineCost) and len(cost.stages) == 1:
+        cost = cost.stages[0]
+    if isinstance(cost, StepCost) and cost.ranks == 1 and not settings.expert_skew.on:
         return Engine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
-    from simulator.engine.grouped import RankEngine  # noqa: PLC0415 - built on this module
+    from simulator.engine.grouped import RankEngine, StageEngine  # noqa: PLC0415 - built on this module
 
+    if isinstance(cost, PipelineCost):
+        return StageEngine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
     return RankEngine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
 
 
@@ -267,6 +280,8 @@ def warm_up() -> None:
 
 
 def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float | None) -> None:
+    if cost.stages > 1:
+        raise InputError(f"the cost table sums {cost.stages} pipeline stages: give the engine the PipelineCost instead")
     if cost.max_tokens < settings.max_num_batched_tokens:
         raise InputError(
             f"the cost table ends at {cost.max_tokens} tokens, "

@@ -32,6 +32,7 @@ COMPILED_SOURCES = (
     "ranks.py",
     "records.py",
     "skip_ahead.py",
+    "stages.py",
 )
 
 

@@ -411,11 +411,16 @@ class Replica:
 
     def charge(self, batch: dict[Request, int], step: StepRecord) -> None:
         """Split a step's time among its requests (R11, R12) and count it. Before ``computed`` grows."""
-        self.split_time(self.cost, float(self.cost.dense_s[step.n]), batch, step)
+        again = self.split_time(self.cost, float(self.cost.dense_s[step.n]), batch, step)
+        self.totals["recomputed_tokens"] += again
         self.count(step)
 
-    def split_time(self, cost: StepCost, dense_s: float, batch: dict[Request, int], step: StepRecord) -> None:
-        """Let requests pay their shares of a step with these tables, its dense layers ``dense_s`` long."""
+    def split_time(self, cost: StepCost, dense_s: float, batch: dict[Request, int], step: StepRecord) -> int:
+        """Let requests pay their shares of a step with these tables, its dense layers ``dense_s`` long.
+
+        Returns the tokens computed again.
+        """
+        recomputed = 0
         dense_per_token_s = dense_s / step.n
         head_per_row_s = float(cost.head_s[step.R]) / step.R if step.R else 0.0
         piece = max(j for j, knot in enumerate(cost.decode_knots) if knot <= step.S)
@@ -435,11 +440,12 @@ class Replica:
                 request.busy_prefill_s += share_s
                 request.busy_cached_s += per_key_s * request.start
                 request.recompute_s += share_s * again / tokens
-                self.totals["recomputed_tokens"] += again
+                recomputed += again
             else:
                 share_s += slope_s * (start + 1) + intercept_s / step.B + cost.decode_seq_s
                 share_s += cost.window_slope_s * self.keys_in_window(start + 1)
             request.busy_s += share_s
+        return recomputed
 
     def count(self, step: StepRecord) -> None:
         """Add a step to the totals."""

@@ -529,8 +529,11 @@ def _n_waiting(state: State) -> int:
 
 
 @inlined
-def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extra: Extra | None) -> None:
-    """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run."""
+def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extra: Extra | None) -> bool:
+    """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run.
+
+    Return whether one had to preempt itself, which ends R5.
+    """
     ints = state.ints
     bs = limits.block_size
     step = ints[STEP]
@@ -543,11 +546,12 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extr
                 _preempt(cost, state, out, extra, victim, bs)
                 gone = victim == slot
             if gone:
-                return
+                return True
             ints[FREE_BLOCKS] -= 1
             if extra is not None and extra.cache.on:
                 take(extra.cache, 1)
         slot = state.after[slot]
+    return False
 
 
 @inlined

@@ -95,6 +95,8 @@ class StepCost:
     ranks
         attention ranks that step together: queues of their own with tokens of their own, whose experts are one. Above
         1, FLOPs and bytes below are those of one rank's chips, times those of a step in which every rank has n tokens.
+    stages
+        pipeline stages whose times the tables sum (:attr:`simulator.roofline.pipeline_cost.PipelineCost.total`).
     expert_s
         as ``dense_s``: the part of it spent in routed experts; empty without any.
     dense_flops, dense_bytes
@@ -141,6 +143,7 @@ class StepCost:
     window_kv_bytes_per_token: float = 0.0
     decode_seq_bytes: float = 0.0
     ranks: int = 1
+    stages: int = 1
     expert_s: Array = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
@@ -172,6 +175,11 @@ class StepCost:
             raise InputError("StepCost.decode_slope_s and decode_value_s must not be negative")
         if self.prefill_planes.ndim != 2 or self.prefill_planes.shape[1] != 5 or not (self.prefill_planes >= 0).all():
             raise InputError("StepCost.prefill_planes must be a [q, 5] table without negative entries")
+
+    @property
+    def parts(self) -> int:
+        """Ranks or stages: parts of the replica that work side by side, whose seconds the tables count."""
+        return self.ranks * self.stages
 
     @property
     def max_tokens(self) -> int:
