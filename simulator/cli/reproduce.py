@@ -37,8 +37,8 @@ QUANTITY_WIDTH = 42
 def reproduce(names: tuple[str, ...], check: bool, out: Path | None, plot: Path | None, as_json: bool) -> None:
     """Print published numbers against ours; without NAMES one line per table, with NAMES every row.
 
-    Known: napkin, scaling-book, inference-math, gpus, parameters, kv-cache, gqa, pope, fastertransformer, mlperf,
-    trtllm, jetstream. Rows "as written" repeat the source's arithmetic, faults included; every other row calls the code
+    Known: napkin, scaling-book, inference-math, gpus, parameters, kv-cache, gqa, pope, fastertransformer,
+    scaling-laws, lifetime, training, mlperf, trtllm, jetstream. Rows "as written" repeat the source's arithmetic, faults included; every other row calls the code
     it vouches for.
     """
     from simulator.reproduction.tables import TABLES, reproduce_table

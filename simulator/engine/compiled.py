@@ -302,6 +302,7 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
         max_num_seqs=settings.max_num_seqs,
         block_size=settings.block_size,
         n=n,
+        radix=settings.prefix_cache == "radix",
         log_size=log_size,
     )
 

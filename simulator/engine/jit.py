@@ -25,6 +25,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 #: Every module whose functions are compiled; all of them enter the cache key.
 COMPILED_SOURCES = (
+    "block_hashes.py",
     "heaps.py",
     "jit.py",
     "prefix_cache.py",

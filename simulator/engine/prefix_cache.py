@@ -8,7 +8,7 @@ A node is one row of :attr:`Cache.nodes`, 64 bytes, a cache line. Node 0 is the 
 one id form a ring too, from the oldest on.
 
 Blocks that decoding fills are published late, just before anybody looks (:func:`catch_up`). That they are found as if they had been
-published in time rests on the stamp of each: the step that filled it, decodes before chunks, and the order of admission.
+published in time rests on the stamp of each: the step that filled it, and the order of admission within that.
 """
 
 from typing import Any, NamedTuple
@@ -22,19 +22,24 @@ from simulator.engine.jit import compiled, inlined
 # columns of Cache.nodes
 NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
 # indices into Cache.ints
-N_NODES, SPARE, N_FILLS, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, N_INTS = range(11)
+N_NODES, SPARE, BLANK, N_FILLS, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, N_INTS = range(12)
+# columns of Cache.slots
+PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, N_COLUMNS = range(8)
 NOBODY = -1
 """Id of a run of blocks that nobody can find."""
 SLOT_BITS = 20
 """A key of the fill heap is step << SLOT_BITS | slot."""
 STAMP_BITS = 31
-"""A stamp is (2 · step, or 2 · step + 1 for a chunk) << STAMP_BITS | the number of its owner's admission."""
+"""A stamp is step << STAMP_BITS | the number of its owner's admission: the order in which R5 and R7 schedule."""
 # kinds of entries in Cache.log
-TAKEN, ADMITTED, PUBLISHED, FREED = range(4)
+TAKES, ADMITS, PUBLISHES, FREES = range(4)
 
 
 class Cache(NamedTuple):
-    """Everything a prefix cache knows. ``on`` is false where a replica has none.
+    """Everything a prefix cache knows. ``on`` is false where a replica has none, ``radix`` true where it is a tree (D1 to D4).
+
+    ``late`` says that blocks which decoding fills are published too. A tree's blank blocks are ``ints[BLANK]``; in its queue stand
+    published ones only.
 
     Attributes
     ----------
@@ -45,17 +50,13 @@ class Cache(NamedTuple):
     ids, offsets
         the requests' :class:`BlockHashes`.
     table, stride
-        nodes that slot s owns are ``table[s * stride : s * stride + published[s]]``.
-    published
-        [slots] how many of its blocks a running request has published.
-    start
-        [slots] where its prefill started (C8).
-    order
-        [slots] number of its admission.
-    fill_step, fills
-        [slots] the step that fills its next block with an id, -1: none; and a heap of these.
-    ended
-        [slots] requests that finished in this step, and have blocks to give back.
+        nodes that slot s owns are ``table[s * stride :]``, as many as it has published.
+    slots
+        [slots, 7] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
+        admission, and the step that fills its next block with an id (-1: none). The last three columns list the slots
+        whose requests finished in this step, the blocks they have to give back, and how many of them are full.
+    fills
+        heap of the steps that fill blocks.
     reused
         [requests] tokens never computed (C8).
     log
@@ -63,6 +64,7 @@ class Cache(NamedTuple):
     """
 
     on: bool
+    radix: bool
     late: bool
     block_size: int
     nodes: Any
@@ -71,20 +73,22 @@ class Cache(NamedTuple):
     offsets: Any
     table: Any
     stride: int
-    published: Any
-    start: Any
-    order: Any
-    fill_step: Any
+    slots: Any
     fills: Any
-    ended: Any
-    ended_blocks: Any
     reused: Any
     log: Any
     ints: Any
 
 
 def new_cache(
-    hashes: BlockHashes | None, *, num_blocks: int, max_num_seqs: int, block_size: int, n: int, log_size: int = 0
+    hashes: BlockHashes | None,
+    *,
+    num_blocks: int,
+    max_num_seqs: int,
+    block_size: int,
+    n: int,
+    radix: bool = False,
+    log_size: int = 0,
 ) -> Cache:
     """An empty cache over ``num_blocks`` free blocks, or the stand-in of none if ``hashes`` is None.
 
@@ -97,7 +101,8 @@ def new_cache(
     stride = int(np.diff(hashes.offsets).max(initial=0))
     cache = Cache(
         on=on,
-        late=hashes.covers_output,
+        radix=radix,
+        late=hashes.covers_output and not radix,
         block_size=block_size,
         nodes=np.zeros((num_blocks + 2, 8), dtype=np.int64),
         first=np.zeros(int(hashes.ids.max(initial=-1)) + 1, dtype=np.int64),
@@ -105,18 +110,14 @@ def new_cache(
         offsets=hashes.offsets,
         table=np.zeros(max_num_seqs * stride, dtype=np.int64),
         stride=stride,
-        published=np.zeros(max_num_seqs, dtype=np.int64),
-        start=np.zeros(max_num_seqs, dtype=np.int64),
-        order=np.zeros(max_num_seqs, dtype=np.int64),
-        fill_step=np.full(max_num_seqs, -1, dtype=np.int64),
+        slots=np.zeros((max_num_seqs, N_COLUMNS), dtype=np.int64),
         fills=np.zeros(2 * max_num_seqs + 2, dtype=np.int64),
-        ended=np.zeros(max_num_seqs, dtype=np.int64),
-        ended_blocks=np.zeros(max_num_seqs, dtype=np.int64),
         reused=np.zeros(n, dtype=np.int64),
         log=np.zeros((log_size, 4), dtype=np.int64),
         ints=np.zeros(N_INTS, dtype=np.int64),
     )
     cache.ints[N_NODES] = 1
+    cache.slots[:, FILL_STEP] = -1
     if on:
         _append_run(cache, num_blocks)
     return cache
@@ -176,7 +177,10 @@ def _remove(cache: Cache, node: int) -> None:
 
 @compiled
 def _append_run(cache: Cache, count: int) -> None:
-    """Put ``count`` unpublished blocks at the end of the queue."""
+    """Put ``count`` unpublished blocks at the end of the queue; a tree has them apart."""
+    if cache.radix:
+        cache.ints[BLANK] += count
+        return
     if count == 0:
         return
     last = cache.nodes[0, PREVIOUS]
@@ -237,8 +241,10 @@ def take(cache: Cache, count: int) -> None:
         return
     nodes = cache.nodes
     if len(cache.log) > 0:
-        _note(cache, TAKEN, -1, count, 0)
-    left = count
+        _note(cache, TAKES, -1, count, 0)
+    blank = min(count, cache.ints[BLANK])
+    cache.ints[BLANK] -= blank
+    left = count - blank
     while left > 0:
         node = nodes[0, NEXT]
         if nodes[node, ID] == NOBODY:
@@ -255,8 +261,13 @@ def take(cache: Cache, count: int) -> None:
 
 
 @compiled
-def find(cache: Cache, row: int, longest: int) -> tuple[int, int]:
-    """C5, C6: hits of a request among its first ``longest`` blocks, and how many of them somebody owns."""
+def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int) -> tuple[int, int]:
+    """C5, C6: hits of a request in ``step`` among its first ``longest`` blocks, and how many of them somebody owns.
+
+    ``rows`` are those of the slots.
+    """
+    if cache.late:
+        _catch_up(cache, rows, step)
     start = cache.offsets[row]
     longest = min(longest, cache.offsets[row + 1] - start)
     held = 0
@@ -271,7 +282,7 @@ def find(cache: Cache, row: int, longest: int) -> tuple[int, int]:
 
 @compiled
 def admit(cache: Cache, slot: int, row: int, hits: int, known: int, start: int, seen: int) -> int:
-    """C6, C8, C9: let a request own its hits; return how many free blocks that took."""
+    """C6, C8, C9: let a request own its hits, before it takes new blocks; return how many of them were free."""
     ints, nodes = cache.ints, cache.nodes
     base = slot * cache.stride
     offset = cache.offsets[row]
@@ -283,10 +294,10 @@ def admit(cache: Cache, slot: int, row: int, hits: int, known: int, start: int, 
             freed += 1
         nodes[node, OWNERS] += 1
         cache.table[base + j] = node
-    cache.published[slot] = hits
-    cache.start[slot] = start
-    cache.order[slot] = ints[ADMISSIONS]
-    cache.fill_step[slot] = -1
+    cache.slots[slot, PUBLISHED] = hits
+    cache.slots[slot, START] = start
+    cache.slots[slot, ORDER] = ints[ADMISSIONS]
+    cache.slots[slot, FILL_STEP] = -1
     cache.reused[row] += max(0, start - seen)
     tokens = hits * cache.block_size
     ints[ADMISSIONS] += 1
@@ -294,37 +305,68 @@ def admit(cache: Cache, slot: int, row: int, hits: int, known: int, start: int, 
     ints[HIT_TOKENS] += tokens
     ints[HIT_PAIRS] += tokens * (tokens + 1) // 2
     if len(cache.log) > 0:
-        _note(cache, ADMITTED, row, hits, known)
+        _note(cache, ADMITS, row, hits, known)
     return freed
 
 
 @compiled
-def publish(cache: Cache, slot: int, row: int, full: int, stamp: int) -> None:
-    """C3: let the first ``full`` blocks of a request be found, as far as they have ids."""
+def publish(cache: Cache, slot: int, row: int, full: int, step: int) -> int:
+    """C3: let the first ``full`` blocks of a request be found from ``step`` on, as far as they have ids.
+
+    D3: in a tree, those already there replace the request's own. Return how many blocks that frees.
+    """
     nodes = cache.nodes
     offset = cache.offsets[row]
     full = min(full, cache.offsets[row + 1] - offset)
-    done = cache.published[slot]
+    done = cache.slots[slot, PUBLISHED]
     if full <= done:
-        return
+        return 0
     if len(cache.log) > 0:
-        _note(cache, PUBLISHED, row, full, stamp)
+        _note(cache, PUBLISHES, row, full, step)
     base = slot * cache.stride
+    freed = 0
     for j in range(done, full):
+        if cache.radix:
+            node = cache.first[cache.ids[offset + j]]
+            if node > 0:
+                cache.ints[BLANK] += 1
+                freed += 1
+                if nodes[node, OWNERS] == 0:
+                    _remove(cache, node)
+                    freed -= 1
+                nodes[node, OWNERS] += 1
+                cache.table[base + j] = node
+                continue
         node = _new_node(cache)
         nodes[node, ID] = cache.ids[offset + j]
         nodes[node, OWNERS] = 1
-        nodes[node, STAMP] = stamp << STAMP_BITS | cache.order[slot]
+        nodes[node, STAMP] = step << STAMP_BITS | cache.slots[slot, ORDER]
         _enter(cache, node)
         cache.table[base + j] = node
-    cache.published[slot] = full
+    cache.slots[slot, PUBLISHED] = full
+    return freed
+
+
+@compiled
+def grow(cache: Cache, slot: int, row: int, count: int, full: int, step: int) -> None:
+    """C2, C3: give a request ``count`` blocks for a chunk of ``step``, and publish the first ``full`` it has then."""
+    take(cache, count)
+    if not cache.radix:
+        publish(cache, slot, row, full, step)
+
+
+@compiled
+def give_back(cache: Cache, slot: int, row: int, owned: int, step: int) -> int:
+    """C7: a request is preempted before ``step``; return how many blocks become free."""
+    _leave(cache, slot, row, step)
+    return release(cache, slot, row, owned)
 
 
 @compiled
 def release(cache: Cache, slot: int, row: int, owned: int) -> int:
     """C7: a request gives back its ``owned`` blocks, the last first; return how many become free."""
     nodes = cache.nodes
-    published = cache.published[slot]
+    published = cache.slots[slot, PUBLISHED]
     freed = owned - published
     _append_run(cache, freed)
     base = slot * cache.stride
@@ -334,10 +376,10 @@ def release(cache: Cache, slot: int, row: int, owned: int) -> int:
         if nodes[node, OWNERS] == 0:
             _append(cache, node)
             freed += 1
-    cache.published[slot] = 0
-    cache.fill_step[slot] = -1
+    cache.slots[slot, PUBLISHED] = 0
+    cache.slots[slot, FILL_STEP] = -1
     if len(cache.log) > 0:
-        _note(cache, FREED, row, owned, 0)
+        _note(cache, FREES, row, owned, 0)
     return int(freed)
 
 
@@ -345,18 +387,18 @@ def release(cache: Cache, slot: int, row: int, owned: int) -> int:
 def watch(cache: Cache, slot: int, row: int, computed: int, step: int) -> None:
     """C4: note the step at which a decoding request, at ``computed`` tokens before ``step``, fills its next block with an id."""
     ints = cache.ints
-    done = cache.published[slot]
+    done = cache.slots[slot, PUBLISHED]
     if cache.offsets[row] + done >= cache.offsets[row + 1]:
-        cache.fill_step[slot] = -1
+        cache.slots[slot, FILL_STEP] = -1
         return
     when = step + (done + 1) * cache.block_size - 1 - computed
-    cache.fill_step[slot] = when
+    cache.slots[slot, FILL_STEP] = when
     if ints[N_FILLS] == len(cache.fills):
         # Not from the keys that still hold: a slot that changed hands may have left the same key several times.
         size = 0
-        for other in range(len(cache.fill_step)):
-            if other != slot and cache.fill_step[other] >= 0:
-                size = push_key(cache.fills, size, cache.fill_step[other] << SLOT_BITS | other)
+        for other in range(len(cache.slots)):
+            if other != slot and cache.slots[other, FILL_STEP] >= 0:
+                size = push_key(cache.fills, size, cache.slots[other, FILL_STEP] << SLOT_BITS | other)
         ints[N_FILLS] = size
     ints[N_FILLS] = push_key(cache.fills, ints[N_FILLS], when << SLOT_BITS | slot)
 
@@ -367,7 +409,7 @@ def next_fill(cache: Cache) -> int:
     ints = cache.ints
     while ints[N_FILLS] > 0:
         key = cache.fills[0]
-        if cache.fill_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+        if cache.slots[key & ((1 << SLOT_BITS) - 1), FILL_STEP] == key >> SLOT_BITS:
             return int(key >> SLOT_BITS)
         ints[N_FILLS] = pop_key(cache.fills, ints[N_FILLS])
     return -1
@@ -381,7 +423,7 @@ def steps_to_fill(cache: Cache, step: int) -> int:
 
 
 @compiled
-def catch_up(cache: Cache, rows: Any, step: int) -> None:
+def _catch_up(cache: Cache, rows: Any, step: int) -> None:
     """C3, C4: publish every block that decoding fills in steps up to ``step``."""
     ints = cache.ints
     when = next_fill(cache)
@@ -395,34 +437,37 @@ def catch_up(cache: Cache, rows: Any, step: int) -> None:
 @compiled
 def _fill(cache: Cache, slot: int, row: int, step: int) -> None:
     """Publish the block that a decoding request fills in ``step``, and look out for its next."""
-    publish(cache, slot, row, cache.published[slot] + 1, 2 * step)
-    watch(cache, slot, row, cache.published[slot] * cache.block_size, step + 1)
+    publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, step)
+    watch(cache, slot, row, cache.slots[slot, PUBLISHED] * cache.block_size, step + 1)
 
 
 @compiled
-def leave(cache: Cache, slot: int, row: int, step: int) -> None:
+def _leave(cache: Cache, slot: int, row: int, step: int) -> None:
     """C4: a decoding request stops before ``step``: publish what it has filled, and watch it no longer."""
-    when = cache.fill_step[slot]
+    when = cache.slots[slot, FILL_STEP]
     while 0 <= when < step:
-        publish(cache, slot, row, cache.published[slot] + 1, 2 * when)
+        publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, when)
         when += cache.block_size
-        if cache.offsets[row] + cache.published[slot] >= cache.offsets[row + 1]:
+        if cache.offsets[row] + cache.slots[slot, PUBLISHED] >= cache.offsets[row + 1]:
             break
-    cache.fill_step[slot] = -1
+    cache.slots[slot, FILL_STEP] = -1
 
 
 @compiled
-def note_end(cache: Cache, slot: int, owned: int) -> None:
-    """A request has finished; its blocks are given back by :func:`release_ended`, in the order of admission."""
+def note_end(cache: Cache, slot: int, row: int, computed: int, owned: int, step: int) -> None:
+    """A request has finished before ``step`` with ``computed`` tokens in ``owned`` blocks; :func:`release_ended` gives its blocks back, in the order of admission."""
     ints = cache.ints
+    _leave(cache, slot, row, step)
     i = ints[N_ENDED]
     ints[N_ENDED] = i + 1
-    while i > 0 and cache.order[cache.ended[i - 1]] > cache.order[slot]:
-        cache.ended[i] = cache.ended[i - 1]
-        cache.ended_blocks[i] = cache.ended_blocks[i - 1]
+    while i > 0 and cache.slots[cache.slots[i - 1, ENDED], ORDER] > cache.slots[slot, ORDER]:
+        cache.slots[i, ENDED] = cache.slots[i - 1, ENDED]
+        cache.slots[i, ENDED_BLOCKS] = cache.slots[i - 1, ENDED_BLOCKS]
+        cache.slots[i, ENDED_FULL] = cache.slots[i - 1, ENDED_FULL]
         i -= 1
-    cache.ended[i] = slot
-    cache.ended_blocks[i] = owned
+    cache.slots[i, ENDED] = slot
+    cache.slots[i, ENDED_BLOCKS] = owned
+    cache.slots[i, ENDED_FULL] = computed // cache.block_size
 
 
 @compiled
@@ -430,7 +475,10 @@ def release_ended(cache: Cache, rows: Any) -> int:
     """C7: the requests that finished in this step give back their blocks; return how many become free."""
     freed = 0
     for i in range(cache.ints[N_ENDED]):
-        slot = cache.ended[i]
-        freed += release(cache, slot, rows[slot], cache.ended_blocks[i])
+        slot = cache.slots[i, ENDED]
+        row = rows[slot]
+        if cache.radix:
+            freed += publish(cache, slot, row, cache.slots[i, ENDED_FULL], 0)
+        freed += release(cache, slot, row, cache.slots[i, ENDED_BLOCKS])
     cache.ints[N_ENDED] = 0
     return freed

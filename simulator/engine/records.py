@@ -13,7 +13,7 @@ FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED = 0, 1, 2, 3, 4
 STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived")
 
 #: Kinds of prefix cache.
-PREFIX_CACHES = ("off", "blocks")
+PREFIX_CACHES = ("off", "blocks", "radix")
 
 #: How arrivals are spread over the attention ranks of a replica.
 RANK_ROUTINGS = ("round-robin", "least-loaded")
@@ -47,7 +47,8 @@ class EngineSettings:
     scheduler_reserve_full_isl
         admit a waiting request only if blocks for all its tokens known so far are free, not merely for the first chunk.
     prefix_cache
-        one of :data:`PREFIX_CACHES`: ``off``, or ``blocks``, vLLM's cache of hashed blocks (``docs/engine-prefix-cache.md``).
+        one of :data:`PREFIX_CACHES`: ``off``; ``blocks``, vLLM's cache of hashed blocks; ``radix``, SGLang's tree of prefixes
+        (``docs/engine-prefix-cache.md``).
     cache_outputs
         whether blocks with output tokens can be reused, where the requests' hashes cover them.
     rank_routing

@@ -33,7 +33,7 @@ from simulator.engine.records import (
     cache_hashes,
     itl_bin,
 )
-from simulator.engine.reference_cache import Block, BlockPool
+from simulator.engine.reference_cache import Block, BlockPool, RadixPool
 from simulator.errors import InputError
 from simulator.roofline.step_cost import StepCost, window_keys
 
@@ -201,7 +201,8 @@ class Replica:
         self.free_blocks = settings.num_kv_blocks
         hashes = cache_hashes(settings, self.requests)
         if hashes is not None:
-            self.pool = BlockPool(settings.num_kv_blocks, hashes)
+            pool = RadixPool if settings.prefix_cache == "radix" else BlockPool
+            self.pool = pool(settings.num_kv_blocks, hashes)
         self.steps_by_tokens = [0] * (settings.max_num_batched_tokens + 1)
         self.steps_by_rows = [0] * (settings.max_num_seqs + 1)
         counts = ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "prefill_keys", "chunks")
@@ -309,6 +310,12 @@ class Replica:
             self.pool.release(request.row)
             self.free_blocks = self.pool.free
         request.blocks = 0
+
+    def publish_at_end(self, request: Request) -> None:
+        """Let what a request has computed be found from now on, if it could not be yet (D2)."""
+        if self.pool is not None:
+            self.pool.publish_at_end(request.row, request.computed // self.settings.block_size)
+            self.free_blocks = self.pool.free
 
     def admit_to_blocks(self, request: Request, hits: list[Block]) -> None:
         """Let an admitted request own what it found in the prefix cache (C6, C8)."""
@@ -476,7 +483,10 @@ class Replica:
         """End the step: tokens are emitted, requests finish, blocks are freed, rows released (R10, R3)."""
         now_s = self.clock.now
         for request, tokens in batch.items():
+            is_chunk = request.in_prefill
             request.computed += tokens
+            if is_chunk:
+                self.publish_at_end(request)
             request.seen = max(request.seen, request.computed)
             if request.computed < request.known:
                 continue
@@ -490,6 +500,7 @@ class Replica:
         done = [request for request in batch if request.emitted == request.output_tokens]
         for request in done:
             self.running.remove(request)
+            self.publish_at_end(request)
             self.free(request)
             request.status = FINISHED
             request.finish_s = now_s

@@ -93,8 +93,65 @@ class BlockPool:
             if not block.owners:
                 self.queue[block] = None
 
+    def publish_at_end(self, row: int, full: int) -> None:
+        """Nothing: everything was published when it was scheduled (C3)."""
+
     def count_admission(self, known: int, hit_tokens: int) -> None:
         """Count a request that is admitted (C9)."""
         self.counts["cache_queried_tokens"] += known
         self.counts["cache_hit_tokens"] += hit_tokens
         self.counts["cache_hit_pairs"] += hit_tokens * (hit_tokens + 1) // 2
+
+
+class RadixPool(BlockPool):
+    """SGLang's tree of prefixes, in which an id is held by one block at most (rules D1 to D4)."""
+
+    def __init__(self, num_blocks: int, hashes: BlockHashes) -> None:
+        super().__init__(num_blocks, hashes)
+        self.blank = list(self.queue)
+        """Free blocks that hold nothing."""
+        self.queue.clear()
+
+    @property
+    def free(self) -> int:
+        """Blocks that nobody owns."""
+        return len(self.queue) + len(self.blank)
+
+    def take(self, row: int, count: int) -> None:
+        """Give a request new blocks, blank ones first (D1)."""
+        for _ in range(count):
+            if not self.blank:
+                block, _ = self.queue.popitem(last=False)
+                self.withdraw(block)
+                self.counts["evicted_blocks"] += 1
+                self.blank.append(block)
+            block = self.blank.pop()
+            block.owners = 1
+            self.tables[row].append(block)
+
+    def publish(self, row: int, full: int) -> None:
+        """Nothing yet: a block can be found once it is there (D2)."""
+
+    def publish_at_end(self, row: int, full: int) -> None:
+        """Let the first ``full`` blocks of a request be found; those already there replace the request's own (D2, D3)."""
+        table = self.tables[row]
+        for place, block_id in enumerate(self.ids[row][:full]):
+            if table[place].id != NOBODY:
+                continue
+            found = self.published.get(block_id)
+            if found is None:
+                table[place].id = block_id
+                self.published[block_id] = [table[place]]
+                continue
+            table[place].owners = 0
+            self.blank.append(table[place])
+            table[place] = found[0]
+            self.queue.pop(found[0], None)
+            found[0].owners += 1
+
+    def release(self, row: int) -> None:
+        """Take a request's blocks away, the last first (C7); what nobody can find becomes blank."""
+        super().release(row)
+        for block in [block for block in self.queue if block.id == NOBODY]:
+            del self.queue[block]
+            self.blank.append(block)

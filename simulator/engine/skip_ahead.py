@@ -24,14 +24,14 @@ from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.prefix_cache import (
     N_ENDED,
+    START,
     Cache,
     admit,
-    catch_up,
-    find,
-    leave,
+    give_back,
+    grow,
+    look_up,
     note_end,
     publish,
-    release,
     release_ended,
     steps_to_fill,
     take,
@@ -388,8 +388,7 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
     row = state.row[slot]
     freed = blocks_for(computed, block_size)
     if extra is not None and extra.cache.on:
-        leave(extra.cache, slot, row, ints[STEP])
-        freed = release(extra.cache, slot, row, freed)
+        freed = give_back(extra.cache, slot, row, freed, ints[STEP])
     ints[FREE_BLOCKS] += freed
     state.computed[slot] = 0
     _unlink(state, slot)
@@ -409,8 +408,7 @@ def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, block_si
     out.finish[row] = state.floats[CLOCK]
     freed = blocks_for(state.computed[slot], block_size)
     if extra is not None and extra.cache.on:
-        leave(extra.cache, slot, row, ints[STEP])
-        note_end(extra.cache, slot, freed)
+        note_end(extra.cache, slot, row, state.computed[slot], freed, ints[STEP])
         freed = 0
     ints[FREE_BLOCKS] += freed
     state.finish_step[slot] = -1
@@ -491,7 +489,7 @@ class Chunks(NamedTuple):
     free: int
     preempted: bool
     unsure: bool
-    """The first of the queue lacks blocks, and may lack fewer in a later step without anyone leaving (C6)."""
+    """The first of the queue lacks blocks, but decoding may publish one that it can share."""
 
 
 class Price(NamedTuple):
@@ -608,8 +606,7 @@ def _schedule_chunks(
         else:
             free -= missing
             if extra is not None and extra.cache.on:
-                take(extra.cache, missing)
-                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
+                grow(extra.cache, slot, row, missing, (done + want) // bs, ints[STEP])
             room -= want
             tokens += want
             state.chunk_slot[0] = slot
@@ -631,15 +628,13 @@ def _schedule_chunks(
             held = 0
             hits = 0
             if extra is not None and extra.cache.on:
-                if extra.cache.late:
-                    catch_up(extra.cache, state.row, ints[STEP])
-                hits, held = find(extra.cache, row, (known - 1) // bs)
+                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, ints[STEP])
                 done = max(done, hits * bs)
             want = min(known - done, room)
             need = blocks_for(done + want, bs)
             if need - held > free or (limits.reserve_full and blocks_for(known, bs) - held > free):
                 if extra is not None:
-                    unsure = extra.cache.late or not limits.reserve_full
+                    unsure = extra.cache.late
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1
@@ -658,8 +653,7 @@ def _schedule_chunks(
             free -= need
             if extra is not None and extra.cache.on:
                 free += hits - admit(extra.cache, slot, row, hits, known, done, state.seen[slot])
-                take(extra.cache, need - hits)
-                publish(extra.cache, slot, row, (done + want) // bs, 2 * ints[STEP] + 1)
+                grow(extra.cache, slot, row, need - hits, (done + want) // bs, ints[STEP])
             room -= want
             tokens += want
             state.chunk_slot[chunks] = slot
@@ -873,7 +867,7 @@ def _end_chunks(
             pays += cost.planes[plane, 4] * _chunk_keys(cost, done, size)
         start = stream.cached[row]
         if extra is not None and extra.cache.on:
-            start = extra.cache.start[slot]
+            start = extra.cache.slots[slot, START]
         out.busy_cached[row] += cost.planes[plane, 1] * start
         if done + size == known:
             pays += price.per_row
@@ -885,6 +879,8 @@ def _end_chunks(
             ints[RECOMPUTED] += again
         done += size
         state.computed[slot] = max(done, state.computed[slot])  # a later chunk may be in flight already
+        if extra is not None and extra.cache.radix:
+            ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, ints[STEP])
         if done < known:
             ints[PARTIAL] = slot
             continue
@@ -984,7 +980,7 @@ def advance(
                     stop = min(stop, next_arrival)
                 k = _steps_until(state, price.d0, q, stop, k)
                 if extra is not None and chunks.unsure:
-                    k = min(k, steps_to_fill(extra.cache, step)) if limits.reserve_full else 1
+                    k = min(k, steps_to_fill(extra.cache, step))
             end = end_of_steps(t, price.d0, q, k)
             owned = limits.num_blocks - ints[FREE_BLOCKS]
             if short:

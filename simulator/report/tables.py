@@ -255,6 +255,16 @@ def _range(estimate: Estimate) -> str:
     return f"[{value_low if unit_low == unit_high else low} … {high}]"
 
 
+def _prefix_cache(s: Summary) -> list[str]:
+    c = s.prefix_cache
+    if c is None:
+        return []
+    return wrapped(
+        f"prefix cache: {percent(c.hit_fraction)} of {c.queried_tokens:,} prompt tokens found, worth "
+        f"{number(c.saved_chip_s)} chip-seconds ({percent(c.saved_busy_fraction)} of those spent); {c.evicted_blocks:,} blocks evicted"
+    )
+
+
 def _throughput(s: Summary) -> list[str]:
     t, o, u = s.throughput, s.occupancy, s.utilisation
     rows = [
@@ -280,6 +290,7 @@ def _throughput(s: Summary) -> list[str]:
             f"{s.requests.preemptions:,} preemptions of {s.requests.preempted:,} requests, "
             f"{s.requests.recomputed_tokens:,} tokens recomputed"
         ),
+        *_prefix_cache(s),
         *wrapped(
             f"MFU {percent(u.mfu)}, MBU {percent(u.mbu)} of all chip time; {percent(u.mfu_busy)} and {percent(u.mbu_busy)} "
             "of busy time"

@@ -203,7 +203,7 @@ class PrefixCache(Section):
     """What the prefix cache found, counted whenever a request is admitted (again, after a preemption)."""
 
     kind: str
-    """blocks: vLLM's cache of hashed blocks."""
+    """blocks: vLLM's cache of hashed blocks; radix: SGLang's tree of prefixes."""
     queried_tokens: int
     """Tokens known of the requests admitted."""
     hit_tokens: int
@@ -213,8 +213,9 @@ class PrefixCache(Section):
     evicted_blocks: int
     """Cached blocks given up to make room."""
     saved_chip_s: float
-    """What computing the hits would have taken in full steps: a lower bound."""
-    saved_share_of_busy: float
+    """What computing the hits would have taken in full steps: what a replica at its capacity gets back. Below it, fewer prompt
+    tokens ride along with decodes in steps that take place anyway, and less is saved."""
+    saved_busy_fraction: float
     """saved_chip_s ÷ the chip-seconds the run was busy."""
 
 

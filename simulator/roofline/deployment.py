@@ -1,7 +1,7 @@
 """A deployment: one model in one precision on one slice, with the settings that decide what a step costs."""
 
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import gcd, prod
 from typing import Literal
 
@@ -11,6 +11,7 @@ from simulator.catalog.architecture import (
     FeedForward,
     GatedDeltaNet,
     LatentAttention,
+    LayerGroup,
     Mamba2,
     Mixer,
     SoftmaxAttention,
@@ -28,6 +29,70 @@ WORKSPACE_BYTES = 1e9
 
 #: Two vector operations per weight, convert and scale, on units a 16th as fast as the matrix units. Assumed.
 DEQUANTIZATION_FLOPS = 32.0
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some layers of a model, such as those of a pipeline stage, in the numbers that memory and time are linear in.
+
+    Parts are compared by identity, as :func:`part_of` makes equal ones only once.
+
+    Attributes
+    ----------
+    mixers, ffns, pairs
+        layers with each of the model's different mixers, feed-forward blocks, and pairs of the two, in the order of
+        :func:`mixers_of`, :func:`ffns_of` and :func:`pairs_of`.
+    norms, reductions
+        norms of the model's width, the one before the head included; and all-reduces: one after each block, and one for
+        both where attention and feed-forward are parallel.
+    first, last
+        whether the embedding, and whether the head belongs to it.
+    """
+
+    mixers: tuple[int, ...]
+    ffns: tuple[int, ...]
+    pairs: tuple[int, ...]
+    norms: int
+    reductions: int
+    first: bool
+    last: bool
+
+
+@lru_cache(maxsize=4096)
+def part_of(architecture: Architecture, layers: tuple[LayerGroup, ...], *, first: bool, last: bool) -> Part:
+    """Count what ``layers``, which are among those of ``architecture``, are made of."""
+    mixers, ffns = dict.fromkeys(mixers_of(architecture), 0), dict.fromkeys(ffns_of(architecture), 0)
+    pairs = dict.fromkeys(pairs_of(architecture), 0)
+    norms, reductions = int(architecture.final_norm and last), 0
+    for group in layers:
+        if group.mixer is not None:
+            mixers[group.mixer] += group.count
+        if group.ffn is not None:
+            ffns[group.ffn] += group.count
+        pairs[group.mixer, group.ffn] += group.count
+        norms += group.count * group.n_norms
+        blocks = (group.mixer is not None) + (group.ffn is not None)
+        reductions += group.count * (1 if architecture.parallel_attention_ffn else blocks)
+    counts = tuple(mixers.values()), tuple(ffns.values()), tuple(pairs.values())
+    return Part(*counts, norms, reductions, first, last)
+
+
+@lru_cache
+def mixers_of(architecture: Architecture) -> tuple[Mixer, ...]:
+    """The different mixers of the layers; windowed and full ones differ."""
+    return tuple(dict.fromkeys(g.mixer for g in architecture.layers if g.mixer is not None))
+
+
+@lru_cache
+def ffns_of(architecture: Architecture) -> tuple[FeedForward, ...]:
+    """The different feed-forward blocks of the layers."""
+    return tuple(dict.fromkeys(g.ffn for g in architecture.layers if g.ffn is not None))
+
+
+@lru_cache
+def pairs_of(architecture: Architecture) -> tuple[tuple[Mixer | None, FeedForward | None], ...]:
+    """The different pairs of mixer and feed-forward block that a layer has."""
+    return tuple(dict.fromkeys((g.mixer, g.ffn) for g in architecture.layers))
 
 
 @dataclass(frozen=True)
@@ -138,7 +203,8 @@ class Deployment:
                 f"precision {self.precision.name}: weights ({self.precision.weights}) wider than activations "
                 f"({self.precision.activations}) are computed by no engine; write w8a8 or w8a16 forms"
             )
-        if self.precision.experts_only and all(isinstance(ffn, DenseFFN) for _, ffn in self.ffns):
+        whole = self.stage == (1, 1)  # a stage may have dense layers alone
+        if self.precision.experts_only and whole and all(isinstance(ffn, DenseFFN) for _, ffn in self.ffns):
             raise InputError(f"precision {self.precision.name}: {self.architecture.name} has no routed experts")
         check_efficiency(self.eff)
         self.compute_dtype  # noqa: B018  # raises now if the chip computes in nothing wide enough
@@ -289,7 +355,7 @@ class Deployment:
         """Chips over which heads and feed-forward columns are split in a product."""
         return self.chips // (self.model_chips * self.gathered_chips)
 
-    @property
+    @cached_property
     def expert_chips(self) -> int:
         """Chips over which whole experts are spread; 1: none are."""
         return prod(domain.size for domain in self.expert_domains)
@@ -320,30 +386,30 @@ class Deployment:
         return self.dequantization_flops if self.activation_traffic and self.eff != IDEAL else 0.0
 
     @cached_property
+    def part(self) -> Part:
+        """All of its layers."""
+        arch = self.architecture
+        return part_of(arch, arch.layers, first=self.is_first_stage, last=self.is_last_stage)
+
+    @cached_property
     def mixers(self) -> tuple[tuple[int, Mixer], ...]:
-        """The different mixers of the layers, each with its number; windowed and full ones differ."""
-        found: dict[Mixer, int] = {}
-        for group in self.architecture.layers:
-            if group.mixer is not None:
-                found[group.mixer] = found.get(group.mixer, 0) + group.count
-        return tuple((count, mixer) for mixer, count in found.items())
+        """The different mixers of the layers, each with its number."""
+        return tuple(zip(self.part.mixers, mixers_of(self.architecture), strict=True))
 
     @cached_property
     def ffns(self) -> tuple[tuple[int, FeedForward], ...]:
         """The different feed-forward blocks of the layers, each with its number."""
-        found: dict[FeedForward, int] = {}
-        for group in self.architecture.layers:
-            if group.ffn is not None:
-                found[group.ffn] = found.get(group.ffn, 0) + group.count
-        return tuple((count, ffn) for ffn, count in found.items())
+        return tuple(zip(self.part.ffns, ffns_of(self.architecture), strict=True))
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[int, tuple[Mixer | None, FeedForward | None]], ...]:
+        """The different pairs of mixer and feed-forward block in the layers, each with its number."""
+        return tuple(zip(self.part.pairs, pairs_of(self.architecture), strict=True))
 
     @property
     def reductions(self) -> int:
-        """All-reduces of the layers: one after each block, and one for both where attention and feed-forward are parallel."""
-        parallel = self.architecture.parallel_attention_ffn
-        return sum(
-            g.count * (1 if parallel else (g.mixer is not None) + (g.ffn is not None)) for g in self.architecture.layers
-        )
+        """All-reduces of the layers."""
+        return self.part.reductions
 
     @cached_property
     def window(self) -> int:
@@ -399,16 +465,19 @@ class Deployment:
 
     def kv_bytes(self, *, windowed: bool) -> float:
         """KV-cache bytes of one token on one chip in the layers whose cache a window bounds, or in all others. [bytes]"""
-        total, p = 0.0, self.precision
-        for count, mixer in self.mixers:
-            if isinstance(mixer, SoftmaxAttention) and (mixer.window is not None) == windowed:
-                total += count * self.kv_heads_per_chip(mixer) * p.kv_head_bytes(mixer.head_dim)
-            elif isinstance(mixer, LatentAttention) and not windowed:
-                index = mixer.indexer
-                latent = p.latent_bytes(mixer.kv_rank, mixer.rope_dim, sparse=index is not None)
-                index_key = 0.0 if index is None else p.index_key_bytes(index.head_dim)
-                total += count * self.latent_share * (latent + index_key)
-        return total
+        return sum(count * self.layer_kv_bytes(mixer, windowed=windowed) for count, mixer in self.mixers)
+
+    def layer_kv_bytes(self, mixer: Mixer, *, windowed: bool) -> float:
+        """As :meth:`kv_bytes`, in one layer. [bytes]"""
+        p = self.precision
+        if isinstance(mixer, SoftmaxAttention) and (mixer.window is not None) == windowed:
+            return self.kv_heads_per_chip(mixer) * p.kv_head_bytes(mixer.head_dim)
+        if isinstance(mixer, LatentAttention) and not windowed:
+            index = mixer.indexer
+            latent = p.latent_bytes(mixer.kv_rank, mixer.rope_dim, sparse=index is not None)
+            index_key = 0.0 if index is None else p.index_key_bytes(index.head_dim)
+            return self.latent_share * (latent + index_key)
+        return 0.0
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -471,6 +540,11 @@ class Deployment:
     def hbm_bytes_per_s(self) -> float:
         """Datasheet HBM bandwidth of one chip. [bytes/s]"""
         return self.slice.chip.hbm_bandwidth_bytes_per_s
+
+    @cached_property
+    def hbm_capacity_bytes(self) -> float:
+        """Memory of one chip. [bytes]"""
+        return self.slice.chip.hbm_capacity_bytes
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from simulator.catalog.architecture import SoftmaxAttention
+from simulator.catalog.architecture import FeedForward, Mixer, SoftmaxAttention
 from simulator.catalog.slices import LinkDomain
 from simulator.roofline.blocks import ffn_matrices, mixer_matrices
 from simulator.roofline.collectives import all_gather_s, all_reduce_s, all_to_all_s
@@ -41,56 +41,66 @@ STATISTICS_BYTES = 4
 
 def layer_exchange_ops(d: Deployment, n: Number) -> list[Op]:
     """Exchanges of all layers for ``n`` tokens, those of attention over sequences and of keys apart."""
+    pairs = [op for count, (mixer, ffn) in d.pairs for op in pair_exchange_ops(d, count, mixer, ffn, n)]
+    return [*reduction_ops(d, d.reductions, n), *pairs]
+
+
+def reduction_ops(d: Deployment, count: int, n: Number) -> list[Op]:
+    """What ``count`` blocks exchange of the residual stream: an all-reduce each, or what a layout has in its place."""
     split = d.axis_split
     if split is None:
-        return all_reduce_ops(d, "all-reduce, layers", d.reductions, n)
-    wide = d.precision.wide_bytes
-    rows = n * (d.architecture.d_model * wide / (d.model_chips * d.gathered_chips))
-    ops = _row_moves(d, rows, split.columns)
-    if split.layout.kind == "gathered":
-        return [*_weight_gathers(d, split, n), *ops]
-    parallel = d.architecture.parallel_attention_ffn
+        return all_reduce_ops(d, "all-reduce, layers", count, n)
+    rows = n * (d.architecture.d_model * d.precision.wide_bytes / (d.model_chips * d.gathered_chips))
     sums = STATISTICS_BYTES * (2 if d.architecture.norm == "layer" else 1)
-    ops += _all_reduces(d, "all-reduce, norms", d.reductions, n * sums, split.model)
-    for group in d.architecture.layers:
-        sizes = []  # columns scattered and gathered by one pair of exchanges
-        if isinstance(group.mixer, SoftmaxAttention):
-            a = group.mixer
-            width = a.n_heads * a.head_dim
-            sizes.append((width * (2 if a.gated_output else 1), width))
-            ops += _keys_moves(d, group.count, a, n, split)
-        if group.ffn is not None:
-            sizes.append((group.ffn.d_ff * (2 if group.ffn.gated else 1), group.ffn.d_ff))
-        if parallel and sizes:
-            sizes = [(sum(out for out, _ in sizes), sum(back for _, back in sizes))]
-        for out, back in sizes:
-            for columns in (out, back):
-                size = n * (columns / d.column_chips * wide)
-                hides = 1 - 1 / d.model_chips if d.looped_exchange else 0.0
-                moves = _moves(d, "gather, scatter columns", group.count, 1, size, split.model)
-                ops += [replace(op, hides=hides) for op in moves]
+    return [
+        *_row_moves(d, count, rows, split.columns),
+        *_all_reduces(d, "all-reduce, norms", count, n * sums, split.model),
+    ]
+
+
+def pair_exchange_ops(d: Deployment, count: int, mixer: Mixer | None, ffn: FeedForward | None, n: Number) -> list[Op]:
+    """What ``count`` layers of a mixer and a feed-forward block exchange besides, in layouts that are not ``1d``."""
+    split = d.axis_split
+    if split is None:
+        return []
+    if split.layout.kind == "gathered":
+        return _weight_gathers(d, count, mixer, ffn, n, split)
+    wide = d.precision.wide_bytes
+    ops, sizes = [], []  # columns scattered and gathered by one pair of exchanges
+    if isinstance(mixer, SoftmaxAttention):
+        width = mixer.n_heads * mixer.head_dim
+        sizes.append((width * (2 if mixer.gated_output else 1), width))
+        ops += _keys_moves(d, count, mixer, n, split)
+    if ffn is not None:
+        sizes.append((ffn.d_ff * (2 if ffn.gated else 1), ffn.d_ff))
+    if d.architecture.parallel_attention_ffn and sizes:
+        sizes = [(sum(out for out, _ in sizes), sum(back for _, back in sizes))]
+    for out, back in sizes:
+        for columns in (out, back):
+            size = n * (columns / d.column_chips * wide)
+            hides = 1 - 1 / d.model_chips if d.looped_exchange else 0.0
+            moves = _moves(d, "gather, scatter columns", count, 1, size, split.model)
+            ops += [replace(op, hides=hides) for op in moves]
     return ops
 
 
-def sequence_exchange_ops(d: Deployment, B: Number) -> list[Op]:
+def sequence_exchange_ops(d: Deployment, count: int, mixer: Mixer, B: Number) -> list[Op]:
     """Queries of ``B`` decoding sequences to the chips that hold their keys, and outputs back; none unless ``batch``."""
-    if d.kv_layout != "batch" or d.chips == 1:
+    if d.kv_layout != "batch" or d.chips == 1 or not isinstance(mixer, SoftmaxAttention):
         return []
     ops = []
-    for count, a in d.mixers:
-        if isinstance(a, SoftmaxAttention):
-            keys = 2 * a.n_kv_heads if d.axis_split is None else 0  # two-dimensional layouts have them in place
-            for heads in (a.n_heads + keys, a.n_heads):
-                size = B * (heads * a.head_dim * d.precision.wide_bytes)
-                time = count * all_to_all_s(size, d.slice.domains, link=d.eff.link)
-                moved = size * (count * (d.chips - 1) / d.chips**2)
-                ops.append(_collective(d, "all-to-all, attention", count, 1, size, moved, time))
+    keys = 2 * mixer.n_kv_heads if d.axis_split is None else 0  # two-dimensional layouts have them in place
+    for heads in (mixer.n_heads + keys, mixer.n_heads):
+        size = B * (heads * mixer.head_dim * d.precision.wide_bytes)
+        time = count * all_to_all_s(size, d.slice.domains, link=d.eff.link)
+        moved = size * (count * (d.chips - 1) / d.chips**2)
+        ops.append(_collective(d, "all-to-all, attention", count, 1, size, moved, time))
     return ops
 
 
-def keys_gather_ops(d: Deployment, P: Number, K: Number, KW: Number) -> list[Op]:
+def keys_gather_ops(d: Deployment, count: int, mixer: Mixer, P: Number, K: Number, KW: Number) -> list[Op]:
     """Gathers of ``K`` keys (``KW`` in windowed layers) of ``P`` chunks, whose tokens or earlier keys are on other chips."""
-    if not d.gathers_keys:
+    if not d.gathers_keys or not isinstance(mixer, SoftmaxAttention):
         return []
     split = d.axis_split
     domains = d.slice.domains if d.kv_layout == "batch" or split is None else (split.gathered,)
@@ -98,31 +108,27 @@ def keys_gather_ops(d: Deployment, P: Number, K: Number, KW: Number) -> list[Op]
     free = [replace(domain, latency_s=0.0) for domain in domains]
     per_byte = float(all_gather_s(1.0, free, link=d.eff.link))
     latency = float(all_gather_s(1.0, domains, link=d.eff.link)) + d.eff.collective_latency_s
-    ops = []
-    for count, a in d.mixers:
-        if isinstance(a, SoftmaxAttention):
-            keys = K if a.window is None else KW
-            size = keys * (count * d.attended_kv_heads(a) * d.precision.kv_head_bytes(a.head_dim))
-            time = size * per_byte
-            ops.append(
-                Op(
-                    "all-gather, keys",
-                    "collective",
-                    count,
-                    comm_bytes=size * (1 - 1 / chips),
-                    network_s=time,
-                    roofline_s=time,
-                    overhead_s=P * (count * latency),
-                )
-            )
-    return ops
+    keys = K if mixer.window is None else KW
+    size = keys * (count * d.attended_kv_heads(mixer) * d.precision.kv_head_bytes(mixer.head_dim))
+    time = size * per_byte
+    return [
+        Op(
+            "all-gather, keys",
+            "collective",
+            count,
+            comm_bytes=size * (1 - 1 / chips),
+            network_s=time,
+            roofline_s=time,
+            overhead_s=P * (count * latency),
+        )
+    ]
 
 
-def _row_moves(d: Deployment, rows: Number, columns: LinkDomain) -> list[Op]:
-    """Gathers of the residual stream over the columns' axes before the blocks, and scatters after them."""
+def _row_moves(d: Deployment, count: int, rows: Number, columns: LinkDomain) -> list[Op]:
+    """Gathers of the residual stream over the columns' axes before ``count`` blocks, and scatters after them."""
     ops, size = [], rows
     for axis in reversed(single_axes(columns)) if d.looped_exchange else [columns]:
-        ops += _moves(d, "gather, scatter d_model", d.reductions, 2, size, axis)
+        ops += _moves(d, "gather, scatter d_model", count, 2, size, axis)
         size = size * (1 / axis.size)
     return ops
 
@@ -135,22 +141,19 @@ def _keys_moves(d: Deployment, count: int, a: SoftmaxAttention, n: Number, split
     return _all_reduces(d, "all-reduce, keys", count, size, split.model)
 
 
-def _weight_gathers(d: Deployment, split: AxisSplit, n: Number) -> list[Op]:
-    """Every matrix of the layers, put together from the shards of the chips that split the tokens."""
+def _weight_gathers(
+    d: Deployment, count: int, mixer: Mixer | None, ffn: FeedForward | None, n: Number, split: AxisSplit
+) -> list[Op]:
+    """Every matrix of ``count`` layers, put together from the shards of the chips that split the tokens."""
+    matrices = [] if mixer is None else [(1.0, m) for m in mixer_matrices(d, mixer).values()]
+    matrices += [] if ffn is None else ffn_matrices(d, ffn).values()
     some = np.greater(n, 0) * 1.0
-    found: dict[float, int] = {}
-    for count, mixer in d.mixers:
-        for m in mixer_matrices(d, mixer).values():
-            size = matrix_bytes(d.precision, m)
-            found[size] = found.get(size, 0) + count
-    for count, ffn in d.ffns:
-        for each, m in ffn_matrices(d, ffn).values():
-            size = matrix_bytes(d.precision, m)
-            found[size] = found.get(size, 0) + int(count * each)
     return [
         op
-        for size, count in found.items()
-        for op in _moves(d, "all-gather, weights", count, 1, some * size, split.gathered)
+        for each, m in matrices
+        for op in _moves(
+            d, "all-gather, weights", int(count * each), 1, some * matrix_bytes(d.precision, m), split.gathered
+        )
     ]
 
 

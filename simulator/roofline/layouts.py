@@ -27,6 +27,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Literal
 
@@ -128,6 +129,7 @@ def split_axes(torus: LinkDomain, layout: Layout, layer: "FeedForward | None" = 
     return AxisSplit(layout, _axes(torus, over_d), _axes(torus, rest), _axes(torus, over_g))
 
 
+@lru_cache(maxsize=1024)
 def best_axes(
     torus: LinkDomain,
     kind: str,

@@ -2,13 +2,19 @@
 
 from dataclasses import dataclass, replace
 
-from simulator.catalog.architecture import MoEFFN
+from simulator.catalog.architecture import FeedForward, Mixer, MoEFFN
 from simulator.catalog.slices import legal_slices, resolve_slice
 from simulator.errors import ChipsecondsError, InfeasibleError
-from simulator.roofline.blocks import ffn_matrices, head_matrix, mixer_matrices, state_bytes
-from simulator.roofline.deployment import Deployment
+from simulator.roofline.blocks import (
+    ffn_matrices,
+    head_matrix,
+    mixer_matrices,
+    mixer_vectors,
+    norm_parameters,
+    state_bytes,
+)
+from simulator.roofline.deployment import Deployment, Part
 from simulator.roofline.kernels import matrix_bytes
-from simulator.roofline.ops import vector_parameters
 
 
 @dataclass(frozen=True)
@@ -62,74 +68,132 @@ class MemoryFit:
         return self.kv_blocks > 0
 
 
-def weights_bytes(d: Deployment) -> float:
-    """Stored weights of one chip: layers with every expert, norms, embedding (once if tied), head, positions, scales. [bytes]"""
-    p, arch = d.precision, d.architecture
-    total = vector_parameters(d)[0] * p.wide_bytes
-    if d.is_last_stage:
-        total += matrix_bytes(p, head_matrix(d))
-    if d.is_first_stage:
-        if not (arch.tied_embeddings and d.is_last_stage):
-            total += p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
-        total += arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
-    for count, mixer in d.mixers:
-        total += count * sum(matrix_bytes(p, m) / m.gathered for m in mixer_matrices(d, mixer).values())
-    for count, ffn in d.ffns:
-        total += count * sum(each * matrix_bytes(p, m) / m.gathered for each, m in ffn_matrices(d, ffn).values())
-    return total
+@dataclass(frozen=True)
+class BlockMemory:
+    """What one mixer or feed-forward block holds on one chip.
 
-
-def activations_bytes(d: Deployment) -> float:
-    """Peak activations of a step of ``max_num_batched_tokens`` on one chip. [bytes]
-
-    The residual stream and one normed copy, the widest pair of neighbouring tensors inside a layer (of experts: all
-    that a token visits), and the logits of ``max_num_seqs`` rows, 16-bit and FP32. An estimate: engines measure
-    theirs in a profiling run.
+    Attributes
+    ----------
+    weights_bytes
+        its matrices and other parameters, scales included. [bytes]
+    widest
+        values per token in the widest pair of neighbouring tensors inside; of experts, in all that a token visits.
+    kv_bytes, windowed_kv_bytes
+        cache of one token, where all keys are kept and where a window bounds it. [bytes]
+    state_bytes
+        recurrent state of one sequence. [bytes]
     """
-    wide = d.precision.wide_bytes
-    pairs = [0.0]
-    for _, mixer in d.mixers:
-        *inner, out = mixer_matrices(d, mixer).values()
-        pairs.append(max(m.n_out for m in inner) + out.n_in)
-    for _, ffn in d.ffns:
-        visits: float = ffn.top_k if isinstance(ffn, MoEFFN) else 1
-        if isinstance(ffn, MoEFFN) and d.expert_chips > 1:  # a chip has a share of the visits to whole experts
-            visits /= d.chips
-        up, down, *_ = (m for name, (_, m) in ffn_matrices(d, ffn).items() if name.endswith((" up", " down")))
-        pairs.append(visits * (up.n_out + down.n_in))
-    tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + max(pairs)) * wide
-    return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4) * d.is_last_stage
+
+    weights_bytes: float
+    widest: float
+    kv_bytes: float = 0.0
+    windowed_kv_bytes: float = 0.0
+    state_bytes: float = 0.0
+
+
+def mixer_memory(d: Deployment, mixer: Mixer) -> BlockMemory:
+    """What one layer's mixer holds on one chip."""
+    p = d.precision
+    *inner, out = matrices = list(mixer_matrices(d, mixer).values())
+    return BlockMemory(
+        sum(matrix_bytes(p, m) / m.gathered for m in matrices) + mixer_vectors(d, mixer)[0] * p.wide_bytes,
+        max(m.n_out for m in inner) + out.n_in,
+        d.layer_kv_bytes(mixer, windowed=False),
+        d.layer_kv_bytes(mixer, windowed=True),
+        state_bytes(d, mixer),
+    )
+
+
+def ffn_memory(d: Deployment, ffn: FeedForward) -> BlockMemory:
+    """What one layer's feed-forward block holds on one chip, every expert included."""
+    matrices = ffn_matrices(d, ffn)
+    visits: float = ffn.top_k if isinstance(ffn, MoEFFN) else 1
+    if isinstance(ffn, MoEFFN) and d.expert_chips > 1:  # a chip has a share of the visits to whole experts
+        visits /= d.chips
+    up, down, *_ = (m for name, (_, m) in matrices.items() if name.endswith((" up", " down")))
+    weights = sum(count * matrix_bytes(d.precision, m) / m.gathered for count, m in matrices.values())
+    return BlockMemory(weights, visits * (up.n_out + down.n_in))
+
+
+class Memory:
+    """What the chips of any part of a deployment hold: sums over its blocks, each of which is looked at once.
+
+    ``like`` is of a deployment that differs in nothing but where its experts are.
+    """
+
+    def __init__(self, d: Deployment, *, like: "Memory | None" = None) -> None:
+        p, arch = d.precision, d.architecture
+        self._d = d
+        self.mixers: list[BlockMemory] = like.mixers if like else [mixer_memory(d, mixer) for _, mixer in d.mixers]
+        self._blocks = [*self.mixers, *(ffn_memory(d, ffn) for _, ffn in d.ffns)]
+        self._norm_bytes = norm_parameters(arch) * p.wide_bytes
+        self._head_bytes = matrix_bytes(p, head_matrix(d))
+        self._embedding_bytes = p.matrix_bytes(arch.d_model, arch.vocab_size / d.chips, head=True)
+        self._position_bytes = arch.learned_positions * arch.d_model * p.wide_bytes / d.chips
+
+    def weights_bytes(self, part: Part) -> float:
+        """Stored weights: layers with every expert, norms, embedding (once if tied), head, positions, scales. [bytes]"""
+        total = part.norms * self._norm_bytes
+        if part.last:
+            total += self._head_bytes
+        if part.first:
+            if not (self._d.architecture.tied_embeddings and part.last):
+                total += self._embedding_bytes
+            total += self._position_bytes
+        return total + sum(count * block.weights_bytes for count, block in self._held(part))
+
+    def activations_bytes(self, part: Part) -> float:
+        """Peak activations of a step of ``max_num_batched_tokens``. [bytes]
+
+        The residual stream and one normed copy, the widest pair of neighbouring tensors inside a layer, and the logits of
+        ``max_num_seqs`` rows, 16-bit and FP32. An estimate: engines measure theirs in a profiling run.
+        """
+        d, wide = self._d, self._d.precision.wide_bytes
+        widest = max((block.widest for _, block in self._held(part)), default=0.0)
+        tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + widest) * wide
+        return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4) * part.last
+
+    def fit(self, part: Part) -> MemoryFit:
+        """How a part fills the memory of each of its chips, whether it fits or not.
+
+        The cache of windowed layers is held in one of two ways, whichever leaves room for more tokens: full windows of
+        ``max_num_seqs`` sequences set aside, and blocks for the other layers alone; or blocks for all layers alike, as
+        engines do that keep one table of blocks. Models with windowed layers alone always do the latter.
+        """
+        d, full, windowed, state = self._d, 0.0, 0.0, 0.0
+        for count, block in self._held(part):
+            full += count * block.kv_bytes
+            windowed += count * block.windowed_kv_bytes
+            state += count * block.state_bytes
+        paged = MemoryFit(
+            capacity_bytes=d.hbm_capacity_bytes,
+            usable_bytes=d.hbm_capacity_bytes * d.gpu_memory_utilization,
+            weights_bytes=self.weights_bytes(part),
+            activations_bytes=self.activations_bytes(part),
+            workspace_bytes=d.workspace_bytes,
+            kv_bytes_per_token=full + windowed,
+            block_size=d.block_size,
+            reserved_bytes=d.max_num_seqs * state,
+        )
+        if not full or not windowed:
+            return paged
+        windows = d.max_num_seqs * d.window * windowed
+        set_aside = replace(paged, kv_bytes_per_token=full, reserved_bytes=paged.reserved_bytes + windows)
+        return max(paged, set_aside, key=lambda fit: fit.kv_blocks)
+
+    def _held(self, part: Part) -> list[tuple[int, BlockMemory]]:
+        """Blocks of a part, each with its number."""
+        return [held for held in zip((*part.mixers, *part.ffns), self._blocks, strict=True) if held[0]]
 
 
 def memory_fit(d: Deployment) -> MemoryFit:
-    """How a deployment fills the memory of each of its chips, whether it fits or not.
-
-    The cache of windowed layers is held in one of two ways, whichever leaves room for more tokens: full windows of
-    ``max_num_seqs`` sequences set aside, and blocks for the other layers alone; or blocks for all layers alike, as
-    engines do that keep one table of blocks. Models with windowed layers alone always do the latter.
-    """
-    capacity = d.slice.chip.hbm_capacity_bytes
-    paged = MemoryFit(
-        capacity_bytes=capacity,
-        usable_bytes=capacity * d.gpu_memory_utilization,
-        weights_bytes=weights_bytes(d),
-        activations_bytes=activations_bytes(d),
-        workspace_bytes=d.workspace_bytes,
-        kv_bytes_per_token=d.kv_bytes_per_token,
-        block_size=d.block_size,
-        reserved_bytes=d.max_num_seqs * sequence_state_bytes(d),
-    )
-    full = d.kv_bytes(windowed=False)
-    if not full or full == d.kv_bytes_per_token:
-        return paged
-    windows = d.max_num_seqs * d.window * d.kv_bytes(windowed=True)
-    set_aside = replace(paged, kv_bytes_per_token=full, reserved_bytes=paged.reserved_bytes + windows)
-    return max(paged, set_aside, key=lambda fit: fit.kv_blocks)
+    """How a deployment fills the memory of each of its chips, whether it fits or not (:meth:`Memory.fit`)."""
+    return Memory(d).fit(d.part)
 
 
-def sequence_state_bytes(d: Deployment) -> float:
-    """Recurrent state of one sequence on one chip, whatever its length. [bytes]"""
-    return sum(count * state_bytes(d, mixer) for count, mixer in d.mixers)
+def weights_bytes(d: Deployment) -> float:
+    """Stored weights of one chip (:meth:`Memory.weights_bytes`). [bytes]"""
+    return Memory(d).weights_bytes(d.part)
 
 
 def smallest_slice(d: Deployment) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simulator.catalog.architecture import LatentAttention, SoftmaxAttention
+from simulator.catalog.architecture import LatentAttention, Mixer, SoftmaxAttention
 from simulator.errors import InputError
 from simulator.roofline.blocks import (
     context_ops,
@@ -112,49 +112,51 @@ class StepShape:
 
 def dense_ops(d: Deployment, n: Number) -> list[Op]:
     """Ops that depend on the number of tokens ``n`` alone, per-step overhead included. Nothing for n = 0."""
-    p, arch, e = d.precision, d.architecture, d.eff
-    D, wide, some = arch.d_model, p.wide_bytes, np.greater(n, 0) * 1.0
-    own = 1 / d.chips if d.splits_tokens else 1.0  # share of the tokens whose norms and residuals this chip does
-    row_bytes = p.matrix_bytes(D, 1, head=True) / d.chips + (wide / d.chips * D if arch.learned_positions else 0)
-    norms = norm_count(d)
-    held, copied = vector_parameters(d)
-    ops = []
-    if d.is_first_stage:
-        ops.append(memory_op(d, "embedding lookup", 1, some, activation_bytes=n * (row_bytes + own * D * wide)))
-        ops += all_reduce_ops(d, "all-reduce, embed.", 1, n)
-    ops.append(
-        memory_op(
-            d,
-            "norms, residuals",
-            norms,
-            some,
-            weight_bytes=some * (held * wide),
-            copied_weight_bytes=times(some, copied * wide),
-            activation_bytes=n * (norms * own * 4 * D * wide),
-        )
-    )
+    ops = embedding_ops(d, n) if d.is_first_stage else []
+    vectors = [(count, *mixer_vectors(d, mixer)) for count, mixer in d.mixers]
+    ops.append(norm_op(d, d.part.norms, n, *(sum(v[0] * v[i] for v in vectors) for i in (1, 2))))
     for count, mixer in d.mixers:
         ops += mixer_ops(d, count, mixer, n)
     for count, ffn in d.ffns:
         ops += ffn_ops(d, count, ffn, n)
-    ops += layer_exchange_ops(d, n)
-    ops.append(Op("step overhead", "overhead", overhead_s=some * e.step_overhead_s))
-    return ops
+    return [*ops, *layer_exchange_ops(d, n), overhead_op(d, n)]
 
 
-def norm_count(d: Deployment) -> int:
-    """Norms of the model's width, the one before the head included where it is."""
-    return sum(g.count * g.n_norms for g in d.architecture.layers) + int(d.architecture.final_norm and d.is_last_stage)
+def embedding_ops(d: Deployment, n: Number) -> list[Op]:
+    """Lookup of the tokens' rows, and the exchange that completes them."""
+    p, arch, some = d.precision, d.architecture, np.greater(n, 0) * 1.0
+    D, wide = arch.d_model, p.wide_bytes
+    row_bytes = p.matrix_bytes(D, 1, head=True) / d.chips + (wide / d.chips * D if arch.learned_positions else 0)
+    moved = n * (row_bytes + _own_tokens(d) * D * wide)
+    return [
+        memory_op(d, "embedding lookup", 1, some, activation_bytes=moved),
+        *all_reduce_ops(d, "all-reduce, embed.", 1, n),
+    ]
 
 
-def vector_parameters(d: Deployment) -> tuple[float, float]:
-    """Parameters of one chip outside matrices, such as norms, and the part of them that other chips hold too."""
-    held = norm_count(d) * norm_parameters(d.architecture)
-    copied = held * (1 - 1 / d.chips)
-    for count, mixer in d.mixers:
-        here, again = mixer_vectors(d, mixer)
-        held, copied = held + count * here, copied + count * again
-    return held, copied
+def norm_op(d: Deployment, count: int, n: Number, vectors: float = 0.0, copied_vectors: float = 0.0) -> Op:
+    """``count`` norms with their residuals. The parameters of ``vectors`` inside mixers, held partly elsewhere, count as theirs."""
+    D, wide, some = d.architecture.d_model, d.precision.wide_bytes, np.greater(n, 0) * 1.0
+    held = count * norm_parameters(d.architecture)
+    return memory_op(
+        d,
+        "norms, residuals",
+        count,
+        some,
+        weight_bytes=some * ((held + vectors) * wide),
+        copied_weight_bytes=times(some, (held * (1 - 1 / d.chips) + copied_vectors) * wide),
+        activation_bytes=n * (count * _own_tokens(d) * 4 * D * wide),
+    )
+
+
+def overhead_op(d: Deployment, n: Number) -> Op:
+    """Fixed time of a step."""
+    return Op("step overhead", "overhead", overhead_s=np.greater(n, 0) * d.eff.step_overhead_s)
+
+
+def _own_tokens(d: Deployment) -> float:
+    """Share of the tokens whose norms and residuals this chip does."""
+    return 1 / d.chips if d.splits_tokens else 1.0
 
 
 def head_ops(d: Deployment, R: Number) -> list[Op]:
@@ -184,7 +186,7 @@ def head_ops(d: Deployment, R: Number) -> list[Op]:
 def decode_attention_ops(d: Deployment, B: Number, S: Number, SW: Number = 0.0) -> list[Op]:
     """Mixing of ``B`` decoding sequences over ``S`` keys in all, ``SW`` in windowed layers; none for B = 0."""
     ops = [op for count, mixer in d.mixers for op in decode_ops(d, count, mixer, B, S, SW)]
-    return [*ops, *sequence_exchange_ops(d, B)]
+    return ops + [op for count, mixer in d.mixers for op in sequence_exchange_ops(d, count, mixer, B)]
 
 
 def prefill_attention_ops(
@@ -192,7 +194,7 @@ def prefill_attention_ops(
 ) -> list[Op]:
     """Mixing of ``P`` prefill chunks: ``A`` (query, key) pairs, ``K`` keys read, ``AW`` and ``KW`` in windowed layers."""
     ops = [op for count, mixer in d.mixers for op in prefill_ops(d, count, mixer, P, A, K, AW, KW)]
-    return [*ops, *keys_gather_ops(d, P, K, KW)]
+    return ops + [op for count, mixer in d.mixers for op in keys_gather_ops(d, count, mixer, P, K, KW)]
 
 
 def context_attention_ops(d: Deployment, past: Number) -> list[Op]:
@@ -229,17 +231,33 @@ def step_op_groups(d: Deployment, step: StepShape) -> tuple[list[Op], list[Op], 
     InputError
         If the deployment has windowed layers and the step does not say what they see.
     """
+    check_windows(d, step)
+    attention = [op for count, mixer in d.mixers for op in attention_ops(d, count, mixer, step)]
+    if step.P:
+        attention += context_gather_ops(d, step.K, step.KW)
+    return dense_ops(d, step.n), attention, head_ops(d, step.R) if step.R else []
+
+
+def check_windows(d: Deployment, step: StepShape) -> None:
+    """Refuse a step that does not say what windowed layers see, if the deployment has some."""
     if d.window and ((step.S and not step.SW) or (step.A and not (step.AW and step.KW))):
         raise InputError(
             f"{d.architecture.name} has layers with a window of {d.window} keys: the step needs SW, AW and KW; give "
             "window and chunked to StepShape.decode and StepShape.prefill"
         )
-    attention = decode_attention_ops(d, step.B, step.S, step.SW) if step.B else []
+
+
+def attention_ops(d: Deployment, count: int, mixer: Mixer, step: StepShape) -> list[Op]:
+    """What ``count`` mixers do for the sequences of a step, decodes and chunks."""
+    ops: list[Op] = []
+    if step.B:
+        ops += decode_ops(d, count, mixer, step.B, step.S, step.SW)
+        ops += sequence_exchange_ops(d, count, mixer, step.B)
     if step.P:
-        attention += prefill_attention_ops(d, step.P, step.A, step.K, step.AW, step.KW)
-        attention += context_attention_ops(d, max(0.0, step.K - (step.n - step.B)))
-        attention += context_gather_ops(d, step.K, step.KW)
-    return dense_ops(d, step.n), attention, head_ops(d, step.R) if step.R else []
+        ops += prefill_ops(d, count, mixer, step.P, step.A, step.K, step.AW, step.KW)
+        ops += keys_gather_ops(d, count, mixer, step.P, step.K, step.KW)
+        ops += context_ops(d, count, mixer, max(0.0, step.K - (step.n - step.B)))
+    return ops
 
 
 def step_ops(d: Deployment, step: StepShape) -> list[Op]:

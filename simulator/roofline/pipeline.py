@@ -1,7 +1,7 @@
 """A model over a whole slice: pipeline stages, replicas of them, and how long batches take through the stages.
 
-Each stage is a :class:`~simulator.roofline.deployment.Deployment` of its layers on its tensor-parallel chips, so a stage is
-priced by the same ops as a whole replica; between stages every chip sends its share of the residual stream.
+Each stage is part of a :class:`~simulator.roofline.deployment.Deployment` of all the layers on its tensor-parallel chips, so
+a stage is priced by the same ops as a whole replica; between stages every chip sends its share of the residual stream.
 
 *Decode.* The sequences of a replica are split into as many micro-batches as there are stages, as engines do that keep
 one batch in flight per stage. A round, in which every sequence gets one token, takes the longer of one micro-batch's way
@@ -20,7 +20,7 @@ layer's keys and values before its attention [2]_; a ring that hides this behind
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypedDict
 
 from simulator.catalog.architecture import Architecture, LayerGroup
@@ -29,11 +29,11 @@ from simulator.catalog.slices import Slice
 from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.analysis import StepReport, report
 from simulator.roofline.collectives import all_gather_s, send_s
-from simulator.roofline.compile import step_time_s
-from simulator.roofline.deployment import Deployment
-from simulator.roofline.memory import MemoryFit, memory_fit
+from simulator.roofline.deployment import Deployment, Part, part_of
+from simulator.roofline.memory import Memory, MemoryFit
 from simulator.roofline.ops import StepShape
 from simulator.roofline.sharding import Links, Sharding, check_sharding, link_domains, subdomains
+from simulator.roofline.stage_times import StepTimes
 
 
 class Windows(TypedDict):
@@ -49,25 +49,51 @@ class ShardedDeployment:
 
     Attributes
     ----------
-    architecture, slice, sharding
-        the whole model and slice, and how one lies on the other.
-    stages
-        one deployment per pipeline stage of one replica; ``chips`` of each are the tensor-parallel ones. Equal inner
-        stages are one object, numbered as the first of them.
+    slice, sharding
+        the whole slice, and how the model lies on it.
+    whole
+        the model on the chips of one stage, as if it had all the layers: what a stage is a part of.
+    parts
+        what the pipeline stages of one replica have of it; equal ones are one object.
     links
         what each degree of parallelism communicates over.
+    part_memory, part_times
+        what parts hold, and what steps take in them.
     """
 
-    architecture: Architecture
     slice: Slice
     sharding: Sharding
-    stages: tuple[Deployment, ...]
+    whole: Deployment
+    parts: tuple[Part, ...]
     links: Links
+    part_memory: Memory
+    part_times: StepTimes
+
+    @property
+    def architecture(self) -> Architecture:
+        """The whole model."""
+        return self.whole.architecture
+
+    @cached_property
+    def stages(self) -> tuple[Deployment, ...]:
+        """A deployment per stage, to look into. Equal inner stages are one object, numbered as the first of them."""
+        pp = self.sharding.pp
+        if pp == 1:
+            return (self.whole,)
+        split = self.whole.axis_split  # its axes hold for all stages
+        layout = "1d" if split is None else str(split.layout)
+        found: dict[Part, Deployment] = {}
+        for i, (layers, part) in enumerate(zip(split_layers(self.architecture, pp), self.parts, strict=True), start=1):
+            if part not in found:
+                architecture = self.architecture.model_copy(update={"layers": layers})
+                found[part] = replace(self.whole, architecture=architecture, layout=layout, stage=(i, pp))
+        return tuple(found[part] for part in self.parts)
 
     @cached_property
     def memory(self) -> MemoryFit:
         """Of a chip of the stage that holds the fewest tokens of KV cache: it sets the replica's capacity."""
-        return min((memory_fit(d) for d in _different(self.stages)), key=lambda fit: (fit.kv_tokens, fit.kv_bytes))
+        fits = (self.part_memory.fit(part) for part in dict.fromkeys(self.parts))
+        return min(fits, key=lambda fit: (fit.kv_tokens, fit.kv_bytes))
 
     @property
     def replica_kv_tokens(self) -> int:
@@ -97,36 +123,51 @@ def shard(architecture: Architecture, slice_: Slice, sharding: Sharding, **setti
     >>> [(d.architecture.n_layers, d.chips) for d in two.stages]
     [(40, 8), (40, 8)]
     """
-    check_sharding(architecture, slice_, sharding)
-    links = link_domains(slice_, sharding)
-    inner = links.tp or slice_.domains[:1]
-    if not links.tp:
-        inner = (replace(inner[0], dims=(1,) * len(inner[0].dims), wraps=(False,) * len(inner[0].dims)),)
-    spec = slice_.spec if sharding.tp == slice_.n_chips else f"{slice_.spec} (tp{sharding.tp} of it)"
-    part = Slice(spec, slice_.chip, sharding.tp, tuple(inner))
-    group, stages_left = sharding.tp * sharding.dp, sharding.cp * sharding.pp
-    experts = subdomains(slice_, [group, stages_left])[0] if sharding.ep > 1 else ()
-    if sharding.cp > 1:  # a chip has its part of the tokens of a step
-        limit = settings.get("max_num_batched_tokens", Deployment.max_num_batched_tokens)
-        settings["max_num_batched_tokens"] = -(-limit // sharding.cp)
-    parts = split_layers(architecture, sharding.pp)
-    stages: list[Deployment] = []
-    for i, groups in enumerate(parts, start=1):
-        if 2 < i < sharding.pp and groups is parts[i - 2]:
-            stages.append(stages[-1])
-            continue
-        stages.append(
-            Deployment(
-                architecture=architecture.model_copy(update={"layers": groups}) if sharding.pp > 1 else architecture,
-                slice=part,
-                tp=sharding.tp,
-                stage=(i, sharding.pp),
-                expert_domains=experts,
-                context_domains=links.cp,
-                **settings,
-            )
+    return Shardings(architecture, slice_, **settings).shard(sharding)
+
+
+class Shardings:
+    """The shardings of one model on one slice. What several of them have in common is worked out once."""
+
+    def __init__(self, architecture: Architecture, slice_: Slice, **settings: Any) -> None:
+        self._architecture = architecture
+        self._slice = slice_
+        self._settings = {"efficiency": slice_.chip.efficiency} | settings
+        self._laid: dict[tuple[object, ...], dict[int, tuple[Deployment, Memory, StepTimes]]] = {}
+
+    def shard(self, sharding: Sharding, **layout: str) -> ShardedDeployment:
+        """As :func:`shard`, with further settings."""
+        check_sharding(self._architecture, self._slice, sharding)
+        links = link_domains(self._slice, sharding)
+        parts = split_parts(self._architecture, sharding.pp)
+        whole, memory, times = self._lay(sharding, links, layout)
+        return ShardedDeployment(self._slice, sharding, whole, parts, links, memory, times)
+
+    def _lay(self, s: Sharding, links: Links, layout: dict[str, str]) -> tuple[Deployment, Memory, StepTimes]:
+        """All layers on the chips of one stage."""
+        alike = self._laid.setdefault((s.tp, s.cp, *layout.items()), {})  # but for the places of experts
+        ranks = s.tp * s.dp if s.ep > 1 else 1
+        if ranks in alike:
+            return alike[ranks]
+        slice_, settings = self._slice, self._settings | layout
+        inner = links.tp or slice_.domains[:1]
+        if not links.tp:
+            inner = (replace(inner[0], dims=(1,) * len(inner[0].dims), wraps=(False,) * len(inner[0].dims)),)
+        spec = slice_.spec if s.tp == slice_.n_chips else f"{slice_.spec} (tp{s.tp} of it)"
+        if s.cp > 1:  # a chip has its part of the tokens of a step
+            limit = settings.get("max_num_batched_tokens", Deployment.max_num_batched_tokens)
+            settings["max_num_batched_tokens"] = -(-limit // s.cp)
+        whole = Deployment(
+            architecture=self._architecture,
+            slice=Slice(spec, slice_.chip, s.tp, tuple(inner)),
+            tp=s.tp,
+            expert_domains=subdomains(slice_, [ranks, s.cp * s.pp])[0] if s.ep > 1 else (),
+            context_domains=links.cp,
+            **settings,
         )
-    return ShardedDeployment(architecture, slice_, sharding, tuple(stages), links)
+        _, memory, times = next(iter(alike.values()), (None, None, None))
+        alike[ranks] = whole, Memory(whole, like=memory), StepTimes(whole, like=times)
+        return alike[ranks]
 
 
 def split_layers(architecture: Architecture, pp: int) -> tuple[tuple[LayerGroup, ...], ...]:
@@ -168,6 +209,13 @@ def split_layers(architecture: Architecture, pp: int) -> tuple[tuple[LayerGroup,
     return tuple(stages)
 
 
+@lru_cache(maxsize=1024)
+def split_parts(architecture: Architecture, pp: int) -> tuple[Part, ...]:
+    """What each stage of :func:`split_layers` has; equal ones are one object."""
+    stages = enumerate(split_layers(architecture, pp), start=1)
+    return tuple(part_of(architecture, layers, first=i == 1, last=i == pp) for i, layers in stages)
+
+
 @dataclass(frozen=True)
 class ShardedReport:
     """A prefill or decode of a sharded deployment.
@@ -207,8 +255,9 @@ class ShardedReport:
     @cached_property
     def stages(self) -> tuple[StepReport, ...]:
         """The report of each stage on :attr:`step`."""
-        found = {id(stage): report(stage, self.step) for stage in _different(self.deployment.stages)}
-        return tuple(found[id(stage)] for stage in self.deployment.stages)
+        stages = self.deployment.stages
+        found = {key: report(stage, self.step) for key, stage in {id(stage): stage for stage in stages}.items()}
+        return tuple(found[id(stage)] for stage in stages)
 
     @property
     def tokens_per_s(self) -> float:
@@ -254,7 +303,7 @@ def sharded_report(
         total = prefill if context is None else context
         if not 1 <= prefill <= total:
             raise InputError(f"prefill = {prefill} of context = {total}: need 1 ≤ prefill ≤ context")
-        steps = -(-prefill // (d.stages[0].max_num_batched_tokens * d.sharding.cp))
+        steps = -(-prefill // (d.whole.max_num_batched_tokens * d.sharding.cp))
         shapes = _chunks(d, prefill, total - prefill, min(max(micro_batches or pp, steps), prefill))
         if d.sharding.cp > 1:
             if prefill < d.sharding.cp:
@@ -294,15 +343,10 @@ def sharded_report(
     )
 
 
-def _different(stages: Sequence[Deployment]) -> list[Deployment]:
-    """Stages without repetitions of one object."""
-    return list({id(stage): stage for stage in stages}.values())
-
-
 def _stages_s(d: ShardedDeployment, shape: StepShape) -> list[float]:
     """Time of one micro-batch in each stage. [s]"""
-    found = {id(stage): step_time_s(stage, shape) for stage in _different(d.stages)}
-    return [found[id(stage)] for stage in d.stages]
+    found = {part: d.part_times.step_time_s(part, shape) for part in dict.fromkeys(d.parts)}
+    return [found[part] for part in d.parts]
 
 
 def flow_s(times_s: Sequence[Sequence[float]], sends_s: Sequence[float]) -> float:
@@ -370,17 +414,20 @@ def sends_s(d: ShardedDeployment, n: float) -> list[float]:
 
     Every tensor-parallel chip sends its share to its peer; where chips keep whole rows they gather them afterwards.
     """
-    first = d.stages[0]
+    first = d.whole
     size = n * first.architecture.d_model * first.precision.wide_bytes
     link, latency = first.eff.link, first.eff.collective_latency_s
     gather = 0.0 if first.splits_tokens else float(all_gather_s(size, d.links.tp, link=link, latency_s=latency))
+    levels = [
+        (x.size, float(send_s(size / d.sharding.tp, x, link=link, latency_s=latency)) + gather) for x in d.links.pp
+    ]
     sends = []
     for boundary in range(1, d.sharding.pp):
         inside = 1
-        for domain in d.links.pp:  # the boundary lies on the outermost level whose groups it joins
-            level = domain
-            inside *= domain.size
+        for groups, time_s in levels:  # the boundary lies on the outermost level whose groups it joins
+            level_s = time_s
+            inside *= groups
             if boundary % inside:
                 break
-        sends.append(float(send_s(size / d.sharding.tp, level, link=link, latency_s=latency)) + gather)
+        sends.append(level_s)
     return sends

@@ -12,10 +12,11 @@ from simulator.catalog.architecture import Architecture, DenseFFN, MoEFFN, Softm
 from simulator.catalog.slices import Slice
 from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.layouts import FeedForward, best_axes
-from simulator.roofline.pipeline import ShardedDeployment, ShardedReport, shard, sharded_report
+from simulator.roofline.pipeline import ShardedDeployment, ShardedReport, Shardings, sharded_report
 from simulator.roofline.sharding import Sharding, link_domains
 
 Objective = Literal["latency", "throughput"]
+USUAL_LAYOUT = {"layout": "1d", "kv_layout": "heads"}
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,14 @@ def search(
     fill = prefill is None and decode is None
     if fill and (objective != "throughput" or context is None):
         raise InputError("give prefill (tokens) or decode (batch); only throughput at a context finds its own batch")
-    tried = []
+    tried, laid = [], Shardings(architecture, slice_, **settings)
     moe = any(isinstance(group.ffn, MoEFFN) for group in architecture.layers)
     for sharding in shardings(slice_.n_chips, experts=moe, prompts=prefill is not None):
         tokens = prefill or -(-(decode or settings.get("max_num_seqs", 256)) // (sharding.dp * sharding.pp))
         for how in _layouts(architecture, slice_, sharding, tokens, settings, decodes=prefill is None):
-            label = {"layout": how.get("layout", "1d"), "kv_layout": how.get("kv_layout", "heads")}
+            label = {name: how.get(name, settings.get(name, usual)) for name, usual in USUAL_LAYOUT.items()}
             try:
-                d = shard(architecture, slice_, sharding, **how)
+                d = laid.shard(sharding, **how)
             except InputError as error:
                 tried.append(Tried(sharding, reason=str(error), **label))
                 continue
@@ -144,9 +145,9 @@ def _layouts(
     settings: dict[str, Any],
     *,
     decodes: bool,
-) -> list[dict[str, Any]]:
-    """``settings`` with every layout worth trying: on a torus one of each kind, with either place for the keys of a decode."""
-    found = [settings]
+) -> list[dict[str, str]]:
+    """Settings of every layout worth trying: on a torus one of each kind, with either place for the keys of a decode."""
+    found: list[dict[str, str]] = [{}]
     if sharding.tp == 1 or sharding.cp > 1 or slice_.domains[0].kind != "torus":
         return found
     dense = [g.ffn for g in architecture.layers if isinstance(g.ffn, DenseFFN)]
@@ -165,10 +166,10 @@ def _layouts(
                 axes = best_axes(inner[0], kind, widths, tokens=tokens)
             except InputError:  # a line of chips has no second dimension
                 continue
-            found.append(settings | {"layout": f"{kind}-{axes}"})
+            found.append({"layout": f"{kind}-{axes}"})
     copies = any(a.n_kv_heads < sharding.tp for a in softmax)
     if "kv_layout" not in settings and decodes and copies:
-        stationary = [how for how in found if not str(how.get("layout", "1d")).startswith("gathered")]
+        stationary = [how for how in found if not (settings | how).get("layout", "1d").startswith("gathered")]
         found += [how | {"kv_layout": "batch"} for how in stationary]
     return found
 
@@ -176,7 +177,7 @@ def _layouts(
 def largest_batch(d: ShardedDeployment, context: int) -> int:
     """Sequences of ``context`` tokens that fit on the slice, at least one per replica and at most ``max_num_seqs``."""
     per_sequence = -(-context // d.memory.block_size)
-    return d.sharding.dp * max(1, min(d.memory.kv_blocks // per_sequence, d.stages[0].max_num_seqs))
+    return d.sharding.dp * max(1, min(d.memory.kv_blocks // per_sequence, d.whole.max_num_seqs))
 
 
 def _too_small(d: ShardedDeployment, prefill: int | None, decode: int | None, context: int | None) -> str:

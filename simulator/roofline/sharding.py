@@ -14,7 +14,7 @@ exchange tokens with each other's experts, then ``pp``, then ``dp`` where replic
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import product
@@ -99,35 +99,32 @@ def check_sharding(architecture: Architecture, slice_: Slice, s: Sharding) -> No
     InputError
         With the rule, the figures, and what is allowed.
     """
-    where = f"sharding {s} of {architecture.name} on {slice_.spec}"
-    if s.chips != slice_.n_chips:
-        raise InputError(
-            f"{where}: tp x cp x pp x dp = {s.chips}, and the slice has {slice_.n_chips} chips; every chip must be used"
-        )
-    if s.pp > architecture.n_layers:
-        raise InputError(f"{where}: {s.pp} stages for {architecture.n_layers} layers; a stage needs at least one layer")
-    if s.cp > 1 and s.pp > 1:
-        raise InputError(f"{where}: context parallelism inside a pipeline is not priced; use cp or pp")
-    if s.cp > 1 and s.ep > 1:
-        raise InputError(f"{where}: context parallelism of attention ranks is not priced; use cp or ep")
-    if s.cp > 1 and any(isinstance(g.mixer, GatedDeltaNet | Mamba2) for g in architecture.layers):
-        raise InputError(f"{where}: recurrent layers pass a state from token to token, so cp cannot split a prompt")
-    if s.ep > 1:
-        _check_experts(architecture, s, where)
+    broken = next(_broken_rules(architecture, slice_, s), None)
+    if broken is not None:
+        raise InputError(f"sharding {s} of {architecture.name} on {slice_.spec}: {broken}")
     link_domains(slice_, s)
 
 
-def _check_experts(architecture: Architecture, s: Sharding, where: str) -> None:
-    moe = [g.ffn for g in architecture.layers if isinstance(g.ffn, MoEFFN)]
-    if not moe:
-        raise InputError(f"{where}: ep spreads routed experts, and this model has none; use tp, pp or dp")
-    if s.ep != s.tp * s.dp:
-        raise InputError(
-            f"{where}: experts lie on all chips of a stage, so ep must be tp x dp = {s.tp * s.dp}, not {s.ep}"
-        )
-    for ffn in moe:
-        if ffn.n_experts % s.ep:
-            raise InputError(f"{where}: ep = {s.ep} does not divide the {ffn.n_experts} experts evenly")
+def _broken_rules(architecture: Architecture, slice_: Slice, s: Sharding) -> Iterator[str]:
+    if s.chips != slice_.n_chips:
+        yield f"tp x cp x pp x dp = {s.chips}, and the slice has {slice_.n_chips} chips; every chip must be used"
+    if s.pp > architecture.n_layers:
+        yield f"{s.pp} stages for {architecture.n_layers} layers; a stage needs at least one layer"
+    if s.cp > 1 and s.pp > 1:
+        yield "context parallelism inside a pipeline is not priced; use cp or pp"
+    if s.cp > 1 and s.ep > 1:
+        yield "context parallelism of attention ranks is not priced; use cp or ep"
+    if s.cp > 1 and any(isinstance(g.mixer, GatedDeltaNet | Mamba2) for g in architecture.layers):
+        yield "recurrent layers pass a state from token to token, so cp cannot split a prompt"
+    if s.ep > 1:
+        moe = [g.ffn for g in architecture.layers if isinstance(g.ffn, MoEFFN)]
+        if not moe:
+            yield "ep spreads routed experts, and this model has none; use tp, pp or dp"
+        if s.ep != s.tp * s.dp:
+            yield f"experts lie on all chips of a stage, so ep must be tp x dp = {s.tp * s.dp}, not {s.ep}"
+        for ffn in moe:
+            if ffn.n_experts % s.ep:
+                yield f"ep = {s.ep} does not divide the {ffn.n_experts} experts evenly"
 
 
 @dataclass(frozen=True)
@@ -184,10 +181,25 @@ def subdomains(slice_: Slice, sizes: Sequence[int], *, names: Sequence[str] = ()
         raise InputError(
             f"groups of {' x '.join(map(str, sizes))} do not make the {slice_.n_chips} chips of {slice_.spec}"
         )
-    labels = list(names) or [f"group {i}" for i in range(len(sizes))]
-    levels = [_Level(d, d.dims, (1,) * len(d.dims)) for d in slice_.domains]
-    groups = []
-    for label, size in zip(labels, sizes, strict=True):
+    groups, uneven = _groups(slice_.domains, tuple(sizes))
+    if uneven:
+        at, left, level = len(groups), *uneven
+        label = names[at] if names else f"group {at}"
+        raise InputError(
+            f"{label} = {sizes[at]} on {slice_.spec}: {level.left} chips or groups are left on its "
+            f"{level.domain.network or level.domain.kind} level, which {left} neither divides nor is a multiple of"
+        )
+    return groups
+
+
+@lru_cache(maxsize=1024)  # a search asks for the same groups under every model and precision
+def _groups(
+    domains: tuple[LinkDomain, ...], sizes: tuple[int, ...]
+) -> tuple[tuple[tuple[LinkDomain, ...], ...], "tuple[int, _Level] | None"]:
+    """Groups up to the first that would straddle a level, and what is left to place of that one, on which level."""
+    levels = [_Level(d, d.dims, (1,) * len(d.dims)) for d in domains]
+    groups: list[tuple[LinkDomain, ...]] = []
+    for size in sizes:
         taken: list[LinkDomain] = []
         left = size
         for i, level in enumerate(levels):
@@ -197,15 +209,12 @@ def subdomains(slice_: Slice, sizes: Sequence[int], *, names: Sequence[str] = ()
                 continue
             share = math.gcd(left, level.left)
             if share < min(left, level.left):
-                raise InputError(
-                    f"{label} = {size} on {slice_.spec}: {level.left} chips or groups are left on its "
-                    f"{level.domain.network or level.domain.kind} level, which {left} neither divides nor is a multiple of"
-                )
+                return tuple(groups), (left, level)
             domain, levels[i] = level.take(share)
             taken.append(domain)
             left //= share
         groups.append(tuple(taken))
-    return tuple(groups)
+    return tuple(groups), None
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def utilisation(outcome: Outcome, cost: StepCost, work: Work) -> Utilisation:
 def saved_chip_seconds(outcome: Outcome, cost: StepCost, budget: int) -> float:
     """What computing the prefix cache's hits would have taken in full steps. [chip-s]
 
-    A lower bound: ``budget`` tokens per step is the cheapest way to compute a token, and the largest plane of sums is at most the
-    sum of the largest planes (rule C9). Windowed layers are left out.
+    At capacity a replica gets that back (rule C9). Below it saves less: prompt tokens ride along with decodes in steps that take place
+    anyway. Windowed layers are left out.
     """
     tokens, pairs = outcome.total("cache_hit_tokens"), outcome.total("cache_hit_pairs")
     dense_s = tokens * float(cost.dense_s[budget]) / budget

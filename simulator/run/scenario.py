@@ -61,8 +61,8 @@ class EngineOptions(Record):
     max_model_len: Annotated[int, Field(ge=0)] | None = None
     """Longest prompt + output; 0: bounded by the KV cache alone; None: the model's context length, if known."""
     scheduler_reserve_full_isl: bool = EngineSettings.scheduler_reserve_full_isl
-    prefix_cache: Literal["off", "blocks"] = "off"
-    """``blocks``: vLLM's cache of hashed blocks, over the hashes that the traffic states."""
+    prefix_cache: Literal["off", "blocks", "radix"] = "off"
+    """``blocks``: vLLM's cache of hashed blocks; ``radix``: SGLang's tree. Both go by the hashes that the traffic states."""
     cache_outputs: bool = EngineSettings.cache_outputs
     """Whether the prefix cache keeps blocks with output tokens."""
     num_gpu_blocks_override: Annotated[int, Field(ge=2)] | None = None

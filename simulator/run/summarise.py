@@ -287,7 +287,7 @@ def _prefix_cache(outcome: Outcome, facts: Facts) -> PrefixCache | None:
         hit_fraction=hit / queried,
         evicted_blocks=int(outcome.total("evicted_blocks")),
         saved_chip_s=saved,
-        saved_share_of_busy=saved / busy,
+        saved_busy_fraction=saved / busy,
     )
 
 

@@ -14,6 +14,7 @@ from simulator.traffic.arrivals import Arrival, Closed, Constant, Gamma, Poisson
 from simulator.traffic.hash_ids import HASH_BLOCK_TOKENS
 from simulator.traffic.lengths import Fraction, Length, LengthTable, Tokens
 from simulator.traffic.readers import FormatName, Trace, read_trace
+from simulator.traffic.sessions import Sessions, Turns, build_turns
 from simulator.traffic.stream import BlockIds, Stream
 
 MAX_REQUESTS = 100_000_000
@@ -100,6 +101,9 @@ class TrafficSpec(Traffic):
     n_requests, duration_s
         how long the stream is: a number of requests, or all arrivals before a time. One of the two, except that a
         trace without either is taken whole.
+    sessions
+        requests are turns of sessions that re-send their past; ``arrival`` is then that of the sessions, and the prompt law says
+        what a turn adds.
     source
         where the lengths come from, in words for the results; :func:`resolve` fills it in.
     """
@@ -108,6 +112,7 @@ class TrafficSpec(Traffic):
     trace: TraceFile | None = None
     n_requests: Annotated[int, Field(ge=1, le=MAX_REQUESTS)] | None = None
     duration_s: Annotated[float, Field(gt=0)] | None = None
+    sessions: Sessions | None = None
     source: str | None = None
 
     @field_validator("trace", mode="before")
@@ -129,6 +134,10 @@ class TrafficSpec(Traffic):
             raise ValueError("state how many requests: n_requests, or duration_s")
         if self.trace is None and isinstance(self.arrival, TraceTimes):
             raise ValueError('arrival: process = "trace" needs a trace')
+        if self.trace is not None and self.sessions is not None:
+            raise ValueError("trace has its own requests; leave sessions out")
+        if self.sessions is not None and isinstance(self.arrival, Record) and not _has_clock(self.arrival):
+            raise ValueError(f"sessions start at times of their own; {self.arrival.process} arrivals give them none")
         if self.duration_s is not None and isinstance(self.arrival, Record) and not _has_clock(self.arrival):
             raise ValueError(f"duration_s means nothing to {self.arrival.process} arrivals; state n_requests")
         return self
@@ -216,9 +225,13 @@ def build_stream(spec: TrafficSpec, seed: int, *, base_folder: Path) -> Stream:
         if plain.arrival is None:
             raise InputError("traffic.arrival: required")
         arrival = plain.arrival
-        arrival_s = _arrivals(plain, arrival, seed)
+        if plain.sessions is not None:
+            turns = _turns(plain, plain.sessions, arrival, seed)
+            arrival_s, prompt, output, blocks = turns.arrival_s, turns.prompt_tokens, turns.output_tokens, turns.blocks
+        else:
+            arrival_s = _arrivals(plain, arrival, seed)
+            prompt, output = _lengths(plain, seed, len(arrival_s))
         n = len(arrival_s)
-        prompt, output = _lengths(plain, seed, n)
         cached, limit = np.zeros(n, dtype=np.int64), output
         source = plain.source or "lengths stated in the scenario"
     if n == 0:
@@ -275,6 +288,18 @@ def _arrivals(spec: TrafficSpec, arrival: Arrival, seed: int) -> NDArray[np.floa
             f"traffic.duration_s = {spec.duration_s:g}: {arrival.rate_per_s:g} requests/s make more than {MAX_REQUESTS} requests"
         )
     return times_within_s(arrival, seed, spec.duration_s)
+
+
+def _turns(spec: TrafficSpec, sessions: Sessions, arrival: Arrival, seed: int) -> Turns:
+    """Turns of sessions that start by a process; outputs are cut before they are re-sent."""
+    if not isinstance(arrival, Poisson | Gamma | Constant):
+        raise InputError(f"traffic.sessions: {arrival.process} arrivals give sessions no times to start at")
+
+    def lengths(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        prompt, output = _lengths(spec, seed, n)
+        return prompt, output if spec.max_tokens is None else np.minimum(output, spec.max_tokens)
+
+    return build_turns(sessions, arrival, lengths, seed, n_requests=spec.n_requests, duration_s=spec.duration_s)
 
 
 def _trace_arrivals(spec: TrafficSpec, trace: Trace, seed: int) -> tuple[Arrival, NDArray[np.float64]]:

@@ -18,7 +18,7 @@ from simulator.roofline.analysis import critical_batch, report, step_report
 from simulator.roofline.blocks import touched_experts
 from simulator.roofline.compile import compile_step_cost, step_time_s
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.memory import memory_fit, sequence_state_bytes, weights_bytes
+from simulator.roofline.memory import memory_fit, mixer_memory, weights_bytes
 from simulator.roofline.ops import StepShape, dense_ops, step_ops
 from simulator.roofline.precision import parse_precision
 
@@ -102,7 +102,7 @@ def test_cache_bytes_per_token_are_those_of_the_reference_table(name):
     )
     assert d.kv_bytes_per_token == 2 * parameters.kv_elements_per_token + index
     state = 4 * parameters.state_elements_per_sequence + 2 * parameters.conv_elements_per_sequence
-    assert sequence_state_bytes(d) == state
+    assert sum(layers * mixer_memory(d, mixer).state_bytes for layers, mixer in d.mixers) == state
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -353,7 +353,7 @@ def test_state_is_read_and_written_whole_by_every_sequence(name, state, conv):
     assert short.kv_read_bytes == short.kv_write_bytes == 7 * (state + conv)  # models.md 3.2
     assert memory_fit(d).reserved_bytes == 64 * (state + conv)
     eight = Deployment(load_model(name), resolve_slice("h100-sxm:8"))
-    assert 8 * sequence_state_bytes(eight) == state + conv
+    assert 8 * memory_fit(eight).reserved_bytes == eight.max_num_seqs * (state + conv)
 
 
 # Parallel blocks, and blocks alone
