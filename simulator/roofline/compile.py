@@ -30,7 +30,25 @@ def compile_step_cost(d: Deployment) -> StepCost:
     and KW on each side of a bound, so one knot, and a plane for each state of the layers, hold it exactly. Prefill
     expands the latents of MLA for every key it reads but dense[n] counts the new tokens' already; so dense[n] goes
     without the expansion's n·z seconds, and K·z and B·z stand in the planes and in ``decode_seq_s``.
+
+    Raises
+    ------
+    InputError
+        For a stage or a rank: it has a table (:func:`compile_part`) but is no replica
+        (:func:`simulator.roofline.sharded_cost.compile_sharded`).
     """
+    if d.stage != (1, 1) or d.expert_ranks > 1:
+        what = (
+            f"stage {d.stage[0]} of {d.stage[1]}"
+            if d.stage[1] > 1
+            else f"one of {d.expert_ranks:g} ranks that share experts"
+        )
+        raise InputError(f"{what} is no replica by itself: compile the ShardedDeployment it belongs to")
+    return compile_part(d)
+
+
+def compile_part(d: Deployment) -> StepCost:
+    """As :func:`compile_step_cost`, also of a stage or rank by itself: its own chips and tokens, its peers all alike."""
     if d.context_domains:
         raise InputError("context parallelism splits prompts and cannot decode; the engines do both")
     if d.kv_layout == "batch":
@@ -38,19 +56,10 @@ def compile_step_cost(d: Deployment) -> StepCost:
             "kv_layout = 'batch': a step waits for the chip with most sequences, which the engines' tables cannot say; "
             "price it with chipseconds roofline"
         )
-    if d.stage != (1, 1) or d.expert_ranks > 1:
-        what = (
-            f"stage {d.stage[0]} of {d.stage[1]}"
-            if d.stage[1] > 1
-            else f"one of {d.expert_ranks:g} ranks that share experts"
-        )
-        raise InputError(
-            f"{what}: the engines run replicas whose every step gives each sequence a token and waits for no other "
-            "engine; price this one with chipseconds roofline"
-        )
     n = np.arange(d.max_num_batched_tokens + 1, dtype=np.float64)
     dense = dense_ops(d, n)
-    head = head_ops(d, np.arange(d.max_num_seqs + 1, dtype=np.float64))
+    R = np.arange(d.max_num_seqs + 1, dtype=np.float64)
+    head = head_ops(d, R)
     launch, key, seen = (decode_attention_ops(d, *x) for x in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
     expansion_s = float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))
     parts = dense_parts(d, dense)
@@ -59,7 +68,7 @@ def compile_step_cost(d: Deployment) -> StepCost:
     chips = d.chips
     return StepCost(
         dense_s=sum_over(parts.values()),
-        head_s=sum_over(op.time_s for op in head) - hidden_s(d, head),
+        head_s=0 * R + sum_over(op.time_s for op in head) - hidden_s(d, head),
         decode_knots=np.zeros(1),
         decode_value_s=np.array([sum_over(op.overhead_s for op in launch)]),
         decode_slope_s=np.array([sum_over(op.roofline_s for op in key)]),
@@ -68,13 +77,14 @@ def compile_step_cost(d: Deployment) -> StepCost:
         chips=chips,
         dense_flops=chips * sum_over(op.flops - op.copied_flops for op in dense),
         dense_bytes=chips * sum_over(op.weight_bytes + op.kv_write_bytes for op in dense),
-        head_flops=chips * sum_over(op.flops - op.copied_flops for op in head),
-        head_bytes=chips * sum_over(op.weight_bytes for op in head),
+        head_flops=0 * R + chips * sum_over(op.flops - op.copied_flops for op in head),
+        head_bytes=0 * R + chips * sum_over(op.weight_bytes for op in head),
         attention_flops_per_pair=chips * float(sum_over(op.flops - op.copied_flops for op in key)),
         kv_bytes_per_token=chips * float(sum_over(op.kv_read_bytes for op in key)),
         peak_flops_per_s=chips * d.peak_flops_per_s,
         hbm_bandwidth_bytes_per_s=chips * d.slice.chip.hbm_bandwidth_bytes_per_s,
         dense_parts=parts,
+        expert_s=_expert_s(dense),
         window=d.window,
         window_chunked=d.window_chunked,
         window_slope_s=float(sum_over(op.roofline_s for op in seen)),
@@ -124,6 +134,12 @@ def dense_parts(d: Deployment, dense: Sequence[Op]) -> dict[str, Array]:
     }
     shape = parts["matmul"].shape
     return {name: np.broadcast_to(part, shape) for name, part in parts.items()}
+
+
+def _expert_s(dense: Sequence[Op]) -> Array:
+    """Time of the routed experts' products; empty without any. [s]"""
+    ops = [op for op in dense if op.name.startswith("experts")]
+    return sum_over(op.roofline_s for op in ops) if ops else np.zeros(0)
 
 
 def sum_over(figures: Iterable[Number]) -> Array:
