@@ -92,7 +92,12 @@ class StageEngine(Engine):
     """
 
     def __init__(
-        self, cost: PipelineCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
+        self,
+        cost: PipelineCost,
+        settings: EngineSettings,
+        requests: Requests,
+        *,
+        timeline_interval_s: float | None = None,
     ) -> None:
         refuse_features(settings, "pipeline stages")
         check_experts(cost.total, settings)
@@ -220,6 +225,12 @@ def merged(states: skip_ahead.State) -> tuple[NDArray[np.int64], NDArray[np.floa
     for name in (skip_ahead.CLOCK, skip_ahead.INTERVAL, skip_ahead.LAST_START):
         floats[name] = states.floats[-1, name]
     floats[skip_ahead.ITL_MAX] = states.floats[:, skip_ahead.ITL_MAX].max()
-    for name in (skip_ahead.STEPS, skip_ahead.SEGMENTS, skip_ahead.MAX_RUNNING, skip_ahead.MAX_WAITING, skip_ahead.MAX_BLOCKS):
+    for name in (
+        skip_ahead.STEPS,
+        skip_ahead.SEGMENTS,
+        skip_ahead.MAX_RUNNING,
+        skip_ahead.MAX_WAITING,
+        skip_ahead.MAX_BLOCKS,
+    ):
         ints[name] = states.ints[-1, name]
     return ints, floats

@@ -132,7 +132,7 @@ def _total_waiting(states: State, n_ranks: int) -> int:
 @compiled
 def _choose_rank(states: State, n_ranks: int, turn: Any, least_loaded: bool) -> int:
     """L1: the rank that an accepted arrival joins."""
-    best = turn[0] % n_ranks
+    best = int(turn[0] % n_ranks)
     turn[0] += 1
     if least_loaded:
         best = 0
@@ -240,7 +240,7 @@ def _schedule_rank(cost: CostTable, limits: Limits, stream: Stream, out: Outcome
     if short:
         _make_room(cost, limits, out, rank, None)
     free = ints[FREE_BLOCKS] - (0 if short else need)
-    chunks = _schedule_chunks(cost, limits, stream, out, rank, None, free, short, held=False)
+    chunks = _schedule_chunks(cost, limits, stream, out, rank, None, free, short, in_flight=False)
     scheduled[N_CHUNKS] = chunks.n
     scheduled[TOKENS] = chunks.tokens
     scheduled[FREE] = chunks.free
@@ -257,10 +257,10 @@ def _own_blocks(
     ints = rank.ints
     if scheduled[N_CHUNKS] > 0:
         ints[FREE_BLOCKS] = scheduled[FREE]
-        return (limits.num_blocks - scheduled[FREE]) * (end - t)
+        return float((limits.num_blocks - scheduled[FREE]) * (end - t))
     owned = limits.num_blocks - ints[FREE_BLOCKS]
     if scheduled[SHORT] or ints[BATCH] == 0:
-        return owned * (end - t)
+        return float(owned * (end - t))
     owned, integral = take_blocks(rank.residues, limits.block_size, ints[STEP], k, ints[BATCH], owned, d0, q)
     ints[FREE_BLOCKS] = limits.num_blocks - owned
     return integral

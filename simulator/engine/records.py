@@ -67,7 +67,7 @@ class EngineSettings:
     prefix_cache: str = "off"
     cache_outputs: bool = True
     rank_routing: str = "round-robin"
-    expert_skew: ExpertSkew = ExpertSkew()
+    expert_skew: ExpertSkew = field(default_factory=ExpertSkew)
 
     def __post_init__(self) -> None:
         """Check ranges."""

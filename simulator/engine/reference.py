@@ -515,9 +515,7 @@ class Replica:
         start_s = self.pieces[-1].end_s if self.pieces else 0.0
         if self.clock.now > start_s:
             used = self.settings.num_kv_blocks - self.free_blocks
-            self.pieces.append(
-                Piece(start_s, self.clock.now, len(self.running), len(self.waiting), used, self.at_work)
-            )
+            self.pieces.append(Piece(start_s, self.clock.now, len(self.running), len(self.waiting), used, self.at_work))
 
     def result(self, timeline_interval_s: float | None = None) -> EngineResult:
         """Result of a run that came to its end, with a timeline if asked for one."""

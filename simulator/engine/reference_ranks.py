@@ -195,7 +195,9 @@ class Pipeline(Replica):
         batch: dict[Request, int] = {}
         preempted: list[Request] = []
         stopped = False
-        for request in [one for one in self.running if not self.held.get(one) or one.known > one.computed]:  # R5, P1, P2
+        for request in [
+            one for one in self.running if not self.held.get(one) or one.known > one.computed
+        ]:  # R5, P1, P2
             if stopped or not budget:
                 break
             if request.status != RUNNING:  # preempted for one before it
@@ -215,7 +217,9 @@ class Pipeline(Replica):
             self.grow(request, request.computed + wanted)
             batch[request] = wanted
             budget -= wanted
-        while not (stopped or preempted) and budget and self.waiting and len(self.running) < self.settings.max_num_seqs:  # R7
+        while (
+            not (stopped or preempted) and budget and self.waiting and len(self.running) < self.settings.max_num_seqs
+        ):  # R7
             request = self.waiting[0]
             chunk = min(request.known - request.cached_tokens, budget)
             reach = request.known if self.settings.scheduler_reserve_full_isl else request.cached_tokens + chunk

@@ -576,11 +576,11 @@ def _schedule_chunks(
     extra: Extra | None,
     free: int,
     preempted: bool,
-    held: bool,
+    in_flight: bool,
 ) -> Chunks:
     """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach.
 
-    ``held``: the prompt under way has a chunk in flight (P9), so it waits for blocks instead of giving up its own.
+    ``in_flight``: the prompt under way has a chunk in flight, so it waits for blocks instead of giving up its own (P3).
     """
     ints = state.ints
     bs = limits.block_size
@@ -598,7 +598,7 @@ def _schedule_chunks(
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
         if missing > free:
             closed = True
-            if not held:
+            if not in_flight:
                 free -= ints[FREE_BLOCKS]
                 _preempt(cost, state, out, extra, slot, bs)
                 preempted = True
@@ -957,7 +957,7 @@ def advance(
             take(extra.cache, step_need)
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else step_need)
-        chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short, held=False)
+        chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short, in_flight=False)
         waiting = _n_waiting(state)
         running = ints[N_RUNNING]
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)

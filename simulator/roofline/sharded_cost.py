@@ -56,4 +56,6 @@ def compile_sharded(d: ShardedDeployment) -> StepCost | PipelineCost:
     # A send takes a latency and a time per token.
     one, two = (np.array(sends_s(d, n))[:, None] for n in (1.0, 2.0))
     n = np.arange(found[id(d.stages[0])].max_tokens + 1)
-    return PipelineCost(tuple(found[id(stage)] for stage in d.stages), np.where(n > 0, one + (n - 1) * (two - one), 0.0))
+    return PipelineCost(
+        tuple(found[id(stage)] for stage in d.stages), np.where(n > 0, one + (n - 1) * (two - one), 0.0)
+    )

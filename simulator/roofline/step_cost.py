@@ -165,7 +165,8 @@ class StepCost:
         if self.ranks < 1:
             raise InputError(f"StepCost.ranks = {self.ranks}: must be at least 1")
         if len(self.expert_s) and (
-            self.expert_s.shape != self.dense_s.shape or not ((self.expert_s >= 0) & (self.expert_s <= self.dense_s)).all()
+            self.expert_s.shape != self.dense_s.shape
+            or not ((self.expert_s >= 0) & (self.expert_s <= self.dense_s)).all()
         ):
             raise InputError("StepCost.expert_s must be a part of dense_s, entry by entry, or empty")
         knots = self.decode_knots

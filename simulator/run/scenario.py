@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
 from simulator.catalog.records import Record
+from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.errors import InputError
 from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
@@ -29,7 +30,13 @@ class ShardingOptions(Record):
     """``[sharding]``: how the model lies on the slice."""
 
     tp: PositiveInt | None = None
-    """Tensor-parallel degree; None: all chips of the slice."""
+    """Tensor-parallel degree; None: all chips that the other degrees leave."""
+    pp: PositiveInt = 1
+    """Pipeline stages."""
+    dp: PositiveInt = 1
+    """Attention ranks that share the routed experts; only with ``ep``."""
+    ep: PositiveInt = 1
+    """Chips over which whole routed experts are spread: tp x dp, or 1."""
     overlap: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of the collectives that may hide behind matrix products."""
     kv_layout: Literal["heads", "even"] = "heads"
@@ -47,6 +54,10 @@ class DeploymentOptions(Record):
 
     expert_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     """Busiest against mean time of routed experts."""
+    expert_skew: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Mean of a factor on the routed experts' time that is drawn anew for every step."""
+    expert_skew_sigma: Annotated[float, Field(ge=0, le=4)] = ExpertSkew.sigma
+    """Spread of that factor: standard deviation of the logarithm of its excess over 1."""
     dequantization_flops: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEQUANTIZATION_FLOPS
     """Unpacking one weight held narrower than its products, in FLOPs of the matrix units. [FLOP]"""
 
@@ -65,6 +76,8 @@ class EngineOptions(Record):
     """``blocks``: vLLM's cache of hashed blocks; ``radix``: SGLang's tree. Both go by the hashes that the traffic states."""
     cache_outputs: bool = EngineSettings.cache_outputs
     """Whether the prefix cache keeps blocks with output tokens."""
+    rank_routing: Literal["round-robin", "least-loaded"] = "round-robin"
+    """How requests are spread over attention ranks (``sharding.dp``)."""
     num_gpu_blocks_override: Annotated[int, Field(ge=2)] | None = None
     """KV blocks, the null block included, instead of what fits in memory. Memory is then not checked."""
     workspace_bytes: Annotated[float, Field(ge=0)] = WORKSPACE_BYTES

@@ -123,6 +123,9 @@ def _run_once(
     resolved: Resolved, seed: int, workers: int, say: Callable[[str], None]
 ) -> tuple[Summary, Table, Table, Outcome]:
     scenario = resolved.scenario
+    if resolved.settings.expert_skew.on:
+        skew = replace(resolved.settings.expert_skew, seed=seed)
+        resolved = replace(resolved, settings=replace(resolved.settings, expert_skew=skew))
     stream = build_stream(scenario.traffic, seed, base_folder=Path.cwd())
     if len(stream) == 0:
         raise InputError(f"{scenario.name}: the traffic has no requests")
@@ -182,7 +185,7 @@ def simulate_fleet(resolved: Resolved, requests: Requests, *, workers: int = 1) 
     parts = split(requests, n)
 
     def one(part: Requests) -> EngineResult:
-        return simulate(resolved.cost, resolved.settings, part)
+        return simulate(resolved.engine_cost, resolved.settings, part)
 
     if workers == 1 or n == 1:
         replicas = [one(part) for part in parts]

@@ -75,9 +75,7 @@ def pipeline_case(pick: Pick) -> StageCase:
             scheduler_reserve_full_isl=False,
         )
     costs = [replace(each, expert_s=each.dense_s * one_of(pick, (0.25, 0.5, 1.0))) for each in costs]
-    return StageCase(
-        PipelineCost(tuple(costs), send_s.reshape(n - 1, cost.max_tokens + 1)), engine_settings, requests
-    )
+    return StageCase(PipelineCost(tuple(costs), send_s.reshape(n - 1, cost.max_tokens + 1)), engine_settings, requests)
 
 
 def seeded(seed: int) -> StageCase:
@@ -186,12 +184,14 @@ def stage_events(case: StageCase) -> set[str]:
         flying = [other for other in steps[:k] if other.end_s > step.start_s]
         if len(flying) + 1 == n > 1:
             found.add("all stages taken")
-        if step.waiting and not step.preempted and step.n < engine_settings.max_num_batched_tokens:
-            if len(step.running) < engine_settings.max_num_seqs:
-                found.add("admission blocked by memory")
+        room = step.n < engine_settings.max_num_batched_tokens and len(step.running) < engine_settings.max_num_seqs
+        if step.waiting and room and not step.preempted:
+            found.add("admission blocked by memory")
         last = step.running[-1] if step.running else -1
         begun = step.computed.get(last, 0)
-        in_chunks = {row for other in flying for row in other.scheduled if other.computed[row] + other.scheduled[row] < begun + 1}
+        in_chunks = {
+            row for other in flying for row in other.scheduled if other.computed[row] + other.scheduled[row] < begun + 1
+        }
         if last in in_chunks and begun < case.requests.prompt_tokens[last]:
             if last not in step.scheduled and step.n < engine_settings.max_num_batched_tokens:
                 found.add("a prompt in flight waits for blocks")
