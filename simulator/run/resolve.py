@@ -116,6 +116,11 @@ def resolve(scenario: Scenario) -> Resolved:
 
 def _sharding(scenario: Scenario, a_slice: Slice) -> Sharding:
     options = scenario.sharding
+    if options.dp == 1 and scenario.engine.rank_routing != "round-robin":
+        raise InputError(
+            f"{scenario.name}: engine.rank_routing = {scenario.engine.rank_routing!r} spreads requests over attention ranks, and "
+            "sharding.dp = 1"
+        )
     if options.dp > 1 and options.ep == 1:
         raise InputError(
             f"{scenario.name}: sharding.dp = {options.dp} without ep makes independent replicas: write the slice of one, and "
