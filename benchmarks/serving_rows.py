@@ -44,6 +44,8 @@ MODELS = {
 CHIPS = {"h100_sxm": "h100-sxm", "h200_sxm": "h200-sxm", "b200_sxm": "b200", "gb200": "gb200"}
 #: What the recipes of these rows run: fp8 weights with an fp8 cache; 4-bit experts under 16-bit arithmetic.
 PRECISIONS = {"fp8": "fp8kv8", "bf16": "bf16", "fp4": "wfp4a16", "int4": "w4a16"}
+#: Checkpoints whose FP8 has a scale per 128 x 128 block.
+BLOCK_FP8 = {"Qwen/Qwen3-235B-A22B-FP8", "deepseek-ai/DeepSeek-R1", "MiniMaxAI/MiniMax-M2.5"}
 
 
 def lengths(row: str, cause: str, longest: float, n: int) -> NDArray[np.int64]:
@@ -62,7 +64,9 @@ def predict_tpot_s(row: dict[str, str]) -> float:
     deployment = Deployment(
         load_model(MODELS[row["model"]]),
         resolve_slice(f"{CHIPS[row['gpu']]}:{float(row['n_gpus']):.0f}"),
-        parse_precision(PRECISIONS[row["precision"]]),
+        parse_precision(
+            PRECISIONS[row["precision"]] + ("g128" if row["precision"] == "fp8" and row["model"] in BLOCK_FP8 else "")
+        ),
         max_num_seqs=1024,
     )
     clients = int(float(row["concurrency"]))

@@ -6,13 +6,16 @@ the file of its family. Compute rates are dense (no structured sparsity); link b
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
+from simulator.catalog.kernel_curves import KernelCurves, load_curves
 from simulator.catalog.records import Kind, Quantity, Record
 from simulator.errors import InputError, UnpriceableError, nearest
 from simulator.units import UNITS, to_si
@@ -32,6 +35,7 @@ _SANE: dict[str, tuple[float, float]] = {
     "host memory": (1e9, 1e14),
     "fraction": (1e-3, 1),
     "overhead": (0, 1),
+    "multiprocessors": (1, 1e6),
 }
 
 
@@ -76,6 +80,7 @@ Power = Annotated[Quantity, AfterValidator(_checked("W", "power"))]
 HostMemory = Annotated[Quantity, AfterValidator(_checked("bytes", "host memory"))]
 Fraction = Annotated[Quantity, AfterValidator(_checked("1", "fraction"))]
 Overhead = Annotated[Quantity, AfterValidator(_checked("s", "overhead"))]
+Count = Annotated[Quantity, AfterValidator(_checked("1", "multiprocessors"))]
 
 
 class MemorySpec(Record):
@@ -241,6 +246,9 @@ class Efficiency:
         Host work of one step that the chips wait for. [s]
     row_overhead_s
         Sampling and detokenising, per sequence and step. [s]
+    curves
+        Fitted curves of the kernels that were measured; they take the place of the constants above, which price the
+        rest. None: constants alone.
     """
 
     matmul: float
@@ -252,6 +260,34 @@ class Efficiency:
     collective_latency_s: float
     step_overhead_s: float
     row_overhead_s: float
+    curves: KernelCurves | None = None
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """The constants by name, without the curves."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "curves"}
+
+    def override(self, **values: float) -> "Efficiency":
+        """With some constants given by hand, which then stand for the curves of the kernels they describe.
+
+        >>> IDEAL.override(matmul=0.5).matmul
+        0.5
+        """
+        dropped = [op for name in values for op in _DESCRIBED_BY.get(name, ())]
+        curves = None if self.curves is None else self.curves.without(*dropped)
+        return replace(self, curves=curves, **values)
+
+
+#: Kernels whose curves a constant given by hand replaces.
+_DESCRIBED_BY: dict[str, tuple[str, ...]] = {
+    "matmul": ("gemm", "moe"),
+    "hbm": ("gemm", "moe"),
+    "attention": ("attention_prefill", "mla_prefill"),
+    "kv": ("attention_decode", "mla_decode"),
+    "link": ("all_reduce", "all_gather", "reduce_scatter", "alltoall"),
+    "collective_latency_s": ("all_reduce", "all_gather", "reduce_scatter", "alltoall"),
+    "op_overhead_s": ("gemm", "moe", "attention_prefill", "mla_prefill", "attention_decode", "mla_decode"),
+}
 
 
 #: The datasheet as it stands: nothing lost, nothing fixed.
@@ -302,6 +338,8 @@ class ChipSpec(Record):
     note: str = ""
     compute: dict[DType, Rate] = Field(min_length=1)
     """Dense rate per arithmetic type; a type the chip lacks, or only emulates at the bf16 rate, is absent."""
+    multiprocessors: Count | None = None
+    """Units that each work on one tile of a kernel at a time: streaming multiprocessors of a GPU."""
     memory: MemorySpec
     power: PowerSpec = PowerSpec()
     scale_up: TorusScaleUp | DomainScaleUp | None = Field(default=None, discriminator="topology")
@@ -314,6 +352,8 @@ class ChipSpec(Record):
     efficiency_table: EfficiencyTable = Field(alias="efficiency")
     efficiency_source: str
     """Which file each efficiency came from, as a sentence."""
+    calibration: str = ""
+    """Chip whose measured kernels stand for this one's, or the path of the user's own calibration; empty: none do."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Bibliography of a file outside the catalogue: key -> title."""
 
@@ -387,7 +427,13 @@ class ChipSpec(Record):
             collective_latency_s=table.collective_latency.si("efficiency.collective_latency", "s"),
             step_overhead_s=table.step_overhead.si("efficiency.step_overhead", "s"),
             row_overhead_s=table.row_overhead.si("efficiency.row_overhead", "s"),
+            curves=load_curves(self.calibration) if self.calibration else None,
         )
+
+    @property
+    def multiprocessor_count(self) -> float:
+        """Multiprocessors of the chip."""
+        return self._needed(self.multiprocessors, "multiprocessors").si(f"{self.name}: multiprocessors", "1")
 
     def critical_intensity(self, dtype: str = "bf16") -> float:
         """FLOPs per HBM byte at which compute and memory take equally long. [FLOP/byte]"""
@@ -482,11 +528,28 @@ def _read_chip(name_or_path: str) -> ChipSpec:
     data["efficiency_source"] = f"defaults of family {family.family!r}" + (
         f"; the chip's own: {', '.join(own)}" if own else ""
     )
+    if data.get("calibration"):
+        data["efficiency_source"] += _calibrated(data, file, where)
     chip = parse(ChipSpec, data, where)
     if chip.name != file.name.removesuffix(".toml"):
         raise InputError(f"{where}: name = {chip.name!r} must be the file's own name")
     _check_sources(chip, where)
     return chip
+
+
+def _calibrated(data: dict[str, Any], file: Traversable, where: str) -> str:
+    """Resolve a file's ``calibration`` and say what it is. Its curves are read when they are used."""
+    name = data["calibration"]
+    if not isinstance(name, str):
+        raise InputError(f"{where}: calibration = {name!r}: must be the name of a measured chip, or the path of a file")
+    if name.endswith(".toml"):  # beside the chip's own file
+        data["calibration"] = str(Path(str(file)).parent / name)
+    if "multiprocessors" not in data:
+        raise InputError(f"{where}: calibration = {name!r} needs multiprocessors: tiles and waves are counted in them")
+    find("calibration", data["calibration"], data_folder("hardware_specs") / "calibration")
+    if name == data.get("name"):
+        return "; kernels as measured on this chip"
+    return f"; kernels as measured on {name}" + ("" if name.endswith(".toml") else ", of its family")
 
 
 def _check_sources(chip: ChipSpec, where: str) -> None:

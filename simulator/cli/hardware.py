@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from simulator.catalog.chips import ChipSpec, DomainScaleUp, TorusScaleUp, chip_names, load_chip, quantity_si, sources
+from simulator.catalog.kernel_curves import preferred_fits, read_calibration
 from simulator.catalog.records import Quantity
 from simulator.catalog.slices import LinkDomain, Slice, resolve_slice
 from simulator.cli.output import json_option, print_json, print_table
@@ -169,6 +170,8 @@ def _print_chip(chip: ChipSpec, bibliography: Mapping[str, str], joined: Slice |
     quantities = chip.quantities()
     for group, (heading, labels) in _GROUPS.items():
         fields = {path.removeprefix(f"{group}."): q for path, q in quantities.items() if path.startswith(f"{group}.")}
+        if group == "compute" and "multiprocessors" in quantities:
+            fields["multiprocessors"] = quantities["multiprocessors"]
         if not fields:
             continue
         rows.append(_heading(chip, group, heading))
@@ -195,12 +198,34 @@ def _print_chip(chip: ChipSpec, bibliography: Mapping[str, str], joined: Slice |
             )
     click.echo("")
     _print_rows(rows)
+    if chip.calibration:
+        _print_curves(chip.calibration)
     if notes:
         click.echo("\nNotes")
         _print_wrapped((f"[{i}]", text) for i, text in enumerate(notes, 1))
     click.echo("\nSources (§ and 'data' locators are explained in docs/hardware.md)")
     width = max(map(len, bibliography)) + 1
     _print_wrapped(((f"{key:<{width}}", title) for key, title in bibliography.items()))
+
+
+def _print_curves(calibration: str) -> None:
+    """The fitted kernels that stand for the constants, with their error on shapes left out."""
+    file = read_calibration(calibration)
+    click.echo(f"\nKernels as measured on {file.chip}, in place of the constants above ({file.command})")
+    rows: list[_Row] = []
+    for fit in preferred_fits(file):
+        error = fit.residuals[0]
+        kinds = " ".join(filter(None, (fit.op.replace("_", " "), fit.dtype, fit.kv_dtype and f"kv {fit.kv_dtype}")))
+        name = kinds + (f" on {fit.chips}" if fit.chips > 1 else "")
+        rows.append(
+            (
+                name,
+                fit.framework,
+                f"{fit.rows:,} rows",
+                f"{error.median_abs:.1%} off in the median, p90 {error.p90_abs:.0%}",
+            )
+        )
+    _print_rows(rows)
 
 
 def _heading(chip: ChipSpec, group: str, heading: str) -> str:

@@ -45,9 +45,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False)  # "[s]" is a unit
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=160, markup=False)
     console.print(table)
 
 

@@ -139,7 +139,7 @@ def document(groups: "Sequence[Sequence[DecodeCurve]]") -> dict[str, Any]:
                 "slice": d.slice.spec,
                 "chips": d.chips,
                 "precision": d.precision.name,
-                "efficiency": vars(d.eff),
+                "efficiency": d.eff.constants | {"kernels_of": d.eff.curves.chip if d.eff.curves else None},
                 "kv_capacity_tokens": memory_fit(d).kv_tokens,
                 "curves": [
                     {

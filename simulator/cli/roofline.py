@@ -199,7 +199,7 @@ def document(report: "StepReport") -> dict[str, Any]:
             "gathered_chips": d.gathered_chips,
         },
         "kv_layout": d.kv_layout,
-        "efficiency": vars(d.eff),
+        "efficiency": d.eff.constants | {"kernels_of": d.eff.curves.chip if d.eff.curves else None},
         "step": vars(report.step),
         "step_time_s": report.time_s,
         "roofline_bound_s": report.roofline_s,

@@ -1,19 +1,27 @@
 """``chipseconds simulate``: run a scenario and say what users see and what a query costs."""
 
+import math
 import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from simulator.cli.output import json_option, note, print_json
+
+if TYPE_CHECKING:
+    from simulator.results import Result
+    from simulator.run import Run
 
 _EXAMPLES = """\b
 Examples:
   chipseconds simulate llama-3-8b-azure-chat --out runs/first --plot runs/first/run.png
   chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=20
   chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
+  chipseconds simulate llama-3-8b-azure-chat --set traffic.n_requests=10_000_000 --summary-only
+  chipseconds simulate llama-3-8b-azure-chat --trace trace.json --trace-window 600:610 --timeline timeline.png
 """
 
 
@@ -22,8 +30,16 @@ Examples:
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Replications, for between-seed intervals.")
+@click.option("--summary-only", is_flag=True, help="Keep no row per request: any number of them in constant memory.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this folder.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the run to a .png, .svg or .pdf file.")
+@click.option(
+    "--timeline", type=click.Path(path_type=Path), help="Draw batch, queue, KV use and preemptions over time."
+)
+@click.option("--trace", type=click.Path(path_type=Path), help="Write steps and requests as a trace for Perfetto.")
+@click.option(
+    "--trace-window", metavar="FROM:TO", help="Simulated seconds that --trace covers; default: from the start."
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 @json_option
@@ -32,8 +48,12 @@ def simulate(
     overrides: tuple[str, ...],
     seed: int | None,
     seeds: int | None,
+    summary_only: bool,
     out: Path | None,
     plot: Path | None,
+    timeline: Path | None,
+    trace: Path | None,
+    trace_window: str | None,
     workers: int | None,
     quiet: bool,
     as_json: bool,
@@ -45,16 +65,16 @@ def simulate(
 
     if out is not None:
         check_writable(out)
-    if plot is not None:
-        from simulator.report.figures import check_figure_path
-
-        check_figure_path(plot, made=out)
     loaded = load_scenario(scenario, overrides)
+    window = _check_pictures(
+        plot, timeline, trace, trace_window, out, rows_kept=not (summary_only or loaded.run.summary_only)
+    )
     started = time.perf_counter()
     run = run_scenario(
         loaded,
         seed=seed,
         seeds=seeds,
+        summary_only=summary_only or None,
         workers=workers or os.cpu_count() or 1,
         progress=None if quiet else _progress,
     )
@@ -63,16 +83,94 @@ def simulate(
     if out is not None:
         write_result(run.result, out)
         note(f"result written to {out}")
-    if plot is not None:
-        from simulator.report.figures import save_figure
-        from simulator.report.run_plot import draw_run
-
-        save_figure(lambda: draw_run(run.result), plot)
-        note(f"plot written to {plot}")
+    if plot is not None or timeline is not None:
+        _draw(run.result, plot, timeline)
+    if trace is not None:
+        _write_trace(run, trace, window)
     if as_json:
         print_json(run.summary.model_dump(mode="json"))
     else:
         click.echo(summary_text(run.summary), nl=False)
+
+
+def _check_pictures(
+    plot: Path | None,
+    timeline: Path | None,
+    trace: Path | None,
+    trace_window: str | None,
+    out: Path | None,
+    *,
+    rows_kept: bool,
+) -> tuple[float, float]:
+    """Refuse, before the run, what could not be drawn or written after it; return the trace's window. [s]"""
+    from simulator.errors import InputError
+    from simulator.report.figures import check_figure_path
+
+    for option, path in (("--plot", plot), ("--timeline", timeline)):
+        if path is not None:
+            check_figure_path(path, made=out, option=option)
+    for option, path in (("--plot", plot), ("--trace", trace)):
+        if path is not None and not rows_kept:
+            raise InputError(
+                f"{option} shows requests, of which a summary-only run keeps none; leave one of the two out"
+            )
+    if trace is None:
+        if trace_window is not None:
+            raise InputError(f"--trace-window {trace_window}: nothing is traced without --trace FILE")
+    elif not trace.parent.is_dir() and (out is None or trace.absolute().parent != out.absolute()):
+        raise InputError(f"--trace {trace}: folder {str(trace.parent)!r} does not exist")
+    return _window(trace_window)
+
+
+def _window(text: str | None) -> tuple[float, float]:
+    """Read FROM:TO; either may be left out. [s]"""
+    from simulator.errors import InputError
+
+    if text is None:
+        return 0.0, math.inf
+    first, colon, last = text.partition(":")
+    try:
+        start, stop = float(first or 0), float(last or math.inf)
+    except ValueError:
+        start, stop = math.nan, math.nan
+    if not colon or not 0 <= start < stop:
+        raise InputError(f"--trace-window {text}: write FROM:TO in simulated seconds, 0 <= FROM < TO, e.g. 100:110")
+    return start, stop
+
+
+def _draw(result: "Result", plot: Path | None, timeline: Path | None) -> None:
+    from simulator.report.figures import save_figure
+    from simulator.report.run_plot import draw_run
+    from simulator.report.timeline import draw_timeline
+
+    if plot is not None:
+        save_figure(lambda: draw_run(result), plot)
+        note(f"plot written to {plot}")
+    if timeline is not None:
+        save_figure(lambda: draw_timeline(result), timeline, option="--timeline")
+        note(f"timeline written to {timeline}")
+
+
+def _write_trace(run: "Run", path: Path, window: tuple[float, float]) -> None:
+    from simulator.report.trace import trace_document, write_trace
+    from simulator.run.explain import record_fleet
+
+    table = run.result.requests
+    logs = record_fleet(run.resolved, run.outcome.requests, *window)
+
+    def about(request: int) -> dict[str, int]:
+        names = ("prompt_tokens", "cached_tokens", "output_tokens", "preemptions")
+        return {name: int(table[name][request]) for name in names}
+
+    document = trace_document(
+        logs, name=run.summary.scenario, num_kv_blocks=run.resolved.settings.num_kv_blocks, about=about
+    )
+    write_trace(document, path)
+    steps = sum(len(log.steps) for log in logs)
+    note(f"trace of {steps:,} steps written to {path}; open it in ui.perfetto.dev or chrome://tracing")
+    if not all(log.complete for log in logs):
+        end_s = min(log.end_s for log in logs if not log.complete)
+        note(f"the trace ends at {end_s:.6g} s, after as many steps as a viewer can show: choose a --trace-window")
 
 
 def _progress(done: int, total: int, what: str) -> None:

@@ -138,6 +138,13 @@ class Engine:
             )
         )
 
+    def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
+        """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``)."""
+        self.advance(start_s)
+        before = self._out.itl.copy()
+        self.advance(stop_s)
+        return np.asarray(self._out.itl - before)
+
     def _figures(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Counts and times, as the state keeps them."""
         return self._state.ints, self._state.floats
@@ -192,6 +199,7 @@ class Engine:
             "waiting": means[skip_ahead.T_WAITING],
             "kv_blocks": means[skip_ahead.T_BLOCKS],
             "busy_fraction": means[skip_ahead.T_BUSY],
+            "preemptions_per_s": means[skip_ahead.T_PREEMPTIONS],
         }
         return EngineResult(
             status=out.status,
@@ -282,6 +290,10 @@ def warm_up() -> None:
 def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float | None) -> None:
     if cost.stages > 1:
         raise InputError(f"the cost table sums {cost.stages} pipeline stages: give the engine the PipelineCost instead")
+    if cost.ranks > 1:
+        raise InputError(
+            f"the cost table is of {cost.ranks} ranks in lock-step, which is no plain replica: use new_engine"
+        )
     if cost.max_tokens < settings.max_num_batched_tokens:
         raise InputError(
             f"the cost table ends at {cost.max_tokens} tokens, "
@@ -313,6 +325,7 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
     ints[skip_ahead.FREE_BLOCKS] = settings.num_kv_blocks
     ints[[skip_ahead.FIRST, skip_ahead.LAST, skip_ahead.PARTIAL]] = -1
     ints[skip_ahead.N_FREE_SLOTS] = m
+    ints[skip_ahead.STOP_ROW] = np.iinfo(np.int64).max
 
     def slots() -> NDArray[np.int64]:
         return np.zeros(m, dtype=np.int64)
@@ -346,7 +359,7 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
         chunk_slot=slots(),
         chunk_size=slots(),
         chunk_start=slots(),
-        timeline=np.zeros((4, TIMELINE_INTERVALS)),
+        timeline=np.zeros((5, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),
     )

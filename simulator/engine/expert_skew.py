@@ -66,3 +66,7 @@ class ExpertSkew:
         draws = normal(self.seed, "expert skew", 0, LENGTH)
         spread = np.exp(self.sigma * draws - 0.5 * self.sigma**2)
         return np.asarray(np.rint((self.mean - 1) * spread * STEPS_PER_UNIT) / STEPS_PER_UNIT)
+
+
+EVEN = ExpertSkew()
+"""Every step takes the table's time."""

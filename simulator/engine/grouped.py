@@ -40,7 +40,7 @@ class RankEngine(Engine):
     ) -> None:
         refuse_features(settings, "several ranks, or uneven experts")
         check_experts(cost, settings)
-        super().__init__(cost, settings, requests, timeline_interval_s=timeline_interval_s)
+        super().__init__(replace(cost, ranks=1), settings, requests, timeline_interval_s=timeline_interval_s)
         self._ranks = cost.ranks
         self._least_loaded = settings.rank_routing == "least-loaded"
         one_each = [name for name in self._state._fields if name not in _ONE]

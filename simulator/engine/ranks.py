@@ -324,6 +324,7 @@ def advance_ranks(
         for g in range(n_ranks):
             rank = _rank(states, g)
             rank.floats[CLOCK] = t
+            rank.floats[INTERVAL] = floats[INTERVAL]
             scheduled = board.scheduled[g]
             _schedule_rank(cost, limits, stream, out, rank, scheduled)
             width = max(width, scheduled[TOKENS])

@@ -184,6 +184,8 @@ class Replica:
     steps_by_rows: list[int] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
     """Every inter-token latency, in the order of emission."""
+    preempted_s: list[float] = field(default_factory=list)
+    """When each preemption happened."""
     totals: dict[str, float] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
 
@@ -395,6 +397,7 @@ class Replica:
             "SW": sum(self.keys_in_window(request.computed + 1) for request in decodes),
         }
         self.totals["preemptions"] += len(preempted)
+        self.preempted_s += [now_s] * len(preempted)
         used = self.settings.num_kv_blocks - self.free_blocks
         peaks = {"max_running": len(self.running), "max_waiting": len(self.waiting), "max_kv_blocks": used}
         for name, value in peaks.items():
@@ -549,7 +552,7 @@ class Replica:
             itl_counts=itl_counts,
             itl_max_s=max(self.itl_s, default=0.0),
             totals=self.totals | integrals | (self.pool.counts if self.pool is not None else {}),
-            timeline=timeline(self.pieces, timeline_interval_s) if timeline_interval_s else {},
+            timeline=timeline(self.pieces, self.preempted_s, timeline_interval_s) if timeline_interval_s else {},
             timeline_interval_s=timeline_interval_s or 0.0,
         )
 
@@ -572,7 +575,7 @@ def dot(coefficients: Sequence[float], amounts: Sequence[int]) -> float:
     return sum((a * b for a, b in zip(coefficients, amounts, strict=True)), start=0.0)
 
 
-def timeline(pieces: list[Piece], interval_s: float) -> dict[str, NDArray[np.float64]]:
+def timeline(pieces: list[Piece], preempted_s: list[float], interval_s: float) -> dict[str, NDArray[np.float64]]:
     """Means of the state over intervals of equal length (R15)."""
     end_s = pieces[-1].end_s if pieces else 0.0
     edges = [i * interval_s for i in range(ceil(end_s / interval_s) + 1)]
@@ -592,7 +595,8 @@ def timeline(pieces: list[Piece], interval_s: float) -> dict[str, NDArray[np.flo
         for name in ("running", "waiting", "kv_blocks"):
             means[name].append(sums[name] / interval_s)
         means["busy_fraction"].append(sums["busy"] / interval_s)
-    return {name: np.array(values) for name, values in means.items()}
+    counts = np.bincount([int(time_s / interval_s) for time_s in preempted_s], minlength=len(means["start_s"]))
+    return {name: np.array(values) for name, values in means.items()} | {"preemptions_per_s": counts / interval_s}
 
 
 def simulate_reference(

@@ -53,7 +53,8 @@ class LockStep(Replica):
         """Make the ranks, then begin."""
         for _ in range(self.cost.ranks):
             rank = Rank(self.cost, self.settings, self.requests, clock=self.clock, whole=self)
-            rank.rows, rank.totals, rank.itl_s = self.rows, self.totals, self.itl_s
+            rank.rows, rank.totals = self.rows, self.totals
+            rank.itl_s, rank.preempted_s = self.itl_s, self.preempted_s
             rank.steps_by_tokens, rank.steps_by_rows = self.steps_by_tokens, self.steps_by_rows
             self.ranks.append(rank)
         self.totals |= {"padding_s": 0.0, "imbalance_s": 0.0}
@@ -184,6 +185,7 @@ class Pipeline(Replica):
         while self.in_flight < len(self.pipeline.stages):
             batch, preempted = self.form()
             self.totals["preemptions"] += len(preempted)
+            self.preempted_s += [self.clock.now] * len(preempted)
             if batch:
                 self.launch(batch, preempted)
             elif not preempted:

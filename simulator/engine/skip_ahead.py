@@ -87,8 +87,9 @@ from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
     WINDOW_DECODE_KEYS,
     WINDOW_PAIRS,
     WINDOW_KEYS,
+    STOP_ROW,
     N_INTS,
-) = range(36)
+) = range(37)
 # indices into State.floats
 (
     CLOCK,
@@ -107,7 +108,7 @@ from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
     N_FLOATS,
 ) = range(14)
 # rows of State.timeline
-T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY = range(4)
+T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY, T_PREEMPTIONS = range(5)
 
 SLOT_BITS = 20
 """A finish key is step << SLOT_BITS | slot."""
@@ -395,6 +396,7 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
     state.stack[ints[N_PREEMPTED]] = slot
     ints[N_PREEMPTED] += 1
     ints[PREEMPTIONS] += 1
+    state.timeline[T_PREEMPTIONS, int(state.floats[CLOCK] / state.floats[INTERVAL])] += 1.0
     out.preemptions[row] += 1
     out.status[row] = WAITING
 
@@ -923,7 +925,8 @@ def advance(
     """Run until no step can start before ``until``; return whether everything is done.
 
     Rows of ``stream`` may be appended between calls, as long as none arrives before the clock of a step already
-    scheduled. ``extra`` is None for a plain replica: then its branches are not even compiled.
+    scheduled. A closed loop, which takes rows when it wants them, also stops before the next step once it has taken
+    row ``STOP_ROW`` − 1. ``extra`` is None for a plain replica: then its branches are not even compiled.
     """
     ints, floats = state.ints, state.floats
     bs = limits.block_size
@@ -940,7 +943,7 @@ def advance(
             floats[IDLE] += next_arrival - t
             floats[CLOCK] = next_arrival
             continue
-        if t >= until:
+        if t >= until or ints[NEXT_ROW] >= ints[STOP_ROW]:
             return False
         if cost.window > 0:
             _pass_events(cost, state)

@@ -212,6 +212,7 @@ def _launch(
     ints = group.ints
     bs = limits.block_size
     group.floats[CLOCK] = shared.floats[CLOCK]
+    group.floats[INTERVAL] = shared.floats[INTERVAL]
     _hand_over(shared.ints, ints)
     partial = shared.ints[PARTIAL]
     held = partial >= 0 and flight.held[partial] > 0

@@ -8,6 +8,7 @@ from simulator.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -24,7 +25,15 @@ BLUE, ORANGE, GREEN, SKY, PINK, YELLOW, GREY = (
 )
 
 
-def check_figure_path(path: Path, *, made: Path | None = None) -> None:
+def tidy(axes: "Axes") -> None:
+    """Grid behind the data, no frame at the top and the right."""
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=MUTED)
+
+
+def check_figure_path(path: Path, *, made: Path | None = None, option: str = "--plot") -> None:
     """Refuse a figure path before any work is done for it; ``made`` is a folder that the work will make.
 
     Raises
@@ -33,12 +42,12 @@ def check_figure_path(path: Path, *, made: Path | None = None) -> None:
         If the suffix is none of ``FORMATS`` or the folder does not exist.
     """
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--plot {path}: the file name must end in {', '.join(FORMATS)}")
+        raise InputError(f"{option} {path}: the file name must end in {', '.join(FORMATS)}")
     if not path.parent.is_dir() and (made is None or path.absolute().parent != made.absolute()):
-        raise InputError(f"--plot {path}: folder {str(path.parent)!r} does not exist")
+        raise InputError(f"{option} {path}: folder {str(path.parent)!r} does not exist")
 
 
-def save_figure(draw: "Callable[[], Figure]", path: Path) -> None:
+def save_figure(draw: "Callable[[], Figure]", path: Path, *, option: str = "--plot") -> None:
     """Draw and save; the suffix chooses the format. The same figure gives the same bytes: no date, a fixed salt.
 
     Raises
@@ -46,7 +55,7 @@ def save_figure(draw: "Callable[[], Figure]", path: Path) -> None:
     InputError
         If the path is refused by :func:`check_figure_path` or cannot be written.
     """
-    check_figure_path(path)
+    check_figure_path(path, option=option)
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "chipseconds", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
@@ -55,4 +64,4 @@ def save_figure(draw: "Callable[[], Figure]", path: Path) -> None:
         try:
             figure.savefig(path, dpi=160, metadata=metadata)
         except OSError as error:
-            raise InputError(f"--plot {path}: cannot be written: {error.strerror}") from None
+            raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from None

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simulator.report.figures import BLUE, GREEN, GREY, GRID, INK, MUTED, ORANGE, PINK, SKY, YELLOW
+from simulator.report.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PINK, SKY, YELLOW, tidy
+from simulator.report.timeline import fleet_series
 from simulator.results import Result
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def draw_run(result: Result) -> "Figure":
 
 
 def _no_steady_state(axes: "Axes", name: str) -> None:
-    _tidy(axes)
+    tidy(axes)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_xlabel(_metric(name), color=MUTED)
@@ -70,7 +71,7 @@ def _cdf(axes: "Axes", values_s: np.ndarray, name: str, limit_s: float | None) -
     scale, unit = (1.0, "s") if long else (1e3, "ms")
     ordered = ordered * scale
     limit = None if limit_s is None else limit_s * scale
-    _tidy(axes)
+    tidy(axes)
     axes.set_xlabel(f"{_metric(name)} [{unit}]", color=MUTED)
     axes.set_ylabel("share of requests", color=MUTED)
     axes.set_ylim(0, 1.02)
@@ -111,29 +112,20 @@ def _cdf(axes: "Axes", values_s: np.ndarray, name: str, limit_s: float | None) -
 def _timeline(axes: "Axes", result: Result) -> None:
     """Running and waiting requests (left), KV use (right), summed or averaged over replicas, against time."""
     table = result.timeline
-    _tidy(axes)
-    start = table["start_s"]
-    interval = float(table["interval_s"].max()) if len(start) else 1.0
-    slot = np.rint(start / interval).astype(np.int64)
-    n = int(slot.max()) + 1 if len(slot) else 0
-    share = table["interval_s"] / interval
-
-    def summed(name: str) -> np.ndarray:
-        return np.bincount(slot, weights=table[name] * share, minlength=n)
-
-    replicas = max(summed("busy_fraction").max(initial=0.0), len(np.unique(table["replica"])))
-    time = np.arange(n) * interval
-    axes.fill_between(time, summed("running"), step="post", color=BLUE, alpha=0.25, linewidth=0)
-    axes.step(time, summed("running"), where="post", color=BLUE, linewidth=1.2, label="running")
-    axes.step(time, summed("waiting"), where="post", color=ORANGE, linewidth=1.2, label="waiting")
+    tidy(axes)
+    time, running = fleet_series(table, "running", adds=True)
+    _, waiting = fleet_series(table, "waiting", adds=True)
+    _, cache = fleet_series(table, "kv_fraction", adds=False)
+    axes.fill_between(time, running, step="post", color=BLUE, alpha=0.25, linewidth=0)
+    axes.step(time, running, where="post", color=BLUE, linewidth=1.2, label="running")
+    axes.step(time, waiting, where="post", color=ORANGE, linewidth=1.2, label="waiting")
     axes.set_xlabel("simulated time [s]", color=MUTED)
     axes.set_ylabel("requests", color=MUTED)
     axes.set_ylim(0)
-    axes.set_xlim(0, n * interval)
+    if len(time):
+        axes.set_xlim(0, time[-1])
     right = axes.twinx()
-    right.step(
-        time, summed("kv_fraction") / replicas, where="post", color=GREEN, linewidth=1.2, label="KV cache in use"
-    )
+    right.step(time, cache, where="post", color=GREEN, linewidth=1.2, label="KV cache in use")
     right.set_ylim(0, 1.02)
     right.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     right.spines[["top", "left"]].set_visible(False)
@@ -166,10 +158,3 @@ def _chip_time(axes: "Axes", fractions: dict[str, float]) -> None:
     axes.set_title(
         "where the chip time went" + (f"   (also: {small})" if small else ""), loc="left", fontsize=10, color=INK
     )
-
-
-def _tidy(axes: "Axes") -> None:
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=MUTED)

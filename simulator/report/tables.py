@@ -310,6 +310,10 @@ def _cost(s: Summary) -> list[str]:
         *wrapped(
             f"provisioned {number(c.provisioned)}; ideal {number(c.ideal)}, {percent(c.ideal_share_of_provisioned)} of it"
         ),
+        *wrapped(
+            f"busy of the measured queries: half use at most {number(c.busy_of_measured.p50.value)}, "
+            f"99 % at most {number(c.busy_of_measured.p99.value)}"
+        ),
         "",
     ]
     lines += _prices(s.prices) if s.prices else ["Price: none known; set prices.usd_per_chip_hour"]

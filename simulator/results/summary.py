@@ -54,7 +54,8 @@ class Latency(Section):
     tpot_s: Distribution
     """Time per output token after the first; requests with one output token have none."""
     itl_s: Distribution
-    """Inter-token latency: one value per token after a request's first, over the whole run, each within 0.4 %."""
+    """Inter-token latency: one value per token after a request's first, in the steps that start inside the measured window (in
+    a closed loop, or when everything arrives at once, in the whole run), each within 0.4 %."""
     e2e_s: Distribution
     """Arrival to last token."""
     queue_s: Distribution
@@ -238,6 +239,8 @@ class ChipSeconds(Section):
     """Part of busy: tokens computed again after a preemption."""
     decode: float
     """Part of busy: busy − prefill."""
+    busy_of_measured: Distribution
+    """Busy chip-seconds from query to query, over the measured requests."""
 
 
 class TokenPrices(Section):

@@ -67,6 +67,7 @@ TIMELINE_COLUMNS = (
     Column("waiting", "float64", "waiting requests, mean over the interval"),
     Column("kv_fraction", "float64", "KV blocks in use ÷ KV blocks of the replica, mean over the interval"),
     Column("busy_fraction", "float64", "share of the interval with a step in progress"),
+    Column("preemptions_per_s", "float64", "requests preempted in the interval ÷ its length"),
     Column("chips", "int64", "chips of the replica"),
     Column("power_w", "float64 or null", "mean power of the replica's chips, from the power model; null without one"),
 )

@@ -21,6 +21,7 @@ from simulator.catalog.architecture import (
     MoEFFN,
     SoftmaxAttention,
 )
+from simulator.roofline import calibrated
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Matrix, Number, Op, all_to_all_op, attention_op, matmul_op, memory_op, times
 
@@ -187,7 +188,8 @@ def mixer_ops(d: Deployment, count: int, mixer: Mixer, n: Number) -> list[Op]:
             written = d.kv_heads_per_chip(mixer) * p.kv_head_bytes(H)
             # Queries and keys are rotated in place; attention reads queries and writes as much.
             moved = (2 * queries + 2 * keys + 2 * queries) * wide
-            ops.append(_write_op(d, count, n, moved, written, K / t * p.kv_head_bytes(H)))
+            rotated = (2 * queries + 2 * keys) * wide
+            ops.append(_write_op(d, count, mixer, n, moved, rotated, written, K / t * p.kv_head_bytes(H)))
             if mixer.gated_output:
                 ops.append(memory_op(d, "output gate", count, some, activation_bytes=n * (count * 3 * queries * wide)))
         case LatentAttention(n_heads=N, kv_rank=kv, nope_dim=nope, rope_dim=rope, v_dim=v):
@@ -195,8 +197,9 @@ def mixer_ops(d: Deployment, count: int, mixer: Mixer, n: Number) -> list[Op]:
             norms = 2 * ((mixer.q_rank or 0) + kv)
             written = latent_bytes(d, mixer) + index_bytes(d, mixer)
             moved = (heads + 2 * (kv + rope) + norms) * wide
+            rotated = (N / t * 2 * rope + 2 * (kv + rope) + norms) * wide
             copied = d.latent_share * t
-            ops.append(_write_op(d, count, n, moved, written, written / copied))
+            ops.append(_write_op(d, count, mixer, n, moved, rotated, written, written / copied))
         case GatedDeltaNet(n_value_heads=heads, key_dim=dk, value_dim=dv):
             channels = (2 * mixer.n_key_heads * dk + heads * dv) / t
             ops += _recurrence_ops(d, count, n, channels, 2 * heads * dv / t, GDN_FLOPS * heads * dk * dv / t)
@@ -208,9 +211,21 @@ def mixer_ops(d: Deployment, count: int, mixer: Mixer, n: Number) -> list[Op]:
     return [*ops, last]
 
 
-def _write_op(d: Deployment, count: int, n: Number, moved: float, written: float, own: float) -> Op:
-    """Rotation of queries and keys, and the write of new keys, of which ``own`` bytes are no copy."""
-    return memory_op(
+def _write_op(
+    d: Deployment,
+    count: int,
+    mixer: SoftmaxAttention | LatentAttention,
+    n: Number,
+    moved: float,
+    rotated: float,
+    written: float,
+    own: float,
+) -> Op:
+    """Rotation of queries and keys (``rotated`` bytes of those ``moved``), and what attention reads and writes per token.
+
+    Of the new keys' ``written`` bytes ``own`` are no copy.
+    """
+    op = memory_op(
         d,
         "rotary, KV write",
         count,
@@ -219,6 +234,11 @@ def _write_op(d: Deployment, count: int, n: Number, moved: float, written: float
         kv_write_bytes=n * (count * written),
         copied_kv_bytes=times(n, count * (written - own)),
     )
+    token_s = None if d.eff.curves is None else calibrated.token_io_s(d, mixer)
+    if token_s is None:
+        return op
+    time = n * (count * (rotated / (d.hbm_bytes_per_s * d.eff.hbm) + token_s))
+    return replace(op, memory_s=time, roofline_s=time)
 
 
 def _recurrence_ops(d: Deployment, count: int, n: Number, channels: float, gated: float, flops: float) -> list[Op]:
@@ -268,12 +288,22 @@ def _moe_ops(d: Deployment, count: int, ffn: MoEFFN, n: Number) -> list[Op]:
         else:
             ops.append(matmul_op(d, name, count, m, n))
     columns = ffn.top_k * ffn.d_ff + ffn.n_shared * (ffn.shared_d_ff or ffn.d_ff)
-    moved = ((2 if ffn.gated else 1) + 1) * columns / t * wide
+    inputs = (2 if ffn.gated else 1) + 1
     launches = 2 if ffn.n_shared else 1
-    ops.insert(2, memory_op(d, "FFN activation", launches * count, some, activation_bytes=n * (count * moved)))
+    activation = memory_op(
+        d, "FFN activation", launches * count, some, activation_bytes=n * (count * inputs * columns / t * wide)
+    )
     # Scores are read back for the choice; each expert's output is read again to be summed.
-    moved = (2 * ffn.n_experts + (ffn.top_k + bool(ffn.n_shared) + 1) * D) * wide
-    ops.append(memory_op(d, "route, combine", 2 * count, some, activation_bytes=n * (count * moved)))
+    summed = (ffn.top_k + bool(ffn.n_shared) + 1) * D * wide
+    combine = memory_op(
+        d, "route, combine", 2 * count, some, activation_bytes=n * (count * (2 * ffn.n_experts * wide + summed))
+    )
+    if d.eff.curves is not None:
+        routed_bytes = n * (count * inputs * ffn.top_k * ffn.d_ff / t * wide)
+        activation = calibrated.expert_traffic(d, activation, routed_bytes, launches=1 - 1 / launches)
+        combine = calibrated.expert_traffic(d, combine, n * (count * summed), launches=0.5)
+    ops.insert(2, activation)
+    ops.append(combine)
     if d.expert_chips > 1:
         visits = n * (d.expert_ranks * ffn.top_k * D)
         ops.append(all_to_all_op(d, "all-to-all, dispatch", count, visits * d.precision.input_bytes))
@@ -310,13 +340,19 @@ def decode_ops(d: Deployment, count: int, mixer: Mixer, B: Number, S: Number, SW
     some = np.greater(B, 0) * 1.0
     match mixer:
         case SoftmaxAttention():
-            return [_softmax_op(d, "attention, decode", count, mixer, some, S, S, SW, SW, busiest_share(d, B))]
+            busiest = busiest_share(d, B)
+            op = _softmax_op(d, "attention, decode", count, mixer, some, S, S, SW, SW, busiest)
+            if d.eff.curves is None:
+                return [op]
+            keys = S if mixer.window is None else SW
+            read = key_bytes(d, mixer)
+            return [calibrated.decode_times(d, op, mixer, B * busiest, keys * busiest, bytes_per_key=read)]
         case LatentAttention():
             seen = S if mixer.indexer is None else SW
-            return [
-                *_indexer_ops(d, "indexer, decode", count, mixer, some, S, S),
-                _absorbed_op(d, "attention, decode", count, mixer, some, seen, seen),
-            ]
+            op = _absorbed_op(d, "attention, decode", count, mixer, some, seen, seen)
+            if d.eff.curves is not None and mixer.indexer is None:
+                op = calibrated.decode_times(d, op, mixer, B, seen, bytes_per_key=key_bytes(d, mixer))
+            return [*_indexer_ops(d, "indexer, decode", count, mixer, some, S, S), op]
         case _:
             return [_state_op(d, "state, decode", count, mixer, B)]
 
@@ -330,12 +366,25 @@ def prefill_ops(
         case SoftmaxAttention():
             # Gathered keys are on every chip that needs them: whole heads, of all tokens.
             each = d.gathers_keys and d.attended_kv_heads(mixer) / d.kv_heads_per_chip(mixer)
-            return [_softmax_op(d, name, count, mixer, P, A, K, AW, KW, read=each or 1.0)]
+            op = _softmax_op(d, name, count, mixer, P, A, K, AW, KW, read=each or 1.0)
+            if d.eff.curves is None:
+                return [op]
+            pairs, keys = (A, K) if mixer.window is None else (AW, KW)
+            flops = 4 * mixer.n_heads / d.chips * mixer.head_dim
+            read = key_bytes(d, mixer) * (each or 1.0)
+            return [calibrated.prefill_times(d, op, mixer, P, pairs, keys, flops_per_pair=flops, bytes_per_key=read)]
         case LatentAttention():
             if mixer.indexer is not None:  # selected keys are gathered as latents, so prefill is absorbed too
                 index = _indexer_ops(d, "indexer, prefill", count, mixer, P, A, K)
                 return [*index, _absorbed_op(d, name, count, mixer, P, AW, KW)]
-            return [_expanded_op(d, name, count, mixer, P, A, K)]
+            op = _expanded_op(d, name, count, mixer, P, A, K)
+            if d.eff.curves is None:
+                return [op]
+            heads = mixer.n_heads / d.chips
+            flops = 2 * heads * (mixer.nope_dim + mixer.rope_dim + mixer.v_dim)
+            expanded = heads * (mixer.nope_dim + mixer.v_dim) * d.precision.wide_bytes
+            read = key_bytes(d, mixer) + (expanded if d.activation_traffic else 0.0)
+            return [calibrated.prefill_times(d, op, mixer, P, A, K, flops_per_pair=flops, bytes_per_key=read)]
         case _:
             return [_state_op(d, "state, prefill", count, mixer, P)]
 
@@ -345,8 +394,26 @@ def context_ops(d: Deployment, count: int, mixer: Mixer, past: Number) -> list[O
     if not isinstance(mixer, LatentAttention) or mixer.indexer is not None:
         return []
     m = mixer_matrices(d, mixer)["latent up-projection"]
-    op = matmul_op(d, "latent up-projection, context", count, m, past, reads=0.0)
+    op = matmul_op(d, "latent up-projection, context", count, m, past, reads=0.0, linear=True)
     return [replace(op, copied_flops=op.flops, overhead_s=0.0)]  # the launch is that of the new tokens
+
+
+def key_bytes(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> float:
+    """Cache read per key and layer on one chip. [bytes]"""
+    if isinstance(mixer, SoftmaxAttention):
+        return d.kv_heads_per_chip(mixer) * d.precision.kv_head_bytes(mixer.head_dim)
+    return latent_bytes(d, mixer)
+
+
+def decode_knots(d: Deployment) -> list[float]:
+    """Keys at which the slope of decode attention changes, ascending. [keys]"""
+    if d.eff.curves is None:
+        return []
+    found = set()
+    for _, mixer in d.mixers:
+        if isinstance(mixer, SoftmaxAttention) or (isinstance(mixer, LatentAttention) and mixer.indexer is None):
+            found.add(calibrated.decode_knot(d, mixer, key_bytes(d, mixer)))
+    return sorted(knot for knot in found if knot is not None)
 
 
 def _softmax_op(

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
+from simulator.roofline.blocks import decode_knots
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.ops import (
     Number,
@@ -62,6 +63,7 @@ def compile_part(d: Deployment) -> StepCost:
     head = head_ops(d, R)
     launch, key, seen = (decode_attention_ops(d, *x) for x in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
     expansion_s = float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))
+    knots, values, slopes = _decode_curve(d, float(sum_over(op.overhead_s for op in launch)))
     parts = dense_parts(d, dense)
     if expansion_s:
         parts["matmul"] = parts["matmul"] - n * expansion_s
@@ -69,9 +71,9 @@ def compile_part(d: Deployment) -> StepCost:
     return StepCost(
         dense_s=sum_over(parts.values()),
         head_s=0 * R + sum_over(op.time_s for op in head) - hidden_s(d, head),
-        decode_knots=np.zeros(1),
-        decode_value_s=np.array([sum_over(op.overhead_s for op in launch)]),
-        decode_slope_s=np.array([sum_over(op.roofline_s for op in key)]),
+        decode_knots=knots,
+        decode_value_s=values,
+        decode_slope_s=slopes,
         decode_seq_s=float(sum_over(op.roofline_s for op in launch)) + expansion_s,
         prefill_planes=_prefill_planes(d, expansion_s),
         chips=chips,
@@ -92,6 +94,22 @@ def compile_part(d: Deployment) -> StepCost:
         window_kv_bytes_per_token=chips * float(sum_over(op.kv_read_bytes for op in seen)),
         decode_seq_bytes=chips * float(sum_over(op.kv_read_bytes + op.kv_write_bytes for op in launch)),
     )
+
+
+def _decode_curve(d: Deployment, launch_s: float) -> tuple[Array, Array, Array]:
+    """Knots, values and slopes of g(S): launches, and the keys' time, whose slope changes where a ramp ends.
+
+    The slope never rises from one knot to the next, so the line of each piece starts at or above 0 (rule R11).
+    """
+
+    def keys_s(S: float) -> float:
+        return float(sum_over(op.roofline_s for op in decode_attention_ops(d, 0.0, S, 0.0)))
+
+    knots = np.array([0.0, *decode_knots(d)])
+    values = np.array([keys_s(S) for S in knots])
+    ends = np.array([*knots[1:], 2 * knots[-1] + 1])
+    slopes = (np.array([keys_s(S) for S in ends]) - values) / (ends - knots)
+    return knots, values + launch_s, slopes
 
 
 def step_time_s(d: Deployment, step: StepShape) -> float:
@@ -158,8 +176,8 @@ def _prefill_planes(d: Deployment, expansion_s: float) -> Array:
     def every(*sizes: float) -> list[Op]:
         return prefill_attention_ops(d, *sizes)
 
-    def seconds(*sizes: float) -> list[float]:
-        return [float(op.roofline_s) for op in every(*sizes) if op.kind != "collective"]
+    def seconds(*sizes: float) -> list[tuple[float, bool]]:
+        return [(float(op.roofline_s), op.adds) for op in every(*sizes) if op.kind != "collective"]
 
     def gather_s(*sizes: float) -> float:
         return sum(float(op.roofline_s) for op in every(*sizes) if op.kind == "collective")
@@ -174,8 +192,14 @@ def _prefill_planes(d: Deployment, expansion_s: float) -> Array:
     return np.array([[a, k + key_s, chunk_s, aw, kw + seen_s] for a, k in full for aw, kw in windowed])
 
 
-def _states(pairs: Sequence[float], keys: Sequence[float]) -> list[tuple[float, float]]:
-    """Seconds per pair and per key of each state of some ops, of which those bound by memory come last."""
-    ops = [(p, k) for p, k in zip(pairs, keys, strict=True) if p or k]
+def _states(pairs: Sequence[tuple[float, bool]], keys: Sequence[tuple[float, bool]]) -> list[tuple[float, float]]:
+    """Seconds per pair and per key of each state of some ops, of which those bound by memory come last.
+
+    Ops whose times add up are in every state with both.
+    """
+    every = [(p, k, adds) for (p, adds), (k, _) in zip(pairs, keys, strict=True) if p or k]
+    both = [(p, k) for p, k, adds in every if adds]
+    pair_s, key_s = sum(p for p, _ in both), sum(k for _, k in both)
+    ops = [(p, k) for p, k, adds in every if not adds]
     ops.sort(key=lambda op: op[1] / op[0])
-    return [(sum(p for p, _ in ops[:j]), sum(k for _, k in ops[j:])) for j in range(len(ops), -1, -1)]
+    return [(pair_s + sum(p for p, _ in ops[:j]), key_s + sum(k for _, k in ops[j:])) for j in range(len(ops), -1, -1)]

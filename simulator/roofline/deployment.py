@@ -1,6 +1,6 @@
 """A deployment: one model in one precision on one slice, with the settings that decide what a step costs."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import gcd, prod
 from typing import Literal
@@ -546,6 +546,11 @@ class Deployment:
         """Memory of one chip. [bytes]"""
         return self.slice.chip.hbm_capacity_bytes
 
+    @cached_property
+    def multiprocessors(self) -> float:
+        """Multiprocessors of one chip, which fitted curves count tiles by."""
+        return self.slice.chip.multiprocessor_count
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the figures must know: fallbacks and copies."""
@@ -562,6 +567,9 @@ class Deployment:
             found.append(f"{self.chips} chips {what}: the KV cache is held {self.kv_copies:g} times")
         if self.axis_split is not None and str(self.axis_split.layout) != self.layout:
             found.append(f"layout {self.layout}: laid as {self.axis_split.layout}")
+        measured = None if self.eff.curves is None else self.eff.curves.chip
+        if measured not in {None, self.slice.chip.name}:
+            found.append(f"kernels of {self.slice.chip.name} are priced as measured on {measured}")
         if self.kv_layout == "even" and self.chips > min(kv_heads, default=1):
             found.append("kv_layout = even: the exchange that an even KV layout needs is not priced")
         return tuple(found)
@@ -569,10 +577,9 @@ class Deployment:
 
 def check_efficiency(efficiency: Efficiency) -> None:
     """Refuse efficiencies that would push a time under its bound: fractions in (0, 1], overheads not negative."""
-    for item in fields(efficiency):
-        value = getattr(efficiency, item.name)
-        if item.name.endswith("_s"):
+    for name, value in efficiency.constants.items():
+        if name.endswith("_s"):
             if not 0 <= value < float("inf"):
-                raise InputError(f"efficiency.{item.name} = {value}: must be finite and not negative")
+                raise InputError(f"efficiency.{name} = {value}: must be finite and not negative")
         elif not 0 < value <= 1:
-            raise InputError(f"efficiency.{item.name} = {value}: must be above 0 and at most 1")
+            raise InputError(f"efficiency.{name} = {value}: must be above 0 and at most 1")

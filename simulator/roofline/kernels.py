@@ -4,17 +4,22 @@ An op takes::
 
     max(FLOPs / (peak · matmul or attention), (weights + activations) / (HBM · hbm) + KV / (HBM · kv)) + count · overhead
 
+or, where the chip's kernels were measured, the time of their fitted curve (:mod:`simulator.roofline.calibrated`),
+
 which is never less than its roofline bound [1]_; collectives follow :mod:`simulator.roofline.collectives`.
 
 .. [1] S. Williams, A. Waterman, D. Patterson, "Roofline", Commun. ACM 52(4), 2009, doi:10.1145/1498765.1498785.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.catalog.slices import LinkDomain
+from simulator.roofline import calibrated
 from simulator.roofline.collectives import all_reduce_s, all_to_all_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.precision import BITS, Dtype, Precision
@@ -55,6 +60,8 @@ class Op:
         launches and other fixed time. [s]
     dtype
         format of its arithmetic; empty if it does none.
+    adds
+        whether compute and memory time add up instead of overlapping.
     hides
         of a collective, the fraction that runs in pieces inside matrix products.
     """
@@ -77,6 +84,7 @@ class Op:
     roofline_s: Number = 0.0
     overhead_s: Number = 0.0
     dtype: str = ""
+    adds: bool = False
     hides: float = 0.0
 
     @property
@@ -140,7 +148,15 @@ def _stored(p: Precision, m: Matrix, n_in: float, n_out: float) -> float:
 
 
 def matmul_op(
-    d: Deployment, name: str, count: int, m: Matrix, n: Number, *, reads: Number | None = None, slowdown: float = 1.0
+    d: Deployment,
+    name: str,
+    count: int,
+    m: Matrix,
+    n: Number,
+    *,
+    reads: Number | None = None,
+    slowdown: float = 1.0,
+    linear: bool = False,
 ) -> Op:
     """``count`` products of ``n`` rows with a matrix like ``m``.
 
@@ -151,6 +167,8 @@ def matmul_op(
         many matrices as there are experts touched.
     slowdown
         factor of at least 1 on the op's time.
+    linear
+        whether time must be in proportion to ``n``: these rows join a product that runs anyway.
     """
     p, e, some = d.precision, d.eff, np.greater(n, 0) * 1.0
     read = some if reads is None else reads
@@ -167,13 +185,13 @@ def matmul_op(
         m.n_in * (p.input_bytes if narrow and m.form != "head" else p.wide_bytes) + m.n_out * p.wide_bytes
     )
     activations = times(n, traffic if d.activation_traffic else 0.0)
-    work = flops
+    unpacking: Number = 0.0
     if narrow and BITS[p.weights] < BITS[dtype] and d.unpacking_flops:
         unpacked = np.maximum(read, n * (1 / TILE_ROWS))  # every weight once, and again for each further tile of rows
-        work = flops + unpacked * (d.unpacking_flops * count * m.n_in * m.n_out)
-    compute_s = work / (d.rate_flops_per_s(dtype) * e.matmul)
+        unpacking = unpacked * (d.unpacking_flops * count * m.n_in * m.n_out)
+    compute_s = (flops + unpacking) / (d.rate_flops_per_s(dtype) * e.matmul)
     memory_s = (weights + activations) / (d.hbm_bytes_per_s * e.hbm)
-    return Op(
+    op = Op(
         name,
         "matmul",
         count,
@@ -188,6 +206,14 @@ def matmul_op(
         overhead_s=times(some, count * e.op_overhead_s),
         dtype=dtype,
     )
+    if e.curves is None:
+        return op
+    found = calibrated.product_curve(d, narrow=narrow, experts=m.form == "experts")
+    if found is None:
+        return op
+    if linear:
+        return calibrated.linear_product_times(d, op, found)
+    return calibrated.product_times(d, op, m, n, found, reads=read, unpacking=unpacking, slowdown=slowdown)
 
 
 def attention_op(
@@ -275,25 +301,32 @@ def all_reduce_ops(d: Deployment, name: str, count: int, n: Number) -> list[Op]:
         return []
     size = n * (d.architecture.d_model * d.precision.wide_bytes)
     time = count * all_reduce_s(size, d.slice.domains, link=d.eff.link)
-    return [
-        Op(
-            name,
-            "collective",
-            count,
-            comm_bytes=count * 2 * size * (1 - 1 / d.chips),
-            network_s=time,
-            roofline_s=time,
-            # Where tokens are split between the two halves, each is a collective of its own.
-            overhead_s=np.greater(n, 0) * (count * (2 if d.splits_tokens else 1) * d.eff.collective_latency_s),
-        )
-    ]
+    op = Op(
+        name,
+        "collective",
+        count,
+        comm_bytes=count * 2 * size * (1 - 1 / d.chips),
+        network_s=time,
+        roofline_s=time,
+        # Where tokens are split between the two halves, each is a collective of its own.
+        overhead_s=np.greater(n, 0) * (count * (2 if d.splits_tokens else 1) * d.eff.collective_latency_s),
+    )
+    if d.eff.curves is None:
+        return [op]
+    transfer_s = all_reduce_s(size, swift(d.slice.domains))
+    return [calibrated.collective_times(d, op, "all_reduce", transfer_s, d.slice.domains)]
+
+
+def swift(domains: Sequence[LinkDomain]) -> tuple[LinkDomain, ...]:
+    """The same links without latency, which fitted curves hold."""
+    return tuple(replace(domain, latency_s=0.0) for domain in domains)
 
 
 def all_to_all_op(d: Deployment, name: str, count: int, size_bytes: Number) -> Op:
     """``count`` exchanges of ``size_bytes``, of all chips together, between attention ranks and experts."""
     ep = d.expert_chips
     time = count * all_to_all_s(size_bytes, d.expert_domains, link=d.eff.link)
-    return Op(
+    op = Op(
         name,
         "collective",
         count,
@@ -302,6 +335,10 @@ def all_to_all_op(d: Deployment, name: str, count: int, size_bytes: Number) -> O
         roofline_s=time,
         overhead_s=np.greater(size_bytes, 0) * (count * d.eff.collective_latency_s),
     )
+    if d.eff.curves is None:
+        return op
+    transfer_s = all_to_all_s(size_bytes, swift(d.expert_domains))
+    return calibrated.collective_times(d, op, "alltoall", transfer_s, d.expert_domains)
 
 
 def times(n: Number, factor: float) -> Number:
@@ -311,5 +348,5 @@ def times(n: Number, factor: float) -> Number:
 
 def sum_ops(one: Op, other: Op) -> Op:
     """Add two ops of one name."""
-    kept = {"name", "kind", "dtype", "hides"}
+    kept = {"name", "kind", "dtype", "adds", "hides"}
     return replace(one, **{f: getattr(one, f) + getattr(other, f) for f in vars(one) if f not in kept})

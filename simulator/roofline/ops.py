@@ -13,6 +13,7 @@ import numpy as np
 
 from simulator.catalog.architecture import LatentAttention, Mixer, SoftmaxAttention
 from simulator.errors import InputError
+from simulator.roofline import calibrated
 from simulator.roofline.blocks import (
     context_ops,
     decode_ops,
@@ -26,7 +27,18 @@ from simulator.roofline.blocks import (
 from simulator.roofline.collectives import all_gather_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.exchange import keys_gather_ops, layer_exchange_ops, sequence_exchange_ops
-from simulator.roofline.kernels import Kind, Matrix, Number, Op, all_reduce_ops, matmul_op, memory_op, sum_ops, times
+from simulator.roofline.kernels import (
+    Kind,
+    Matrix,
+    Number,
+    Op,
+    all_reduce_ops,
+    matmul_op,
+    memory_op,
+    sum_ops,
+    swift,
+    times,
+)
 from simulator.roofline.step_cost import window_keys, window_pairs
 
 __all__ = [
@@ -168,16 +180,18 @@ def head_ops(d: Deployment, R: Number) -> list[Op]:
     if d.chips > 1:
         size = R * (vocabulary * d.precision.wide_bytes)
         time = all_gather_s(size, d.slice.domains, link=e.link)
-        ops.append(
-            Op(
-                "all-gather, logits",
-                "collective",
-                comm_bytes=size * (1 - 1 / d.chips),
-                network_s=time,
-                roofline_s=time,
-                overhead_s=some * e.collective_latency_s,
-            )
+        gather = Op(
+            "all-gather, logits",
+            "collective",
+            comm_bytes=size * (1 - 1 / d.chips),
+            network_s=time,
+            roofline_s=time,
+            overhead_s=some * e.collective_latency_s,
         )
+        if e.curves is not None:
+            transfer_s = all_gather_s(size, swift(d.slice.domains))
+            gather = calibrated.collective_times(d, gather, "all_gather", transfer_s, d.slice.domains)
+        ops.append(gather)
     # The sampler reads FP32 logits twice, on every chip.
     sampling = memory_op(d, "sampling", 1, some, activation_bytes=R * (2.0 * 4 * vocabulary))
     return [*ops, replace(sampling, overhead_s=sampling.overhead_s + R * e.row_overhead_s)]

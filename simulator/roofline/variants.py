@@ -72,6 +72,9 @@ def scaled(d: Deployment, factors: Mapping[str, float]) -> Deployment:
             step_overhead_s=e.step_overhead_s * f["overhead"],
             row_overhead_s=e.row_overhead_s * f["overhead"],
             collective_latency_s=e.collective_latency_s * f["latency"],
+            curves=None
+            if e.curves is None
+            else e.curves.with_fixed_times(kernels=f["overhead"], collectives=f["latency"]),
         ),
     )
 

@@ -25,11 +25,13 @@ class Work:
     hbm_bytes: float
 
 
-def total_work(outcome: Outcome, cost: StepCost) -> Work:
+def total_work(outcome: Outcome, cost: StepCost, useful: tuple[int, int] | None = None) -> Work:
     """Work of a run, exactly: every step's table entry times how often it occurred.
 
     Bytes: what each step's dense layers and head move (the writing of new KV included), and the keys read. Recomputed
     pairs are all pairs less those that the finished requests need: token i of a request attends to i keys.
+
+    ``useful`` is what :func:`useful_pairs` gives, where the outcome has no requests to ask.
     """
     by_tokens, by_rows = outcome.steps_by_tokens, outcome.steps_by_rows
     tokens, rows = len(by_tokens), len(by_rows)
@@ -53,7 +55,7 @@ def total_work(outcome: Outcome, cost: StepCost) -> Work:
     recomputed = 0.0
     again = outcome.total("recomputed_tokens")
     if again:
-        full, windowed = useful_pairs(outcome, cost)
+        full, windowed = useful or useful_pairs(outcome, cost)
         recomputed = (
             cost.dense_flops[1] * again
             + cost.attention_flops_per_pair * (pairs - full)
@@ -69,8 +71,17 @@ def useful_pairs(outcome: Outcome, cost: StepCost) -> tuple[int, int]:
     admission than it had computed before its preemption; its pairs are then a little too many.
     """
     done = outcome.column("status") == FINISHED
-    cached = outcome.column("reused_tokens")[done]
-    computed = outcome.requests.prompt_tokens[done] + outcome.requests.output_tokens[done] - 1
+    requests = outcome.requests
+    reused = outcome.column("reused_tokens")[done]
+    return pairs_of(requests.prompt_tokens[done], reused, requests.output_tokens[done], cost)
+
+
+def pairs_of(
+    prompt_tokens: NDArray[np.int64], cached_tokens: NDArray[np.int64], output_tokens: NDArray[np.int64], cost: StepCost
+) -> tuple[int, int]:
+    """(Query, key) pairs of these requests when every token is computed once; the same through the window."""
+    cached = cached_tokens
+    computed = prompt_tokens + output_tokens - 1
 
     def windowed(context: NDArray[np.int64]) -> int:
         return int(np.sum(window_pairs(context, cost.window, chunked=cost.window_chunked)))
@@ -124,7 +135,7 @@ def ideal_chip_seconds(
     cost
         tables of the same deployment with every efficiency at 1 and no overheads.
     mean_batch
-        B̄, mean decoding sequences per step (of a rank, or micro-batch) of the pool, at least 1. The decode step is taken at B̄ sequences of the
+        B̄, mean decoding sequences per step (of a rank, or a micro-batch) of the pool, at least 1. The step is taken at B̄ of the
         query's own mean context, prompt + output/2; between whole B̄ the tables are interpolated.
     """
     batch = max(mean_batch, 1.0)

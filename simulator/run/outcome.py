@@ -43,6 +43,9 @@ class Outcome:
     requests: Requests
     replicas: tuple[EngineResult, ...]
     chips_per_replica: int
+    itl_counts_measured: NDArray[np.int64] | None = None
+    """Inter-token latencies, by the bins of :mod:`simulator.engine.records`, of the steps that started inside the measured
+    window, all replicas. None if the window was not known during the run."""
 
     @property
     def n_replicas(self) -> int:
@@ -174,6 +177,7 @@ def timeline_table(
             "waiting": timeline["waiting"],
             "kv_fraction": timeline["kv_blocks"] / num_kv_blocks,
             "busy_fraction": busy,
+            "preemptions_per_s": timeline["preemptions_per_s"],
             "chips": np.full(rows, outcome.chips_per_replica),
             "power_w": power,
         }
@@ -202,7 +206,7 @@ def step_time_s(outcome: Outcome, cost: StepCost) -> dict[str, float]:
             parts[name] = outcome.total(f"{name}_s")
     parts["attention_prefill"] = outcome.total("prefill_attention_s")
     parts["attention_decode"] = outcome.total("decode_attention_s")
-    _demand_equal("step parts", sum(parts.values()), "busy time", outcome.busy_s)
+    demand_equal("step parts", sum(parts.values()), "busy time", outcome.busy_s)
     return parts
 
 
@@ -220,38 +224,57 @@ def check_conservation(outcome: Outcome, cost: StepCost) -> None:
         raise ConservationError(f"{len(outcome.requests)} requests entered, states count {counts.tolist()}")
     for r, replica in enumerate(outcome.replicas):
         shares = float(replica.busy_s.sum())
-        _demand_equal(f"replica {r}: busy + idle", shares + replica.idle_s, "its time", replica.end_s)
-        if not (
-            (replica.busy_prefill_s <= replica.busy_s * (1 + TOLERANCE)).all()
-            and (replica.busy_cached_s <= replica.busy_prefill_s * (1 + TOLERANCE)).all()
-            and (replica.recompute_s <= replica.busy_prefill_s * (1 + TOLERANCE)).all()
-        ):
-            raise ConservationError(f"replica {r}: a part of a query's busy time exceeds the whole")
+        demand_equal(f"replica {r}: busy + idle", shares + replica.idle_s, "its time", replica.end_s)
+        check_shares(replica.busy_s, replica.busy_prefill_s, replica.busy_cached_s, replica.recompute_s)
     chip_time = outcome.chips * outcome.end_s
-    _demand_equal("fleet: busy + idle", (outcome.busy_s + outcome.idle_s) * outcome.chips_per_replica, "it", chip_time)
+    demand_equal("fleet: busy + idle", (outcome.busy_s + outcome.idle_s) * outcome.chips_per_replica, "it", chip_time)
     done = status == FINISHED
-    times = [outcome.column(name)[done] for name in ("arrival_s", "scheduled_s", "first_token_s", "finish_s")]
-    arrival, scheduled, first, finish = times
-    if not ((arrival <= scheduled).all() and (scheduled < first).all() and (first <= finish).all()):
-        raise ConservationError("a finished request's arrival, schedule, first token and finish are out of order")
+    check_order(*(outcome.column(name)[done] for name in ("arrival_s", "scheduled_s", "first_token_s", "finish_s")))
     if not np.isin(status, (RUNNING, WAITING)).any():
         _check_tokens(outcome, done)
     step_time_s(outcome, cost)
 
 
+def check_shares(busy: Array, prefill: Array, cached: Array, recompute: Array) -> None:
+    """Raise :class:`ConservationError` if a part of a query's busy time exceeds the whole."""
+    if not (
+        (prefill <= busy * (1 + TOLERANCE)).all()
+        and (cached <= prefill * (1 + TOLERANCE)).all()
+        and (recompute <= prefill * (1 + TOLERANCE)).all()
+    ):
+        raise ConservationError("a part of a query's busy time exceeds the whole")
+
+
+def check_order(arrival: Array, scheduled: Array, first: Array, finish: Array) -> None:
+    """Raise :class:`ConservationError` if the times of finished requests are out of order (I5)."""
+    if not ((arrival <= scheduled).all() and (scheduled < first).all() and (first <= finish).all()):
+        raise ConservationError("a finished request's arrival, schedule, first token and finish are out of order")
+
+
 def _check_tokens(outcome: Outcome, done: NDArray[np.bool_]) -> None:
     requests = outcome.requests
     computed = requests.prompt_tokens - outcome.column("reused_tokens") + requests.output_tokens - 1
-    wanted = int(computed[done].sum()) + int(outcome.total("recomputed_tokens"))
+    check_tokens(outcome, int(computed[done].sum()), int(requests.output_tokens[done].sum()))
+
+
+def check_tokens(outcome: Outcome, computed: int, emitted: int) -> None:
+    """Check what the steps did against what the finished requests needed (I7).
+
+    Raises
+    ------
+    ConservationError
+        If tokens to compute (prompt − cached + output − 1 of each) or to emit are not those the steps counted.
+    """
+    wanted = computed + int(outcome.total("recomputed_tokens"))
     found = int(outcome.total("dense_tokens"))
     if wanted != found:
         raise ConservationError(f"steps computed {found} tokens, the finished requests needed {wanted}")
-    emitted = int(requests.output_tokens[done].sum())
     if emitted != int(outcome.total("rows")):
         raise ConservationError(f"{int(outcome.total('rows'))} logit rows, but {emitted} tokens were emitted")
 
 
-def _demand_equal(left: str, a: float, right: str, b: float) -> None:
+def demand_equal(left: str, a: float, right: str, b: float) -> None:
+    """Raise :class:`ConservationError` unless two times agree to :data:`TOLERANCE`. [s]"""
     if not abs(a - b) <= TOLERANCE * max(abs(a), abs(b)):
         raise ConservationError(f"{left} = {a!r} s, but {right} = {b!r} s")
 

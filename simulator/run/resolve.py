@@ -1,6 +1,6 @@
 """A scenario turned into what the engine and the summary need: cost tables, settings, prices, and their sources."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,18 @@ class Resolved:
     """The same as one table: of a pipeline, the sum of its stages."""
     ideal_cost: StepCost
     """The same deployment with every efficiency at 1 and no overheads."""
+
+    def demand_plain(self, what: str) -> None:
+        """Refuse what only a replica of one part can do.
+
+        Raises
+        ------
+        InputError
+            For ranks, stages or uneven experts.
+        """
+        if self.cost.parts > 1 or self.settings.expert_skew.on:
+            text = "uneven experts (deployment.expert_skew)" if self.cost.parts == 1 else f"sharding {self.sharding}"
+            raise InputError(f"{self.scenario.name}: {what} follows replicas of one part with even experts, not {text}")
 
 
 def resolve(scenario: Scenario) -> Resolved:
@@ -151,7 +163,7 @@ def _one_table(cost: StepCost | PipelineCost) -> StepCost:
 
 
 def _efficiency(options: EfficiencyOptions, chip: ChipSpec) -> Efficiency:
-    return replace(IDEAL if options.base == "ideal" else chip.efficiency, **options.overrides)
+    return (IDEAL if options.base == "ideal" else chip.efficiency).override(**options.overrides)
 
 
 def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...] = ()) -> Facts:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulator import __version__
 from simulator.engine.block_hashes import BlockHashes
@@ -18,12 +19,13 @@ from simulator.errors import InfeasibleError, InputError
 from simulator.results.store import Result
 from simulator.results.summary import Figure, Replications, Summary
 from simulator.results.tables import Table
-from simulator.run.outcome import Outcome, split
+from simulator.run.outcome import Outcome, requests_table, split
 from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
 from simulator.run.scenario import Scenario
 from simulator.run.statistics import between_seeds
 from simulator.run.summarise import summarise
-from simulator.traffic import Stream, build_stream
+from simulator.run.window import cut_window
+from simulator.traffic import Stream, build_stream, stream_blocks
 
 #: Called with (steps done, steps in all, what is done now).
 Progress = Callable[[int, int, str], None]
@@ -52,6 +54,7 @@ def run_scenario(
     *,
     seed: int | None = None,
     seeds: int | None = None,
+    summary_only: bool | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Run:
@@ -62,6 +65,8 @@ def run_scenario(
     seed, seeds
         instead of the scenario's own; the resolved scenario of the result carries them. With several seeds, tables and
         figures are of the first, and the summary gets between-seed intervals of every figure.
+    summary_only
+        instead of the scenario's own: serve the requests block by block and keep none of them.
     workers
         replicas simulated at the same time. The result does not depend on it.
 
@@ -77,7 +82,8 @@ def run_scenario(
             raise InputError(f"{name} = {value}: must be at least {least}")
     if workers < 1:
         raise InputError(f"workers = {workers}: must be at least 1")
-    changes = {name: value for name, value in (("seed", seed), ("seeds", seeds)) if value is not None}
+    stated = {"seed": seed, "seeds": seeds, "summary_only": summary_only}
+    changes = {name: value for name, value in stated.items() if value is not None}
     scenario = scenario.model_copy(update={"run": scenario.run.model_copy(update=changes)})
     first, n_seeds = scenario.run.seed, scenario.run.seeds
     say = progress or _silent
@@ -88,7 +94,8 @@ def run_scenario(
     runs = []
     for k in range(n_seeds):
         say(1 + 2 * k, total, f"simulating, seed {first + k}")
-        runs.append(_run_once(resolved, first + k, workers, partial(say, 2 + 2 * k, total)))
+        once = _run_summary_only if scenario.run.summary_only else _run_once
+        runs.append(once(resolved, first + k, workers, partial(say, 2 + 2 * k, total)))
     say(total, total, "done")
     summary, requests, timeline, outcome = runs[0]
     if n_seeds > 1:
@@ -131,7 +138,8 @@ def _run_once(
         raise InputError(f"{scenario.name}: the traffic has no requests")
     check_contradictions(scenario, stream.concurrency)
     requests = as_requests(stream)
-    outcome = simulate_fleet(resolved, requests, workers=workers)
+    window = _itl_window_s(requests, scenario)
+    outcome = simulate_fleet(resolved, requests, workers=workers, itl_window_s=window)
     finished = int((outcome.column("status") == FINISHED).sum())
     if finished == 0:
         raise InfeasibleError(_nothing_fits(resolved, requests))
@@ -143,13 +151,33 @@ def _run_once(
     notes = stream.notes
     if stream.blocks is not None and scenario.engine.prefix_cache == "off":
         notes += ('the traffic says which prompts share a prefix; engine.prefix_cache = "off" makes no use of it',)
-    about = facts(resolved, seed=seed, traffic=_source(stream, scenario), notes=notes)
+    about = facts(resolved, seed=seed, traffic=_source(stream.source, scenario), notes=notes)
     return (*summarise(outcome, at_once, about), outcome)
 
 
-def _source(stream: Stream, scenario: Scenario) -> str:
+def _run_summary_only(
+    resolved: Resolved, seed: int, workers: int, say: Callable[[str], None]
+) -> tuple[Summary, Table, Table, Outcome]:
+    """As :func:`_run_once`, block by block: the requests table is empty."""
+    from simulator.run.streaming import Fleet, run_streaming  # noqa: PLC0415 - imports the engine, which imports numba
+
+    resolved.demand_plain("run.summary_only")
+    scenario = resolved.scenario
+    blocks = stream_blocks(scenario.traffic, seed, base_folder=Path.cwd())
+    check_contradictions(scenario, blocks.concurrency)
+    if len(blocks) < scenario.replicas:
+        raise InputError(f"{scenario.name}: {len(blocks)} requests cannot occupy replicas = {scenario.replicas}")
+    fleet = Fleet(resolved.cost, resolved.settings, scenario.replicas, workers)
+    about = facts(resolved, seed=seed, traffic=_source(blocks.source, scenario), notes=blocks.notes())
+    found = run_streaming(fleet, blocks, about, say)
+    if found is None:
+        raise InfeasibleError(_nothing_fits(resolved, as_requests(next(blocks.blocks()))))
+    summary, timeline, outcome = found
+    return summary, requests_table(replace(outcome, replicas=outcome.replicas[:1])), timeline, outcome
+
+
+def _source(text: str, scenario: Scenario) -> str:
     """Where requests come from, with a file's name in place of its path: results do not depend on folders."""
-    text = stream.source
     trace = scenario.traffic.trace
     for path in (trace.file if trace else None, scenario.traffic.mix):
         if path:
@@ -175,25 +203,47 @@ def queued_at_once(requests: Requests) -> Requests:
     return replace(requests, arrival_s=np.zeros(len(requests)), concurrency=0)
 
 
-def simulate_fleet(resolved: Resolved, requests: Requests, *, workers: int = 1) -> Outcome:
-    """Serve a stream with the scenario's replicas, request i by replica i mod N, each independently of the others."""
-    from simulator.engine.compiled import simulate  # noqa: PLC0415 - numba takes a while to import
+def simulate_fleet(
+    resolved: Resolved, requests: Requests, *, workers: int = 1, itl_window_s: tuple[float, float] | None = None
+) -> Outcome:
+    """Serve a stream with the scenario's replicas, request i by replica i mod N, each independently of the others.
+
+    ``itl_window_s``: count the inter-token latencies of the steps that start in this stretch of time by themselves. [s]
+    """
+    from simulator.engine.compiled import new_engine  # noqa: PLC0415 - numba takes a while to import
 
     n = resolved.scenario.replicas
     if len(requests) < n:
         raise InputError(f"{resolved.scenario.name}: {len(requests)} requests cannot occupy replicas = {n}")
     parts = split(requests, n)
 
-    def one(part: Requests) -> EngineResult:
-        return simulate(resolved.engine_cost, resolved.settings, part)
+    def one(part: Requests) -> tuple[EngineResult, NDArray[np.int64] | None]:
+        engine = new_engine(resolved.engine_cost, resolved.settings, part)
+        measured = None if itl_window_s is None else engine.itl_between(*itl_window_s)
+        engine.advance()
+        return engine.result(), measured
 
     if workers == 1 or n == 1:
-        replicas = [one(part) for part in parts]
+        served = [one(part) for part in parts]
     else:
         # The compiled engine holds no lock while it runs, so threads do; map keeps the order of replicas.
         with ThreadPoolExecutor(max_workers=min(workers, n)) as pool:
-            replicas = list(pool.map(one, parts))
-    return Outcome(requests, tuple(replicas), resolved.cost.chips)
+            served = list(pool.map(one, parts))
+    results, counts = zip(*served, strict=True)
+    measured = None if itl_window_s is None else np.sum(counts, axis=0)
+    return Outcome(requests, results, resolved.cost.chips, measured)
+
+
+def _itl_window_s(requests: Requests, scenario: Scenario) -> tuple[float, float] | None:
+    """The measured window of an open loop, known from its arrivals; None for a closed loop, or if all arrive at once. [s]"""
+    if requests.concurrency:
+        return None
+    first, last = float(requests.arrival_s[0]), float(requests.arrival_s[-1])
+    options = scenario.run
+    window, offline = cut_window(
+        first, last, np.nan, warm_up_fraction=options.warm_up_fraction, drain_fraction=options.drain_fraction
+    )
+    return None if offline else (window.start_s, window.stop_s)
 
 
 def _nothing_fits(resolved: Resolved, requests: Requests) -> str:

@@ -9,6 +9,7 @@ independent, and the spread between them gives the interval [1]_.
 """
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
@@ -19,6 +20,7 @@ from simulator.results.summary import Distribution, Estimate
 Array = NDArray[np.float64]
 
 BATCHES = 20
+PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 LEVEL = 0.95
 #: A percentile needs this many observations beyond it for an interval to mean anything.
 MIN_BEYOND = 20
@@ -61,65 +63,75 @@ def batch_means(values: Array) -> Array:
     return np.asarray(np.add.reduceat(values, edges[:-1]) / np.diff(edges))
 
 
-def half_width(values: Array) -> float:
-    """Half width of the 95 % batch-means interval of the mean."""
-    return student_t_95(BATCHES - 1) * float(batch_means(values).std(ddof=1)) / math.sqrt(BATCHES)
+def half_width_of_means(means: Array) -> float:
+    """Half width of the 95 % interval of the mean of batch means."""
+    return student_t_95(BATCHES - 1) * float(means.std(ddof=1)) / math.sqrt(BATCHES)
 
 
-def estimate_mean(values: Array) -> Estimate:
-    """Mean of a sample in order of arrival, with its batch-means interval.
+def mean_estimate(n: int, mean: float | None, means: Array | None) -> Estimate:
+    """Mean of ``n`` values with the interval that the means of its batches give (None: a batch is empty).
 
     The interval is refused for fewer than five values per batch.
     """
-    n = len(values)
-    if n == 0:
+    if mean is None:
         return Estimate(value=None, reason="no values")
-    mean = float(values.mean())
     if n < 5 * BATCHES:
         return Estimate(value=mean, reason=f"{n} values; an interval needs {5 * BATCHES}")
-    half = half_width(values)
+    if means is None:
+        return Estimate(value=mean, reason="a batch is empty")
+    half = half_width_of_means(means)
     return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
-def estimate_quantile(values: Array, ordered: Array, p: float) -> Estimate:
-    """Quantile of a sample in order of arrival, with a batch-means interval.
+def estimate_mean(values: Array) -> Estimate:
+    """Mean of a sample in order of arrival, with its batch-means interval, see :func:`mean_estimate`."""
+    n = len(values)
+    return mean_estimate(n, float(values.mean()) if n else None, batch_means(values) if n >= BATCHES else None)
+
+
+def quantile_estimate(
+    n: int, p: float, quantile_at: Callable[[float], float], half_width: Callable[[], float]
+) -> Estimate:
+    """Quantile of ``n`` values, with a batch-means interval.
 
     Batch means of the indicator "at or below the quantile" give the error of the *probability* p there, correlation
-    included; the sample's own quantiles at p ± that error are the interval's ends. (Quantiles of small batches would
-    be biased for high p.) Refused when fewer than :data:`MIN_BEYOND` values are expected beyond the quantile.
+    included (``half_width``); the sample's own quantiles at p ± that error are the interval's ends. (Quantiles of small
+    batches would be biased for high p.) Refused when fewer than :data:`MIN_BEYOND` values are expected beyond the quantile.
     """
-    n = len(values)
     if n == 0:
         return Estimate(value=None, reason="no values")
-    value = quantile(ordered, p)
+    value = quantile_at(p)
     if n * (1 - p) < MIN_BEYOND * (1 - 1e-12):
         return Estimate(value=value, reason=f"{n} values; an interval needs {math.ceil(MIN_BEYOND / (1 - p) - 1e-6)}")
     if n * p < MIN_BEYOND:
         return Estimate(value=value, reason=f"{n} values; an interval needs {math.ceil(MIN_BEYOND / p)}")
-    half = half_width((values <= value).astype(np.float64))
+    half = half_width()
     low, high = p - half, p + half
     if high >= 1 or low <= 0:
         return Estimate(
             value=value,
-            low=quantile(ordered, low) if low > 0 else None,
-            high=quantile(ordered, high) if high < 1 else None,
+            low=quantile_at(low) if low > 0 else None,
+            high=quantile_at(high) if high < 1 else None,
             reason="values are too correlated: one end of the interval lies beyond the sample",
         )
-    return Estimate(value=value, low=quantile(ordered, low), high=quantile(ordered, high))
+    return Estimate(value=value, low=quantile_at(low), high=quantile_at(high))
+
+
+def estimate_quantile(values: Array, ordered: Array, p: float) -> Estimate:
+    """Quantile of a sample in order of arrival (``ordered``: the same, sorted), see :func:`quantile_estimate`."""
+
+    def half_width() -> float:
+        return half_width_of_means(batch_means((values <= quantile(ordered, p)).astype(np.float64)))
+
+    return quantile_estimate(len(values), p, lambda share: quantile(ordered, share), half_width)
 
 
 def distribution(values: Array) -> Distribution:
     """Mean and percentiles of a sample in order of arrival; NaN (undefined for a request) are left out."""
     values = values[~np.isnan(values)]
     ordered = np.sort(values)
-    return Distribution(
-        n=len(values),
-        mean=estimate_mean(values),
-        p50=estimate_quantile(values, ordered, 0.50),
-        p90=estimate_quantile(values, ordered, 0.90),
-        p95=estimate_quantile(values, ordered, 0.95),
-        p99=estimate_quantile(values, ordered, 0.99),
-    )
+    percentiles = {name: estimate_quantile(values, ordered, p) for name, p in PERCENTILES.items()}
+    return Distribution(n=len(values), mean=estimate_mean(values), **percentiles)
 
 
 def lag_one(values: Array) -> float | None:
@@ -130,8 +142,12 @@ def lag_one(values: Array) -> float | None:
     values = values[~np.isnan(values)]
     if len(values) < 5 * BATCHES:
         return None
-    deviation = batch_means(values)
-    deviation = deviation - deviation.mean()
+    return lag_one_of_means(batch_means(values))
+
+
+def lag_one_of_means(means: Array) -> float | None:
+    """Correlation between neighbours among batch means; None if they are all equal."""
+    deviation = means - means.mean()
     variance = float((deviation**2).sum())
     return float((deviation[1:] * deviation[:-1]).sum() / variance) if variance > 0 else None
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator import economics
-from simulator.engine.records import FINISHED, EngineSettings, itl_quantiles_s
+from simulator.engine.records import EngineSettings, itl_mean_s, itl_quantiles_s
 from simulator.results.summary import (
     Assumption,
     Breakdown,
@@ -27,22 +27,21 @@ from simulator.results.summary import (
     Throughput,
     TokenPrices,
 )
-from simulator.results.summary import Requests as RequestCounts
 from simulator.results.tables import Table
 from simulator.roofline.step_cost import StepCost
-from simulator.run.consumption import Work, ideal_chip_seconds, saved_chip_seconds, total_work, utilisation
+from simulator.run.consumption import Work, saved_chip_seconds, total_work, utilisation
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
 from simulator.run.outcome import (
     Outcome,
     check_conservation,
     fleet_mean,
     requests_table,
-    state_counts,
     step_time_s,
     timeline_table,
 )
-from simulator.run.statistics import BATCHES, LAG_LIMIT, TREND_LEVEL, distribution, estimate_mean, lag_one
-from simulator.run.window import Measured, measure_load, measured_window
+from simulator.run.statistics import BATCHES, LAG_LIMIT, TREND_LEVEL
+from simulator.run.tally import Tally, tally
+from simulator.run.window import Arrivals, Capacity, Measured, measure_load, measured_window
 
 FloatArray = NDArray[np.float64]
 
@@ -94,23 +93,38 @@ def summarise(outcome: Outcome, at_once: Outcome, facts: Facts) -> tuple[Summary
     ConservationError
         If requests or chip time do not add up: a fault of the program.
     """
-    cost = facts.cost
-    check_conservation(outcome, cost)
+    check_conservation(outcome, facts.cost)
     table = requests_table(outcome)
     measured = measured_window(
         outcome,
         warm_up_fraction=facts.options.warm_up_fraction,
         drain_fraction=facts.options.drain_fraction,
     )
-    load = measure_load(outcome, measured, at_once)
-    finished = np.asarray(table["status"] == FINISHED)
-    work = total_work(outcome, cost)
-    used = utilisation(outcome, cost, work)
-    chip_seconds = _chip_seconds(outcome, table, finished, facts)
-    energy, busy_power_w = _energy(outcome, work, finished, facts)
-    latency = None if load.overloaded else _latency(outcome, table, measured, finished)
-    slo = None if load.overloaded else _slo(table, measured, finished, facts.slo)
-    counts = _counts(outcome, table, measured, finished)
+    sums = tally(
+        outcome,
+        table,
+        measured,
+        slo=facts.slo,
+        cost=facts.cost,
+        ideal_cost=facts.ideal_cost,
+        settings=facts.settings,
+    )
+    summary, timeline = compose(outcome, measured, sums, Capacity.of(at_once), facts)
+    return summary, table, timeline
+
+
+def compose(
+    outcome: Outcome, measured: Measured, sums: Tally, capacity: Capacity, facts: Facts
+) -> tuple[Summary, Table]:
+    """Summary and timeline table of a run, from what the replicas counted and the sums over its requests."""
+    cost = facts.cost
+    arrivals = Arrivals(sums.accepted, sums.first_accepted_s, sums.last_accepted_s)
+    load = measure_load(outcome, measured, arrivals, capacity)
+    work = total_work(outcome, cost, sums.useful_pairs)
+    energy, busy_power_w = _energy(outcome, work, sums, facts)
+    latency = None if load.overloaded else _latency(outcome, sums, measured)
+    slo = None if load.overloaded else _slo(sums, measured, facts.slo)
+    counts = sums.counts
     status: Status = "ok"
     if load.overloaded:
         status = "overloaded"
@@ -128,16 +142,16 @@ def summarise(outcome: Outcome, at_once: Outcome, facts: Facts) -> tuple[Summary
         load=load,
         latency=latency,
         slo=slo,
-        throughput=_throughput(outcome, table, measured, finished),
+        throughput=_throughput(outcome, sums, measured),
         occupancy=_occupancy(outcome, measured, facts),
-        utilisation=used,
+        utilisation=utilisation(outcome, cost, work),
         prefix_cache=_prefix_cache(outcome, facts),
-        chip_seconds_per_query=chip_seconds,
-        prices=_prices(outcome, table, finished, facts),
+        chip_seconds_per_query=_chip_seconds(outcome, sums),
+        prices=_prices(outcome, sums, facts),
         energy=energy,
         breakdown=_breakdown(outcome, cost),
-        ledger=_ledger(outcome, table),
-        warnings=_warnings(outcome, table, measured, load, counts, facts),
+        ledger=_ledger(outcome, sums),
+        warnings=_warnings(outcome, sums, measured, load, facts),
         assumptions=list(facts.assumptions),
     )
     timeline = timeline_table(
@@ -146,44 +160,21 @@ def summarise(outcome: Outcome, at_once: Outcome, facts: Facts) -> tuple[Summary
         idle_power_w=facts.idle_power_w,
         busy_power_w=busy_power_w,
     )
-    return summary, table, timeline
+    return summary, timeline
 
 
-def _counts(outcome: Outcome, table: Table, measured: Measured, finished: NDArray[np.bool_]) -> RequestCounts:
-    states = state_counts(outcome)
-    preemptions = table["preemptions"]
-    return RequestCounts(
-        total=len(outcome.requests),
-        arrived=len(outcome.requests) - states["not_arrived"],
-        finished=states["finished"],
-        running=states["running"],
-        waiting=states["waiting"],
-        rejected=states["rejected"],
-        not_arrived=states["not_arrived"],
-        measured=int(finished[measured.rows].sum()),
-        preemptions=int(preemptions.sum()),
-        preempted=int((preemptions > 0).sum()),
-        prompt_tokens=int(table["prompt_tokens"][finished].sum()),
-        cached_tokens=int(table["cached_tokens"][finished].sum()),
-        output_tokens=int(table["output_tokens"][finished].sum()),
-        recomputed_tokens=int(outcome.total("recomputed_tokens")),
-    )
-
-
-def _latency(outcome: Outcome, table: Table, measured: Measured, finished: NDArray[np.bool_]) -> Latency:
-    rows = measured.rows[finished[measured.rows]]
-
+def _latency(outcome: Outcome, sums: Tally, measured: Measured) -> Latency:
     def column(name: str) -> Distribution:
-        found = distribution(np.asarray(table[name][rows], dtype=np.float64))
+        found = sums.latency[name]
         return _without_intervals(found, "everything arrived at once") if measured.offline else found
 
     return Latency(
         ttft_s=column("ttft_s"),
         tpot_s=column("tpot_s"),
-        itl_s=_itl(outcome, table, finished),
+        itl_s=_itl(outcome, sums),
         e2e_s=column("e2e_s"),
         queue_s=column("queue_s"),
-        one_token_outputs=int((table["output_tokens"][rows] == 1).sum()),
+        one_token_outputs=sums.one_token_outputs,
     )
 
 
@@ -194,31 +185,30 @@ def _without_intervals(found: Distribution, reason: str) -> Distribution:
     return found.model_copy(update=update)
 
 
-def _itl(outcome: Outcome, table: Table, finished: NDArray[np.bool_]) -> Distribution:
-    """Percentiles from the histogram; the exact mean: time from first to last token over the gaps between."""
-    counts = outcome.itl_counts
+def _itl(outcome: Outcome, sums: Tally) -> Distribution:
+    """Percentiles from the histogram of the measured window, or else of the whole run.
+
+    The whole run's mean is exact: time from first to last token over the gaps between; the window's is of the histogram.
+    """
+    counts = outcome.itl_counts if outcome.itl_counts_measured is None else outcome.itl_counts_measured
     n = int(counts.sum())
-    why = "counted in a histogram over the whole run; replications (--seeds) give intervals"
-    decoding_s = float((table["finish_s"][finished] - table["first_token_s"][finished]).sum())
-    gaps = int((table["output_tokens"][finished] - 1).sum())
+    where = "whole run" if outcome.itl_counts_measured is None else "measured window"
+    why = f"counted in a histogram over the {where}; replications (--seeds) give intervals"
     p50, p90, p95, p99 = (
         Estimate(value=float(v) if n else None, reason=why if n else "no values")
         for v in itl_quantiles_s(counts, np.array([0.50, 0.90, 0.95, 0.99]))
     )
-    mean = Estimate(value=decoding_s / gaps if gaps else None, reason=why if gaps else "no values")
+    mean_s = sums.decoding_s / sums.gaps if sums.gaps else 0.0
+    if outcome.itl_counts_measured is not None and n:
+        mean_s = itl_mean_s(counts)
+    mean = Estimate(value=mean_s if n else None, reason=why if n else "no values")
     return Distribution(n=n, mean=mean, p50=p50, p90=p90, p95=p95, p99=p99)
 
 
-def _slo(table: Table, measured: Measured, finished: NDArray[np.bool_], options: SloOptions) -> Slo | None:
-    limits = options.limits
-    if not limits or not len(measured.rows):
+def _slo(sums: Tally, measured: Measured, options: SloOptions) -> Slo | None:
+    if not options.limits or not sums.inside:
         return None
-    good = finished.copy()
-    for name, limit in limits.items():
-        # A one-token output has no TPOT (NaN) and cannot miss its limit.
-        good &= ~(table[name] > limit)
-    met = good[measured.rows].astype(np.float64)
-    share = estimate_mean(met)
+    share = sums.met_share
     if share.low is not None and share.high is not None:
         share = share.model_copy(update={"low": max(share.low, 0.0), "high": min(share.high, 1.0)})
     if measured.offline:
@@ -231,21 +221,17 @@ def _slo(table: Table, measured: Measured, finished: NDArray[np.bool_], options:
         target_fraction=target,
         met_fraction=share,
         met=share.value is not None and share.value >= target,
-        goodput_per_s=float(met.sum()) / measured.length_s,
+        goodput_per_s=sums.met / measured.length_s,
     )
 
 
-def _throughput(outcome: Outcome, table: Table, measured: Measured, finished: NDArray[np.bool_]) -> Throughput:
+def _throughput(outcome: Outcome, sums: Tally, measured: Measured) -> Throughput:
     """Rates of the requests that finished inside the window."""
-    start, stop = measured.window.start_s, measured.window.stop_s
-    finish = np.asarray(table["finish_s"], dtype=np.float64)
-    inside = finished & (finish >= start) & (finish <= stop)
     length, chips = measured.length_s, outcome.chips
-    queries = float(inside.sum()) / length
-    output = float(table["output_tokens"][inside].sum()) / length
-    total = output + float(table["prompt_tokens"][inside].sum()) / length
-    tpot = np.asarray(table["tpot_s"][measured.rows], dtype=np.float64)
-    tpot = tpot[~np.isnan(tpot)]
+    queries = sums.window_requests / length
+    output = sums.window_output_tokens / length
+    total = output + sums.window_prompt_tokens / length
+    tpot_s = sums.latency["tpot_s"].p50.value
     return Throughput(
         requests_per_s=queries,
         output_tokens_per_s=output,
@@ -253,7 +239,7 @@ def _throughput(outcome: Outcome, table: Table, measured: Measured, finished: ND
         requests_per_s_per_chip=queries / chips,
         output_tokens_per_s_per_chip=output / chips,
         total_tokens_per_s_per_chip=total / chips,
-        output_tokens_per_s_per_user=1 / float(np.median(tpot)) if len(tpot) else None,
+        output_tokens_per_s_per_user=1 / tpot_s if tpot_s else None,
     )
 
 
@@ -296,47 +282,36 @@ def _prefix_cache(outcome: Outcome, facts: Facts) -> PrefixCache | None:
     )
 
 
-def _chip_seconds(outcome: Outcome, table: Table, finished: NDArray[np.bool_], facts: Facts) -> ChipSeconds:
-    queries = int(finished.sum())
-    requests = outcome.requests
-    ideal = ideal_chip_seconds(
-        requests.prompt_tokens[finished],
-        table["cached_tokens"][finished],
-        requests.output_tokens[finished],
-        cost=facts.ideal_cost,
-        settings=facts.settings,
-        mean_batch=outcome.total("decode_tokens") / outcome.total("steps"),
-    )
+def _chip_seconds(outcome: Outcome, sums: Tally) -> ChipSeconds:
+    queries = sums.finished
+    ideal = sums.ideal_chip_s / queries
     provisioned = outcome.chips * outcome.end_s / queries
-    busy, prefill, cached, again = (
-        float(table[name].sum()) / queries
-        for name in ("chip_s_busy", "chip_s_prefill", "chip_s_cached", "chip_s_recompute")
-    )
+    busy, prefill = sums.chip_s_busy / queries, sums.chip_s_prefill / queries
     return ChipSeconds(
-        ideal=float(ideal.mean()),
+        ideal=ideal,
         busy=busy,
         provisioned=provisioned,
-        ideal_share_of_provisioned=float(ideal.mean()) / provisioned,
+        ideal_share_of_provisioned=ideal / provisioned,
         prefill=prefill,
-        cached=cached,
-        recompute=again,
+        cached=sums.chip_s_cached / queries,
+        recompute=sums.chip_s_recompute / queries,
         decode=busy - prefill,
+        busy_of_measured=sums.busy,
     )
 
 
-def _prices(outcome: Outcome, table: Table, finished: NDArray[np.bool_], facts: Facts) -> Prices | None:
+def _prices(outcome: Outcome, sums: Tally, facts: Facts) -> Prices | None:
     if facts.usd_per_chip_hour is None:
         return None
-    prefill = float(table["chip_s_prefill"].sum())
-    cached_tokens = int(table["cached_tokens"][finished].sum())
+    counts = sums.counts
     usage = economics.Usage(
-        queries=int(finished.sum()),
-        prefill_chip_s=prefill,
-        cached_chip_s=float(table["chip_s_cached"].sum()),
-        decode_chip_s=float(table["chip_s_busy"].sum()) - prefill,
-        input_tokens=int(table["prompt_tokens"][finished].sum()) - cached_tokens,
-        cached_tokens=cached_tokens,
-        output_tokens=int(table["output_tokens"][finished].sum()),
+        queries=counts.finished,
+        prefill_chip_s=sums.chip_s_prefill,
+        cached_chip_s=sums.chip_s_cached,
+        decode_chip_s=sums.chip_s_busy - sums.chip_s_prefill,
+        input_tokens=counts.prompt_tokens - counts.cached_tokens,
+        cached_tokens=counts.cached_tokens,
+        output_tokens=counts.output_tokens,
     )
     price = facts.usd_per_chip_hour
 
@@ -352,9 +327,7 @@ def _prices(outcome: Outcome, table: Table, finished: NDArray[np.bool_], facts: 
     )
 
 
-def _energy(
-    outcome: Outcome, work: Work, finished: NDArray[np.bool_], facts: Facts
-) -> tuple[Energy | None, float | None]:
+def _energy(outcome: Outcome, work: Work, sums: Tally, facts: Facts) -> tuple[Energy | None, float | None]:
     """Energy of the run, and a chip's mean power while busy."""
     if facts.peak_power_w is None or facts.idle_power_w is None:
         return None, None
@@ -377,8 +350,7 @@ def _energy(
         )
 
     total = joules(outcome.idle_s)
-    queries = int(finished.sum())
-    output = int(outcome.requests.output_tokens[finished].sum())
+    queries, output = sums.finished, sums.counts.output_tokens
     price = facts.prices.usd_per_kwh
     return Energy(
         mean_power_w_per_chip=total / (outcome.chips * outcome.end_s),
@@ -401,9 +373,9 @@ def _breakdown(outcome: Outcome, cost: StepCost) -> Breakdown:
     return Breakdown(fractions={name: time / whole for name, time in parts.items()})
 
 
-def _ledger(outcome: Outcome, table: Table) -> Ledger:
+def _ledger(outcome: Outcome, sums: Tally) -> Ledger:
     chip_s = outcome.chips * outcome.end_s
-    busy = float(table["chip_s_busy"].sum())
+    busy = sums.chip_s_busy
     idle = outcome.idle_s * outcome.chips_per_replica
     return Ledger(
         chips=outcome.chips,
@@ -416,12 +388,10 @@ def _ledger(outcome: Outcome, table: Table) -> Ledger:
     )
 
 
-def _warnings(
-    outcome: Outcome, table: Table, measured: Measured, load: Load, counts: RequestCounts, facts: Facts
-) -> list[str]:
+def _warnings(outcome: Outcome, sums: Tally, measured: Measured, load: Load, facts: Facts) -> list[str]:
     """What a reader must know before using the figures."""
     found = list(facts.notes)
-    window = measured.window
+    window, counts = measured.window, sums.counts
     if counts.rejected:
         found.append(
             f"{counts.rejected} of {counts.total} requests were rejected: longer than max_model_len or the KV cache; "
@@ -437,20 +407,18 @@ def _warnings(
             f"{counts.finished:,} requests are fewer than ten full batches: capacity is understated and load overstated; "
             "simulate more requests"
         )
-    if not len(measured.rows):
+    if not sums.inside:
         found.append("no request arrived inside the measured window: simulate more requests")
     if measured.offline:
         found.append("every request arrived at once: latencies describe this batch, not a steady state")
     elif not load.overloaded:
-        rows = measured.rows
-        correlation = lag_one(np.asarray(table["e2e_s"][rows], dtype=np.float64))
+        correlation = sums.e2e_lag
         if correlation is not None and correlation > LAG_LIMIT:
             found.append(
                 f"neighbouring batches of requests are correlated ({correlation:.2f} > {LAG_LIMIT:.2f} over {BATCHES} "
                 "batches): intervals are too narrow; simulate more requests"
             )
-        e2e = np.asarray(table["e2e_s"][rows], dtype=np.float64)
-        slowest = float(np.nanquantile(e2e, 0.99)) if np.isfinite(e2e).any() else 0.0
+        slowest = sums.e2e_p99_s or 0.0
         shortest = min(window.start_s, window.last_arrival_s - window.stop_s)
         if slowest > shortest and facts.options.warm_up_fraction > 0 and facts.options.drain_fraction > 0:
             found.append(

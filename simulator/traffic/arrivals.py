@@ -1,10 +1,11 @@
 """When requests arrive: what a scenario may say, and the times it means.
 
 An open-loop process turns gaps into times by a running sum, so the first n times are the same however many are
-asked for. Gaps come from the cause ``arrival``, think times from ``think``; see :mod:`simulator.randomness`.
+asked for, and in however many blocks: ``block_s`` hands the sum from one to the next. Gaps come from the cause ``arrival``, think times from ``think``; see :mod:`simulator.randomness`.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 import numpy as np
@@ -22,19 +23,44 @@ Burstiness = Annotated[float, Field(ge=1e-4, le=1e4)]
 Cv = Annotated[float, Field(ge=0.01, le=100)]
 
 
-class Poisson(Record):
+class _Process(Record, ABC):
+    """What every process can do."""
+
+    @abstractmethod
+    def block_s(self, seed: int, start: int, stop: int, carry: float) -> tuple[NDArray[np.float64], float]:
+        """Times of requests ``start`` … ``stop`` − 1, and what the next block has to know: its ``carry``. [s]
+
+        ``carry`` is 0 for the first block and otherwise what the block before gave.
+        """
+
+    def times_s(self, seed: int, n: int) -> NDArray[np.float64]:
+        """Times of the first ``n`` requests: arrivals, or in a closed loop think times. [s]"""
+        return self.block_s(seed, 0, n, 0.0)[0]
+
+
+def _running_sum(gaps: NDArray[np.float64], carry: float) -> tuple[NDArray[np.float64], float]:
+    """Sums of all gaps so far, in the order of one long sum, so that they are equal to the last bit."""
+    if len(gaps) == 0:
+        return gaps, carry
+    gaps[0] += carry
+    sums = np.cumsum(gaps)
+    return sums, float(sums[-1])
+
+
+class Poisson(_Process):
     """Independent exponential gaps of mean 1/``rate_per_s``, the first one before the first request."""
 
     process: Literal["poisson"] = "poisson"
     rate_per_s: Rate
 
-    def times_s(self, seed: int, n: int) -> NDArray[np.float64]:
-        """Arrival times of the first ``n`` requests. [s]"""
-        gaps = randomness.draw(seed, "arrival", 0, n, lambda rng, size: rng.standard_exponential(size))
-        return np.cumsum(gaps) / self.rate_per_s
+    def block_s(self, seed: int, start: int, stop: int, carry: float) -> tuple[NDArray[np.float64], float]:
+        """Arrival times; the carry is the sum of the gaps in units of their mean."""
+        gaps = randomness.draw(seed, "arrival", start, stop, lambda rng, size: rng.standard_exponential(size))
+        sums, carry = _running_sum(gaps, carry)
+        return sums / self.rate_per_s, carry
 
 
-class Gamma(Record):
+class Gamma(_Process):
     """Independent gamma gaps of mean 1/``rate_per_s``: vLLM's ``--burstiness``.
 
     ``burstiness`` is the *shape* of the gamma law: 1 is Poisson, below 1 is burstier, above 1 is more even. It gives gaps
@@ -62,37 +88,38 @@ class Gamma(Record):
         """
         return self.burstiness if self.burstiness is not None else (self.cv or 1.0) ** -2
 
-    def times_s(self, seed: int, n: int) -> NDArray[np.float64]:
-        """Arrival times of the first ``n`` requests. [s]"""
+    def block_s(self, seed: int, start: int, stop: int, carry: float) -> tuple[NDArray[np.float64], float]:
+        """Arrival times; the carry is the sum of the gaps in units of mean/shape."""
         shape = self.shape
-        gaps = randomness.draw(seed, "arrival", 0, n, lambda rng, size: rng.standard_gamma(shape, size))
-        return np.cumsum(gaps) / (shape * self.rate_per_s)
+        gaps = randomness.draw(seed, "arrival", start, stop, lambda rng, size: rng.standard_gamma(shape, size))
+        sums, carry = _running_sum(gaps, carry)
+        return sums / (shape * self.rate_per_s), carry
 
 
-class Constant(Record):
+class Constant(_Process):
     """Request i at i/``rate_per_s``; the first at 0."""
 
     process: Literal["constant"] = "constant"
     rate_per_s: Rate
 
-    def times_s(self, seed: int, n: int) -> NDArray[np.float64]:
-        """Arrival times of the first ``n`` requests. [s]"""
+    def block_s(self, seed: int, start: int, stop: int, carry: float) -> tuple[NDArray[np.float64], float]:
+        """Arrival times; nothing is carried."""
         del seed
-        return np.arange(n) / self.rate_per_s
+        return np.arange(start, stop) / self.rate_per_s, carry
 
 
-class Offline(Record):
+class Offline(_Process):
     """Everything is there at time 0."""
 
     process: Literal["offline"] = "offline"
 
-    def times_s(self, seed: int, n: int) -> NDArray[np.float64]:
-        """Arrival times of the first ``n`` requests. [s]"""
+    def block_s(self, seed: int, start: int, stop: int, carry: float) -> tuple[NDArray[np.float64], float]:
+        """Arrival times; nothing is carried."""
         del seed
-        return np.zeros(n)
+        return np.zeros(stop - start), carry
 
 
-class Closed(Record):
+class Closed(_Process):
     """``concurrency`` clients, each with one request in flight; all start at time 0.
 
     A client sends its next request ``think_s`` after its last one finished. Think times are gamma distributed with
@@ -110,16 +137,16 @@ class Closed(Record):
             raise ValueError(f"think_cv = {self.think_cv:g}: must be 0 (constant) or 0.01 … 100")
         return self
 
-    def times_s(self, seed: int, n: int) -> NDArray[np.float64]:
-        """Think times before the first ``n`` requests; 0 for the first ``concurrency``. [s]"""
+    def block_s(self, seed: int, start: int, stop: int, carry: float) -> tuple[NDArray[np.float64], float]:
+        """Think times before each request; 0 for the first ``concurrency``. Nothing is carried."""
         if self.think_s == 0 or self.think_cv == 0:
-            think = np.full(n, self.think_s)
+            think = np.full(stop - start, self.think_s)
         else:
             shape = self.think_cv**-2
-            think = randomness.draw(seed, "think", 0, n, lambda rng, size: rng.standard_gamma(shape, size))
+            think = randomness.draw(seed, "think", start, stop, lambda rng, size: rng.standard_gamma(shape, size))
             think *= self.think_s / shape
-        think[: self.concurrency] = 0
-        return think
+        think[: max(self.concurrency - start, 0)] = 0
+        return think, carry
 
 
 class TraceTimes(Record):

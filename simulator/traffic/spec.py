@@ -230,27 +230,16 @@ def build_stream(spec: TrafficSpec, seed: int, *, base_folder: Path) -> Stream:
             arrival_s, prompt, output, blocks = turns.arrival_s, turns.prompt_tokens, turns.output_tokens, turns.blocks
         else:
             arrival_s = _arrivals(plain, arrival, seed)
-            prompt, output = _lengths(plain, seed, len(arrival_s))
+            prompt, output = sample_lengths(plain, seed, 0, len(arrival_s))
         n = len(arrival_s)
         cached, limit = np.zeros(n, dtype=np.int64), output
         source = plain.source or "lengths stated in the scenario"
     if n == 0:
         raise InputError(f"traffic.duration_s = {plain.duration_s:g}: no request arrives before that")
-    if plain.cached_tokens is not None:
-        cached = np.minimum(plain.cached_tokens, prompt - 1)
-        n_short = int((prompt <= plain.cached_tokens).sum())
-        if n_short:
-            notes.append(
-                f"{n_short} of {n} prompts are not longer than cached_tokens; all but their last token is cached"
-            )
-    elif plain.cached_fraction is not None:
-        cached = np.minimum(np.floor(plain.cached_fraction * prompt).astype(np.int64), prompt - 1)
-    if plain.max_tokens is not None:
-        n_cut = int((output > plain.max_tokens).sum())
-        if n_cut:
-            notes.append(f"{n_cut} of {n} outputs were cut to max_tokens = {plain.max_tokens}")
-        output = np.minimum(output, plain.max_tokens)
-        limit = np.full(n, plain.max_tokens, dtype=np.int64)
+    n_short = 0 if plain.cached_tokens is None else int((prompt <= plain.cached_tokens).sum())
+    n_cut = 0 if plain.max_tokens is None else int((output > plain.max_tokens).sum())
+    notes += limit_notes(plain, n, n_short=n_short, n_cut=n_cut)
+    output, cached, limit = with_limits(plain, prompt, output, cached, limit)
     return Stream(
         arrival_s=arrival_s,
         prompt_tokens=prompt,
@@ -259,16 +248,49 @@ def build_stream(spec: TrafficSpec, seed: int, *, base_folder: Path) -> Stream:
         max_tokens=limit,
         concurrency=arrival.concurrency if isinstance(arrival, Closed) else 0,
         kind=arrival.process,
-        source=f"{source}; arrivals: {_in_words(arrival)}",
+        source=f"{source}; arrivals: {arrivals_in_words(arrival)}",
         notes=tuple(notes),
         blocks=blocks,
     )
 
 
-def _in_words(arrival: Arrival) -> str:
+Column = NDArray[np.int64]
+
+
+def with_limits(
+    plain: TrafficSpec, prompt: Column, output: Column, cached: Column, limit: Column
+) -> tuple[Column, Column, Column]:
+    """Outputs, cached tokens and ``max_tokens`` of requests as the spec's own limits leave them. [tokens]"""
+    if plain.cached_tokens is not None:
+        cached = np.minimum(plain.cached_tokens, prompt - 1)
+    elif plain.cached_fraction is not None:
+        cached = np.minimum(np.floor(plain.cached_fraction * prompt).astype(np.int64), prompt - 1)
+    if plain.max_tokens is not None:
+        output = np.minimum(output, plain.max_tokens)
+        limit = np.full(len(output), plain.max_tokens, dtype=np.int64)
+    return output, cached, limit
+
+
+def limit_notes(plain: TrafficSpec, n: int, *, n_short: int, n_cut: int) -> list[str]:
+    """What a reader should know about :func:`with_limits`.
+
+    Parameters
+    ----------
+    n, n_short, n_cut
+        requests in all; prompts not longer than ``cached_tokens``; outputs longer than ``max_tokens``.
+    """
+    notes = []
+    if plain.cached_tokens is not None and n_short:
+        notes.append(f"{n_short} of {n} prompts are not longer than cached_tokens; all but their last token is cached")
+    if plain.max_tokens is not None and n_cut:
+        notes.append(f"{n_cut} of {n} outputs were cut to max_tokens = {plain.max_tokens}")
+    return notes
+
+
+def arrivals_in_words(arrival: Arrival) -> str:
     """The process and its parameters on one line.
 
-    >>> _in_words(Poisson(rate_per_s=4))
+    >>> arrivals_in_words(Poisson(rate_per_s=4))
     'poisson, rate_per_s = 4.0'
     """
     stated = arrival.model_dump(exclude_none=True, exclude={"process"})
@@ -296,7 +318,7 @@ def _turns(spec: TrafficSpec, sessions: Sessions, arrival: Arrival, seed: int) -
         raise InputError(f"traffic.sessions: {arrival.process} arrivals give sessions no times to start at")
 
     def lengths(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        prompt, output = _lengths(spec, seed, n)
+        prompt, output = sample_lengths(spec, seed, 0, n)
         return prompt, output if spec.max_tokens is None else np.minimum(output, spec.max_tokens)
 
     return build_turns(sessions, arrival, lengths, seed, n_requests=spec.n_requests, duration_s=spec.duration_s)
@@ -324,10 +346,10 @@ def _trace_arrivals(spec: TrafficSpec, trace: Trace, seed: int) -> tuple[Arrival
     return arrival, times
 
 
-def _lengths(spec: TrafficSpec, seed: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Prompt and output lengths of ``n`` requests. [tokens]"""
+def sample_lengths(spec: TrafficSpec, seed: int, start: int, stop: int) -> tuple[Column, Column]:
+    """Prompt and output lengths of requests ``start`` … ``stop`` − 1 of a spec without a trace. [tokens]"""
     if spec.lengths is not None:
-        return spec.lengths.sample(seed, 0, n)
+        return spec.lengths.sample(seed, start, stop)
     if spec.prompt is None or spec.output is None:
         raise InputError("traffic.prompt and traffic.output: both required without mix, trace or lengths")
-    return spec.prompt.sample(seed, "prompt", 0, n), spec.output.sample(seed, "output", 0, n)
+    return spec.prompt.sample(seed, "prompt", start, stop), spec.output.sample(seed, "output", start, stop)

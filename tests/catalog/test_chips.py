@@ -4,7 +4,7 @@ import csv
 import doctest
 import gzip
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,6 @@ from simulator.catalog import chips as chips_module
 from simulator.catalog.chips import (
     IDEAL,
     ChipSpec,
-    Efficiency,
     chip_names,
     load_chip,
     quantity_si,
@@ -176,14 +175,14 @@ def test_conflicting_hbm_bandwidth_of_v5e_is_written_down():
 @pytest.mark.parametrize("name", ALL)
 def test_efficiencies_lie_in_their_ranges_and_below_the_ideal(name):
     efficiency = load_chip(name).efficiency
-    for field in fields(Efficiency):
-        value = getattr(efficiency, field.name)
-        if field.name.endswith("_s"):
-            assert 0 <= value <= 2e-3, field.name
-            assert getattr(IDEAL, field.name) == 0
+    assert IDEAL.curves is None
+    for field, value in efficiency.constants.items():
+        if field.endswith("_s"):
+            assert 0 <= value <= 2e-3, field
+            assert IDEAL.constants[field] == 0
         else:
-            assert 0.1 < value <= 1, field.name
-            assert getattr(IDEAL, field.name) == 1
+            assert 0.1 < value <= 1, field
+            assert IDEAL.constants[field] == 1
 
 
 def test_missing_type_names_those_the_chip_has():
@@ -275,8 +274,10 @@ def test_own_efficiency_overrides_the_family_and_says_so(own_chip):
     family = load_chip("h20").efficiency
     chip = own_chip((r"\[efficiency\]\n", '[efficiency]\nmatmul = { value = 0.5, unit = "fraction", kind = "measured", source = "project-assumption", locator = "x", retrieved = 2026-01-01 }\n'))  # fmt: skip
     assert chip.efficiency == replace(family, matmul=0.5)
-    assert chip.efficiency_source == "defaults of family 'nvidia'; the chip's own: matmul, collective_latency"
-    assert load_chip("h20").efficiency_source == "defaults of family 'nvidia'"
+    kernels = "; kernels as measured on h100-sxm, of its family"
+    assert chip.efficiency_source == f"defaults of family 'nvidia'; the chip's own: matmul, collective_latency{kernels}"
+    assert load_chip("h20").efficiency_source == f"defaults of family 'nvidia'{kernels}"
+    assert "kernels" not in load_chip("t4").efficiency_source
 
 
 def test_own_file_may_bring_its_own_bibliography(own_chip):

@@ -3,11 +3,13 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.engine.compiled import Engine, simulate
-from tests.engine.strategies import dyadic_cases, random_case
+from simulator.engine.records import itl_bin, itl_mean_s
+from tests.engine.strategies import dyadic_cases, observe, random_case
 
 
 @settings(max_examples=150, deadline=None)
@@ -42,3 +44,23 @@ def test_a_cut_before_the_first_arrival_does_nothing():
     assert engine.clock_s == 0.0
     assert engine.result().totals["steps"] == 0
     assert not engine.done
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_latencies_between_two_instants_are_those_of_the_steps_that_start_there(seed):
+    case = random_case(seed)
+    whole, steps, itl_s = observe(case)
+    start, stop = 0.2 * whole.end_s, 0.7 * whole.end_s
+    engine = Engine(*case)
+    counts = engine.itl_between(start, stop)
+    engine.advance()
+    assert np.array_equal(engine.result().itl_counts, whole.itl_counts)
+    assert np.array_equal(Engine(*case).itl_between(0.0, np.inf), whole.itl_counts)
+    inside = [step for step in steps if start <= step.start_s < stop]
+    # A decoding request emits one token per step; who was preempted emits one more, with a long gap, when it is back.
+    assert 0 <= counts.sum() - sum(step.B for step in inside) <= whole.totals["preemptions"]
+    if itl_s and not whole.totals["preemptions"]:
+        lengths = np.concatenate([np.full(step.B, step.end_s - step.start_s) for step in inside] or [np.zeros(0)])
+        assert np.array_equal(counts, np.bincount([itl_bin(value) for value in lengths], minlength=len(counts)))
+        if len(lengths):
+            assert itl_mean_s(counts) == pytest.approx(lengths.mean(), rel=0.004)

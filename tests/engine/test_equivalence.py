@@ -39,7 +39,7 @@ WHOLE_TOTALS = (
     "max_kv_blocks",
 )
 SUMS = ("decode_attention_s", "prefill_attention_s", "running_s", "waiting_s", "kv_blocks_s")
-TIMELINE = ("start_s", "running", "waiting", "kv_blocks", "busy_fraction")
+TIMELINE = ("start_s", "running", "waiting", "kv_blocks", "busy_fraction", "preemptions_per_s")
 FREQUENT = (
     "preemption",
     "self-preemption",

@@ -67,7 +67,7 @@ def test_estimates_stay_under_their_bounds(simulated):
 def test_default_efficiencies_follow_published_throughput(simulated):
     stages = [row for row in simulated["trtllm"] if ", PP" in row.quantity]
     llama = [row for row in simulated["trtllm"] if "Llama" in row.section and row not in stages]
-    assert tally(llama).median_error < 0.12
+    assert tally(llama).median_error < 0.15
     reported = [row for row in stages if row.kind == "reported"]
     assert len(reported) == 21
     errors = [abs(row.difference) for row in reported]

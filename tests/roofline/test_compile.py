@@ -1,12 +1,14 @@
 """The compiled table is the op-by-op evaluation of the same step."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.catalog.architecture import Architecture, DenseFFN, LayerGroup, SoftmaxAttention
-from simulator.catalog.chips import IDEAL
+from simulator.catalog.chips import IDEAL, load_chip
 from simulator.catalog.models import load_model
 from simulator.catalog.slices import resolve_slice
 from simulator.roofline.analysis import report
@@ -51,7 +53,22 @@ DEPLOYMENTS = {
         activation_traffic=False,
         max_num_batched_tokens=2048,
     ),
-    "mixed groups": Deployment(mixed_groups(), resolve_slice("h100-sxm:2"), max_num_batched_tokens=2048),
+    "mixed groups": Deployment(
+        mixed_groups(),
+        resolve_slice("h100-sxm:2"),
+        efficiency=replace(load_chip("h100-sxm").efficiency, curves=None),
+        max_num_batched_tokens=2048,
+    ),
+    "mixed groups, by curves": Deployment(mixed_groups(), resolve_slice("h100-sxm:2"), max_num_batched_tokens=2048),
+    "experts on h200": Deployment(
+        load_model("qwen3-235b-a22b"),
+        resolve_slice("h200-sxm:4"),
+        parse_precision("fp8kv8g128"),
+        max_num_batched_tokens=2048,
+    ),
+    "70b on a100, int4": Deployment(
+        load_model("llama-3-70b"), resolve_slice("a100-80-sxm:4"), parse_precision("int4"), max_num_batched_tokens=2048
+    ),
 }
 COMPILED = {name: compile_step_cost(d) for name, d in DEPLOYMENTS.items()}
 

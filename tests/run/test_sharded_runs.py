@@ -76,6 +76,11 @@ def test_uneven_experts_of_a_dense_model_are_refused():
         summary("traffic.n_requests=50", "deployment.expert_skew=2")
 
 
+def test_runs_in_blocks_know_one_part_only():
+    with pytest.raises(InputError, match="summary_only follows replicas of one part"):
+        summary(*PIPELINE, "run.summary_only=true")
+
+
 def test_what_does_not_fit_is_said():
     with pytest.raises(InfeasibleError, match="tightest stage"):
         resolve(load_scenario("llama-3-8b-azure-chat", [*PIPELINE, "model=llama-3.1-405b", "slice=h100-sxm:8"]))

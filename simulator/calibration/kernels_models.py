@@ -1,0 +1,479 @@
+"""What each table of kernel times is fitted with: rows → problems of a few parameters on one chip.
+
+A problem is one op in one format: its rows, the model of :mod:`simulator.roofline.kernel_times` that prices them, which
+parameters are free, and which rows belong to one shape. Formats' bytes and the chip format whose peak they run at are below.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.calibration.kernels_tables import Table
+from simulator.calibration.regression import Parameter
+from simulator.catalog.chips import ChipSpec, quantity_si
+from simulator.catalog.kernel_curves import DecodeCurve, GemmCurve, GroupedCurve, KernelOp, PrefillCurve
+from simulator.roofline.kernel_times import (
+    PAD_HEADS,
+    QUERY_TILE,
+    ROW_STEP,
+    grouped_waves,
+    grouped_work,
+    soft_max,
+    tile_waves,
+    tile_work,
+)
+
+Array = NDArray[np.float64]
+Rows = NDArray[np.int64]
+Values = Mapping[str, float]
+
+FORMATS: dict[str, tuple[str, float, float]] = {
+    "bfloat16": ("bf16", 2.0, 2.0),
+    "fp8": ("fp8", 1.0, 1.0),
+    "fp8_block": ("fp8", 1.0, 1.0),
+    "nvfp4": ("fp4", 0.5625, 0.5625),
+    "sq": ("int8", 1.0, 1.0),
+    "int8_wo": ("bf16", 1.0, 2.0),
+    "int4_wo": ("bf16", 0.5156, 2.0),
+    "w4a16_mxfp4": ("bf16", 0.53125, 2.0),
+    "w4a8_mxfp4_mxfp8": ("fp8", 0.53125, 1.0),
+}
+"""Format of a table -> the chip's format it multiplies in, bytes per weight and per input, scales included."""
+
+KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0}
+SHARPNESS = (1.0, 2.0, 4.0)
+"""p-norms tried between compute and memory."""
+MLA_LATENT, MLA_ROPE, MLA_QK, MLA_V = 512, 64, 192, 128
+"""DeepSeek's latent attention: cached values per token, and widths of an expanded head."""
+LEAST_SHARE = 0.2
+"""Of a row's time, what is left at least when measured parts are taken off."""
+MOST_HEADS_PER_KV_HEAD = 16
+"""Beyond this some frameworks fall back to another kernel, which few models need."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One curve to fit.
+
+    Attributes
+    ----------
+    op, dtype, kv_dtype, framework, chips
+        what it is the curve of.
+    measured
+        times of its rows. [s]
+    model
+        predicted times of some rows for given parameters; all of the curve's. [s]
+    free, held
+        parameters to fit, and those that stay.
+    choices
+        values tried in turn for one held parameter; empty: none.
+    shape
+        number of the shape each row belongs to; cross-validation leaves whole shapes out.
+    held_out_by
+        what makes a shape, in words.
+    regimes
+        name and rows (as a mask) of each regime that errors are reported for.
+    left_out, why
+        rows of the table that are not fitted, and the reason.
+    """
+
+    op: KernelOp
+    dtype: str
+    kv_dtype: str
+    framework: str
+    measured: Array
+    model: Callable[[Values, Rows], Array]
+    free: tuple[Parameter, ...]
+    held: Values
+    shape: NDArray[np.int64]
+    held_out_by: str
+    regimes: tuple[tuple[str, NDArray[np.bool_]], ...]
+    choices: tuple[str, tuple[float, ...]] = ("", ())
+    chips: int = 1
+    left_out: int = 0
+    why: str = ""
+
+
+def problems(chip: ChipSpec, tables: list[Table]) -> Iterator[Problem]:
+    """Every curve that the tables of one chip can fix; formats the chip has no peak for are passed over."""
+    quantisation: dict[str, list[Table]] = {}
+    for table in tables:
+        if table.kind.startswith("act_quant_"):
+            quantisation.setdefault(table.framework, []).append(table)
+    for table in tables:
+        match table.kind:
+            case "gemm":
+                for (dtype,) in table.groups("dtype"):
+                    if _has_peak(chip, dtype):
+                        yield _gemm(chip, table, dtype, quantisation.get(table.framework, []))
+            case "moe":
+                for (dtype,) in table.groups("dtype"):
+                    if _has_peak(chip, dtype):
+                        yield _moe(chip, table, dtype)
+            case "attention_prefill" | "mla_prefill":
+                for dtype, kv_dtype in table.groups("dtype", "kv_dtype"):
+                    if _has_peak(chip, dtype) and kv_dtype in KV_BYTES:
+                        yield _prefill(chip, table, dtype, kv_dtype)
+            case "attention_decode" | "mla_decode":
+                for dtype, kv_dtype in table.groups("dtype", "kv_dtype"):
+                    if _has_peak(chip, dtype) and kv_dtype in KV_BYTES:
+                        yield _decode(chip, table, dtype, kv_dtype)
+            case "comm":
+                yield from _collectives(chip, table)
+            case _:
+                pass
+
+
+def _has_peak(chip: ChipSpec, dtype: str) -> bool:
+    return dtype in FORMATS and chip.has_dtype(FORMATS[dtype][0])
+
+
+def _numbered(*columns: Array) -> NDArray[np.int64]:
+    """Number the different combinations of some columns."""
+    _, index = np.unique(np.stack(columns), axis=1, return_inverse=True)
+    return np.asarray(index.reshape(-1), dtype=np.int64)
+
+
+def _steps(by: Array, unit: str, *edges: float) -> tuple[tuple[str, NDArray[np.bool_]], ...]:
+    """Regimes between ascending edges of one quantity."""
+    bounds = [-np.inf, *edges, np.inf]
+    found = []
+    for low, high in pairwise(bounds):
+        keep = (by > low) & (by <= high)
+        name = f"{unit} > {low:g}" if high == np.inf else f"{unit} <= {high:g}"
+        if keep.any():
+            found.append((name, keep))
+    return tuple(found)
+
+
+def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -> Problem:
+    """Products by tiles, waves and bandwidth; shapes some row of which was read faster than HBM can are cache-resident.
+
+    Rows of fp8 hold the kernels that quantise the input with a scale per tensor. Engines fuse these into the op before, so
+    their measured times are taken off; formats with a scale per block keep theirs.
+    """
+    fmt, weight_bytes, input_bytes = FORMATS[dtype]
+    peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
+    rows = table.where(table.columns["dtype"] == dtype).columns
+    m, n, k, time = rows["m"], rows["n"], rows["k"], rows["latency_s"]
+    why = ""
+    if dtype == "fp8":
+        time = np.maximum(time - sum(_table_times(scales, m, k) for scales in quantisation), LEAST_SHARE * time)
+    shape = _numbered(n, k)
+    bound = np.maximum(2 * m * n * k / peak, n * k * weight_bytes / hbm)
+    keep = ~np.isin(shape, shape[time < bound])
+    left_out = int((~keep).sum())
+    if left_out:
+        why = "weights that some row reads faster than HBM can: they came from the on-die memory"
+    m, n, k, time, shape = m[keep], n[keep], k[keep], time[keep], shape[keep]
+    tops = np.ceil(m / ROW_STEP) * ROW_STEP
+    waves = tile_waves(tops, n, units)
+    moved = n * k * weight_bytes + m * k * input_bytes + m * n * 2
+    quantised = dtype not in {"bfloat16", "int8_wo", "int4_wo"} and not (dtype == "fp8" and quantisation)
+
+    def model(values: Values, at: Rows) -> Array:
+        c = GemmCurve(**values)
+        compute = tile_work(waves[at], tops[at], n[at], k[at], c, 1 / (hbm * c.hbm), peak * c.peak / units)
+        memory = (moved[at] + c.fill_bytes) / (hbm * c.hbm)
+        return np.asarray(c.launch_s + c.quantise * (m * k)[at] / hbm + soft_max(compute, memory, c.sharpness))
+
+    free = [
+        Parameter("peak", 0.85, 0.05, 1),
+        Parameter("hbm", 0.8, 0.05, 1),
+        Parameter("launch_s", 2e-6, 1e-7, 1e-4),
+        Parameter("fill_bytes", 1e5, 1e3, 1e8),
+        Parameter("depth", 100, 1, 5000),
+        Parameter("tile", 1000, 10, 1e5),
+        Parameter("split_s", 2e-6, 1e-8, 1e-4),
+    ]
+    if quantised:
+        free.append(Parameter("quantise", 3, 0.01, 100))
+    return Problem(
+        "gemm",
+        dtype,
+        "",
+        table.framework,
+        time,
+        model,
+        tuple(free),
+        {"quantise": 0.0},
+        shape,
+        "weight shapes (n, k)",
+        _steps(m, "m", 1, 64, 512, 4096),
+        ("sharpness", SHARPNESS),
+        left_out=left_out,
+        why=why,
+    )
+
+
+def _table_times(scales: Table, m: Array, k: Array) -> Array:
+    """Times of a table over m and k, interpolated in their logarithms. [s]"""
+    cm, ck, ct = (scales.columns[name] for name in ("m", "k", "latency_s"))
+    heights, widths = np.unique(cm), np.unique(ck)
+    grid = np.full((len(heights), len(widths)), np.nan)
+    grid[np.searchsorted(heights, cm), np.searchsorted(widths, ck)] = np.log(ct)
+    for column in grid.T:  # a few rows are below the clock's resolution
+        seen = np.isfinite(column)
+        if seen.any():
+            column[~seen] = np.interp(np.log(heights[~seen]), np.log(heights[seen]), column[seen])
+    at_height = np.array([np.interp(np.log(m), np.log(heights), column) for column in grid.T])
+    x = np.clip(np.interp(np.log(k), np.log(widths), np.arange(len(widths))), 0, len(widths) - 1)
+    low = np.minimum(x.astype(np.int64), len(widths) - 2) if len(widths) > 1 else np.zeros(len(x), dtype=np.int64)
+    share = x - low
+    rows = np.arange(len(m))
+    high = np.minimum(low + 1, len(widths) - 1)
+    return np.asarray(np.exp((1 - share) * at_height[low, rows] + share * at_height[high, rows]))
+
+
+def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
+    """One layer's routed experts: two grouped products, and gathering, activating and summing between them."""
+    fmt, weight_bytes, input_bytes = FORMATS[dtype]
+    peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
+    every = table.columns
+    rows = table.where((every["dtype"] == dtype) & (every["distribution"] == "balanced")).columns
+    time, n, D, F = rows["latency_s"], rows["tokens"], rows["hidden"], rows["inter"] / rows["tp"]
+    experts = rows["experts"] / rows["ep"]
+    visits = np.maximum(1.0, n * rows["topk"] / rows["ep"])
+    touched = np.minimum(experts, visits)
+    wide = (1 + rows["gated"]) * F
+    shape = _numbered(D, rows["inter"], rows["experts"])
+    up, down = (grouped_waves(visits / touched, touched, cols, units) for cols in (wide, D))
+    weights = [touched * D * columns * weight_bytes for columns in (wide, F)]
+    inputs = [visits * (D * input_bytes + 2 * wide), visits * (F * input_bytes + 2 * D)]
+    other = visits * 2 * (wide + F) + (visits + n) * 2 * D
+    bound = np.maximum(2 * visits * D * (wide + F) / peak, sum(weights) / hbm)
+    keep = np.flatnonzero(time >= bound)
+
+    def model(values: Values, among: Rows) -> Array:
+        c, at = GroupedCurve(**values), keep[among]
+        total = c.launch_s + c.traffic * other[at] / hbm
+        for waves, depth, weight, moved in ((up, D, weights[0], inputs[0]), (down, F, weights[1], inputs[1])):
+            compute = grouped_work(waves[at], depth[at], c, peak * c.peak / units)
+            memory = (weight[at] + moved[at] + c.fill_bytes) / (hbm * c.hbm)
+            total = total + soft_max(compute, memory, c.sharpness)
+        return np.asarray(total)
+
+    free = (
+        Parameter("peak", 0.7, 0.05, 1),
+        Parameter("hbm", 0.8, 0.05, 1),
+        Parameter("launch_s", 1.5e-5, 1e-6, 3e-4),
+        Parameter("fill_bytes", 1e6, 1e3, 1e8),
+        Parameter("depth", 100, 0.1, 5000),
+        Parameter("tile", 1000, 1, 1e6),
+        Parameter("traffic", 2, 1, 100),
+    )
+    return Problem(
+        "moe",
+        dtype,
+        "",
+        table.framework,
+        time[keep],
+        model,
+        free,
+        {},
+        shape[keep],
+        "(hidden, inter, experts)",
+        _steps(n[keep], "tokens", 1, 64, 512, 4096),
+        ("sharpness", SHARPNESS),
+        left_out=len(time) - len(keep),
+        why="faster than weights can be read from HBM" if len(keep) < len(time) else "",
+    )
+
+
+def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
+    """Attention of whole prompts: pairs, softmax, the last tile's walk, and reading and writing of tokens."""
+    fmt = FORMATS[dtype][0]
+    peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
+    every = table.columns
+    rows = table.where((every["dtype"] == dtype) & (every["kv_dtype"] == kv_dtype)).columns
+    time, batch, seq, heads = (rows[name] for name in ("latency_s", "batch", "seq", "heads"))
+    if table.kind == "mla_prefill":
+        op: KernelOp = "mla_prefill"
+        kv_heads, flops, width = (
+            np.ones_like(heads),
+            2.0 * heads * (MLA_QK + MLA_V),
+            (MLA_QK + MLA_V) / 2 * np.ones_like(heads),
+        )
+        key_bytes = (MLA_LATENT + MLA_ROPE) * KV_BYTES[kv_dtype] + heads * (MLA_QK - MLA_ROPE + MLA_V) * 2.0
+        token_bytes = heads * 2.0 * (2 * MLA_QK + 2 * MLA_V)
+        shape, by = _numbered(heads), "heads"
+    else:
+        op, kv_heads, width = "attention_prefill", rows["kv_heads"], rows["head_dim"]
+        flops, key_bytes = 4.0 * heads * width, 2 * kv_heads * width * KV_BYTES[kv_dtype]
+        token_bytes = 2.0 * 2 * heads * width + key_bytes
+        shape, by = _numbered(heads, kv_heads, width), "head configurations (heads, kv_heads, head_dim)"
+    pairs, tokens = batch * seq * (seq + 1) / 2, batch * seq
+    few = heads / kv_heads <= MOST_HEADS_PER_KV_HEAD if op == "attention_prefill" else np.ones(len(time), dtype=bool)
+    fast = pairs * flops / peak > time
+    keep = np.flatnonzero(few & ~fast)
+
+    def model(values: Values, among: Rows) -> Array:
+        c, at = PrefillCurve(**values), keep[among]
+        products = pairs[at] * (flops[at] + 4 * heads[at] * c.softmax) / (peak * c.peak)
+        walk = c.serial * 4 * QUERY_TILE * width[at] * units / peak
+        keys = seq[at] * np.maximum(walk, key_bytes[at] / hbm)
+        return np.asarray(c.launch_s + products + keys + c.traffic * tokens[at] * token_bytes[at] / hbm)
+
+    free = (
+        Parameter("peak", 0.6, 0.02, 1),
+        Parameter("softmax", 20, 0.1, 500),
+        Parameter("launch_s", 8e-6, 1e-7, 2e-4),
+        Parameter("serial", 0.5, 0.001, 50),
+        Parameter("traffic", 1.5, 1, 100),
+    )
+    return Problem(
+        op,
+        dtype,
+        kv_dtype,
+        table.framework,
+        time[keep],
+        model,
+        free,
+        {},
+        shape[keep],
+        by,
+        _steps(seq[keep], "seq", 64, 512, 2048, 8192),
+        left_out=len(time) - len(keep),
+        why=f"more than {MOST_HEADS_PER_KV_HEAD} query heads per KV head, or faster than the format's peak"
+        if len(keep) < len(time)
+        else "",
+    )
+
+
+def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
+    """Attention of single tokens: reading keys, a ramp of splitting and joining, and work per sequence and head."""
+    fmt = FORMATS[dtype][0]
+    peak, hbm = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s
+    cache_bytes = quantity_si(chip.memory.on_chip) or 0.0
+    every = table.columns
+    rows = table.where((every["dtype"] == dtype) & (every["kv_dtype"] == kv_dtype)).columns
+    time, batch, length, heads = (rows[name] for name in ("latency_s", "batch", "kv_len", "heads"))
+    if table.kind == "mla_decode":
+        op: KernelOp = "mla_decode"
+        kv_heads, width = np.ones_like(heads), np.full_like(heads, MLA_LATENT + MLA_ROPE / 2)
+        key_bytes = (MLA_LATENT + MLA_ROPE) * KV_BYTES[kv_dtype] * np.ones_like(heads)
+        shape, by, few = _numbered(heads), "heads", np.ones(len(time), dtype=bool)
+    else:
+        op, kv_heads, width = "attention_decode", rows["kv_heads"], rows["head_dim"]
+        key_bytes = 2 * kv_heads * width * KV_BYTES[kv_dtype]
+        shape, by = _numbered(heads, kv_heads, width), "head configurations (heads, kv_heads, head_dim)"
+        few = heads / kv_heads <= MOST_HEADS_PER_KV_HEAD
+    padded = kv_heads * PAD_HEADS * np.ceil(heads / kv_heads / PAD_HEADS)
+    keys = batch * length
+    read = keys * key_bytes
+    flops = 4 * keys * padded * width
+    keep = np.flatnonzero(few)
+
+    def model(values: Values, among: Rows) -> Array:
+        c, at = DecodeCurve(**values), keep[among]
+        ramp = c.ramp_s * np.minimum(1.0, read[at] / c.ramp_bytes)
+        load = read[at] / (hbm * c.hbm) + ramp
+        if cache_bytes and c.resident:
+            inside = 1 / (1 + (read[at] / (c.resident * cache_bytes)) ** 8)
+            load = load * (1 - inside) + inside * read[at] / (hbm * c.hbm * c.resident_speed)
+        work = np.maximum(load, flops[at] / (peak * c.peak) + ramp)
+        each = batch[at] * (kv_heads[at] * c.kv_head_s + heads[at] * c.head_s)
+        return np.asarray(c.launch_s + each + work)
+
+    free = [
+        Parameter("hbm", 0.85, 0.05, 1),
+        Parameter("peak", 0.2, 0.005, 1),
+        Parameter("launch_s", 8e-6, 1e-7, 1e-4),
+        Parameter("ramp_s", 5e-6, 1e-8, 1e-4),
+        Parameter("ramp_bytes", 1e7, 1e6, 1e9),
+        Parameter("head_s", 1e-9, 1e-11, 1e-6),
+    ]
+    held = {"kv_head_s": 0.0, "resident": 0.0, "resident_speed": 1.0}
+    if op == "attention_decode":
+        free.append(Parameter("kv_head_s", 1e-8, 1e-11, 1e-6))
+    if cache_bytes:
+        free += [Parameter("resident", 0.8, 0.1, 2), Parameter("resident_speed", 3, 1, 10)]
+    return Problem(
+        op,
+        dtype,
+        kv_dtype,
+        table.framework,
+        time[keep],
+        model,
+        tuple(free),
+        held,
+        shape[keep],
+        by,
+        _steps(read[keep], "bytes", 1e6, 1e7, 1e8, 1e9),
+        left_out=len(time) - len(keep),
+        why=f"more than {MOST_HEADS_PER_KV_HEAD} query heads per KV head: often another kernel"
+        if len(keep) < len(time)
+        else "",
+    )
+
+
+_SHARES: dict[str, Callable[[float], float]] = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "alltoall": lambda n: (n - 1) / n,
+}
+"""Part of the buffer that crosses a chip's link."""
+
+
+def _collectives(chip: ChipSpec, table: Table) -> Iterator[Problem]:
+    """Latency and link rate of each collective, framework and number of chips; captured calls only."""
+    if chip.scale_up is None:
+        return
+    link = chip.scale_up.achievable or chip.scale_up.bandwidth
+    rate = link.si(f"{chip.name}: scale_up.bandwidth", "bytes/s")
+    every = table.columns
+    impl = np.array([_framework(name) for name in every["impl"]])
+    for op in _SHARES:
+        for framework in sorted({*impl[every["collective"] == op]} - {""}):
+            for chips in sorted({*every["num_gpus"]}):
+                keep = (every["collective"] == op) & (impl == framework) & (every["num_gpus"] == chips)
+                if keep.sum() >= 8:
+                    yield _collective(op, framework, int(chips), table.where(keep), rate)
+
+
+def _framework(impl: str) -> str:
+    """The framework of an implementation; empty for calls that were not captured in a graph."""
+    if impl.endswith("_eager"):
+        return ""
+    return impl.split("_", maxsplit=1)[0].lower()
+
+
+def _collective(op: str, framework: str, chips: int, table: Table, rate: float) -> Problem:
+    bytes_, time = table.columns["bytes"], table.columns["latency_s"]
+    transfer = bytes_ * _SHARES[op](chips) / rate
+
+    def model(values: Values, at: Rows) -> Array:
+        p = values["sharpness"]
+        joined = values["latency_s"] ** p + (transfer[at] / values["link"]) ** p
+        return np.asarray(joined ** (1 / p))
+
+    free = (
+        Parameter("latency_s", float(np.clip(time.min(), 2e-7, 1e-3)), 1e-7, 1e-2),
+        Parameter("link", 0.5, 0.001, 1),
+        Parameter("sharpness", 0.7, 0.3, 8),
+    )
+    kind = next(name for name in _SHARES if name == op)
+    return Problem(
+        kind,  # type: ignore[arg-type]  # a key of _SHARES, each a KernelOp
+        "",
+        "",
+        framework,
+        time,
+        model,
+        free,
+        {},
+        _numbered(bytes_),
+        "message sizes",
+        _steps(bytes_, "bytes", 1e5, 1e7),
+        chips=chips,
+    )
+
+
+def problem_at(problem: Problem, choice: float | None) -> Problem:
+    """A problem with one of its choices made."""
+    name, _ = problem.choices
+    return problem if choice is None else replace(problem, held={**problem.held, name: choice}, choices=("", ()))

@@ -1,0 +1,382 @@
+"""Fitted efficiency curves of one chip's kernels: what a calibration file of ``hardware_specs/calibration`` may say.
+
+Fractions are of the chip's datasheet, so that a chip of the same generation can inherit them; fixed times are seconds. What
+the parameters do to a kernel's time is in :mod:`simulator.roofline.kernel_times`, how they were fitted in
+``docs/calibration.md``. Every fit carries its standard errors, the correlation of its parameters and its errors on shapes
+that it was not fitted to.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from simulator.catalog.files import data_folder, find, parse, read_toml
+from simulator.catalog.records import Record
+from simulator.errors import InputError
+
+KernelOp = Literal[
+    "gemm",
+    "moe",
+    "attention_prefill",
+    "attention_decode",
+    "mla_prefill",
+    "mla_decode",
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "alltoall",
+]
+
+#: Which framework's kernels stand for a chip where several were measured, best first: the engines this project models.
+FRAMEWORKS = ("vllm", "sglang", "trtllm", "nccl", "llmservingsim", "user")
+
+
+#: A framework whose curve is off by more than this multiple of another's does not stand for a chip: its kernels change with
+#: shape in ways that the parameters do not follow, so they would be off elsewhere too.
+POOR_FIT = 1.5
+
+
+@dataclass(frozen=True)
+class _Curve:
+    fractions: ClassVar[frozenset[str]] = frozenset()
+    multiples: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Refuse parameters that could push a time under its bound."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in self.fractions:
+                if not 0 < value <= 1:
+                    raise InputError(f"{type(self).__name__}.{item.name} = {value}: must be above 0 and at most 1")
+            elif item.name in self.multiples:
+                if not 1 <= value < float("inf"):
+                    raise InputError(f"{type(self).__name__}.{item.name} = {value}: must be finite and at least 1")
+            elif not 0 <= value < float("inf"):
+                raise InputError(f"{type(self).__name__}.{item.name} = {value}: must be finite and not negative")
+
+
+@dataclass(frozen=True)
+class GemmCurve(_Curve):
+    """Matrix products of one format.
+
+    Attributes
+    ----------
+    peak, hbm
+        fractions of peak FLOP/s and of HBM bandwidth that large products reach.
+    launch_s
+        time of the smallest product, launch and gap to the next kernel included. [s]
+    fill_bytes
+        bytes in flight before the memory is busy. [bytes]
+    depth
+        steps of the inner dimension lost at either end of a tile's loop. [elements]
+    tile
+        outputs a tile of no size would cost: what does not shrink with the tile. [elements]
+    split_s
+        further time of a product whose inner dimension is split over multiprocessors. [s]
+    quantise
+        bytes moved per element of the input to quantise it, at full bandwidth; 0 where the rows hold none. [bytes]
+    sharpness
+        p of the p-norm that joins compute and memory time: 1 is their sum, infinity their maximum.
+    """
+
+    fractions: ClassVar[frozenset[str]] = frozenset({"peak", "hbm"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"sharpness"})
+
+    peak: float
+    hbm: float
+    launch_s: float
+    fill_bytes: float = 0.0
+    depth: float = 0.0
+    tile: float = 0.0
+    split_s: float = 0.0
+    quantise: float = 0.0
+    sharpness: float = 2.0
+
+
+@dataclass(frozen=True)
+class GroupedCurve(_Curve):
+    """The products of one layer's routed experts; attributes as in :class:`GemmCurve`, and
+
+    Attributes
+    ----------
+    traffic
+        time of gathering, activating and summing, as a multiple of its bytes at full HBM bandwidth.
+    """
+
+    fractions: ClassVar[frozenset[str]] = frozenset({"peak", "hbm"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"traffic", "sharpness"})
+
+    peak: float
+    hbm: float
+    launch_s: float
+    fill_bytes: float = 0.0
+    depth: float = 0.0
+    tile: float = 0.0
+    traffic: float = 1.0
+    sharpness: float = 2.0
+
+
+@dataclass(frozen=True)
+class PrefillCurve(_Curve):
+    """Attention of new tokens.
+
+    Attributes
+    ----------
+    peak
+        fraction of peak FLOP/s of its two products and the softmax between them.
+    softmax
+        the softmax of one pair in one head, as width of head. [elements]
+    launch_s
+        per call. [s]
+    serial
+        time of the last tile of queries to walk its keys on one multiprocessor, in units of its products' time at peak.
+    traffic
+        time of reading queries and writing keys, values and outputs, as a multiple of these bytes at full HBM bandwidth.
+    """
+
+    fractions: ClassVar[frozenset[str]] = frozenset({"peak"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"traffic"})
+
+    peak: float
+    softmax: float
+    launch_s: float
+    serial: float = 0.0
+    traffic: float = 1.0
+
+
+@dataclass(frozen=True)
+class DecodeCurve(_Curve):
+    """Attention of one new token per sequence over its cached keys.
+
+    Attributes
+    ----------
+    hbm
+        fraction of HBM bandwidth of large reads.
+    peak
+        fraction of peak FLOP/s, of products padded to sixteen query heads per KV head.
+    launch_s
+        per call. [s]
+    ramp_s, ramp_bytes
+        further time of splitting and joining sequences, reached in proportion once so many bytes are read. [s], [bytes]
+    kv_head_s, head_s
+        per sequence and KV head, and per sequence and query head. [s]
+    resident, resident_speed
+        of the measurement alone: the part of the on-die memory up to which repeated reads came from there, and how many
+        times faster than HBM. A server's layers evict each other's keys, so nothing is priced that way.
+    """
+
+    fractions: ClassVar[frozenset[str]] = frozenset({"hbm", "peak"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"ramp_bytes", "resident_speed"})
+
+    hbm: float
+    peak: float
+    launch_s: float
+    ramp_s: float = 0.0
+    ramp_bytes: float = 1e6
+    kv_head_s: float = 0.0
+    head_s: float = 0.0
+    resident: float = 0.0
+    resident_speed: float = 1.0
+
+
+@dataclass(frozen=True)
+class CollectiveCurve(_Curve):
+    """One collective on one number of chips.
+
+    Attributes
+    ----------
+    latency_s
+        time of the smallest message. [s]
+    link
+        fraction of a chip's link bandwidth.
+    sharpness
+        p of the p-norm that joins latency and transfer time; below 1 they hinder each other.
+    """
+
+    fractions: ClassVar[frozenset[str]] = frozenset({"link"})
+
+    latency_s: float
+    link: float
+    sharpness: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a norm that is none, besides."""
+        super().__post_init__()
+        if not self.sharpness > 0:
+            raise InputError(f"CollectiveCurve.sharpness = {self.sharpness}: must be above 0")
+
+
+Curve = GemmCurve | GroupedCurve | PrefillCurve | DecodeCurve | CollectiveCurve
+C = TypeVar("C", bound=Curve)
+
+CURVES: dict[str, type[Any]] = {
+    "gemm": GemmCurve,
+    "moe": GroupedCurve,
+    "attention_prefill": PrefillCurve,
+    "mla_prefill": PrefillCurve,
+    "attention_decode": DecodeCurve,
+    "mla_decode": DecodeCurve,
+    "all_reduce": CollectiveCurve,
+    "all_gather": CollectiveCurve,
+    "reduce_scatter": CollectiveCurve,
+    "alltoall": CollectiveCurve,
+}
+"""The curve of each op."""
+
+
+class Residuals(Record):
+    """How far off a fit is in one regime: relative errors, predicted over measured less 1."""
+
+    regime: str
+    rows: PositiveInt
+    median_abs: NonNegativeFloat
+    p90_abs: NonNegativeFloat
+    bias: float
+    """Median of the signed errors."""
+
+
+class KernelFit(Record):
+    """One fitted curve, as a calibration file holds it."""
+
+    op: KernelOp
+    dtype: str = ""
+    kv_dtype: str = ""
+    framework: str
+    chips: PositiveInt = 1
+    """Chips of a collective."""
+    rows: PositiveInt
+    left_out: NonNegativeInt = 0
+    """Rows not fitted to; ``left_out_why`` says why."""
+    left_out_why: str = ""
+    held_out_by: str
+    """What was left out as a whole in cross-validation."""
+    parameters: dict[str, float]
+    standard_errors: dict[str, NonNegativeFloat]
+    """Relative; 0 for a parameter that is held or at a limit."""
+    at_limit: tuple[str, ...] = ()
+    """Parameters that ended at the edge of their allowed range."""
+    correlation: tuple[tuple[float, ...], ...] = ()
+    """Of the logarithms of the free parameters, in their order."""
+    in_sample_median_abs: NonNegativeFloat
+    residuals: tuple[Residuals, ...]
+    """On shapes left out, by regime; the first is all of them."""
+
+    @model_validator(mode="after")
+    def _names_are_the_curves(self) -> "KernelFit":
+        known = {item.name for item in fields(CURVES[self.op])}
+        if set(self.parameters) != known:
+            raise ValueError(f"parameters {sorted(self.parameters)} must be {sorted(known)}")
+        _curve_of(self)
+        return self
+
+
+class CalibrationFile(Record):
+    """A file of ``hardware_specs/calibration``."""
+
+    schema_version: Literal[1]
+    chip: str
+    """The chip that was measured."""
+    command: str
+    """What wrote the file."""
+    source: tuple[str, ...]
+    """Keys of the bibliography, or names of the user's files."""
+    tables: dict[str, str]
+    """Tables read, each with the start of the SHA-256 of its rows as text."""
+    fits: tuple[KernelFit, ...]
+
+
+def _curve_of(fit: KernelFit) -> Curve:
+    curve: Curve = CURVES[fit.op](**fit.parameters)
+    return curve
+
+
+@dataclass(frozen=True)
+class KernelCurves:
+    """The curves in force on one chip.
+
+    Attributes
+    ----------
+    chip
+        where they were measured.
+    curves
+        by (op, format, KV format, chips); the first framework of :data:`FRAMEWORKS` that was measured.
+    """
+
+    chip: str
+    curves: Mapping[tuple[str, str, str, int], Curve] = field(default_factory=dict)
+
+    def get(self, kind: type[C], op: KernelOp, dtype: str = "", kv_dtype: str = "", chips: int = 1) -> C | None:
+        """The curve of an op, if it was measured."""
+        found = self.curves.get((op, dtype, kv_dtype, chips))
+        return found if isinstance(found, kind) else None
+
+    def measured_chips(self, op: KernelOp) -> list[int]:
+        """Group sizes of a collective that were measured, ascending."""
+        return sorted(chips for (name, _, _, chips) in self.curves if name == op)
+
+    def without(self, *ops: str) -> "KernelCurves":
+        """Without the curves of some ops, which the constant efficiencies price then."""
+        return replace(self, curves={key: curve for key, curve in self.curves.items() if key[0] not in ops})
+
+    def with_fixed_times(self, *, kernels: float, collectives: float) -> "KernelCurves":
+        """Launches and other fixed times of kernels, and latencies of collectives, multiplied."""
+        changed: dict[tuple[str, str, str, int], Curve] = {}
+        for key, curve in self.curves.items():
+            factor = collectives if isinstance(curve, CollectiveCurve) else kernels
+            times = {f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")}
+            changed[key] = replace(curve, **times)
+        return replace(self, curves=changed)
+
+
+def read_calibration(name_or_path: str) -> CalibrationFile:
+    """Read a calibration by the name of the measured chip, or by the path of a file.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or a field is wrong.
+    """
+    file = find("calibration", name_or_path, data_folder("hardware_specs") / "calibration")
+    return parse(CalibrationFile, read_toml(file), str(file))
+
+
+@cache
+def load_curves(name_or_path: str) -> KernelCurves:
+    """The curves of a calibration; of frameworks measured side by side the :func:`preferred` one."""
+    calibration = read_calibration(name_or_path)
+    return KernelCurves(
+        calibration.chip,
+        {(fit.op, fit.dtype, fit.kv_dtype, fit.chips): _curve_of(fit) for fit in preferred_fits(calibration)},
+    )
+
+
+def preferred_fits(calibration: CalibrationFile) -> list[KernelFit]:
+    """One fit per op, format and number of chips: the :func:`preferred` of those measured side by side.
+
+    A collective's numbers of chips are all of one framework, so that what lies between them can be interpolated.
+    """
+    side_by_side: dict[tuple[str, str, str], dict[str, list[KernelFit]]] = {}
+    for fit in calibration.fits:
+        side_by_side.setdefault((fit.op, fit.dtype, fit.kv_dtype), {}).setdefault(fit.framework, []).append(fit)
+    found = []
+    for by_framework in side_by_side.values():
+        framework = preferred([max(fits, key=lambda fit: fit.chips) for fits in by_framework.values()]).framework
+        found += by_framework[framework]
+    return found
+
+
+def preferred(fits: Sequence[KernelFit]) -> KernelFit:
+    """Which of several frameworks' kernels stands for the chip: the first of :data:`FRAMEWORKS` that its curve describes well.
+
+    Well is a median error on left-out shapes of at most :data:`POOR_FIT` times that of the best described.
+    """
+    best = min(fit.residuals[0].median_abs for fit in fits)
+    good = [fit for fit in fits if fit.residuals[0].median_abs <= POOR_FIT * best]
+    return min(good, key=lambda fit: _rank(fit.framework))
+
+
+def _rank(framework: str) -> int:
+    return FRAMEWORKS.index(framework) if framework in FRAMEWORKS else len(FRAMEWORKS)

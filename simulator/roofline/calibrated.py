@@ -1,0 +1,319 @@
+"""Prices of ops by fitted curves, where the chip's kernels were measured.
+
+Each function takes an op that already says what it computes and moves (:mod:`simulator.roofline.kernels`) and returns it with
+the times of :mod:`simulator.roofline.kernel_times`; or as it was, where the deployment has no curve for it. FLOPs and bytes never
+change. Which curve stands for which format is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import log2
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from simulator.catalog.architecture import LatentAttention, SoftmaxAttention
+from simulator.catalog.kernel_curves import (
+    CollectiveCurve,
+    DecodeCurve,
+    GemmCurve,
+    GroupedCurve,
+    KernelCurves,
+    KernelOp,
+    PrefillCurve,
+)
+from simulator.roofline.kernel_times import (
+    collective_s,
+    decode_key_s,
+    gemm_compute_s,
+    grouped_compute_s,
+    memory_s,
+    padded_heads,
+    prefill_key_s,
+    prefill_pair_s,
+    soft_max,
+)
+from simulator.roofline.precision import BITS, Dtype, Precision
+
+if TYPE_CHECKING:  # kernels call these functions on their own ops and deployments
+    from simulator.catalog.slices import LinkDomain
+    from simulator.roofline.deployment import Deployment
+    from simulator.roofline.kernels import Matrix, Number, Op
+
+#: Formats whose curve stands for one that was not measured, in this order; after them the 16-bit curve does.
+_STANDS_FOR = {"fp8_block": ("fp8",), "fp8": ("fp8_block",), "w4a8_mxfp4_mxfp8": ("fp8_block", "fp8"), "nvfp4": ()}
+
+
+def product_format(p: Precision, *, narrow: bool, experts: bool) -> str:
+    """Name, in calibration tables, of the format of a product; empty for formats no table has.
+
+    >>> from simulator.roofline.precision import parse_precision
+    >>> [product_format(parse_precision(w), narrow=True, experts=False) for w in ("bf16", "fp8g128", "int4", "nvfp4")]
+    ['bfloat16', 'fp8_block', 'int4_wo', 'nvfp4']
+    """
+    weights, inputs = p.weights, p.activations
+    if not narrow or weights in {"bf16", "fp16"}:
+        return "" if p.wide == "fp32" else "bfloat16"
+    if BITS[inputs] > 16:
+        return ""
+    if weights == inputs:
+        return {"fp8": "fp8_block" if p.group_size else "fp8", "int8": "sq", "fp4": "nvfp4"}.get(weights, "")
+    if BITS[inputs] == 16:
+        if weights == "fp4" and experts:
+            return "w4a16_mxfp4"
+        return "int8_wo" if BITS[weights] == 8 else "int4_wo"
+    return "w4a8_mxfp4_mxfp8" if weights == "fp4" and experts else inputs if inputs == "fp8" else "sq"
+
+
+@dataclass(frozen=True)
+class Product:
+    """Curve of a product, and whether it was measured in the product's own format.
+
+    Attributes
+    ----------
+    own
+        False: it is that of a wider format, and unpacking is charged on top.
+    """
+
+    curve: GemmCurve | GroupedCurve
+    own: bool
+
+
+def product_curve(d: Deployment, *, narrow: bool, experts: bool) -> Product | None:
+    """Curve of products with a matrix in the precision's weights (``narrow``) or in 16 bits."""
+    curves = d.eff.curves
+    wanted = product_format(d.precision, narrow=narrow, experts=experts)
+    if curves is None or not wanted:
+        return None
+    for name in (wanted, *_STANDS_FOR.get(wanted, ()), "bfloat16"):
+        curve = curves.get(GroupedCurve, "moe", name) if experts else curves.get(GemmCurve, "gemm", name)
+        if curve is not None:
+            return Product(curve, name == wanted)
+    return None
+
+
+def kv_format(p: Precision) -> str:
+    """Name, in calibration tables, of the format of the cache: 16 bits, or 8 for everything narrower."""
+    return "bfloat16" if BITS[p.kv] >= 16 else "fp8"
+
+
+def prefill_curve(d: Deployment, op: KernelOp) -> PrefillCurve | None:
+    """Curve of prefill attention; that of a 16-bit cache where the cache's own format was not measured."""
+    curves = _attention_curves(d)
+    if curves is None:
+        return None
+    own = curves.get(PrefillCurve, op, "bfloat16", kv_format(d.precision))
+    return own or curves.get(PrefillCurve, op, "bfloat16", "bfloat16")
+
+
+def decode_curve(d: Deployment, op: KernelOp) -> DecodeCurve | None:
+    """Curve of decode attention; that of a 16-bit cache where the cache's own format was not measured."""
+    curves = _attention_curves(d)
+    if curves is None:
+        return None
+    own = curves.get(DecodeCurve, op, "bfloat16", kv_format(d.precision))
+    return own or curves.get(DecodeCurve, op, "bfloat16", "bfloat16")
+
+
+def _attention_curves(d: Deployment) -> KernelCurves | None:
+    return None if d.precision.wide == "fp32" else d.eff.curves
+
+
+def product_times(
+    d: Deployment, op: Op, m: Matrix, n: Number, found: Product, *, reads: Number, unpacking: Number, slowdown: float
+) -> Op:
+    """A product's op with the times of its curve.
+
+    Parameters
+    ----------
+    n, reads
+        rows, and matrices read, per launch.
+    unpacking
+        FLOPs of unpacking weights, charged where the curve is that of another format.
+    """
+    curve, hbm = found.curve, d.hbm_bytes_per_s
+    peak, units = d.rate_flops_per_s(_peak_of(op)), d.multiprocessors
+    some = np.greater(n, 0) * 1.0
+    if isinstance(curve, GroupedCurve):
+        each: Number = grouped_compute_s(n, reads, m.n_out, m.n_in, curve, peak_flops_per_s=peak, multiprocessors=units)
+        quantise: Number = 0.0
+        launches = 0.5  # the curve's launch is that of both products
+    else:
+        each = gemm_compute_s(
+            n, m.n_out, m.n_in, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm, multiprocessors=units
+        )
+        quantise = n * (op.count * curve.quantise * m.n_in / hbm) if curve.quantise else 0.0
+        launches = 1.0
+    compute = op.count * each
+    if not found.own:
+        compute = compute + unpacking / (peak * curve.peak)
+    moved = op.weight_bytes + op.activation_bytes
+    memory = memory_s(moved, some * (op.count * curve.fill_bytes), curve.hbm, hbm)
+    time = soft_max(compute, memory, curve.sharpness)
+    if slowdown != 1:
+        time = slowdown * time
+    return replace(
+        op,
+        compute_s=compute,
+        memory_s=memory,
+        roofline_s=time + quantise,
+        overhead_s=some * (launches * op.count * curve.launch_s),
+    )
+
+
+def linear_product_times(d: Deployment, op: Op, found: Product) -> Op:
+    """A product's op at its curve's large-size rates, without tiles and launches: times in proportion to its rows."""
+    compute = op.flops / (d.rate_flops_per_s(_peak_of(op)) * found.curve.peak)
+    memory = (op.weight_bytes + op.activation_bytes) / (d.hbm_bytes_per_s * found.curve.hbm)
+    return replace(op, compute_s=compute, memory_s=memory, roofline_s=np.maximum(compute, memory))
+
+
+def _peak_of(op: Op) -> Dtype:
+    return cast("Dtype", op.dtype)
+
+
+def expert_traffic(d: Deployment, op: Op, routed_bytes: Number, *, launches: float) -> Op:
+    """An op that moves tokens to, within or from routed experts: ``routed_bytes`` of its traffic at the experts' curve.
+
+    What is routed was measured together with the products; ``launches`` is the share of the op's that is left.
+    """
+    found = product_curve(d, narrow=True, experts=True)
+    if found is None or not isinstance(found.curve, GroupedCurve) or not d.activation_traffic:
+        return op
+    rest = op.activation_bytes - routed_bytes
+    time = rest / (d.hbm_bytes_per_s * d.eff.hbm) + routed_bytes * (found.curve.traffic / d.hbm_bytes_per_s)
+    return replace(op, memory_s=time, roofline_s=time, overhead_s=launches * op.overhead_s)
+
+
+def token_io_s(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> float | None:
+    """Time per token and layer of attention's own reading and writing of tokens; None without a curve. [s]
+
+    Queries in, outputs out, keys and values written; whatever the length of the context.
+    """
+    heads = mixer.n_heads / d.chips
+    if isinstance(mixer, SoftmaxAttention):
+        curve = prefill_curve(d, "attention_prefill")
+        keys = d.kv_heads_per_chip(mixer) * d.precision.kv_head_bytes(mixer.head_dim)
+        moved = 2 * heads * mixer.head_dim * d.precision.wide_bytes + keys
+    else:
+        curve = prefill_curve(d, "mla_prefill") if mixer.indexer is None else None
+        moved = heads * (2 * (mixer.nope_dim + mixer.rope_dim) + 2 * mixer.v_dim) * d.precision.wide_bytes
+    if curve is None or not d.activation_traffic:
+        return None
+    return curve.traffic * moved / d.hbm_bytes_per_s
+
+
+def decode_times(
+    d: Deployment, op: Op, mixer: SoftmaxAttention | LatentAttention, B: Number, keys: Number, *, bytes_per_key: float
+) -> Op:
+    """Decode attention of ``B`` sequences over ``keys`` keys in all, in each of the op's layers.
+
+    Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys.
+    """
+    curve = decode_curve(d, "mla_decode" if isinstance(mixer, LatentAttention) else "attention_decode")
+    if curve is None:
+        return op
+    heads = mixer.n_heads / d.chips
+    if isinstance(mixer, LatentAttention):
+        kv_heads, flops = 1.0, 2.0 * padded_heads(heads, 1.0) * (2 * mixer.kv_rank + mixer.rope_dim)
+        each = heads * curve.head_s
+    else:
+        kv_heads = d.kv_heads_per_chip(mixer)
+        flops = 4.0 * padded_heads(heads, kv_heads) * mixer.head_dim
+        each = kv_heads * curve.kv_head_s + heads * curve.head_s
+    # The tokens' own traffic is priced with all tokens of the step, prefilled ones included.
+    each = max(0.0, each - (token_io_s(d, mixer) or 0.0))
+    rate = d.rate_flops_per_s(d.attention_dtype)
+    key_s = decode_key_s(bytes_per_key, flops, curve, peak_flops_per_s=rate, hbm_bytes_per_s=d.hbm_bytes_per_s)
+    ramp: Number = 0.0
+    if not is_windowed(mixer):
+        ramp = curve.ramp_s * np.minimum(1.0, keys * (bytes_per_key / curve.ramp_bytes))
+    return replace(
+        op,
+        compute_s=keys * (op.count * flops / (rate * curve.peak)),
+        memory_s=keys * (op.count * bytes_per_key / (d.hbm_bytes_per_s * curve.hbm)),
+        roofline_s=op.count * (keys * key_s + ramp + B * each),
+        overhead_s=np.greater(B, 0) * (op.count * curve.launch_s),
+    )
+
+
+def is_windowed(mixer: SoftmaxAttention | LatentAttention) -> bool:
+    """Whether a window bounds the keys that the mixer reads."""
+    return isinstance(mixer, SoftmaxAttention) and mixer.window is not None
+
+
+def decode_knot(d: Deployment, mixer: SoftmaxAttention | LatentAttention, bytes_per_key: float) -> float | None:
+    """Keys at which the ramp of decode attention ends; None without one. [keys]"""
+    curve = decode_curve(d, "mla_decode" if isinstance(mixer, LatentAttention) else "attention_decode")
+    if curve is None or curve.ramp_s == 0 or is_windowed(mixer):
+        return None
+    return curve.ramp_bytes / bytes_per_key
+
+
+def prefill_times(
+    d: Deployment, op: Op, mixer: SoftmaxAttention | LatentAttention, launches: Number, pairs: Number, keys: Number, *,
+    flops_per_pair: float, bytes_per_key: float,
+) -> Op:  # fmt: skip
+    """Prefill attention: time per pair, and on top of it time per key."""
+    latent = isinstance(mixer, LatentAttention)
+    curve = prefill_curve(d, "mla_prefill" if latent else "attention_prefill")
+    if curve is None:
+        return op
+    heads = mixer.n_heads / d.chips
+    width = flops_per_pair / (4 * heads)
+    rate = d.rate_flops_per_s(d.attention_dtype)
+    pair_s = prefill_pair_s(flops_per_pair, heads, curve, rate)
+    key_s = prefill_key_s(
+        width,
+        bytes_per_key,
+        curve,
+        peak_flops_per_s=rate,
+        hbm_bytes_per_s=d.hbm_bytes_per_s,
+        multiprocessors=d.multiprocessors,
+    )
+    compute, memory = pairs * (op.count * pair_s), keys * (op.count * key_s)
+    return replace(
+        op,
+        compute_s=compute,
+        memory_s=memory,
+        roofline_s=compute + memory,
+        overhead_s=launches * (op.count * curve.launch_s),
+        adds=True,
+    )
+
+
+def collective_times(d: Deployment, op: Op, kind: KernelOp, transfer_s: Number, domains: tuple[LinkDomain, ...]) -> Op:
+    """A collective within one domain of switched or PCIe links: ``transfer_s`` is one call's at the full link rate."""
+    if d.eff.curves is None or len(domains) != 1 or domains[0].kind == "torus":
+        return op
+    curve = collective_curve(d.eff.curves, kind, domains[0].size)
+    if curve is None:
+        return op
+    some = np.greater(transfer_s, 0)
+    latency = some * (op.count * curve.latency_s)
+    return replace(
+        op,
+        network_s=op.count * transfer_s,
+        roofline_s=np.maximum(0.0, op.count * collective_s(transfer_s, curve) - latency),
+        overhead_s=latency,
+    )
+
+
+def collective_curve(curves: KernelCurves, kind: KernelOp, chips: int) -> CollectiveCurve | None:
+    """Curve of a collective on so many chips: between two measured numbers in proportion to log chips, else the nearest's."""
+    known = curves.measured_chips(kind)
+    if not known or chips < 2:
+        return None
+    low = max((n for n in known if n <= chips), default=known[0])
+    high = min((n for n in known if n >= chips), default=known[-1])
+    one, other = (curves.get(CollectiveCurve, kind, chips=n) for n in (low, high))
+    if one is None or other is None or low == high:
+        return one
+    share = log2(chips / low) / log2(high / low)
+    return CollectiveCurve(
+        *(
+            (1 - share) * getattr(one, name) + share * getattr(other, name)
+            for name in ("latency_s", "link", "sharpness")
+        )
+    )

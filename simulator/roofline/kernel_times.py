@@ -1,0 +1,250 @@
+"""Time of one kernel from its shape: tiles, waves, bandwidth and launches.
+
+Pure functions of shapes, datasheet rates and a fitted curve (:mod:`simulator.catalog.kernel_curves`). None is ever below the
+roofline bound of its FLOPs at peak, its bytes at full bandwidth, or its messages at full link rate, whatever the curve.
+
+*Tiles and waves.* A product of m x n outputs over an inner dimension k is cut into tiles, one per multiprocessor at a time. The
+tiles of a shape run in ⌈tiles/multiprocessors⌉ waves, and the last wave is rarely full. A small tile fills more
+multiprocessors but costs more per output; the inner dimension may be split s ways to make more tiles, at the price of
+summing s partial results. Libraries choose among such variants, so the time is the least over :data:`TILES` and :data:`SPLITS`
+[1]_.
+
+.. [1] NVIDIA, "Matrix Multiplication Background User's Guide", on tile and wave quantisation: recalled, not opened.
+"""
+
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.catalog.kernel_curves import CollectiveCurve, DecodeCurve, GemmCurve, GroupedCurve, PrefillCurve
+
+Array = NDArray[np.float64]
+Number = float | Array
+
+TILES = ((256, 256), (256, 128), (128, 256), (128, 128), (64, 128), (128, 64), (64, 64), (16, 64))
+"""Rows and columns of the tiles that libraries choose from."""
+SPLITS = (1, 2, 4, 8, 16)
+"""Ways to split the inner dimension."""
+GROUPED_TILES = ((8, 128), (16, 128), (32, 128), (64, 128), (128, 128), (128, 256), (256, 128))
+"""Tiles of grouped products."""
+ROW_STEP = 16
+"""Rows of the smallest tile; all others are multiples, so tile counts only change there."""
+QUERY_TILE = 128
+"""Queries of one tile of prefill attention."""
+PAD_HEADS = 16
+"""Query heads per KV head that decode attention computes at least."""
+
+_TM, _TN = (np.array(side, dtype=np.float64) for side in zip(*TILES, strict=True))
+_SPLITS = np.array(SPLITS, dtype=np.float64)
+_GM, _GN = (np.array(side, dtype=np.float64) for side in zip(*GROUPED_TILES, strict=True))
+
+
+def soft_max(one: Number, other: Number, sharpness: float) -> Number:
+    """The p-norm of two times: at least the longer, at most the sum for p of 1 or more.
+
+    >>> float(soft_max(3.0, 4.0, 2.0)), soft_max(3.0, 4.0, 1.0)
+    (5.0, 7.0)
+    """
+    if sharpness == 1:
+        return one + other
+    if sharpness == 2:
+        return _root(one * one + other * other)
+    if sharpness == 4:
+        squares = one * one, other * other
+        return _root(_root(squares[0] * squares[0] + squares[1] * squares[1]))
+    joined: Number = (np.power(one, sharpness) + np.power(other, sharpness)) ** (1 / sharpness)
+    return joined
+
+
+def _root(square: Number) -> Number:
+    root: Number = np.sqrt(square)
+    return root
+
+
+def tile_waves(m: Array, n: Array, multiprocessors: float) -> Array:
+    """Waves of every variant, [rows, tiles, splits], of m x n outputs."""
+    tiles = np.ceil(m[:, None] / _TM) * np.ceil(n[:, None] / _TN)
+    waves: Array = np.ceil(tiles[:, :, None] * _SPLITS / multiprocessors)
+    return waves
+
+
+def tile_work(waves: Array, m: Array, n: Array, k: Array, curve: GemmCurve, split_bytes_s: float, rate: float) -> Array:
+    """Compute time of products, the least over variants. [s]
+
+    Parameters
+    ----------
+    waves
+        from :func:`tile_waves`.
+    split_bytes_s
+        time of one byte of partial sums. [s]
+    rate
+        FLOP/s that one multiprocessor reaches in large tiles. [FLOP/s]
+    """
+    area = _TM * _TN + curve.tile
+    time = waves * (area[:, None] * (2 / rate)) * (k[:, None, None] / _SPLITS + curve.depth)
+    extra = (_SPLITS > 1) * curve.split_s + (_SPLITS > 1) * _SPLITS * (4 * split_bytes_s) * (m * n)[:, None, None]
+    least: Array = (time + extra).min(axis=(1, 2))
+    return least
+
+
+@lru_cache(maxsize=512)
+def _work_of_rows(
+    rows: int, n: float, k: float, curve: GemmCurve, multiprocessors: float, rate: float, split_bytes_s: float
+) -> Array:
+    """Compute time of 0, 16, 32 … rows of one weight matrix; read-only. [s]"""
+    m = np.arange(rows + 1, dtype=np.float64) * ROW_STEP
+    columns, depth = np.full_like(m, n), np.full_like(m, k)
+    waves = tile_waves(m, columns, multiprocessors)
+    # Partial sums are of the rows asked for; the top of the step is taken, so that time rises by steps alone.
+    work = tile_work(waves, m, columns, depth, curve, split_bytes_s, rate / multiprocessors)
+    work[0] = 0.0
+    work.flags.writeable = False
+    return work
+
+
+def gemm_compute_s(
+    m: Number,
+    n: float,
+    k: float,
+    curve: GemmCurve,
+    *,
+    peak_flops_per_s: float,
+    hbm_bytes_per_s: float,
+    multiprocessors: float,
+) -> Number:
+    """Compute time of ``[m, k] @ [k, n]``, in steps of :data:`ROW_STEP` rows. [s]
+
+    >>> curve = GemmCurve(peak=0.8, hbm=0.8, launch_s=0.0)
+    >>> round(1e6 * float(gemm_compute_s(4096.0, 4096, 4096, curve, peak_flops_per_s=989e12, hbm_bytes_per_s=3.35e12, multiprocessors=132)))
+    175
+    """
+    steps = np.ceil(np.divide(m, ROW_STEP))
+    top = int(np.max(steps))
+    split_bytes_s, rate = 1 / (hbm_bytes_per_s * curve.hbm), peak_flops_per_s * curve.peak
+    if isinstance(m, np.ndarray):
+        work = _work_of_rows(top, n, k, curve, multiprocessors, rate, split_bytes_s)
+        taken: Array = work[steps.astype(np.intp)]
+        return taken
+    return _work_of_step(top, n, k, curve, multiprocessors, rate, split_bytes_s)
+
+
+@lru_cache(maxsize=65536)  # a search over shardings asks for the same products again and again
+def _work_of_step(
+    step: int, n: float, k: float, curve: GemmCurve, multiprocessors: float, rate: float, split_bytes_s: float
+) -> float:
+    """One entry of :func:`_work_of_rows`. [s]"""
+    if step == 0:
+        return 0.0
+    rows, columns, depth = (np.array([float(x)]) for x in (step * ROW_STEP, n, k))
+    waves = tile_waves(rows, columns, multiprocessors)
+    return float(tile_work(waves, rows, columns, depth, curve, split_bytes_s, rate / multiprocessors)[0])
+
+
+def grouped_waves(rows_per_group: Array, groups: Array, n: Array, multiprocessors: float) -> Array:
+    """Waves of every tile, [rows, tiles], of grouped products with just so many rows in each group."""
+    tiles = groups[:, None] * np.ceil(rows_per_group[:, None] / _GM) * np.ceil(n[:, None] / _GN)
+    waves: Array = np.ceil(tiles / multiprocessors)
+    return waves
+
+
+def grouped_work(waves: Array, k: Array, curve: GroupedCurve, rate: float) -> Array:
+    """Compute time of grouped products, the least over tiles. [s]"""
+    area = _GM * _GN + curve.tile
+    least: Array = (waves * area).min(axis=1) * (k + curve.depth) * (2 / rate)
+    return least
+
+
+def grouped_compute_s(
+    visits: Number,
+    groups: Number,
+    n: float,
+    k: float,
+    curve: GroupedCurve,
+    *,
+    peak_flops_per_s: float,
+    multiprocessors: float,
+) -> Number:
+    """Compute time of ``visits`` rows spread over ``groups`` matrices of ``[k, n]`` as routing scatters them. [s]
+
+    Loads that scatter touch half a tile more than their mean on average, and so does the last wave; the time is at least
+    that of the bare products at the curve's rate.
+
+    >>> curve = GroupedCurve(peak=0.8, hbm=0.8, launch_s=0.0)
+    >>> round(1e6 * grouped_compute_s(4096.0, 8.0, 4096, 4096, curve, peak_flops_per_s=989e12, multiprocessors=132))
+    176
+    """
+    rate = peak_flops_per_s * curve.peak / multiprocessors
+    if isinstance(visits, np.ndarray) or isinstance(groups, np.ndarray):
+        return _work_of_groups(visits, groups, n, k, curve, multiprocessors, rate)
+    return _work_of_loads(float(visits), float(groups), n, k, curve, multiprocessors, rate)
+
+
+@lru_cache(maxsize=65536)  # as for _work_of_step
+def _work_of_loads(
+    visits: float, groups: float, n: float, k: float, curve: GroupedCurve, multiprocessors: float, rate: float
+) -> float:
+    return float(_work_of_groups(visits, groups, n, k, curve, multiprocessors, rate))
+
+
+def _work_of_groups(
+    visits: Number, groups: Number, n: float, k: float, curve: GroupedCurve, multiprocessors: float, rate: float
+) -> Number:
+    each = np.divide(visits, np.where(np.greater(groups, 0), groups, 1.0))
+    best: Number = np.inf
+    for rows, columns in GROUPED_TILES:
+        share = each * (1 / rows)
+        tiles = np.maximum(1.0, share + 0.5 * np.minimum(1.0, share))
+        waves = np.maximum(1.0, (groups * tiles) * (ceil(n / columns) / multiprocessors) + 0.5)
+        best = np.minimum(best, waves * (rows * columns + curve.tile))
+    floor = np.multiply(visits, 2 * n * k / (rate * multiprocessors))
+    some = np.greater(visits, 0)
+    time: Number = np.where(some, np.maximum(best * ((k + curve.depth) * (2 / rate)), floor), 0.0)
+    return time
+
+
+def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_s: float) -> Number:
+    """Time to move bytes, those needed to fill the memory's pipeline included. [s]"""
+    return (moved_bytes + fill_bytes) / (hbm_bytes_per_s * hbm)
+
+
+def padded_heads(heads: float, kv_heads: float) -> float:
+    """Query heads that decode attention computes, of ``heads`` that share ``kv_heads``.
+
+    >>> padded_heads(32, 8), padded_heads(128, 1)
+    (128, 128)
+    """
+    return kv_heads * PAD_HEADS * ceil(heads / kv_heads / PAD_HEADS)
+
+
+def decode_key_s(
+    bytes_per_key: float, flops_per_key: float, curve: DecodeCurve, *, peak_flops_per_s: float, hbm_bytes_per_s: float
+) -> float:
+    """Time per key of decode attention, its ramp apart: the longer of reading and multiplying. [s]"""
+    return max(bytes_per_key / (hbm_bytes_per_s * curve.hbm), flops_per_key / (peak_flops_per_s * curve.peak))
+
+
+def prefill_pair_s(flops_per_pair: float, heads: float, curve: PrefillCurve, peak_flops_per_s: float) -> float:
+    """Time per (query, key) pair of prefill attention, softmax included. [s]"""
+    return (flops_per_pair + 4 * heads * curve.softmax) / (peak_flops_per_s * curve.peak)
+
+
+def prefill_key_s(
+    head_dim: float, kv_bytes_per_key: float, curve: PrefillCurve, *,
+    peak_flops_per_s: float, hbm_bytes_per_s: float, multiprocessors: float,
+) -> float:  # fmt: skip
+    """Time per key that prefill attention stands on: the last tile's walk, or reading the keys once if longer. [s]"""
+    walk = curve.serial * 4 * QUERY_TILE * head_dim * multiprocessors / peak_flops_per_s
+    return max(walk, kv_bytes_per_key / hbm_bytes_per_s)
+
+
+def collective_s(transfer_s: Number, curve: CollectiveCurve) -> Number:
+    """Time of a collective whose messages take ``transfer_s`` at the full link rate; 0 for none. [s]
+
+    >>> collective_s(0.0, CollectiveCurve(5e-6, 0.7))
+    0.0
+    """
+    some = np.greater(transfer_s, 0)
+    joined = soft_max(np.multiply(some, curve.latency_s), np.divide(transfer_s, curve.link), curve.sharpness)
+    return joined if isinstance(transfer_s, np.ndarray) else float(joined)
