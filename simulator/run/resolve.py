@@ -9,7 +9,7 @@ from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency, PriceQuote
 from simulator.catalog.models import load_model
 from simulator.catalog.records import Quantity
 from simulator.catalog.slices import Slice, resolve_slice
-from simulator.engine.expert_skew import ExpertSkew
+from simulator.engine.expert_skew import EVEN, ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.errors import InputError
 from simulator.results.summary import Assumption
@@ -109,9 +109,7 @@ def resolve(scenario: Scenario) -> Resolved:
         prefix_cache=engine.prefix_cache,
         cache_outputs=engine.cache_outputs,
         rank_routing=engine.rank_routing,
-        expert_skew=ExpertSkew(
-            scenario.deployment.expert_skew, scenario.deployment.expert_skew_sigma, seed=scenario.run.seed
-        ),
+        expert_skew=_expert_skew(scenario),
     )
     cost, ideal = _compile(deployment, sharded), _compile(*lay(efficiency=IDEAL))
     return Resolved(
@@ -142,6 +140,13 @@ def _sharding(scenario: Scenario, a_slice: Slice) -> Sharding:
     if tp is None:
         tp = a_slice.n_chips // (options.pp * options.dp) or 1
     return Sharding(tp=tp, pp=options.pp, dp=options.dp, ep=options.ep)
+
+
+def _expert_skew(scenario: Scenario) -> ExpertSkew:
+    options = scenario.deployment
+    if options.expert_skew == 1:
+        return EVEN
+    return ExpertSkew(options.expert_skew, options.expert_skew_sigma, seed=scenario.run.seed)
 
 
 def _lay(
