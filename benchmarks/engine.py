@@ -14,6 +14,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.compiled import simulate, warm_up
 from simulator.engine.records import EngineResult, EngineSettings, Requests
 from simulator.engine.reference import simulate_reference
-from simulator.randomness import draw, normal
+from simulator.engine.scheduling import Scheduling
+from simulator.randomness import draw, normal, uniform
 from simulator.roofline.step_cost import StepCost
 from simulator.traffic import read_trace
 
@@ -99,6 +101,36 @@ def prefix_caches(cost: StepCost, folder: Path, repeats: int) -> None:
                 )
 
 
+def policies(cost: StepCost, requests: Requests, repeats: int) -> None:
+    """Other policies, batching modes and impatient clients, next to the plain replica on the same requests."""
+    n = len(requests)
+    columns = {
+        "priority": (3 * uniform(1, "priority", 0, n)).astype(np.int64),
+        "tenant": (8 * uniform(1, "tenant", 0, n)).astype(np.int64),
+        "predicted_tokens": requests.output_tokens.astype(np.float64),
+        "deadline_s": np.full(n, 5.0),
+    }
+    base = EngineSettings(MAX_SEQS, MAX_TOKENS, 16, SETTINGS[0][0])
+    chosen: dict[str, Scheduling] = {"plain": Scheduling()}
+    chosen |= {policy: Scheduling(policy=policy) for policy in ("priority", "sjf", "edf", "fair")}
+    chosen["preempt_lower"] = Scheduling(policy="priority", preempt_lower=True)
+    chosen |= {batching: Scheduling(batching=batching) for batching in ("orca", "prefill_first", "static")}
+    chosen["chunks of 512"] = Scheduling(long_prefill_token_threshold=512)
+    print("\nPolicies, batching modes, clients")
+    warm_up(by_policy=True)
+    rates = {}
+    for name, scheduling in chosen.items():
+        settings = replace(base, scheduling=scheduling)
+        served = replace(requests, **columns)
+        result, seconds = timed(lambda: simulate(cost, settings, served), repeats)  # noqa: B023 - called at once
+        rates[name] = n / min(seconds)
+        describe(f"  {name}", result, seconds, base.num_kv_blocks)
+    impatient = replace(requests, ttft_timeout_s=np.full(n, 10.0), timeout_s=np.full(n, 60.0))
+    result, seconds = timed(lambda: simulate(cost, base, impatient), repeats)
+    describe("  timeouts", result, seconds, base.num_kv_blocks)
+    print(f"  best of priority ÷ best of plain: {rates['priority'] / rates['plain']:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1_000_000)
@@ -133,6 +165,8 @@ def main() -> None:
         print(
             f"  chip-seconds conserved to {conserved:+.0e}; peak memory grew {grown * 1024 / args.requests:.0f} bytes per request"
         )
+        if load == SETTINGS[0][1]:
+            policies(cost, requests, args.repeats)
     if args.traces is not None:
         prefix_caches(cost, args.traces, args.repeats)
 

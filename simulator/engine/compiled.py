@@ -9,8 +9,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import jit, prefix_cache, skip_ahead
+from simulator.engine import by_policy, jit, prefix_cache, queues, skip_ahead
 from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.new_queue import new_queue
 from simulator.engine.records import (
     ITL_BINS,
     NOT_ARRIVED,
@@ -18,7 +19,10 @@ from simulator.engine.records import (
     EngineSettings,
     Requests,
     cache_hashes,
+    check_columns,
+    needs_queue,
 )
+from simulator.engine.scheduling import Scheduling
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
@@ -55,7 +59,9 @@ class Engine:
         log_size: int = 0,
     ) -> None:
         _check(cost, settings, timeline_interval_s)
+        check_columns(settings, requests)
         n = len(requests)
+        self._settings = settings
         m = settings.max_num_seqs
         self._cost = skip_ahead.CostTable(
             np.ascontiguousarray(cost.dense_s, dtype=np.float64),
@@ -100,7 +106,11 @@ class Engine:
             np.zeros(m + 1, dtype=np.int64),
             np.zeros(ITL_BINS, dtype=np.int64),
         )
-        self._state = _new_state(n, requests.concurrency, settings)
+        n_pending = requests.concurrency + (n if settings.retries.max_attempts > 1 else 0)
+        self._state = _new_state(n, n_pending, settings)
+        self._queue: queues.Queue | None = None
+        if needs_queue(settings, clients_leave=requests.clients_may_leave):
+            self._queue = new_queue(settings, requests)
         self._extra: skip_ahead.Extra | None = None
         hashes = cache_hashes(settings, requests)
         if hashes is not None:
@@ -122,6 +132,19 @@ class Engine:
         return float(self._state.floats[skip_ahead.CLOCK])
 
     @property
+    def n_waiting(self) -> int:
+        """Requests in the queue."""
+        if self._queue is not None:
+            return int(self._queue.ints[queues.N_QUEUED])
+        ints = self._state.ints
+        return int(ints[skip_ahead.N_PREEMPTED] + ints[skip_ahead.FIFO_TAIL] - ints[skip_ahead.FIFO_HEAD])
+
+    @property
+    def clients_come_and_go(self) -> bool:
+        """Whether clients may leave, or requests are seen later than they arrive."""
+        return self._queue is not None and (self._queue.rules.clients_leave or self._queue.rules.request_s > 0)
+
+    @property
     def cache_log(self) -> NDArray[np.int64]:
         """What the prefix cache did, as :attr:`simulator.engine.prefix_cache.Cache.log` says it."""
         if self._extra is None:
@@ -132,11 +155,11 @@ class Engine:
 
     def advance(self, until_s: float = math.inf) -> None:
         """Run every step that starts before ``until_s``."""
-        self.done = bool(
-            skip_ahead.advance(
-                self._cost, self._limits, self._stream, self._out, self._state, self._extra, float(until_s)
-            )
-        )
+        replica = self._cost, self._limits, self._stream, self._out, self._state
+        if self._queue is not None:
+            self.done = bool(by_policy.advance(*replica, self._queue, float(until_s)))
+        else:
+            self.done = bool(skip_ahead.advance(*replica, self._extra, float(until_s)))
 
     def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
         """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``)."""
@@ -189,6 +212,25 @@ class Engine:
                 "cache_hit_pairs": int(cache.ints[prefix_cache.HIT_PAIRS]),
                 "evicted_blocks": int(cache.ints[prefix_cache.EVICTED]),
             }
+        first_token, finish = out.first_token, out.finish
+        attempts = np.asarray(out.status != NOT_ARRIVED, dtype=np.int32)
+        wasted = np.zeros(len(attempts))
+        clients = np.zeros(queues.N_QUEUE_INTS, dtype=np.int64)
+        host_s = 0.0
+        if self._queue is not None:
+            attempts = self._queue.row_ints[:, queues.ATTEMPTS].astype(np.int32)
+            wasted, clients = self._queue.row_floats[:, queues.WASTED], self._queue.ints
+            host_s = float(self._queue.floats[queues.HOST])
+            first_token = first_token + self._settings.host.output_s  # H3
+            finish = finish + self._settings.host.output_s
+        totals |= {
+            "timeouts": int(clients[queues.TIMEOUTS]),
+            "cancellations": int(clients[queues.CANCELLATIONS]),
+            "retries": int(clients[queues.RETRIES]),
+            "abandoned_tokens": int(clients[queues.ABANDONED_TOKENS]),
+            "abandoned_outputs": int(clients[queues.ABANDONED_OUTPUTS]),
+            "host_s": host_s,
+        }
         interval = float(floats[skip_ahead.INTERVAL])
         end = self.clock_s
         used = min(math.ceil(end / interval), self._state.timeline.shape[1])
@@ -205,13 +247,15 @@ class Engine:
             status=out.status,
             arrival_s=out.arrival,
             scheduled_s=out.scheduled,
-            first_token_s=out.first_token,
-            finish_s=out.finish,
+            first_token_s=first_token,
+            finish_s=finish,
             preemptions=out.preemptions,
             busy_s=out.busy,
             busy_prefill_s=out.busy_prefill,
             busy_cached_s=out.busy_cached,
             recompute_s=out.recompute,
+            attempts=attempts,
+            wasted_s=wasted,
             reused_tokens=reused,
             idle_s=float(floats[skip_ahead.IDLE]),
             end_s=end,
@@ -260,8 +304,11 @@ def new_engine(
     return RankEngine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
 
 
-def warm_up() -> None:
-    """Compile the engine into the disk cache (about 20 s, once per version) so that later calls start at once."""
+def warm_up(*, by_policy: bool = False) -> None:
+    """Compile the engine into the disk cache (about 20 s, once per version) so that later calls start at once.
+
+    ``by_policy``: the loop for policies, batching modes, hosts and clients that leave, instead of the plain one.
+    """
     one = np.ones(1, dtype=np.int64)
     table = np.array([0.0, 1.0])
     cost = StepCost(
@@ -282,9 +329,10 @@ def warm_up() -> None:
         peak_flops_per_s=1.0,
         hbm_bandwidth_bytes_per_s=1.0,
     )
-    settings = EngineSettings(max_num_seqs=1, max_num_batched_tokens=1, num_kv_blocks=1)
-    simulate(cost, settings, Requests(np.zeros(1), one, one, one * 0, one))
-    jit.mark_warm()
+    scheduling = Scheduling(policy="priority" if by_policy else "fcfs")
+    settings = EngineSettings(max_num_seqs=1, max_num_batched_tokens=1, num_kv_blocks=1, scheduling=scheduling)
+    simulate(cost, settings, Requests(np.zeros(1), one, one, one * 0, one, priority=one))
+    jit.mark_warm(by_policy=by_policy)
 
 
 def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float | None) -> None:
@@ -319,7 +367,7 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
     )
 
 
-def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead.State:
+def _new_state(n: int, n_pending: int, settings: EngineSettings) -> skip_ahead.State:
     m = settings.max_num_seqs
     ints = np.zeros(skip_ahead.N_INTS, dtype=np.int64)
     ints[skip_ahead.FREE_BLOCKS] = settings.num_kv_blocks
@@ -335,8 +383,8 @@ def _new_state(n: int, concurrency: int, settings: EngineSettings) -> skip_ahead
         ints=ints,
         floats=np.zeros(skip_ahead.N_FLOATS),
         fifo=np.zeros(n, dtype=np.int64),
-        pending_time=np.zeros(concurrency + 1),
-        pending_row=np.zeros(concurrency + 1, dtype=np.int64),
+        pending_time=np.zeros(n_pending + 1),
+        pending_row=np.zeros(n_pending + 1, dtype=np.int64),
         heap=np.zeros(2 * m + 2, dtype=np.int64),
         residues=np.zeros(settings.block_size, dtype=np.int64),
         stack=slots(),

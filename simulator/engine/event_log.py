@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from simulator.engine import skip_ahead
 from simulator.engine.compiled import Engine
 from simulator.engine.records import FINISHED, REJECTED, RUNNING
+from simulator.errors import InputError
 
 MAX_STEPS = 100_000
 """Longest stretch: a minute of Python, and as much as a trace viewer can show."""
@@ -108,6 +109,11 @@ class Recorder:
     """Follows an engine step by step."""
 
     def __init__(self, engine: Engine) -> None:
+        if engine.clients_come_and_go:
+            raise InputError(
+                "a run cannot be followed step by step where clients leave (timeouts and cancellations in [clients]) or requests "
+                "are seen late (engine.host.request_s)"
+            )
         self._engine = engine
         self._stream, self._out, self._state = engine._stream, engine._out, engine._state  # noqa: SLF001 - looking inside is its purpose
         n = len(self._stream.prompt)
@@ -167,8 +173,7 @@ class Recorder:
     def _next_s(self) -> float:
         """Start of the next step, or a lower bound of it; infinite if there is none."""
         ints, state = self._state.ints, self._state
-        waiting = ints[skip_ahead.N_PREEMPTED] + ints[skip_ahead.FIFO_TAIL] - ints[skip_ahead.FIFO_HEAD]
-        if ints[skip_ahead.N_RUNNING] or waiting:
+        if ints[skip_ahead.N_RUNNING] or self._engine.n_waiting:
             return self._engine.clock_s
         if self._stream.concurrency:
             pending = ints[skip_ahead.N_PENDING] > 0
@@ -285,6 +290,11 @@ def record(engine: Engine, start_s: float = 0.0, end_s: float = math.inf, *, max
         steps that start in [``start_s``, ``end_s``) are noted. [s]
     max_steps
         the stretch ends early after so many.
+
+    Raises
+    ------
+    InputError
+        If clients may leave the run, or requests are seen later than they arrive.
     """
     if start_s > engine.clock_s:
         engine.advance(start_s)

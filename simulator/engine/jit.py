@@ -26,12 +26,15 @@ F = TypeVar("F", bound=Callable[..., object])
 #: Every module whose functions are compiled; all of them enter the cache key.
 COMPILED_SOURCES = (
     "block_hashes.py",
+    "by_policy.py",
     "heaps.py",
     "jit.py",
     "prefix_cache.py",
     "progressions.py",
+    "queues.py",
     "ranks.py",
     "records.py",
+    "scheduling.py",
     "skip_ahead.py",
     "stages.py",
 )
@@ -71,15 +74,22 @@ def is_compiled_mode() -> bool:
     return numba is not None and not numba.config.DISABLE_JIT
 
 
-def is_warm() -> bool:
-    """Whether the machine code is on disk already, so that the next call starts at once."""
-    return CACHE_FOLDER is not None and (CACHE_FOLDER / "ready").exists()
+def is_warm(*, by_policy: bool = False) -> bool:
+    """Whether the machine code is on disk already, so that the next call starts at once.
+
+    ``by_policy``: that of the loop with policies, which is compiled only when it is wanted.
+    """
+    return CACHE_FOLDER is not None and (CACHE_FOLDER / _mark(by_policy=by_policy)).exists()
 
 
-def mark_warm() -> None:
-    """Record that everything has been compiled into the cache folder."""
+def mark_warm(*, by_policy: bool = False) -> None:
+    """Record that a loop has been compiled into the cache folder."""
     if CACHE_FOLDER is not None:
-        (CACHE_FOLDER / "ready").touch()
+        (CACHE_FOLDER / _mark(by_policy=by_policy)).touch()
+
+
+def _mark(*, by_policy: bool) -> str:
+    return "ready-by-policy" if by_policy else "ready"
 
 
 def compiled(function: F) -> F:

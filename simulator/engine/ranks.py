@@ -2,7 +2,7 @@
 
 Each rank is a :class:`~simulator.engine.skip_ahead.State` of its own, and all of them lie in one set of arrays with a
 leading axis; :func:`_rank` is the view of one. The last row belongs to the replica as a whole: its clock, the arrivals not
-yet given to a rank, integrals and peaks. The phases of a step are those of a plain replica. Rules L1 to L6 of
+yet given to a rank, integrals and peaks. The phases of a step are those of a plain replica. Rules G1 to G6 of
 ``docs/engine-ranks.md``.
 """
 
@@ -42,6 +42,7 @@ from simulator.engine.skip_ahead import (
     State,
     Stream,
     _advance_decodes,
+    _count_latencies,
     _end_chunks,
     _end_decodes,
     _make_room,
@@ -78,7 +79,7 @@ class Board(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Time of the routed experts by tokens, and how much longer than on average they take, step by step (L5)."""
+    """Time of the routed experts by tokens, and how much longer than on average they take, step by step (G5)."""
 
     time: Any
     excess: Any
@@ -131,7 +132,7 @@ def _total_waiting(states: State, n_ranks: int) -> int:
 
 @compiled
 def _choose_rank(states: State, n_ranks: int, turn: Any, least_loaded: bool) -> int:
-    """L1: the rank that an accepted arrival joins."""
+    """G1: the rank that an accepted arrival joins."""
     best = int(turn[0] % n_ranks)
     turn[0] += 1
     if least_loaded:
@@ -157,7 +158,7 @@ def _receive_for_ranks(
     least_loaded: bool,
     before_now: bool,
 ) -> None:
-    """R2, R4, L1: let everything that has arrived by now (or before now) join a rank's queue, or be rejected."""
+    """R2, R4, G1: let everything that has arrived by now (or before now) join a rank's queue, or be rejected."""
     shared = _rank(states, n_ranks)
     ints, floats = shared.ints, shared.floats
     now = floats[CLOCK]
@@ -338,7 +339,7 @@ def advance_ranks(
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
-        # --- what it costs, and for how many steps: L2, L3, L5 ---
+        # --- what it costs, and for how many steps: G2, G3, G5 ---
         excess = 0.0
         if skewed:
             excess = experts.excess[ints[STEPS] % len(experts.excess)] * experts.time[width]
@@ -369,7 +370,7 @@ def advance_ranks(
             k = 1
         end = end_of_steps(t, d0, q, k)
 
-        # --- let it happen: R10 to R15, L4 ---
+        # --- let it happen: R10 to R15, G4 ---
         blocks_integral = 0.0
         owned = 0
         busy = 0.0
@@ -391,7 +392,9 @@ def advance_ranks(
             price = _load_price(board.prices, g)
             out.steps_by_rows[price.rows] += k
             if rank.ints[BATCH] > 0:
-                _advance_decodes(cost, out, rank, price, growth, k, d0, q)
+                batch = rank.ints[BATCH]
+                _advance_decodes(cost, rank, price, growth, k)
+                _count_latencies(out, rank, batch, d0, q, k)
             rank.ints[STEP] += k
             rank.floats[CLOCK] = end
         if busy != n_ranks * (end - t):

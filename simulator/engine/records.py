@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.expert_skew import EVEN, ExpertSkew
+from simulator.engine.scheduling import HostOverheads, Retries, Scheduling
 from simulator.errors import InputError, nearest
 
-FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED = 0, 1, 2, 3, 4
-STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived")
+FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED, TIMED_OUT, CANCELLED = 0, 1, 2, 3, 4, 5, 6
+STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived", "timed_out", "cancelled")
 
 #: Kinds of prefix cache.
 PREFIX_CACHES = ("off", "blocks", "radix")
@@ -56,6 +57,12 @@ class EngineSettings:
         the settings above are those of one rank.
     expert_skew
         how the time of the routed experts varies from step to step.
+    scheduling
+        policy of the queue, and how a step is put together.
+    host
+        time that the CPU adds.
+    retries
+        what clients do after a timeout.
     """
 
     max_num_seqs: int = 256
@@ -68,6 +75,9 @@ class EngineSettings:
     cache_outputs: bool = True
     rank_routing: str = "round-robin"
     expert_skew: ExpertSkew = EVEN
+    scheduling: Scheduling = field(default_factory=Scheduling)
+    host: HostOverheads = field(default_factory=HostOverheads)
+    retries: Retries = field(default_factory=Retries)
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -106,6 +116,18 @@ class Requests:
         0: open loop. Otherwise a closed loop of that many clients.
     hashes
         which blocks of which requests are alike; None: none are. Read by a prefix cache alone.
+    priority
+        [n] class, the smallest first; needed by the policy ``priority``.
+    predicted_tokens
+        [n] predicted output length; needed by ``sjf``. With the true lengths the policy is an oracle.
+    deadline_s
+        [n] time from arrival to deadline; needed by ``edf``.
+    tenant
+        [n] who sent it, 0, 1, …; needed by ``fair``.
+    ttft_timeout_s, timeout_s
+        [n] time from arrival after which the client gives up if it has no first token, or is not finished; inf: never.
+    cancel_s
+        [n] time from arrival after which the client cancels, whatever it has got; inf: never.
     """
 
     arrival_s: NDArray[np.float64]
@@ -115,13 +137,21 @@ class Requests:
     max_tokens: NDArray[np.int64]
     concurrency: int = 0
     hashes: BlockHashes | None = None
+    priority: NDArray[np.int64] | None = None
+    predicted_tokens: NDArray[np.float64] | None = None
+    deadline_s: NDArray[np.float64] | None = None
+    tenant: NDArray[np.int64] | None = None
+    ttft_timeout_s: NDArray[np.float64] | None = None
+    timeout_s: NDArray[np.float64] | None = None
+    cancel_s: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, ranges and order; the message names the first bad row."""
         n = len(self.arrival_s)
-        for name in ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens"):
-            if len(getattr(self, name)) != n:
-                raise InputError(f"requests.{name} has {len(getattr(self, name))} rows, arrival_s has {n}")
+        for name in COLUMNS:
+            column = getattr(self, name)
+            if column is not None and len(column) != n:
+                raise InputError(f"requests.{name} has {len(column)} rows, arrival_s has {n}")
         checks = [
             ("arrival_s", ~np.isfinite(self.arrival_s) | (self.arrival_s < 0), "must be finite and not negative"),
             ("prompt_tokens", self.prompt_tokens < 1, "must be at least 1"),
@@ -133,6 +163,16 @@ class Requests:
             ),
             ("max_tokens", self.max_tokens < self.output_tokens, "must be at least output_tokens"),
         ]
+        for name in ("priority", "predicted_tokens", "deadline_s"):
+            column = getattr(self, name)
+            if column is not None:
+                checks.append((name, ~np.isfinite(column) | (np.abs(column) > 2.0**53), "must be finite"))
+        if self.tenant is not None:
+            checks.append(("tenant", self.tenant < 0, "must be 0 or more"))
+        for name in LEAVING:
+            column = getattr(self, name)
+            if column is not None:
+                checks.append((name, ~(column > 0), "must be positive (inf: never)"))
         if not self.concurrency:
             step_back = np.zeros(n, dtype=bool)
             step_back[1:] = np.diff(self.arrival_s) < 0
@@ -150,6 +190,66 @@ class Requests:
         """Return the number of requests."""
         return len(self.arrival_s)
 
+    def take(self, rows: slice, *, concurrency: int | None = None) -> "Requests":
+        """Some of the rows, with all their columns; ``concurrency`` instead of the stream's own if given."""
+        columns = {name: column[rows] for name in COLUMNS if (column := getattr(self, name)) is not None}
+        return Requests(
+            **columns,
+            concurrency=self.concurrency if concurrency is None else concurrency,
+            hashes=None if self.hashes is None else self.hashes.rows(rows),
+        )
+
+    @property
+    def clients_may_leave(self) -> bool:
+        """Whether any client gives up or cancels at some time."""
+        columns = [getattr(self, name) for name in LEAVING]
+        return any(column is not None and bool(np.isfinite(column).any()) for column in columns)
+
+
+LEAVING = ("ttft_timeout_s", "timeout_s", "cancel_s")
+#: Columns of :class:`Requests`, one row per request; those that default to None need not be there.
+COLUMNS = tuple(name for name in Requests.__dataclass_fields__ if name not in {"concurrency", "hashes"})
+
+
+def needs_queue(settings: EngineSettings, *, clients_leave: bool) -> bool:
+    """Whether a run goes beyond first come, first served: a policy or batching mode, a host, or clients that leave."""
+    scheduling, host = settings.scheduling, settings.host
+    plain = (
+        scheduling.policy == "fcfs"
+        and scheduling.batching == "chunked"
+        and not scheduling.long_prefill_token_threshold
+        and not scheduling.watermark
+        and host == HostOverheads(asynchronous=host.asynchronous)
+    )
+    return not plain or clients_leave
+
+
+def check_columns(settings: EngineSettings, requests: Requests) -> None:
+    """Check that the requests have what the settings need.
+
+    Raises
+    ------
+    InputError
+        if the policy's column is missing, or a client would give up before the scheduler sees its request.
+    """
+    if settings.prefix_cache != "off" and needs_queue(settings, clients_leave=requests.clients_may_leave):
+        raise InputError(
+            f"engine.prefix_cache = {settings.prefix_cache!r}: only with policy and batching at their defaults, a host that costs "
+            "nothing and clients that do not leave"
+        )
+    needed = {"priority": "priority", "sjf": "predicted_tokens", "edf": "deadline_s", "fair": "tenant"}
+    policy = settings.scheduling.policy
+    if policy in needed and getattr(requests, needed[policy]) is None:
+        raise InputError(f"engine.policy = {policy!r} needs requests.{needed[policy]}")
+    for name in LEAVING:
+        column = getattr(requests, name)
+        if column is not None and (column <= settings.host.request_s).any():
+            row = int(np.argmax(column <= settings.host.request_s))
+            raise InputError(
+                f"requests.{name}[{row}] = {column[row]}: must be longer than engine.host.request_s = "
+                f"{settings.host.request_s}, or the scheduler would never see the request"
+            )
+
 
 @dataclass(frozen=True)
 class EngineResult:
@@ -158,9 +258,10 @@ class EngineResult:
     Attributes
     ----------
     status
-        [n] FINISHED, REJECTED, RUNNING, WAITING or NOT_ARRIVED at the end.
+        [n] FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED, TIMED_OUT or CANCELLED at the end.
     arrival_s, scheduled_s, first_token_s, finish_s
-        [n] arrival; start of the first step it was part of; end of the step that gave its first token; of its last.
+        [n] (first) arrival; start of the first step it was part of; when its first token reached the client; its last.
+        The latter three of the latest attempt.
     preemptions
         [n] times it was preempted.
     busy_s
@@ -173,6 +274,10 @@ class EngineResult:
     reused_tokens
         [n] tokens it never computed itself: ``cached_tokens`` of the request, or with a prefix cache what was found there (0
         until it is admitted).
+    attempts
+        [n] attempts that reached the scheduler.
+    wasted_s
+        [n] the part of ``busy_s`` spent on attempts that timed out or were cancelled.
     idle_s
         time without a step.
     end_s
@@ -186,7 +291,10 @@ class EngineResult:
     totals
         sums over steps: ``steps``, ``dense_tokens``, ``decode_tokens`` (ΣB), ``decode_keys`` (ΣS), ``prefill_pairs`` (ΣA),
         ``prefill_keys`` (ΣK), ``window_decode_keys`` (ΣSW), ``window_prefill_pairs`` (ΣAW), ``window_prefill_keys`` (ΣKW), ``chunks`` (ΣP), ``rows`` (ΣR), ``preemptions``, ``recomputed_tokens``, ``segments``;
-        and times: ``decode_attention_s``, ``prefill_attention_s``; with ranks or uneven experts, ``padding_s`` and ``imbalance_s``;
+        and of clients: ``timeouts``, ``cancellations``, ``retries``, ``abandoned_tokens`` (computed, for attempts that were
+        left; recomputation apart) and ``abandoned_outputs`` (emitted for them);
+        and times: ``decode_attention_s``, ``prefill_attention_s``, ``host_s`` (host work that delayed a step), and with ranks or uneven
+        experts ``padding_s`` and ``imbalance_s``;
         and time integrals: ``running_s`` (Σ running requests × time), ``waiting_s``, ``kv_blocks_s``;
         and peaks: ``max_running``, ``max_waiting``, ``max_kv_blocks``;
         with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``.
@@ -206,6 +314,8 @@ class EngineResult:
     busy_cached_s: NDArray[np.float64]
     recompute_s: NDArray[np.float64]
     reused_tokens: NDArray[np.int64]
+    attempts: NDArray[np.int32]
+    wasted_s: NDArray[np.float64]
     idle_s: float
     end_s: float
     steps_by_tokens: NDArray[np.int64]

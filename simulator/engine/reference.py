@@ -1,10 +1,11 @@
 """The reference engine: one replica, step by step, in plain Python on SimPy.
 
-Written from docs/engine-rules.md to be read, not to be fast; the comments name the rule a line carries out. It shares
-nothing with the compiled engine but the records of :mod:`simulator.engine.records`, and is its oracle.
+Written from docs/engine-rules.md and docs/engine-scheduling.md to be read, not to be fast; the comments name the rule a
+line carries out. It shares nothing with the compiled engine but the records of :mod:`simulator.engine.records`, and is its
+oracle.
 
-SimPy is the clock. What happens at one instant is ordered by the priority of its event (R2): a step takes effect,
-then arrivals join, then the next step is scheduled.
+SimPy is the clock. What happens at one instant is ordered by the priority of its event (R2, L2): a step takes effect,
+then clients leave, then arrivals join, then the next step is scheduled.
 """
 
 from collections import deque
@@ -12,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappush
 from itertools import pairwise
-from math import ceil, inf, nan
+from math import ceil, floor, inf, isnan, nan
 from typing import Any
 
 import numpy as np
@@ -21,23 +22,27 @@ from numpy.typing import NDArray
 from simpy.events import EventPriority
 
 from simulator.engine.records import (
+    CANCELLED,
     FINISHED,
     ITL_BINS,
     NOT_ARRIVED,
     REJECTED,
     RUNNING,
+    TIMED_OUT,
     WAITING,
     EngineResult,
     EngineSettings,
     Requests,
     cache_hashes,
+    check_columns,
     itl_bin,
 )
 from simulator.engine.reference_cache import Block, BlockPool, RadixPool
+from simulator.engine.reference_queue import Queue
 from simulator.errors import InputError
 from simulator.roofline.step_cost import StepCost, window_keys
 
-STEP_ENDS, ARRIVAL, STEP_STARTS = EventPriority(0), EventPriority(1), EventPriority(2)
+STEP_ENDS, LEAVING, ARRIVAL, STEP_STARTS = EventPriority(0), EventPriority(1), EventPriority(2), EventPriority(3)
 
 Process = Generator[simpy.Event, Any, None]
 
@@ -49,19 +54,20 @@ class Clock(simpy.Environment):
     was computed from.
     """
 
-    def insert(self, event: simpy.Event, time_s: float, priority: EventPriority) -> None:
+    def insert(self, event: simpy.Event, time_s: float, priority: EventPriority, row: int) -> None:
         """Put a triggered event into the queue."""
-        heappush(self._queue, (time_s, priority, next(self._eid), event))
+        # SimPy orders by priority, then by creation; a fraction of a priority puts the row in between.
+        heappush(self._queue, (time_s, EventPriority(priority + row / 2**40), next(self._eid), event))  # type: ignore[arg-type]  # SimPy only compares priorities
 
 
 class Moment(simpy.Event):
-    """Happens at exactly ``time_s``, among the events of ``priority`` in the order of creation."""
+    """Happens at exactly ``time_s``, among the events of ``priority`` in the order of rows."""
 
-    def __init__(self, clock: Clock, time_s: float, priority: EventPriority) -> None:
+    def __init__(self, clock: Clock, time_s: float, priority: EventPriority, row: int = 0) -> None:
         super().__init__(clock)
         self._ok = True
         self._value = None
-        clock.insert(self, time_s, priority)
+        clock.insert(self, time_s, priority, row)
 
 
 @dataclass(eq=False)
@@ -73,6 +79,14 @@ class Request:
     output_tokens: int
     cached_tokens: int
     max_tokens: int
+    rank: float = 0.0
+    """What its policy orders by, before the ticket (Q1)."""
+    tenant: int = 0
+    ticket: int = -1
+    put_back: int = 0
+    """Which put back into the queue it was (Q1); 0: none in this attempt."""
+    leaving: int = 0
+    """What its status will be at the end of the step in progress, because its client has left (L3); 0: it has not."""
     status: int = NOT_ARRIVED
     computed: int = 0
     emitted: int = 0
@@ -85,6 +99,9 @@ class Request:
     must_emit: bool = True
     """No token emitted since it was last admitted."""
     last_token_s: float = nan
+    attempt_s: float = nan
+    """Arrival of the attempt."""
+    attempts: int = 0
     arrival_s: float = nan
     scheduled_s: float = nan
     first_token_s: float = nan
@@ -94,6 +111,7 @@ class Request:
     busy_prefill_s: float = 0.0
     busy_cached_s: float = 0.0
     recompute_s: float = 0.0
+    wasted_s: float = 0.0
 
     @property
     def known(self) -> int:
@@ -110,7 +128,7 @@ class Request:
 class StepRecord:
     """One step, as it was scheduled: what ``on_step`` gets, at the step's start.
 
-    ``scheduled`` maps rows to tokens; ``computed`` (before the step) and ``blocks`` (for the step) cover all running rows,
+    ``host_s`` is what the host adds to the device's time. ``scheduled`` maps rows to tokens; ``computed`` (before the step) and ``blocks`` (for the step) cover all running rows,
     in the order of admission. ``preempted`` rows are in the order of preemption, ``waiting`` in the order of the queue.
     """
 
@@ -126,6 +144,7 @@ class StepRecord:
     SW: int
     AW: int
     KW: int
+    host_s: float
     scheduled: dict[int, int]
     computed: dict[int, int]
     blocks: dict[int, int]
@@ -136,6 +155,7 @@ class StepRecord:
     arrived: int
     finished: int
     rejected: int
+    left: int
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -156,6 +176,16 @@ class Piece:
 
 
 @dataclass
+class Plan:
+    """A step in the making: the tokens of each request, and what is left of the budget."""
+
+    budget: int
+    batch: dict[Request, int] = field(default_factory=dict)
+    preempted: list[Request] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)
+
+
+@dataclass
 class Replica:
     """One replica: ``advance`` moves it through simulated time, ``result`` reads it."""
 
@@ -167,7 +197,7 @@ class Replica:
     clock: Clock = field(default_factory=Clock)
     rows: list[Request] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
-    waiting: deque[Request] = field(default_factory=deque)
+    waiting: Queue = field(init=False)
     free_blocks: int = 0
     pool: BlockPool | None = None
     """The blocks one by one, where a prefix cache must tell them apart."""
@@ -177,9 +207,15 @@ class Replica:
     """What an idle replica waits for."""
     at_work: float = 0.0
     """Share of the replica at work now: 1 during a step, unless parts of it wait for each other."""
+    in_step: bool = False
+    step_end_s: float = 0.0
+    is_open: bool = True
+    """Whether a static batch is being formed (B4)."""
     arrived: int = 0
     finished: int = 0
     rejected: int = 0
+    left: int = 0
+    """Requests whose latest attempt timed out or was cancelled."""
     steps_by_tokens: list[int] = field(default_factory=list)
     steps_by_rows: list[int] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
@@ -197,9 +233,14 @@ class Replica:
                 f"StepCost covers {self.cost.max_tokens} tokens and {self.cost.max_rows} rows; engine settings ask for "
                 f"max_num_batched_tokens = {settings.max_num_batched_tokens}, max_num_seqs = {settings.max_num_seqs}"
             )
+        check_columns(settings, self.requests)
         names = ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
         columns = [getattr(self.requests, name).tolist() for name in names]
         self.rows = [Request(row, *lengths) for row, lengths in enumerate(zip(*columns, strict=True))]
+        for request in self.rows:
+            request.rank = self.column({"priority": "priority", "sjf": "predicted_tokens"}, request.row, 0.0)
+            request.tenant = int(self.column({"fair": "tenant"}, request.row, 0))
+        self.waiting = Queue(settings.scheduling)
         self.free_blocks = settings.num_kv_blocks
         hashes = cache_hashes(settings, self.requests)
         if hashes is not None:
@@ -210,8 +251,9 @@ class Replica:
         counts = ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "prefill_keys", "chunks")
         windowed = ("window_decode_keys", "window_prefill_pairs", "window_prefill_keys")
         more = ("rows", "preemptions", "recomputed_tokens", "segments", "max_running", "max_waiting", "max_kv_blocks")
-        self.totals = dict.fromkeys(counts + windowed + more, 0) | dict.fromkeys(
-            ("decode_attention_s", "prefill_attention_s"), 0.0
+        clients = ("timeouts", "cancellations", "retries", "abandoned_tokens", "abandoned_outputs")
+        self.totals = dict.fromkeys(counts + windowed + more + clients, 0) | dict.fromkeys(
+            ("decode_attention_s", "prefill_attention_s", "host_s"), 0.0
         )
         self.start()
 
@@ -228,37 +270,104 @@ class Replica:
 
     # Arrivals
 
+    def column(self, by_policy: dict[str, str], row: int, default: float) -> float:
+        """Entry of the column that the policy reads, or the default."""
+        name = by_policy.get(self.settings.scheduling.policy)
+        return float(getattr(self.requests, name)[row]) if name is not None else default
+
     def release(self, now_s: float) -> None:
         """Let the next row arrive, ``arrival_s`` from now (R3); an open loop releases all rows at time 0."""
         if self.unreleased < len(self.rows):
             request = self.rows[self.unreleased]
             self.unreleased += 1
-            arrival_s = now_s + float(self.requests.arrival_s[request.row])
-            # The moment is made here and not in the process: its place among equals is that of the release.
-            self.clock.process(self.arrive(request, Moment(self.clock, arrival_s, ARRIVAL)))
+            request.arrival_s = now_s + float(self.requests.arrival_s[request.row])
+            self.clock.process(self.client(request, request.arrival_s))
 
-    def arrive(self, request: Request, moment: Moment) -> Process:
-        """Process of one request: wait for its arrival, then join the queue or be rejected (R4)."""
-        yield moment
-        self.close_piece()
-        self.arrived += 1
-        request.arrival_s = self.clock.now
+    def client(self, request: Request, arrival_s: float) -> Process:
+        """Process of one client: arrive, join or be rejected; give up, perhaps, and try again (L1 to L5)."""
+        while True:
+            yield Moment(self.clock, arrival_s + self.settings.host.request_s, ARRIVAL, request.row)  # H2
+            self.close_piece()
+            if not self.join(request, arrival_s):
+                break
+            status = yield from self.give_up(request)
+            if status is None:
+                return
+            due_s, noticed_s = self.clock.now, self.clock.now
+            self.close_piece()
+            if request.status == RUNNING and self.in_step:  # L3
+                request.leaving, noticed_s = status, self.step_end_s
+            else:
+                if request.status == RUNNING:
+                    self.running.remove(request)
+                else:
+                    self.waiting.leave(request)
+                self.end_attempt(request, status)
+            if status == CANCELLED or request.attempts == self.settings.retries.max_attempts:
+                break
+            arrival_s = max(due_s + float(self.settings.retries.waits_s()[request.attempts - 1]), noticed_s)  # L5
+        if self.requests.concurrency:
+            self.release(self.clock.now)
+
+    def join(self, request: Request, arrival_s: float) -> bool:
+        """Let an attempt join the queue, or reject it (R4); return whether it joined."""
+        scheduling, settings = self.settings.scheduling, self.settings
+        if request.attempts:
+            self.left -= 1
+            self.totals["retries"] += 1
+        else:
+            self.arrived += 1
+        request.attempts += 1
+        request.attempt_s = arrival_s
         longest = request.prompt_tokens + request.max_tokens
-        too_long = 0 < self.settings.max_model_len < longest
-        if too_long or self.blocks_for(longest - 1) > self.settings.num_kv_blocks:
+        at_once = request.prompt_tokens if scheduling.batching == "static" else longest - 1
+        if (
+            0 < settings.max_model_len < longest
+            or self.blocks_for(longest - 1) > settings.num_kv_blocks
+            or (scheduling.batching != "chunked" and at_once - request.cached_tokens > settings.max_num_batched_tokens)
+        ):
             request.status = REJECTED
             self.rejected += 1
-            if self.requests.concurrency:
-                self.release(self.clock.now)
-            return
+            return False
+        request.emitted = request.seen = request.reused_tokens = 0
+        request.scheduled_s = request.first_token_s = request.last_token_s = nan
+        if scheduling.policy == "edf" and self.requests.deadline_s is not None:
+            request.rank = arrival_s + float(self.requests.deadline_s[request.row])
         request.status = WAITING
-        self.join(request)
+        self.enqueue(request)
         if self.work is not None and not self.work.triggered:
             self.work.succeed()
+        return True
 
-    def join(self, request: Request) -> None:
+    def give_up(self, request: Request) -> Generator[simpy.Event, Any, int | None]:
+        """Wait until the client of an attempt leaves; return the status it leaves with, None if it is served (L1)."""
+        dues = []
+        for name, status in (("ttft_timeout_s", TIMED_OUT), ("timeout_s", TIMED_OUT), ("cancel_s", CANCELLED)):
+            column = getattr(self.requests, name)
+            if column is not None and column[request.row] < inf:
+                dues.append((request.attempt_s + float(column[request.row]), status, name))
+        for due_s, status, name in sorted(dues):
+            yield Moment(self.clock, due_s, LEAVING, request.row)
+            if request.status not in {WAITING, RUNNING}:
+                return None
+            if name != "ttft_timeout_s" or not request.emitted:
+                self.totals["timeouts" if status == TIMED_OUT else "cancellations"] += 1
+                return status
+        return None
+
+    def end_attempt(self, request: Request, status: int) -> None:
+        """Let a request out of the replica whose client has left, and count what it cost (L3, L6)."""
+        self.totals["abandoned_tokens"] += max(0, request.seen - request.cached_tokens)
+        self.totals["abandoned_outputs"] += request.emitted
+        self.free(request)
+        request.computed = request.leaving = 0
+        request.wasted_s = request.busy_s
+        request.status = status
+        self.left += 1
+
+    def enqueue(self, request: Request) -> None:
         """Put an accepted arrival into the queue."""
-        self.waiting.append(request)
+        self.waiting.join(request)
 
     # Steps
 
@@ -270,14 +379,17 @@ class Replica:
                 yield self.work
                 self.work = None
             yield Moment(self.clock, self.clock.now, STEP_STARTS)
+            if not self.running and not self.waiting:  # whoever waited has left in this instant
+                continue
             self.close_piece()
             batch, record = self.schedule()
+            self.in_step, self.step_end_s = True, record.end_s
             self.at_work = 1.0
             if self.on_step is not None:
                 self.on_step(record)
             yield Moment(self.clock, record.end_s, STEP_ENDS)
             self.close_piece()
-            self.at_work = 0.0
+            self.in_step, self.at_work = False, 0.0
             self.charge(batch, record)
             self.take_effect(batch)
 
@@ -285,15 +397,16 @@ class Replica:
         """Return the blocks that hold ``tokens`` tokens."""
         return -(-tokens // self.settings.block_size)
 
-    def preempt_last(self) -> Request:
-        """Free the last running request's blocks and put it before all who wait (R6)."""
-        request = self.running.pop()
+    def preempt(self, request: Request, plan: Plan) -> None:
+        """Free a running request's blocks and let it wait again (R6, Q2)."""
+        self.running.remove(request)
+        plan.budget += plan.batch.pop(request, 0)
+        plan.preempted.append(request)
         self.free(request)
         request.computed = 0
         request.status = WAITING
         request.preemptions += 1
-        self.waiting.appendleft(request)
-        return request
+        self.waiting.join_again(request)
 
     def grow(self, request: Request, tokens: int) -> None:
         """Let a request own the blocks of ``tokens`` tokens."""
@@ -341,51 +454,117 @@ class Replica:
         keys = past % window + tokens if self.cost.window_chunked else min(stop, tokens + window - 1)
         return pairs(past, tokens), stop, 1, window_pairs, keys
 
-    def schedule(self) -> tuple[dict[Request, int], StepRecord]:
-        """Choose the tokens of the step that starts now (R5 to R8); return them and what they cost (R9)."""
-        now_s = self.clock.now
-        budget = self.settings.max_num_batched_tokens
-        batch: dict[Request, int] = {}
-        preempted: list[Request] = []
-        admitted: list[Request] = []
-
-        for request in list(self.running):  # R5
-            if not budget or request.status != RUNNING:
+    def go_on(self, plan: Plan) -> None:
+        """Give tokens to those who run, decoding requests first (R5, B1)."""
+        for request in sorted(self.running, key=lambda request: request.in_prefill):
+            if not plan.budget:
                 break
-            wanted = min(request.known - request.computed, budget)
+            if request.status != RUNNING:
+                continue
+            wanted = min(request.known - request.computed, plan.budget, self.longest_chunk)
             while self.free_blocks < self.blocks_for(request.computed + wanted) - request.blocks:
-                preempted.append(self.preempt_last())
-                if preempted[-1] is request:
+                victim = self.waiting.victim(self.running)
+                self.preempt(victim, plan)
+                if victim is request:
                     break
             if request.status != RUNNING:  # it had to preempt itself
-                break
+                continue
             self.grow(request, request.computed + wanted)
-            batch[request] = wanted
-            budget -= wanted
+            plan.batch[request] = wanted
+            plan.budget -= wanted
 
-        while not preempted and budget and self.waiting and len(self.running) < self.settings.max_num_seqs:  # R7
-            request = self.waiting[0]
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of one prompt in a step at most (B5)."""
+        return self.settings.scheduling.long_prefill_token_threshold or self.settings.max_num_batched_tokens
+
+    def fits(self, request: Request, tokens: int, held: int) -> bool:
+        """Whether there is a seat, and blocks for the first ``tokens`` tokens, for the first of the queue (R7, B4, B7).
+
+        ``held`` blocks of them are in use already (C6).
+        """
+        settings = self.settings
+        if len(self.running) == settings.max_num_seqs:
+            return False
+        if settings.scheduling.batching == "static":
+            reserved = [self.blocks_for(one.prompt_tokens + one.max_tokens - 1) for one in (*self.running, request)]
+            return sum(reserved) <= settings.num_kv_blocks
+        margin = floor(settings.scheduling.watermark * settings.num_kv_blocks) if self.running else 0
+        if settings.scheduler_reserve_full_isl:
+            tokens = request.known
+        return self.blocks_for(tokens) - held + margin <= self.free_blocks
+
+    def is_unfinished(self, request: Request, plan: Plan) -> bool:
+        """Whether part of a running request's prompt is left after this step (B6)."""
+        return request.in_prefill and request.computed + plan.batch.get(request, 0) < request.known
+
+    def admit(self, plan: Plan) -> None:
+        """Take requests from the queue (R7)."""
+        scheduling = self.settings.scheduling
+        while plan.budget and self.waiting:
+            request = self.waiting.first()
+            if request in plan.preempted:  # Q3
+                return
             longest = (request.known - 1) // self.settings.block_size
             hits = self.pool.lookup(request.row, longest) if self.pool is not None else []  # C5
             start = max(len(hits) * self.settings.block_size, request.cached_tokens)
-            chunk = min(request.known - start, budget)
-            tokens = request.known if self.settings.scheduler_reserve_full_isl else start + chunk
-            held = sum(block.owners > 0 for block in hits)  # C6
-            if self.blocks_for(tokens) - held > self.free_blocks:
-                break
-            self.waiting.popleft()
+            rest = request.known - start
+            chunk = min(rest, plan.budget, self.longest_chunk)
+            if chunk < rest:
+                unfinished = sum(self.is_unfinished(one, plan) for one in self.running)
+                limit = scheduling.max_num_partial_prefills
+                if scheduling.batching != "chunked" or 0 < limit <= unfinished:  # B2, B6
+                    return
+            if not self.fits(request, start + chunk, sum(block.owners > 0 for block in hits)):
+                victim = self.waiting.lower_victim(request, self.running)
+                if victim is None:
+                    return
+                self.preempt(victim, plan)
+                continue
+            self.waiting.take(request, is_new=isnan(request.scheduled_s))
             self.running.append(request)
             request.status = RUNNING
             request.must_emit = True
             request.computed = request.start = start
             self.admit_to_blocks(request, hits)
             self.grow(request, start + chunk)
-            batch[request] = chunk
-            budget -= chunk
-            admitted.append(request)
-            if not request.preemptions:
-                request.scheduled_s = now_s
+            plan.batch[request] = chunk
+            plan.budget -= chunk
+            plan.admitted.append(request)
+            if isnan(request.scheduled_s):
+                request.scheduled_s = self.clock.now
 
+    def choose(self) -> Plan:
+        """Choose the tokens of the step that starts now (R5 to R8, B1 to B4)."""
+        plan = Plan(self.settings.max_num_batched_tokens)
+        if self.settings.scheduling.batching in {"chunked", "orca"}:
+            self.go_on(plan)
+            if not plan.preempted:
+                self.admit(plan)
+            return plan
+        is_static = self.settings.scheduling.batching == "static"
+        self.is_open = self.is_open or not self.running
+        if self.is_open or not is_static:
+            self.admit(plan)
+        if not plan.batch:
+            self.is_open = False
+            self.go_on(plan)
+        return plan
+
+    def host_s(self, n: int, sequences: int, device_s: float) -> float:
+        """Time by which the host makes a step longer (H1). [s]"""
+        host = self.settings.host
+        work_s = host.step_s + host.sequence_s * sequences + host.token_s * n
+        return max(0.0, work_s - device_s) if host.asynchronous else work_s
+
+    def schedule(self) -> tuple[dict[Request, int], StepRecord]:
+        """Choose the tokens of the step that starts now; return them and what they cost (R9, H1)."""
+        now_s = self.clock.now
+        plan = self.choose()
+        batch, preempted, admitted = plan.batch, plan.preempted, plan.admitted
+        for request, tokens in batch.items():
+            if request.computed + tokens == request.known:
+                self.waiting.count_output(request)
         decodes = [request for request in batch if not request.in_prefill]
         chunks = [self.chunk_work(one.computed, tokens) for one, tokens in batch.items() if one.in_prefill]
         work = {
@@ -402,10 +581,13 @@ class Replica:
         peaks = {"max_running": len(self.running), "max_waiting": len(self.waiting), "max_kv_blocks": used}
         for name, value in peaks.items():
             self.totals[name] = max(self.totals[name], value)
+        device_s = self.cost.step_s(**work)
+        host_s = self.host_s(work["n"], len(batch), device_s)
         record = StepRecord(
             start_s=now_s,
-            end_s=now_s + self.cost.step_s(**work),
+            end_s=now_s + (device_s + host_s),
             **work,
+            host_s=host_s,
             scheduled={request.row: tokens for request, tokens in batch.items()},
             computed={request.row: request.computed for request in self.running},
             blocks={request.row: request.blocks for request in self.running},
@@ -416,17 +598,18 @@ class Replica:
             arrived=self.arrived,
             finished=self.finished,
             rejected=self.rejected,
+            left=self.left,
         )
         return batch, record
 
     def charge(self, batch: dict[Request, int], step: StepRecord) -> None:
         """Split a step's time among its requests (R11, R12) and count it. Before ``computed`` grows."""
-        again = self.split_time(self.cost, float(self.cost.dense_s[step.n]), batch, step)
+        again = self.split_time(self.cost, float(self.cost.dense_s[step.n]) + step.host_s, batch, step)
         self.totals["recomputed_tokens"] += again
         self.count(step)
 
     def split_time(self, cost: StepCost, dense_s: float, batch: dict[Request, int], step: StepRecord) -> int:
-        """Let requests pay their shares of a step with these tables, its dense layers ``dense_s`` long.
+        """Let requests pay their shares of a step with these tables, its dense layers ``dense_s`` long, host included.
 
         Returns the tokens computed again.
         """
@@ -477,14 +660,16 @@ class Replica:
             "chunks": step.P,
             "rows": step.R,
             "decode_attention_s": decode_s if step.B else 0.0,
+            "host_s": step.host_s,
             "prefill_attention_s": cost.prefill_attention_s(step.A, step.K, step.P, step.AW, step.KW),
         }
         for name, value in sums.items():
             self.totals[name] += value
 
     def take_effect(self, batch: dict[Request, int]) -> None:
-        """End the step: tokens are emitted, requests finish, blocks are freed, rows released (R10, R3)."""
+        """End the step: tokens are emitted, requests leave or finish, blocks are freed, rows released (R10, L3, R3)."""
         now_s = self.clock.now
+        output_s = self.settings.host.output_s  # H3
         for request, tokens in batch.items():
             is_chunk = request.in_prefill
             request.computed += tokens
@@ -496,20 +681,23 @@ class Replica:
             request.emitted += 1
             request.must_emit = False
             if request.emitted == 1:
-                request.first_token_s = now_s
+                request.first_token_s = now_s + output_s
             else:
                 self.itl_s.append(now_s - request.last_token_s)
             request.last_token_s = now_s
-        done = [request for request in batch if request.emitted == request.output_tokens]
+        for request in [request for request in self.running if request.leaving]:
+            self.running.remove(request)
+            self.end_attempt(request, request.leaving)
+        done = [one for one in batch if one.status == RUNNING and one.emitted == one.output_tokens]
         for request in done:
             self.running.remove(request)
             self.publish_at_end(request)
             self.free(request)
             request.status = FINISHED
-            request.finish_s = now_s
+            request.finish_s = now_s + output_s
             self.finished += 1
             if self.requests.concurrency:
-                self.release(now_s)
+                self.release(now_s + output_s)
 
     # Reading
 
@@ -545,8 +733,10 @@ class Replica:
             busy_cached_s=column("busy_cached_s"),
             recompute_s=column("recompute_s"),
             reused_tokens=column("reused_tokens", np.int64),
+            attempts=column("attempts", np.int32),
+            wasted_s=column("wasted_s"),
             idle_s=sum(((1 - piece.busy) * (piece.end_s - piece.start_s) for piece in self.pieces), start=0.0),
-            end_s=float(self.clock.now),
+            end_s=self.pieces[-1].end_s if self.pieces else 0.0,
             steps_by_tokens=np.array(self.steps_by_tokens, dtype=np.int64),
             steps_by_rows=np.array(self.steps_by_rows, dtype=np.int64),
             itl_counts=itl_counts,

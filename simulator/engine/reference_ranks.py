@@ -6,12 +6,22 @@ scheduling a step, freeing blocks and emitting tokens they share. Comments name 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import nan
+from math import isnan, nan
 
 import simpy
 
 from simulator.engine.records import FINISHED, RUNNING, EngineResult, of_the_whole
-from simulator.engine.reference import STEP_ENDS, STEP_STARTS, Moment, Piece, Process, Replica, Request, StepRecord
+from simulator.engine.reference import (
+    STEP_ENDS,
+    STEP_STARTS,
+    Moment,
+    Piece,
+    Plan,
+    Process,
+    Replica,
+    Request,
+    StepRecord,
+)
 from simulator.roofline.pipeline_cost import PipelineCost
 
 
@@ -25,12 +35,12 @@ class Rank(Replica):
         """The whole does."""
 
     def release(self, now_s: float) -> None:
-        """Rows are released to no rank in particular (L1)."""
+        """Rows are released to no rank in particular (G1)."""
         self.whole.release(now_s)
 
     @property
     def load(self) -> int:
-        """What least-loaded routing compares (L1)."""
+        """What least-loaded routing compares (G1)."""
         return 4 * len(self.waiting) + len(self.running)
 
 
@@ -60,16 +70,16 @@ class LockStep(Replica):
         self.totals |= {"padding_s": 0.0, "imbalance_s": 0.0}
         super().start()
 
-    def join(self, request: Request) -> None:
-        """L1."""
+    def enqueue(self, request: Request) -> None:
+        """G1."""
         rank = self.ranks[self.accepted % len(self.ranks)]
         if self.settings.rank_routing == "least-loaded":
             rank = min(self.ranks, key=lambda rank: rank.load)
         self.accepted += 1
-        rank.waiting.append(request)
+        rank.waiting.join(request)
 
     def serve(self) -> Process:
-        """Process of the replica: steps of all ranks together (L2)."""
+        """Process of the replica: steps of all ranks together (G2)."""
         cost, r = self.cost, len(self.ranks)
         while True:
             if not any(rank.running or rank.waiting for rank in self.ranks):
@@ -81,11 +91,11 @@ class LockStep(Replica):
             batches = [(rank, *rank.schedule()) for rank in self.ranks if rank.running or rank.waiting]
             width = max(step.n for _, _, step in batches)
             excess_s = 0.0
-            if self.excess:  # L5
+            if self.excess:  # G5
                 excess_s = self.excess[self.n_steps % len(self.excess)] * float(cost.expert_s[width])
             dense_s = float(cost.dense_s[width]) + excess_s
             own_s = [dense_s + self.rest_s(step) for _, _, step in batches]
-            time_s = max(own_s)  # L3
+            time_s = max(own_s)  # G3
             self.at_work = sum(own_s) / (r * time_s)
             self.n_steps += 1
             self.note_peaks()
@@ -95,7 +105,7 @@ class LockStep(Replica):
             yield Moment(self.clock, self.clock.now + time_s, STEP_ENDS)
             self.close_piece()
             self.at_work = 0.0
-            for rank, batch, step in batches:  # L4
+            for rank, batch, step in batches:  # G4
                 self.totals["recomputed_tokens"] += rank.split_time(cost, dense_s, batch, step)
                 rank.count(step)
                 self.totals["padding_s"] += float(cost.dense_s[width] - cost.dense_s[step.n])
@@ -128,7 +138,7 @@ class LockStep(Replica):
         return sum(len(rank.running) for rank in self.ranks)
 
     def note_peaks(self) -> None:
-        """Peaks are of the whole replica (L6)."""
+        """Peaks are of the whole replica (G6)."""
         peaks = {"max_running": self.n_running, "max_waiting": self.n_waiting, "max_kv_blocks": self.used_blocks}
         for name, value in peaks.items():
             self.totals[name] = max(self.totals[name], value)
@@ -142,7 +152,7 @@ class LockStep(Replica):
             )
 
     def result(self, timeline_interval_s: float | None = None) -> EngineResult:
-        """As of a plain replica; times of ranks are divided by their number (L4)."""
+        """As of a plain replica; times of ranks are divided by their number (G4)."""
         return of_the_whole(super().result(timeline_interval_s), len(self.ranks))
 
 
@@ -166,9 +176,9 @@ class Pipeline(Replica):
         for _ in range(self.requests.concurrency or len(self.rows)):
             self.release(0.0)
 
-    def join(self, request: Request) -> None:
+    def enqueue(self, request: Request) -> None:
         """P4: an arrival is a reason to schedule."""
-        self.waiting.append(request)
+        self.waiting.join(request)
         self.ask()
 
     def ask(self) -> None:
@@ -194,8 +204,8 @@ class Pipeline(Replica):
     def form(self) -> tuple[dict[Request, int], list[Request]]:
         """Choose a micro-batch (P1 to P3); return its tokens and who was preempted for it."""
         budget = self.settings.max_num_batched_tokens
-        batch: dict[Request, int] = {}
-        preempted: list[Request] = []
+        plan = Plan(budget)
+        batch, preempted = plan.batch, plan.preempted
         stopped = False
         for request in [
             one for one in self.running if not self.held.get(one) or one.known > one.computed
@@ -210,9 +220,7 @@ class Pipeline(Replica):
                     stopped = True
                     continue
                 victim = [one for one in self.running if not self.held.get(one)][-1]
-                self.running.remove(victim)
-                self.running.append(victim)
-                preempted.append(self.preempt_last())
+                self.preempt(victim, plan)
                 stopped = victim is request
             if stopped:
                 break
@@ -222,19 +230,20 @@ class Pipeline(Replica):
         while (
             not (stopped or preempted) and budget and self.waiting and len(self.running) < self.settings.max_num_seqs
         ):  # R7
-            request = self.waiting[0]
+            request = self.waiting.first()
             chunk = min(request.known - request.cached_tokens, budget)
             reach = request.known if self.settings.scheduler_reserve_full_isl else request.cached_tokens + chunk
             if self.blocks_for(reach) > self.free_blocks:
                 break
-            self.running.append(self.waiting.popleft())
+            self.waiting.take(request, is_new=isnan(request.scheduled_s))
+            self.running.append(request)
             request.status, request.must_emit = RUNNING, True
             request.computed = request.start = request.cached_tokens
             self.admit_to_blocks(request, [])
             self.grow(request, request.computed + chunk)
             batch[request] = chunk
             budget -= chunk
-            if not request.preemptions:
+            if isnan(request.scheduled_s):
                 request.scheduled_s = self.clock.now
         return batch, preempted
 
@@ -296,6 +305,8 @@ class Pipeline(Replica):
             arrived=self.arrived,
             finished=self.finished,
             rejected=self.rejected,
+            left=self.left,
+            host_s=0.0,
         )
 
     def occupy(self, begin_s: float, end_s: float) -> Process:

@@ -329,7 +329,7 @@ def _rebase(cost: CostTable, state: State, out: Outcome) -> None:
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
-        if slot != ints[PARTIAL]:
+        if state.finish_step[slot] >= 0:
             _settle(cost, state, out, slot, step)
             state.w[slot] = 0.0
             state.r0[slot] = 0.0
@@ -781,13 +781,8 @@ def _record_segment(
 
 
 @inlined
-def _advance_decodes(
-    cost: CostTable, out: Outcome, state: State, price: Price, q: float, k: int, gap: float, widens: float
-) -> None:
-    """R10, R11: k steps of the decoding batch, by their sums. ``State.ints[STEP]`` is still that of the first.
-
-    Their tokens come ``gap`` seconds after the last ones, each step by ``widens`` more.
-    """
+def _advance_decodes(cost: CostTable, state: State, price: Price, q: float, k: int) -> None:
+    """R10, R11: k steps of the decoding batch, by their sums. ``State.ints[STEP]`` is still that of the first."""
     ints, floats = state.ints, state.floats
     batch = ints[BATCH]
     total_keys = ints[KEYS_SUM]
@@ -803,8 +798,13 @@ def _advance_decodes(
     floats[SHARE_W] += k * (price.per_token + price.per_row + cost.seq + intercept / batch)
     floats[SHARE_R0] += k * price.slope
     floats[SHARE_R1] += price.slope * (k * (ints[STEP] - ints[STEP_ORIGIN]) + growth)
-    count_itl(out.itl, state.bits_f, state.bits_i, gap, widens, k, batch)
-    floats[ITL_MAX] = max(floats[ITL_MAX], gap + widens * (k - 1))
+
+
+@inlined
+def _count_latencies(out: Outcome, state: State, batch: int, d0: float, q: float, k: int) -> None:
+    """R10: k tokens of each of ``batch`` sequences, in steps that last d0, d0 + q, …"""
+    count_itl(out.itl, state.bits_f, state.bits_i, d0, q, k, batch)
+    state.floats[ITL_MAX] = max(state.floats[ITL_MAX], d0 + q * (k - 1))
 
 
 @inlined
@@ -1004,7 +1004,8 @@ def advance(
         out.steps_by_rows[price.rows] += k
         _record_segment(state, t, end, running, waiting, blocks_integral, end - t)
         if batch > 0:
-            _advance_decodes(cost, out, state, price, q, k, price.d0, q)
+            _advance_decodes(cost, state, price, q, k)
+            _count_latencies(out, state, batch, price.d0, q, k)
         ints[STEP] = step + k
         n_done = 0
         if chunks.n > 0:

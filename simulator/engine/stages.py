@@ -44,6 +44,7 @@ from simulator.engine.skip_ahead import (
     Stream,
     _advance_decodes,
     _append,
+    _count_latencies,
     _end_chunks,
     _end_decodes,
     _make_room,
@@ -286,7 +287,9 @@ def _complete(
     _hand_over(shared.ints, ints)
     price = _load_price(flight.prices, g)
     if ints[BATCH] > 0:
-        _advance_decodes(cost, out, group, price, 0.0, 1, now - flight.last[g], 0.0)
+        batch = ints[BATCH]
+        _advance_decodes(cost, group, price, 0.0, 1)
+        _count_latencies(out, group, batch, now - flight.last[g], 0.0, 1)
     ints[STEP] += 1
     n_done = 0
     if flight.chunks[g] > 0:

@@ -39,11 +39,12 @@ PLAIN_SETTINGS = (
 
 
 def _demand_plain(settings: EngineSettings) -> None:
+    plain = EngineSettings()
     for field in fields(settings):
-        value = getattr(settings, field.name)
-        if field.name not in PLAIN_SETTINGS and value != field.default:
+        value, default = getattr(settings, field.name), getattr(plain, field.name)
+        if field.name not in PLAIN_SETTINGS and value != default:
             raise InputError(
-                f"engine.{field.name} = {value!r}: a run in blocks knows only the plain replica, {field.default!r}; "
+                f"engine.{field.name} = {value!r}: a run in blocks knows only the plain replica, {default!r}; "
                 "keep the requests (summary_only = false)"
             )
 

@@ -348,6 +348,8 @@ def _prices(p: Prices) -> list[str]:
 def _conservation(s: Summary) -> list[str]:
     ledger, r = s.ledger, s.requests
     parts = [f"{r.finished:,} finished", f"{r.running:,} running", f"{r.waiting:,} waiting", f"{r.rejected:,} rejected"]
+    left = {"timed out": r.timed_out, "cancelled": r.cancelled, "attempts tried again": r.retries}
+    parts += [f"{count:,} {what}" for what, count in left.items() if count]
     return [
         "Conservation",
         *wrapped(

@@ -76,6 +76,8 @@ class Requests(Section):
     rejected: int
     timed_out: int = 0
     cancelled: int = 0
+    retries: int = 0
+    """Attempts after the first."""
     not_arrived: int
     """In a closed loop that ended before they were released."""
     measured: int
@@ -196,7 +198,7 @@ class Utilisation(Section):
     """Σ busy ÷ (chips × time)."""
     model_flops: float
     recomputed_flops: float
-    """FLOPs spent a second time after preemptions."""
+    """FLOPs spent a second time after preemptions, and on attempts that timed out or were cancelled."""
     hbm_bytes: float
 
 
@@ -237,6 +239,8 @@ class ChipSeconds(Section):
     """Part of prefill: reading cached tokens."""
     recompute: float
     """Part of busy: tokens computed again after a preemption."""
+    wasted: float = 0.0
+    """Part of busy: attempts that timed out or were cancelled, of finished and unfinished queries."""
     decode: float
     """Part of busy: busy − prefill."""
     busy_of_measured: Distribution
@@ -289,7 +293,7 @@ class Breakdown(Section):
     """Where the chip time went: shares of chips × time that sum to 1."""
 
     fractions: dict[str, float]
-    """Parts of the dense layers, head, attention_prefill, attention_decode, idle."""
+    """Parts of the dense layers, head, attention_prefill, attention_decode, host (work that delayed steps), idle."""
 
 
 class Ledger(Section):

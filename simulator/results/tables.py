@@ -16,7 +16,7 @@ from simulator.errors import InputError
 Table = dict[str, NDArray[Any]]
 
 #: Request states, as spelled in the ``status`` column; the codes of an engine result index this tuple.
-REQUEST_STATES = ("finished", "rejected", "running", "waiting", "not_arrived")
+REQUEST_STATES = ("finished", "rejected", "running", "waiting", "not_arrived", "timed_out", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,15 @@ REQUEST_COLUMNS = (
         "leading prompt tokens whose KV was already there, stated so or found in the prefix cache",
     ),
     Column("output_tokens", "int64", "output length"),
+    Column("priority", "int64", "class, 0 is served first; 0 without classes"),
+    Column("tenant", "int64", "who sent it; 0 without tenants"),
+    Column("attempts", "int32", "attempts that reached the scheduler; times but arrival_s are those of the last"),
     Column("preemptions", "int32", "times it was preempted"),
     Column("chip_s_busy", "float64", "its share of the steps it rode in, times the replica's chips"),
     Column("chip_s_prefill", "float64", "the part of chip_s_busy spent in prefill chunks"),
     Column("chip_s_cached", "float64", "the part of chip_s_prefill spent reading cached tokens"),
     Column("chip_s_recompute", "float64", "the part of chip_s_busy spent computing tokens again after preemption"),
+    Column("chip_s_wasted", "float64", "the part of chip_s_busy spent on attempts that timed out or were cancelled"),
 )
 
 TIMELINE_COLUMNS = (

@@ -53,7 +53,7 @@ def total_work(outcome: Outcome, cost: StepCost, useful: tuple[int, int] | None 
         + cost.decode_seq_bytes * (outcome.total("decode_tokens") + outcome.total("chunks"))
     )
     recomputed = 0.0
-    again = outcome.total("recomputed_tokens")
+    again = computed_in_vain(outcome)
     if again:
         full, windowed = useful or useful_pairs(outcome, cost)
         recomputed = (
@@ -62,6 +62,11 @@ def total_work(outcome: Outcome, cost: StepCost, useful: tuple[int, int] | None 
             + cost.window_flops_per_pair * (window - windowed)
         )
     return Work(flops=flops, recomputed_flops=float(recomputed), hbm_bytes=hbm_bytes)
+
+
+def computed_in_vain(outcome: Outcome) -> int:
+    """Tokens computed a second time, or for attempts that timed out or were cancelled."""
+    return int(outcome.total("recomputed_tokens") + outcome.total("abandoned_tokens"))
 
 
 def useful_pairs(outcome: Outcome, cost: StepCost) -> tuple[int, int]:

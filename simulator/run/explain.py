@@ -13,7 +13,7 @@ from simulator.engine.records import FINISHED, REJECTED, EngineResult, EngineSet
 from simulator.errors import InfeasibleError, InputError
 from simulator.run.outcome import split
 from simulator.run.resolve import Resolved, check_contradictions
-from simulator.run.simulate import as_requests
+from simulator.run.simulate import as_requests, client_columns
 from simulator.traffic import build_stream
 
 MAX_EXPLAINED_STEPS = 1_000_000
@@ -123,7 +123,8 @@ def explain(resolved: Resolved, request: int, *, seed: int | None = None) -> Exp
         raise InputError(f"request {request}: the stream of {scenario.name} has requests 0 … {len(stream) - 1}")
     check_contradictions(scenario, stream.concurrency)
     n = scenario.replicas
-    requests = split(as_requests(stream), n)[request % n]
+    columns = client_columns(scenario, stream.output_tokens, scenario.run.seed if seed is None else seed)
+    requests = split(as_requests(stream, columns), n)[request % n]
     row = request // n
     result = simulate(resolved.cost, resolved.settings, requests)
     if result.status[row] == REJECTED:

@@ -110,15 +110,7 @@ class Outcome:
 def split(requests: Requests, replicas: int) -> list[Requests]:
     """Round robin: request i goes to replica i mod ``replicas``; closed-loop clients are divided the same way."""
     return [
-        Requests(
-            arrival_s=requests.arrival_s[r::replicas],
-            prompt_tokens=requests.prompt_tokens[r::replicas],
-            output_tokens=requests.output_tokens[r::replicas],
-            cached_tokens=requests.cached_tokens[r::replicas],
-            max_tokens=requests.max_tokens[r::replicas],
-            concurrency=len(range(r, requests.concurrency, replicas)),
-            hashes=None if requests.hashes is None else requests.hashes.rows(slice(r, None, replicas)),
-        )
+        requests.take(slice(r, None, replicas), concurrency=len(range(r, requests.concurrency, replicas)))
         for r in range(replicas)
     ]
 
@@ -149,11 +141,15 @@ def requests_table(outcome: Outcome) -> Table:
         "prompt_tokens": requests.prompt_tokens,
         "cached_tokens": outcome.column("reused_tokens"),
         "output_tokens": requests.output_tokens,
+        "priority": np.zeros(n, dtype=np.int64) if requests.priority is None else requests.priority,
+        "tenant": np.zeros(n, dtype=np.int64) if requests.tenant is None else requests.tenant,
+        "attempts": outcome.column("attempts"),
         "preemptions": outcome.column("preemptions"),
         "chip_s_busy": outcome.column("busy_s") * chips,
         "chip_s_prefill": outcome.column("busy_prefill_s") * chips,
         "chip_s_cached": outcome.column("busy_cached_s") * chips,
         "chip_s_recompute": outcome.column("recompute_s") * chips,
+        "chip_s_wasted": outcome.column("wasted_s") * chips,
     }
 
 
@@ -206,6 +202,9 @@ def step_time_s(outcome: Outcome, cost: StepCost) -> dict[str, float]:
             parts[name] = outcome.total(f"{name}_s")
     parts["attention_prefill"] = outcome.total("prefill_attention_s")
     parts["attention_decode"] = outcome.total("decode_attention_s")
+    host_s = outcome.total("host_s")
+    if host_s:
+        parts["host"] = host_s
     demand_equal("step parts", sum(parts.values()), "busy time", outcome.busy_s)
     return parts
 
@@ -226,6 +225,8 @@ def check_conservation(outcome: Outcome, cost: StepCost) -> None:
         shares = float(replica.busy_s.sum())
         demand_equal(f"replica {r}: busy + idle", shares + replica.idle_s, "its time", replica.end_s)
         check_shares(replica.busy_s, replica.busy_prefill_s, replica.busy_cached_s, replica.recompute_s)
+        if not (replica.wasted_s <= replica.busy_s * (1 + TOLERANCE)).all():
+            raise ConservationError(f"replica {r}: more of a query's busy time was wasted than there was")
     chip_time = outcome.chips * outcome.end_s
     demand_equal("fleet: busy + idle", (outcome.busy_s + outcome.idle_s) * outcome.chips_per_replica, "it", chip_time)
     done = status == FINISHED
@@ -265,10 +266,11 @@ def check_tokens(outcome: Outcome, computed: int, emitted: int) -> None:
     ConservationError
         If tokens to compute (prompt − cached + output − 1 of each) or to emit are not those the steps counted.
     """
-    wanted = computed + int(outcome.total("recomputed_tokens"))
+    wanted = computed + int(outcome.total("recomputed_tokens") + outcome.total("abandoned_tokens"))
     found = int(outcome.total("dense_tokens"))
     if wanted != found:
-        raise ConservationError(f"steps computed {found} tokens, the finished requests needed {wanted}")
+        raise ConservationError(f"steps computed {found} tokens, finished and abandoned requests needed {wanted}")
+    emitted += int(outcome.total("abandoned_outputs"))
     if emitted != int(outcome.total("rows")):
         raise ConservationError(f"{int(outcome.total('rows'))} logit rows, but {emitted} tokens were emitted")
 

@@ -11,6 +11,7 @@ from simulator.catalog.records import Quantity
 from simulator.catalog.slices import Slice, resolve_slice
 from simulator.engine.expert_skew import EVEN, ExpertSkew
 from simulator.engine.records import EngineSettings
+from simulator.engine.scheduling import HostOverheads
 from simulator.errors import InputError
 from simulator.results.summary import Assumption
 from simulator.results.summary import Deployment as DeploymentLabel
@@ -110,6 +111,9 @@ def resolve(scenario: Scenario) -> Resolved:
         cache_outputs=engine.cache_outputs,
         rank_routing=engine.rank_routing,
         expert_skew=_expert_skew(scenario),
+        scheduling=engine.scheduling,
+        host=HostOverheads(**engine.host.model_dump()),
+        retries=scenario.clients.retries,
     )
     cost, ideal = _compile(deployment, sharded), _compile(*lay(efficiency=IDEAL))
     return Resolved(
@@ -273,6 +277,15 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
     if scenario.engine.num_gpu_blocks_override is None:
         value = f"{scenario.engine.workspace_bytes / 1e9:g} GB per chip"
         found.append(Assumption(what="engine.workspace_bytes", value=value, kind="assumed", source="scenario default"))
+    if scenario.engine.policy == "sjf":
+        sigma = scenario.engine.length_prediction_sigma
+        value = f"log-normal error, sigma {sigma:g}" if sigma else "oracle: the true lengths"
+        found.append(Assumption(what="output-length prediction", value=value, kind="assumed", source="scenario"))
+    host = {name: value for name, value in scenario.engine.host.model_dump().items() if value}
+    found += [
+        Assumption(what=f"engine.host.{name}", value=f"{value}", kind="assumed", source="scenario")
+        for name, value in host.items()
+    ]
     if scenario.prices.usd_per_chip_hour is not None:
         value = f"{scenario.prices.usd_per_chip_hour:g} USD per chip-hour"
         found.append(Assumption(what="price", value=value, kind="assumed", source="scenario"))

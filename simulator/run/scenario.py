@@ -17,8 +17,10 @@ from simulator.catalog.files import data_folder, find, names_in, parse, read_tom
 from simulator.catalog.records import Record
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.records import EngineSettings
+from simulator.engine.scheduling import HostOverheads, Scheduling
 from simulator.errors import InputError
 from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
+from simulator.run.clients import ClientOptions
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
 from simulator.traffic import TrafficSpec
 
@@ -62,6 +64,23 @@ class DeploymentOptions(Record):
     """Unpacking one weight held narrower than its products, in FLOPs of the matrix units. [FLOP]"""
 
 
+class HostOptions(Record):
+    """``[engine.host]``: time that the CPU adds (docs/engine-scheduling.md, H1 to H3). All in seconds."""
+
+    step_s: Seconds = HostOverheads.step_s
+    """Host work per step …"""
+    sequence_s: Seconds = HostOverheads.sequence_s
+    """… per scheduled request of a step …"""
+    token_s: Seconds = HostOverheads.token_s
+    """… and per scheduled token."""
+    asynchronous: bool = HostOverheads.asynchronous
+    """Host work of the next step runs during the present one (vLLM's async scheduling)."""
+    request_s: Seconds = HostOverheads.request_s
+    """Between a request's arrival and the scheduler's seeing it."""
+    output_s: Seconds = HostOverheads.output_s
+    """Between a token and its arrival at the client."""
+
+
 class EngineOptions(Record):
     """``[engine]``: vLLM's settings, under vLLM's names."""
 
@@ -78,6 +97,25 @@ class EngineOptions(Record):
     """Whether the prefix cache keeps blocks with output tokens."""
     rank_routing: Literal["round-robin", "least-loaded"] = "round-robin"
     """How requests are spread over attention ranks (``sharding.dp``)."""
+    policy: Literal["fcfs", "priority", "sjf", "edf", "fair"] = "fcfs"
+    """Who is served next: first come, smallest class, fewest predicted tokens, earliest deadline, least-served tenant."""
+    preempt_lower: bool = Scheduling.preempt_lower
+    """With ``priority``: a waiting request may preempt running ones of a lower class."""
+    length_prediction_sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """With ``sjf``: σ of the predictor's log-normal error; 0 is an oracle."""
+    prompt_weight: Annotated[int, Field(ge=0)] = Scheduling.prompt_weight
+    """With ``fair``: what a computed prompt token counts …"""
+    output_weight: Annotated[int, Field(ge=0)] = Scheduling.output_weight
+    """… and an emitted one."""
+    batching: Literal["chunked", "orca", "prefill_first", "static"] = "chunked"
+    """How a step is put together."""
+    long_prefill_token_threshold: Annotated[int, Field(ge=0)] = Scheduling.long_prefill_token_threshold
+    """Tokens of one prompt in a step at most; 0: the budget alone limits them."""
+    max_num_partial_prefills: Annotated[int, Field(ge=0)] = Scheduling.max_num_partial_prefills
+    """Unfinished prompts at a time at most; 0: no limit."""
+    watermark: Annotated[float, Field(ge=0, lt=1)] = Scheduling.watermark
+    """Share of the KV blocks that an admission must leave free."""
+    host: HostOptions = HostOptions()
     num_gpu_blocks_override: Annotated[int, Field(ge=2)] | None = None
     """KV blocks, the null block included, instead of what fits in memory. Memory is then not checked."""
     workspace_bytes: Annotated[float, Field(ge=0)] = WORKSPACE_BYTES
@@ -91,6 +129,12 @@ class EngineOptions(Record):
                 f"{self.max_num_seqs}: a full decode batch would not fit in a step"
             )
         return self
+
+    @property
+    def scheduling(self) -> Scheduling:
+        """Policy and batching as the engine takes them; InputError if they contradict each other."""
+        names = Scheduling.__dataclass_fields__
+        return Scheduling(**{name: getattr(self, name) for name in names})
 
 
 class EfficiencyOptions(Record):
@@ -138,6 +182,7 @@ class Scenario(Record):
     engine: EngineOptions = EngineOptions()
     efficiency: Annotated[EfficiencyOptions, BeforeValidator(_base_from_word)] = EfficiencyOptions()
     traffic: TrafficSpec
+    clients: ClientOptions = ClientOptions()
     slo: SloOptions = SloOptions()
     prices: PriceOptions = PriceOptions()
     run: RunOptions = RunOptions()

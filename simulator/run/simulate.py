@@ -2,19 +2,21 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator import __version__
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.records import FINISHED, EngineResult, Requests
+from simulator.engine.records import FINISHED, EngineResult, Requests, needs_queue
 from simulator.errors import InfeasibleError, InputError
 from simulator.results.store import Result
 from simulator.results.summary import Figure, Replications, Summary
@@ -90,7 +92,7 @@ def run_scenario(
     total = 2 * n_seeds + 1
     say(0, total, "compiling step costs")
     resolved = resolve(scenario)
-    _prepare_engine(say, total)
+    _prepare_engine(partial(say, 0, total), resolved)
     runs = []
     for k in range(n_seeds):
         say(1 + 2 * k, total, f"simulating, seed {first + k}")
@@ -116,14 +118,22 @@ def _silent(done: int, total: int, what: str) -> None:
     del done, total, what
 
 
-def _prepare_engine(say: Progress, total: int) -> None:
+def _prepare_engine(say: Callable[[str], None], resolved: Resolved) -> None:
+    """Compile what the run needs, and say so."""
     from simulator.engine import compiled, jit  # noqa: PLC0415 - numba takes a while to import
 
     if not jit.is_compiled_mode():
-        say(0, total, "Numba is absent or switched off: the engine runs as plain Python, slowly, with the same results")
-    elif not jit.is_warm():
-        say(0, total, "compiling the engine (about 20 s, once per version)")
-        compiled.warm_up()
+        say("Numba is absent or switched off: the engine runs as plain Python, slowly, with the same results")
+        return
+    if resolved.cost.parts > 1 or resolved.settings.expert_skew.on:
+        say("loading the engine for ranks and stages (some 30 s the first time)")
+        return
+    leave = resolved.scenario.clients.may_leave
+    loops = {needs_queue(resolved.settings, clients_leave=clients_leave) for clients_leave in (leave, False)}
+    for by_policy in sorted(loops):
+        if not jit.is_warm(by_policy=by_policy):
+            say("compiling the engine (about 20 s, once per version)")
+            compiled.warm_up(by_policy=by_policy)
 
 
 def _run_once(
@@ -137,7 +147,7 @@ def _run_once(
     if len(stream) == 0:
         raise InputError(f"{scenario.name}: the traffic has no requests")
     check_contradictions(scenario, stream.concurrency)
-    requests = as_requests(stream)
+    requests = as_requests(stream, client_columns(scenario, stream.output_tokens, seed))
     window = _itl_window_s(requests, scenario)
     outcome = simulate_fleet(resolved, requests, workers=workers, itl_window_s=window)
     finished = int((outcome.column("status") == FINISHED).sum())
@@ -163,6 +173,11 @@ def _run_summary_only(
 
     resolved.demand_plain("run.summary_only")
     scenario = resolved.scenario
+    if scenario.clients.may_leave:
+        raise InputError(
+            f"{scenario.name}: a run in blocks knows only clients who wait; leave the timeouts and cancellations of [clients] "
+            "out, or keep the requests (summary_only = false)"
+        )
     blocks = stream_blocks(scenario.traffic, seed, base_folder=Path.cwd())
     check_contradictions(scenario, blocks.concurrency)
     if len(blocks) < scenario.replicas:
@@ -185,8 +200,16 @@ def _source(text: str, scenario: Scenario) -> str:
     return text
 
 
-def as_requests(stream: Stream) -> Requests:
-    """A traffic stream as the engine takes it."""
+def client_columns(scenario: Scenario, output_tokens: NDArray[np.int64], seed: int) -> dict[str, NDArray[Any]]:
+    """What a scenario's clients add to a stream of requests."""
+    engine = scenario.engine
+    sigma = engine.length_prediction_sigma if engine.policy == "sjf" else None
+    ttft_s = scenario.slo.ttft_s if engine.policy == "edf" else None
+    return scenario.clients.columns(output_tokens, seed, prediction_sigma=sigma, ttft_s=ttft_s)
+
+
+def as_requests(stream: Stream, columns: Mapping[str, NDArray[Any]] = MappingProxyType({})) -> Requests:
+    """A traffic stream as the engine takes it, with what the clients add to it."""
     return Requests(
         arrival_s=stream.arrival_s,
         prompt_tokens=stream.prompt_tokens,
@@ -195,12 +218,20 @@ def as_requests(stream: Stream) -> Requests:
         max_tokens=stream.max_tokens,
         concurrency=stream.concurrency,
         hashes=None if stream.blocks is None else BlockHashes(**vars(stream.blocks)),
+        **columns,
     )
 
 
 def queued_at_once(requests: Requests) -> Requests:
-    """The same requests, all queued at t = 0: what capacity is measured with."""
-    return replace(requests, arrival_s=np.zeros(len(requests)), concurrency=0)
+    """The same requests, all queued at t = 0, from clients who wait: what capacity is measured with."""
+    return replace(
+        requests,
+        arrival_s=np.zeros(len(requests)),
+        concurrency=0,
+        ttft_timeout_s=None,
+        timeout_s=None,
+        cancel_s=None,
+    )
 
 
 def simulate_fleet(

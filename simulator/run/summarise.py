@@ -295,6 +295,7 @@ def _chip_seconds(outcome: Outcome, sums: Tally) -> ChipSeconds:
         prefill=prefill,
         cached=sums.chip_s_cached / queries,
         recompute=sums.chip_s_recompute / queries,
+        wasted=sums.chip_s_wasted / queries,
         decode=busy - prefill,
         busy_of_measured=sums.busy,
     )
@@ -392,6 +393,13 @@ def _warnings(outcome: Outcome, sums: Tally, measured: Measured, load: Load, fac
     """What a reader must know before using the figures."""
     found = list(facts.notes)
     window, counts = measured.window, sums.counts
+    gone = counts.timed_out + counts.cancelled
+    if gone:
+        found.append(
+            f"{gone} of {counts.total} requests timed out or were cancelled: latencies are of those that finished, and "
+            f"chip-seconds per finished query include {100 * sums.chip_s_wasted / sums.chip_s_busy:.3g} % "
+            "spent on attempts that were left"
+        )
     if counts.rejected:
         found.append(
             f"{counts.rejected} of {counts.total} requests were rejected: longer than max_model_len or the KV cache; "

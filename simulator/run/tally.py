@@ -13,7 +13,7 @@ from simulator.results.summary import Distribution, Estimate
 from simulator.results.summary import Requests as RequestCounts
 from simulator.results.tables import Table
 from simulator.roofline.step_cost import StepCost
-from simulator.run.consumption import ideal_chip_seconds, useful_pairs
+from simulator.run.consumption import computed_in_vain, ideal_chip_seconds, useful_pairs
 from simulator.run.options import SloOptions
 from simulator.run.outcome import Outcome, accepted, state_counts
 from simulator.run.statistics import distribution, estimate_mean, lag_one
@@ -36,7 +36,7 @@ class Tally:
         requests that arrived inside the window, whatever became of them.
     window_requests, window_prompt_tokens, window_output_tokens
         requests that *finished* inside the window, and their tokens.
-    chip_s_busy, chip_s_prefill, chip_s_cached, chip_s_recompute
+    chip_s_busy, chip_s_prefill, chip_s_cached, chip_s_recompute, chip_s_wasted
         Σ over all requests. [chip-s]
     ideal_chip_s
         Σ over finished requests. [chip-s]
@@ -79,6 +79,7 @@ class Tally:
     e2e_p99_s: float | None
     e2e_lag: float | None
     useful_pairs: tuple[int, int] | None
+    chip_s_wasted: float = 0.0
 
     @property
     def finished(self) -> int:
@@ -151,7 +152,8 @@ def tally(
         met_share=estimate_mean(met),
         e2e_p99_s=float(np.nanquantile(e2e, 0.99)) if np.isfinite(e2e).any() else None,
         e2e_lag=lag_one(e2e),
-        useful_pairs=useful_pairs(outcome, cost) if outcome.total("recomputed_tokens") else None,
+        useful_pairs=useful_pairs(outcome, cost) if computed_in_vain(outcome) else None,
+        chip_s_wasted=float(table["chip_s_wasted"].sum()),
     )
 
 
@@ -165,6 +167,9 @@ def _counts(outcome: Outcome, table: Table, finished: NDArray[np.bool_], *, meas
         running=states["running"],
         waiting=states["waiting"],
         rejected=states["rejected"],
+        timed_out=states["timed_out"],
+        cancelled=states["cancelled"],
+        retries=int(outcome.total("retries")),
         not_arrived=states["not_arrived"],
         measured=measured,
         preemptions=int(preemptions.sum()),

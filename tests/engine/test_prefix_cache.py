@@ -108,9 +108,9 @@ def events_of(case: Case) -> set[str]:
 
     def watched_lookup(row, longest):
         hits = lookup(row, longest)
-        if hits and len(hits) == longest and (longest + 1) * case.settings.block_size == replica.waiting[0].known:
+        if hits and len(hits) == longest and (longest + 1) * case.settings.block_size == replica.waiting.first().known:
             met.add("full hit")
-        if replica.waiting[0].preemptions:
+        if replica.waiting.first().preemptions:
             met.add("hit after preemption" if hits else "no hit after preemption")
         return hits
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.grouped import RankEngine
 from simulator.engine.reference_ranks import LockStep
+from simulator.engine.scheduling import Scheduling
 from simulator.errors import InputError
 from tests.engine.engines import engine
 from tests.engine.strategies import Case, Pick, dyadic_case, events_of, one_of, real_case, requests_of, step_cost
@@ -216,7 +217,7 @@ def test_a_decode_waits_for_the_prompt_of_another_rank():
     assert found.scheduled_s[1] == alone_s
     assert found.first_token_s[1] == found.finish_s[1] == alone_s + together_s
     assert found.finish_s[0] == alone_s + together_s + 1 + 1 / 8
-    # L4: the decode pays for a padded step, not for the other's attention.
+    # G4: the decode pays for a padded step, not for the other's attention.
     assert found.busy_s[0] == pytest.approx((alone_s + (1 + 8 / 8) + (1 + 1 / 8)) / 2)
     assert found.busy_s[1] == pytest.approx(together_s / 2)
     assert found.totals["padding_s"] == pytest.approx((8 / 8 - 1 / 8) / 2)
@@ -285,6 +286,8 @@ def test_what_ranks_cannot_do_is_refused():
     cost, engine_settings, requests = real_case(0)
     with pytest.raises(InputError, match=r"engine.prefix_cache = 'blocks'"):
         RankEngine(replace(cost, ranks=2), replace(engine_settings, prefix_cache="blocks"), requests)
+    with pytest.raises(InputError, match=r"only with engine\.policy"):
+        RankEngine(replace(cost, ranks=2), replace(engine_settings, scheduling=Scheduling(policy="sjf")), requests)
     with pytest.raises(InputError, match=r"engine.expert_skew.mean = 2"):
         RankEngine(cost, replace(engine_settings, expert_skew=ExpertSkew(2.0)), requests)
     with pytest.raises(InputError, match="least-loaded"):

@@ -14,6 +14,7 @@ from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.grouped import StageEngine
 from simulator.engine.records import EngineSettings, Requests
 from simulator.engine.reference_ranks import Pipeline
+from simulator.engine.scheduling import Scheduling
 from simulator.errors import InputError
 from simulator.roofline.pipeline import flow_s
 from simulator.roofline.pipeline_cost import PipelineCost
@@ -318,6 +319,8 @@ def test_what_pipelines_cannot_do_is_refused():
     pipeline = equal_stages(cost, (0.5, 0.5))
     with pytest.raises(InputError, match=r"engine.prefix_cache = 'blocks'"):
         StageEngine(pipeline, replace(engine_settings, prefix_cache="blocks"), requests)
+    with pytest.raises(InputError, match=r"only with engine\.policy"):
+        StageEngine(pipeline, replace(engine_settings, scheduling=Scheduling(policy="sjf")), requests)
     with pytest.raises(InputError, match=r"engine.expert_skew.mean = 2"):
         StageEngine(pipeline, replace(engine_settings, expert_skew=ExpertSkew(2.0)), requests)
     with pytest.raises(InputError, match="sums 2 pipeline stages"):

@@ -64,7 +64,7 @@ def test_three_requests_by_hand(name):
     assert result.steps_by_tokens.tolist() == [0, 0, 2, 1, 1]
     assert result.steps_by_rows.tolist() == [1, 0, 3]
     assert (result.itl_counts == itl_counts(6.5, 6.5, 5)).all()
-    assert {key: value for key, value in result.totals.items() if key != "segments"} == {
+    expected = {
         "steps": 4,
         "dense_tokens": 11,
         "decode_tokens": 3,
@@ -87,6 +87,9 @@ def test_three_requests_by_hand(name):
         "max_waiting": 1,
         "max_kv_blocks": 6,
     }
+    assert {key: result.totals[key] for key in expected} == expected
+    others = set(result.totals) - set(expected) - {"segments"}
+    assert not any(result.totals[key] for key in others)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,6 +119,7 @@ def test_three_requests_step_by_step():
         SW=0,
         AW=0,
         KW=0,
+        host_s=0.0,
         scheduled={0: 1, 1: 1},
         computed={0: 6, 1: 2},
         blocks={0: 4, 1: 2},
@@ -126,6 +130,7 @@ def test_three_requests_step_by_step():
         arrived=3,
         finished=0,
         rejected=0,
+        left=0,
     )
     assert [step.running for step in steps] == [(0,), (0, 1), (0, 1), (1, 2)]
 
