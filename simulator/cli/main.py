@@ -20,6 +20,10 @@ COMMANDS = {
     "explain": ("simulator.cli.explain", "Where one request's time went, and who was ahead of it."),
     "compare": ("simulator.cli.compare", "Compare two simulation results."),
     "calibrate": ("simulator.cli.calibrate", "Fit the cost model to measured kernels and servers."),
+    "validate": (
+        "simulator.cli.validate",
+        "Measured serving runs through the simulator: errors by model, chip, engine, load.",
+    ),
     "reproduce": ("simulator.cli.reproduce", "Published numbers against ours."),
     "hardware": ("simulator.cli.hardware", "Chips and slices of the catalogue, with sources."),
     "models": ("simulator.cli.models", "Model architectures of the catalogue, with parameter counts."),

@@ -33,9 +33,19 @@ QUANTITY_WIDTH = 42
     type=click.Path(path_type=Path),
     help="Draw the waterfall of chip counts of napkin to a .png, .svg or .pdf file.",
 )
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="For accuracy: an accuracy.json of your own, as calibrate serving writes it.",
+)
 @json_option
-def reproduce(names: tuple[str, ...], check: bool, out: Path | None, plot: Path | None, as_json: bool) -> None:
+def reproduce(
+    names: tuple[str, ...], check: bool, out: Path | None, plot: Path | None, record: Path | None, as_json: bool
+) -> None:
     """Print published numbers against ours; without NAMES one line per table, with NAMES every row.
+
+    accuracy is a page of its own: the recorded errors of the shipped engine profiles. --out docs writes accuracy.md there and the
+    table of a README.md beside it.
 
     Known: napkin, scaling-book, inference-math, gpus, parameters, kv-cache, gqa, pope, fastertransformer,
     scaling-laws, lifetime, training, mlperf, trtllm, jetstream. Rows "as written" repeat the source's arithmetic, faults included; every other row calls the code
@@ -43,6 +53,13 @@ def reproduce(names: tuple[str, ...], check: bool, out: Path | None, plot: Path 
     """
     from simulator.reproduction.tables import TABLES, reproduce_table
 
+    if "accuracy" in names:
+        if len(names) > 1 or plot is not None:
+            raise InputError("reproduce accuracy: a page of its own; ask for it alone, without --plot")
+        _accuracy(record, out, as_json=as_json)
+        return
+    if record is not None:
+        raise InputError("--record is of reproduce accuracy")
     for name in names:
         if name not in TABLES:
             raise InputError(f"unknown reproduction {name!r}{nearest(name, TABLES)}")
@@ -74,6 +91,39 @@ def reproduce(names: tuple[str, ...], check: bool, out: Path | None, plot: Path 
     missed = [f"{name}/{row.id}" for name, rows in tables.items() for row in rows if row.verdict == "missed"]
     if check and missed:
         raise InfeasibleError(f"reproduce: {len(missed)} rows miss: {', '.join(missed)}")
+
+
+README = Path("README.md")
+MARKS = ("<!-- accuracy -->", "<!-- end of accuracy -->")
+"""Between them stands the generated table of the README."""
+
+
+def _accuracy(path: Path | None, out: Path | None, *, as_json: bool) -> None:
+    """The recorded accuracy of the shipped profiles: printed, or written as a page and into the README beside its folder."""
+    from simulator.reproduction.accuracy import (
+        ERROR_COLUMNS,
+        accuracy_markdown,
+        load_accuracy,
+        readme_table,
+        summary_rows,
+    )
+
+    found = load_accuracy(path)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "accuracy.md").write_text(accuracy_markdown(found), encoding="utf-8")
+        note(f"wrote {out / 'accuracy.md'}")
+        readme = out.parent / README
+        text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+        if all(mark in text for mark in MARKS):
+            before, rest = text.split(MARKS[0], 1)
+            after = rest.split(MARKS[1], 1)[1]
+            readme.write_text(f"{before}{MARKS[0]}\n{readme_table(found)}\n{MARKS[1]}{after}", encoding="utf-8")
+            note(f"wrote the table of {readme}")
+    if as_json:
+        print_json(found)
+    elif out is None:
+        print_table("Predictions against measured serving runs", ("metric", "", *ERROR_COLUMNS), summary_rows(found))
 
 
 def _document(rows: Sequence["Row"], agent: "Agent | None") -> dict[str, Any]:

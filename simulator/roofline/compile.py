@@ -24,8 +24,11 @@ from simulator.roofline.step_cost import StepCost
 Array = NDArray[np.float64]
 
 
-def compile_step_cost(d: Deployment) -> StepCost:
+def compile_step_cost(d: Deployment, *, equal_ranks: bool = False) -> StepCost:
     """Table of step times of ``d``, from 0 to ``max_num_batched_tokens`` tokens and ``max_num_seqs`` rows.
+
+    With ``equal_ranks``, attention ranks that share experts are taken to hold equal batches at every step, so that one of
+    them stands for all; they are refused otherwise, because real ranks wait for the fullest.
 
     Equals :func:`step_time_s` of the same step: at constant efficiencies every term is linear in S, SW, B, A, K, P, AW
     and KW on each side of a bound, so one knot, and a plane for each state of the layers, hold it exactly. Prefill
@@ -38,7 +41,7 @@ def compile_step_cost(d: Deployment) -> StepCost:
         For a stage or a rank: it has a table (:func:`compile_part`) but is no replica
         (:func:`simulator.roofline.sharded_cost.compile_sharded`).
     """
-    if d.stage != (1, 1) or d.expert_ranks > 1:
+    if d.stage != (1, 1) or (d.expert_ranks > 1 and not equal_ranks):
         what = (
             f"stage {d.stage[0]} of {d.stage[1]}"
             if d.stage[1] > 1

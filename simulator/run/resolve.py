@@ -1,22 +1,24 @@
 """A scenario turned into what the engine and the summary need: cost tables, settings, prices, and their sources."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from simulator.catalog.architecture import Architecture
 from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency, PriceQuote
+from simulator.catalog.engines import EngineProfile, load_engine
 from simulator.catalog.models import load_model
 from simulator.catalog.records import Quantity
 from simulator.catalog.slices import Slice, resolve_slice
 from simulator.engine.expert_skew import EVEN, ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.engine.scheduling import HostOverheads
-from simulator.errors import InputError
+from simulator.errors import InfeasibleError, InputError
 from simulator.results.summary import Assumption
 from simulator.results.summary import Deployment as DeploymentLabel
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.engine_profile import apply_profile, kernel_cost, profile_kv_blocks
 from simulator.roofline.memory import require_fit
 from simulator.roofline.pipeline import ShardedDeployment, require_sharded_fit, shard
 from simulator.roofline.pipeline_cost import PipelineCost
@@ -24,7 +26,7 @@ from simulator.roofline.precision import parse_precision
 from simulator.roofline.sharded_cost import compile_sharded
 from simulator.roofline.sharding import Sharding
 from simulator.roofline.step_cost import StepCost
-from simulator.run.scenario import EfficiencyOptions, Scenario
+from simulator.run.scenario import EfficiencyOptions, EngineOptions, Scenario
 from simulator.run.summarise import Facts
 
 
@@ -94,11 +96,27 @@ def resolve(scenario: Scenario) -> Resolved:
     )
     deployment, sharded = lay(efficiency=_efficiency(scenario.efficiency, a_slice.chip))
     override = engine.num_gpu_blocks_override
-    # vLLM's count includes the null block, which no request gets.
+    profile = _profile(engine)
+    if profile is not None and sharded is not None:
+        raise InputError(
+            f"{scenario.name}: engine.profile = {engine.profile!r} with sharding {sharding}: profiles describe replicas of one "
+            "part; leave one of them out"
+        )
     if override is not None:
+        # vLLM's count includes the null block, which no request gets.
         blocks = override - 1
+    elif sharded is not None:
+        blocks = require_sharded_fit(sharded).kv_blocks
+    elif profile is None:
+        blocks = require_fit(deployment).kv_blocks
     else:
-        blocks = (require_fit(deployment) if sharded is None else require_sharded_fit(sharded)).kv_blocks
+        require_fit(deployment)
+        blocks = profile_kv_blocks(deployment, profile)
+        if blocks < 1:
+            raise InfeasibleError(
+                f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
+                f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
+            )
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
     settings = EngineSettings(
         max_num_seqs=engine.max_num_seqs,
@@ -115,7 +133,8 @@ def resolve(scenario: Scenario) -> Resolved:
         host=HostOverheads(**engine.host.model_dump()),
         retries=scenario.clients.retries,
     )
-    cost, ideal = _compile(deployment, sharded), _compile(*lay(efficiency=IDEAL))
+    ideal = _compile(*lay(efficiency=IDEAL))
+    cost = _compile(deployment, sharded) if profile is None else apply_profile(kernel_cost(deployment), profile)
     return Resolved(
         scenario=scenario,
         slice=a_slice,
@@ -169,6 +188,14 @@ def _compile(deployment: Deployment, sharded: ShardedDeployment | None) -> StepC
 
 def _one_table(cost: StepCost | PipelineCost) -> StepCost:
     return cost.total if isinstance(cost, PipelineCost) else cost
+
+
+def _profile(engine: EngineOptions) -> EngineProfile | None:
+    """The engine's profile under the scenario's own memory settings."""
+    if engine.profile is None:
+        return None
+    profile = load_engine(engine.profile).profile
+    return replace(profile, memory_fraction=engine.gpu_memory_utilization, workspace_bytes=engine.workspace_bytes)
 
 
 def _efficiency(options: EfficiencyOptions, chip: ChipSpec) -> Efficiency:
@@ -274,6 +301,16 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
         Assumption(what=f"efficiency.{name}", value=f"{value:g}", kind="assumed", source="scenario")
         for name, value in overrides.items()
     ]
+    if scenario.engine.profile is not None:
+        # The profile's host stands in for the chip's step and row overheads; what only a client sees is no part of a run.
+        found = [a for a in found if a.what not in {"efficiency.step_overhead", "efficiency.row_overhead"}]
+        found += [
+            Assumption(
+                what=f"engine profile: {path}", value=_text(quantity), kind=quantity.kind, source=quantity.source
+            )
+            for path, quantity in load_engine(scenario.engine.profile).quantities().items()
+            if path not in {"memory.fraction", "memory.workspace", "host.request"}
+        ]
     if scenario.engine.num_gpu_blocks_override is None:
         value = f"{scenario.engine.workspace_bytes / 1e9:g} GB per chip"
         found.append(Assumption(what="engine.workspace_bytes", value=value, kind="assumed", source="scenario default"))

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from simulator.catalog.engines import load_engine
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
 from simulator.catalog.records import Record
 from simulator.engine.expert_skew import ExpertSkew
@@ -84,6 +85,9 @@ class HostOptions(Record):
 class EngineOptions(Record):
     """``[engine]``: vLLM's settings, under vLLM's names."""
 
+    profile: str | None = None
+    """Serving engine whose host times, launches and memory rule apply: a name of ``workloads/engines`` or a file. Settings that are not
+    given are then that engine's."""
     max_num_seqs: PositiveInt = EngineSettings.max_num_seqs
     max_num_batched_tokens: PositiveInt = EngineSettings.max_num_batched_tokens
     gpu_memory_utilization: Fraction = 0.9
@@ -120,6 +124,20 @@ class EngineOptions(Record):
     """KV blocks, the null block included, instead of what fits in memory. Memory is then not checked."""
     workspace_bytes: Annotated[float, Field(ge=0)] = WORKSPACE_BYTES
     """Memory per chip that is neither weights, activations nor KV cache. [bytes]"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_profile(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("profile"), str):
+            return data
+        profile = load_engine(data["profile"]).profile
+        defaults = {
+            "max_num_seqs": profile.max_num_seqs,
+            "max_num_batched_tokens": profile.max_num_batched_tokens,
+            "gpu_memory_utilization": profile.memory_fraction,
+            "workspace_bytes": profile.workspace_bytes,
+        }
+        return {**defaults, **data}
 
     @model_validator(mode="after")
     def _budget_covers_a_full_batch(self) -> "EngineOptions":
@@ -298,7 +316,7 @@ def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _absolute_paths(data: dict[str, Any], base: Path) -> None:
-    """Make the file names in a scenario absolute: the model's, the chip's, the mix's and the trace's."""
+    """Make the file names in a scenario absolute: the model's, the chip's, the profile's, the mix's and the trace's."""
     model, sliced, traffic = data.get("model"), data.get("slice"), data.get("traffic")
     if isinstance(model, str) and (model.endswith((".toml", ".json")) or "/" in model):
         data["model"] = _absolute(model, base)
@@ -306,6 +324,10 @@ def _absolute_paths(data: dict[str, Any], base: Path) -> None:
         chip, colon, shape = sliced.rpartition(":")
         if chip.endswith(".toml") or "/" in chip:
             data["slice"] = f"{_absolute(chip, base)}{colon}{shape}"
+    engine = data.get("engine")
+    profile = engine.get("profile") if isinstance(engine, dict) else None
+    if isinstance(profile, str) and (profile.endswith(".toml") or "/" in profile):
+        data["engine"] = {**data["engine"], "profile": _absolute(profile, base)}
     if not isinstance(traffic, dict):
         return
     mix, trace = traffic.get("mix"), traffic.get("trace")

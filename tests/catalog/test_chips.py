@@ -18,6 +18,7 @@ from simulator.catalog.chips import (
     quantity_si,
     sources,
 )
+from simulator.catalog.engines import engine_names, load_engine
 from simulator.catalog.files import data_folder
 from simulator.errors import InputError, UnpriceableError
 
@@ -162,6 +163,7 @@ def test_no_source_goes_uncited():
     cited = {q.source for n in ALL for q in load_chip(n).quantities().values()}
     cited |= {p.source for n in ALL for p in load_chip(n).prices}
     cited |= {load_chip(n).scale_up.source for n in ALL if load_chip(n).scale_up}
+    cited |= {q.source for n in engine_names() for q in load_engine(n).quantities().values()}
     mentioned = " ".join(q.note for n in ALL for q in load_chip(n).quantities().values())
     assert {key for key in sources() if key not in cited and key not in mentioned} == set()
 
