@@ -154,7 +154,7 @@ def _preempt(cost: CostTable, out: Outcome, state: State, queue: Queue, slot: in
         granted = queue.ints[GRANTED]
         ahead = 1 if granted == ALL or (granted == SOME and queue.slots[slot, HAS_BLOCK] == 1) else 0
         stop_counting(queue, row, ints[STEP])
-        _leave_batch(cost, state, out, slot, block_size)
+        _leave_batch(cost, state, out, None, slot, block_size)
         state.finish_step[slot] = -1
     computed = state.computed[slot]
     ints[FREE_BLOCKS] += blocks_for(computed + ahead, block_size)
@@ -490,7 +490,7 @@ def _leave_replica(
     row = state.row[slot]
     _retire(stream, limits, state, queue, slot)
     if state.finish_step[slot] >= 0:
-        _leave_batch(cost, state, out, slot, limits.block_size)
+        _leave_batch(cost, state, out, None, slot, limits.block_size)
         state.finish_step[slot] = -1
     else:
         drop_partial(queue, slot)
@@ -623,6 +623,7 @@ def _with_host(price: Price, per_token: float) -> Price:
         price.seen_keys,
         price.plane,
         price.prefill,
+        per_token,
     )
 
 
@@ -656,8 +657,8 @@ def _end_decodes(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, 
         slot = key & ((1 << SLOT_BITS) - 1)
         if state.finish_step[slot] == key >> SLOT_BITS:
             _retire(stream, limits, state, queue, slot)
-            _leave_batch(cost, state, out, slot, limits.block_size)
-            _finish(state, out, None, slot, limits.block_size)
+            _leave_batch(cost, state, out, None, slot, limits.block_size)
+            _finish(state, out, None, slot, blocks_for(state.computed[slot], limits.block_size))
             n_done += 1
     return n_done
 
@@ -700,7 +701,7 @@ def advance(
         if cost.window > 0:
             _pass_events(cost, state)
         if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-            _rebase(cost, state, out)
+            _rebase(cost, state, out, None)
 
         # --- what runs: R5, R7, B1 to B4 ---
         chunks = _schedule(cost, limits, stream, out, state, queue)
@@ -715,7 +716,7 @@ def advance(
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
         # --- what it costs, and for how many steps: R9, H1 ---
-        price = _price(cost, stream, state, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
+        price = _price(cost, stream, state, None, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
         growth = 0.0 if chunks.n > 0 else price.slope * batch + cost.window_slope * ints[N_GROWING]
         d0 = price.d0
         q = growth
@@ -733,7 +734,7 @@ def advance(
         k = 1
         if chunks.n == 0 and not chunks.preempted:
             stop = _stop(limits, out, state, queue, until, next_arrival)
-            k = min(_steps_until(state, d0, q, stop, _steps_alike(cost, limits, state)), longest)
+            k = min(_steps_until(state, d0, q, stop, _steps_alike(cost, limits, state, None)), longest)
         end = end_of_steps(t, d0, q, k)
         owned = limits.num_blocks - ints[FREE_BLOCKS]
         blocks_integral = owned * (end - t)
@@ -753,7 +754,7 @@ def advance(
         host = k * (d0 - price.d0) + (q - growth) * (k * (k - 1) // 2)
         queue.floats[HOST] += host
         if batch > 0:
-            _advance_decodes(cost, state, price, growth, k)
+            _advance_decodes(cost, state, None, price, growth, k)
             floats[SHARE_W] += host / chunks.tokens
             if queue.ints[STALLED] == 0:
                 _count_latencies(out, state, batch, d0, q, k)

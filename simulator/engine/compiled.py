@@ -5,11 +5,12 @@
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import by_policy, jit, prefix_cache, queues, skip_ahead
+from simulator.engine import by_policy, jit, prefix_cache, queues, skip_ahead, speculation, swap, tiers
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.new_queue import new_queue
 from simulator.engine.records import (
@@ -18,13 +19,17 @@ from simulator.engine.records import (
     EngineResult,
     EngineSettings,
     Requests,
+    SpeculationResult,
     cache_hashes,
     check_columns,
+    drafted_tokens,
+    fixed_drafting_s,
     needs_queue,
 )
 from simulator.engine.scheduling import Scheduling
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
+from simulator.roofline.speculation import with_drafter
 from simulator.roofline.step_cost import StepCost
 
 TIMELINE_INTERVALS = 1024
@@ -63,6 +68,8 @@ class Engine:
         n = len(requests)
         self._settings = settings
         m = settings.max_num_seqs
+        if settings.speculation is not None:
+            cost = with_drafter(cost, settings.speculation.cost)
         self._cost = skip_ahead.CostTable(
             np.ascontiguousarray(cost.dense_s, dtype=np.float64),
             np.ascontiguousarray(cost.head_s, dtype=np.float64),
@@ -82,6 +89,7 @@ class Engine:
             settings.num_kv_blocks,
             settings.max_model_len,
             settings.scheduler_reserve_full_isl,
+            settings.lookahead,
         )
         self._stream = skip_ahead.Stream(
             np.ascontiguousarray(requests.arrival_s, dtype=np.float64),
@@ -103,7 +111,7 @@ class Engine:
             np.zeros(n),
             np.zeros(n),
             np.zeros(settings.max_num_batched_tokens + 1, dtype=np.int64),
-            np.zeros(m + 1, dtype=np.int64),
+            np.zeros(settings.max_rows + 1, dtype=np.int64),
             np.zeros(ITL_BINS, dtype=np.int64),
         )
         n_pending = requests.concurrency + (n if settings.retries.max_attempts > 1 else 0)
@@ -113,8 +121,13 @@ class Engine:
             self._queue = new_queue(settings, requests)
         self._extra: skip_ahead.Extra | None = None
         hashes = cache_hashes(settings, requests)
-        if hashes is not None:
-            self._extra = skip_ahead.Extra(cache=_new_cache(hashes, settings, n, log_size))
+        if hashes is not None or settings.speculation is not None or settings.swap is not None:
+            self._extra = skip_ahead.Extra(
+                cache=_new_cache(hashes, settings, n, log_size),
+                spec=_new_spec(cost, settings, requests),
+                swap=swap.new_swap(settings.swap, max_num_seqs=m, n=n),
+                loads=tiers.new_loads(settings.load_policy, n, on=bool(settings.tiers)),
+            )
         floats, ints = self._state.floats, self._state.ints
         last = 0.0 if requests.concurrency or n == 0 else float(requests.arrival_s[-1])
         floats[skip_ahead.INTERVAL] = timeline_interval_s or max(last / 512, 64 * float(cost.dense_s[1]))
@@ -145,6 +158,13 @@ class Engine:
         return self._queue is not None and (self._queue.rules.clients_leave or self._queue.rules.request_s > 0)
 
     @property
+    def next_load_s(self) -> float:
+        """When the next load from the tiers below HBM will be there; infinite if none is on its way. [s]"""
+        if self._extra is None:
+            return math.inf
+        return tiers.next_ready(self._extra.loads, int(self._state.ints[skip_ahead.N_LOADING]))
+
+    @property
     def cache_log(self) -> NDArray[np.int64]:
         """What the prefix cache did, as :attr:`simulator.engine.prefix_cache.Cache.log` says it."""
         if self._extra is None:
@@ -162,11 +182,35 @@ class Engine:
             self.done = bool(skip_ahead.advance(*replica, self._extra, float(until_s)))
 
     def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
-        """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``)."""
+        """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``).
+
+        Tokens that come with others of their pass are in bin 0.
+        """
         self.advance(start_s)
-        before = self._out.itl.copy()
+        before, together = self._out.itl.copy(), self._extra_tokens()
         self.advance(stop_s)
-        return np.asarray(self._out.itl - before)
+        counts = self._out.itl - before
+        counts[0] += self._extra_tokens() - together
+        return np.asarray(counts)
+
+    @property
+    def decode_keys(self) -> float:
+        """Σ S so far: keys that decoding sequences have seen."""
+        if self._extra is not None and self._extra.spec.on:
+            return float(self._extra.spec.tariff.keys[0].sum())
+        return int(self._state.ints[skip_ahead.DECODE_KEYS])
+
+    def _extra_tokens(self) -> int:
+        """Tokens emitted beyond one per pass of speculative decoding, those of sequences not yet settled included."""
+        if self._extra is None or not self._extra.spec.on:
+            return 0
+        batch = self._extra.spec.batch
+        slots = batch.slots[batch.slots[:, speculation.BLOCK_STEP] >= 0]
+        passes = self._state.ints[skip_ahead.STEP] - slots[:, speculation.SINCE]
+        before = slots[:, speculation.PROGRESS]
+        after = before + passes * slots[:, speculation.RATE]
+        extra = (after >> speculation.UNIT_BITS) - (before >> speculation.UNIT_BITS) - passes
+        return int(batch.ints[speculation.EXTRA_TOKENS] + extra.sum())
 
     def _figures(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Counts and times, as the state keeps them."""
@@ -203,7 +247,7 @@ class Engine:
         }
         # Of a plain replica, what it was told; nobody is admitted without it.
         reused = np.where(np.isnan(out.scheduled), 0, self._stream.cached)
-        if self._extra is not None:
+        if self._extra is not None and self._extra.cache.on:
             cache = self._extra.cache
             reused = cache.reused
             totals |= {
@@ -231,6 +275,25 @@ class Engine:
             "abandoned_outputs": int(clients[queues.ABANDONED_OUTPUTS]),
             "host_s": host_s,
         }
+        swap_s = np.zeros(len(reused))
+        if self._extra is not None and self._extra.swap.on:
+            host = self._extra.swap
+            swap_s = host.charged
+            totals |= {
+                "swap_out_blocks": int(host.ints[swap.OUT_BLOCKS]),
+                "swap_in_blocks": int(host.ints[swap.IN_BLOCKS]),
+                "swap_fallbacks": int(host.ints[swap.FALLBACKS]),
+                "max_host_blocks": int(host.ints[swap.MAX_HOST]),
+                "swap_s": float(host.delay[0]),
+            }
+        load_start_s = load_end_s = np.full(len(reused), np.nan)
+        if self._extra is not None and self._extra.loads.on:
+            loads, counts_by_tier = self._extra.loads, self._extra.cache.tiers.counts
+            load_start_s, load_end_s = loads.start_s, loads.end_s
+            totals |= {"loads": int(loads.ints[tiers.STARTED]), "loads_declined": int(loads.ints[tiers.DECLINED])}
+            for i, tier in enumerate(counts_by_tier):
+                totals[f"tier{i}_stored_blocks"] = int(tier[tiers.STORED])
+                totals[f"tier{i}_loaded_blocks"] = int(tier[tiers.LOADED])
         interval = float(floats[skip_ahead.INTERVAL])
         end = self.clock_s
         used = min(math.ceil(end / interval), self._state.timeline.shape[1])
@@ -243,6 +306,12 @@ class Engine:
             "busy_fraction": means[skip_ahead.T_BUSY],
             "preemptions_per_s": means[skip_ahead.T_PREEMPTIONS],
         }
+        found = self._speculation()
+        if found is not None:
+            totals["draft_s"] = found.draft_s
+            totals["decode_keys"] = float(found.keys.sum())
+            totals["window_decode_keys"] = float(found.window_keys.sum())
+            totals["decode_attention_s"] -= self._decode_drafting_s(found)
         return EngineResult(
             status=out.status,
             arrival_s=out.arrival,
@@ -257,6 +326,9 @@ class Engine:
             attempts=attempts,
             wasted_s=wasted,
             reused_tokens=reused,
+            swap_s=swap_s,
+            load_start_s=load_start_s,
+            load_end_s=load_end_s,
             idle_s=float(floats[skip_ahead.IDLE]),
             end_s=end,
             steps_by_tokens=counts,
@@ -266,7 +338,31 @@ class Engine:
             totals=totals,
             timeline=timeline,
             timeline_interval_s=interval,
+            speculation=found,
         )
+
+    def _speculation(self) -> SpeculationResult | None:
+        if self._extra is None or not self._extra.spec.on:
+            return None
+        plan = self._settings.speculation
+        batch, tariff = self._extra.spec.batch, self._extra.spec.tariff
+        found = SpeculationResult(
+            passes=tariff.passes,
+            keys=tariff.keys[0],
+            window_keys=tariff.keys[1],
+            chunk_steps=tariff.chunk_steps,
+            drafted_tokens=drafted_tokens(plan.cost, tariff.passes) if plan else 0,
+            extra_tokens=int(batch.ints[speculation.EXTRA_TOKENS]),
+            wasted_s=tariff.wasted,
+            draft_s=0.0,
+        )
+        return replace(found, draft_s=self._decode_drafting_s(found) + float(tariff.floats[speculation.CHUNK_DRAFT]))
+
+    def _decode_drafting_s(self, found: SpeculationResult) -> float:
+        plan = self._settings.speculation
+        if plan is None or self._extra is None:
+            return 0.0
+        return fixed_drafting_s(plan.cost, found.passes) + float(self._extra.spec.tariff.floats[speculation.KEYS_DRAFT])
 
 
 def simulate(
@@ -347,8 +443,11 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
             f"the cost table ends at {cost.max_tokens} tokens, "
             f"engine.max_num_batched_tokens = {settings.max_num_batched_tokens}"
         )
-    if cost.max_rows < settings.max_num_seqs:
-        raise InputError(f"the cost table ends at {cost.max_rows} rows, engine.max_num_seqs = {settings.max_num_seqs}")
+    if cost.max_rows < settings.max_rows:
+        raise InputError(
+            f"the cost table ends at {cost.max_rows} rows, a step of engine.max_num_seqs = {settings.max_num_seqs} may "
+            f"have {settings.max_rows}"
+        )
     if settings.max_num_seqs >= 1 << skip_ahead.SLOT_BITS:
         raise InputError(f"engine.max_num_seqs = {settings.max_num_seqs}: at most {(1 << skip_ahead.SLOT_BITS) - 1}")
     if timeline_interval_s is not None and not 0 < timeline_interval_s < math.inf:
@@ -363,6 +462,7 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
         block_size=settings.block_size,
         n=n,
         radix=settings.prefix_cache == "radix",
+        tiers=settings.tiers,
         log_size=log_size,
     )
 
@@ -410,4 +510,68 @@ def _new_state(n: int, n_pending: int, settings: EngineSettings) -> skip_ahead.S
         timeline=np.zeros((5, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),
+    )
+
+
+def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> speculation.Spec:
+    """Tables and empty state of speculative decoding; ``on`` is False, and arrays are empty, without it."""
+    plan = settings.speculation
+    m = settings.max_num_seqs if plan is not None else 0
+    ring = 1 << settings.block_size.bit_length()  # more than block_size
+    n = len(requests) if plan is not None else 0
+
+    def whole(table: NDArray[np.int64] | None, dimensions: int) -> NDArray[np.int64]:
+        empty = np.zeros((0,) * dimensions, dtype=np.int64)
+        return empty if table is None else np.ascontiguousarray(table, dtype=np.int64)
+
+    def real(table: NDArray[np.float64] | None, dimensions: int) -> NDArray[np.float64]:
+        return np.zeros((0,) * dimensions) if table is None else np.ascontiguousarray(table, dtype=np.float64)
+
+    prices = None if plan is None else plan.cost
+    levels = 0 if prices is None else len(prices.queries)
+    columns = np.zeros((levels, speculation.N_LEVEL_COLUMNS))
+    value = slope = curve = None
+    if prices is not None:
+        value = prices.value_s + prices.draft_value_s
+        slope = prices.slope_s + prices.draft_slope_s
+        curve = np.stack([prices.draft_value_s, prices.draft_slope_s])
+        columns[:, speculation.QUERIES] = prices.queries
+        columns[:, speculation.SEQ] = prices.seq_s
+        columns[:, speculation.WINDOW_SLOPE] = prices.window_slope_s
+    ring_of_none = np.zeros((2, ring), dtype=np.int64)
+    ring_of_none[speculation.RING_FIRST] = -1
+    slots = np.zeros((m, speculation.N_SLOT_COLUMNS), dtype=np.int64)
+    slots[:, [speculation.BLOCK_STEP, speculation.EVENT_STEP]] = -1
+    batch = speculation.Batch(
+        ints=np.zeros(speculation.N_SPEC_INTS, dtype=np.int64),
+        slots=slots,
+        ring=ring_of_none,
+        events=np.zeros(2 * m + 2, dtype=np.int64),
+        lookahead=settings.lookahead,
+        mask=ring - 1,
+        block_size=settings.block_size,
+        window=cost.window,
+        chunked=cost.window_chunked,
+    )
+    tariff = speculation.Tariff(
+        levels=columns,
+        value=real(value, 2),
+        slope=real(slope, 2),
+        draft_curve=real(curve, 3),
+        draft=real(prices.draft_s if prices else None, 2),
+        chunk=real(prices.chunk_s if prices else None, 1),
+        floats=np.zeros(speculation.N_SPEC_FLOATS),
+        v=np.zeros((m, 3)),
+        wasted=np.zeros(n),
+        passes=np.zeros((levels, m + 1), dtype=np.int64),
+        keys=np.zeros((2, levels)),
+        chunk_steps=np.zeros(settings.max_num_batched_tokens + 1 if plan else 0, dtype=np.int64),
+    )
+    return speculation.Spec(
+        on=plan is not None,
+        batch=batch,
+        tariff=tariff,
+        level_by_batch=whole(plan.levels(m, settings.max_num_batched_tokens) if plan else None, 1),
+        rates=whole(plan.rates if plan else None, 2),
+        classes=whole(requests.acceptance_class if plan else None, 1),
     )

@@ -163,7 +163,7 @@ class Recorder:
         ints = self._state.ints
         return _Counters(
             int(ints[skip_ahead.DECODE_TOKENS]),
-            int(ints[skip_ahead.DECODE_KEYS]),
+            round(self._engine.decode_keys),
             int(ints[skip_ahead.CHUNKS]),
             int(ints[skip_ahead.PREFILL_PAIRS]),
             int(ints[skip_ahead.PREEMPTIONS]),
@@ -181,7 +181,7 @@ class Recorder:
         else:
             row = ints[skip_ahead.NEXT_ROW]
             arrival = float(self._stream.arrival[row]) if row < len(self._stream.arrival) else math.inf
-        return max(self._engine.clock_s, arrival)
+        return max(self._engine.clock_s, min(arrival, self._engine.next_load_s))
 
     def step(self, before_s: float) -> bool:
         """Run and note the next step, if it starts before ``before_s``; return whether there was one to try."""

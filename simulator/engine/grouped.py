@@ -183,6 +183,10 @@ def refuse_features(settings: EngineSettings, requests: Requests, what: str) -> 
     """
     if settings.prefix_cache != "off":
         raise InputError(f"engine.prefix_cache = {settings.prefix_cache!r}: not together with {what}; use 'off'")
+    if settings.swap is not None or settings.tiers:
+        raise InputError(f"engine.preemption = 'swap' and engine.cache_tiers: not together with {what}")
+    if settings.speculation is not None:
+        raise InputError(f"engine.speculation: not together with {what}")
     if needs_queue(settings, clients_leave=requests.clients_may_leave):
         raise InputError(
             f"{what}: only with engine.policy and batching at their defaults, long_prefill_token_threshold and watermark 0, a "

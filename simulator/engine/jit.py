@@ -29,6 +29,7 @@ COMPILED_SOURCES = (
     "by_policy.py",
     "heaps.py",
     "jit.py",
+    "kv_memory.py",
     "prefix_cache.py",
     "progressions.py",
     "queues.py",
@@ -36,7 +37,10 @@ COMPILED_SOURCES = (
     "records.py",
     "scheduling.py",
     "skip_ahead.py",
+    "speculation.py",
     "stages.py",
+    "swap.py",
+    "tiers.py",
 )
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.heaps import pop_key, push_key
 from simulator.engine.jit import compiled, inlined
+from simulator.engine.kv_memory import Tier
+from simulator.engine.tiers import Tiers, move_down, new_tiers
 
 # columns of Cache.nodes
 NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
@@ -59,6 +61,8 @@ class Cache(NamedTuple):
         heap of the steps that fill blocks.
     reused
         [requests] tokens never computed (C8).
+    tiers
+        the memory that evicted blocks move to.
     log
         [entries, 4] kind, row or -1, and two amounts: a record of what happened, as far as there is room.
     """
@@ -76,6 +80,7 @@ class Cache(NamedTuple):
     slots: Any
     fills: Any
     reused: Any
+    tiers: Tiers
     log: Any
     ints: Any
 
@@ -88,6 +93,7 @@ def new_cache(
     block_size: int,
     n: int,
     radix: bool = False,
+    tiers: tuple[Tier, ...] = (),
     log_size: int = 0,
 ) -> Cache:
     """An empty cache over ``num_blocks`` free blocks, or the stand-in of none if ``hashes`` is None.
@@ -98,14 +104,16 @@ def new_cache(
     if hashes is None:
         hashes = BlockHashes(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64), 1)
         num_blocks = max_num_seqs = n = 0
+        tiers = ()
     stride = int(np.diff(hashes.offsets).max(initial=0))
+    n_ids = int(hashes.ids.max(initial=-1)) + 1
     cache = Cache(
         on=on,
         radix=radix,
         late=hashes.covers_output and not radix,
         block_size=block_size,
         nodes=np.zeros((num_blocks + 2, 8), dtype=np.int64),
-        first=np.zeros(int(hashes.ids.max(initial=-1)) + 1, dtype=np.int64),
+        first=np.zeros(n_ids, dtype=np.int64),
         ids=hashes.ids,
         offsets=hashes.offsets,
         table=np.zeros(max_num_seqs * stride, dtype=np.int64),
@@ -113,6 +121,7 @@ def new_cache(
         slots=np.zeros((max_num_seqs, N_COLUMNS), dtype=np.int64),
         fills=np.zeros(2 * max_num_seqs + 2, dtype=np.int64),
         reused=np.zeros(n, dtype=np.int64),
+        tiers=new_tiers(tiers, n_ids),
         log=np.zeros((log_size, 4), dtype=np.int64),
         ints=np.zeros(N_INTS, dtype=np.int64),
     )
@@ -255,6 +264,8 @@ def take(cache: Cache, count: int) -> None:
         else:
             _withdraw(cache, node)
             cache.ints[EVICTED] += 1
+            if cache.tiers.on:
+                move_down(cache.tiers, nodes[node, ID])
             left -= 1
         _remove(cache, node)
         _drop_node(cache, node)
@@ -281,8 +292,11 @@ def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int) -> tuple
 
 
 @compiled
-def admit(cache: Cache, slot: int, row: int, hits: int, known: int, start: int, seen: int) -> int:
-    """C6, C8, C9: let a request own its hits, before it takes new blocks; return how many of them were free."""
+def admit(cache: Cache, slot: int, row: int, hits: int, loaded: int, known: int, start: int, seen: int) -> int:
+    """C6, C8, C9: let a request own its hits, before it takes new blocks; return how many of them were free.
+
+    ``loaded`` tokens have come from below HBM (F5).
+    """
     ints, nodes = cache.ints, cache.nodes
     base = slot * cache.stride
     offset = cache.offsets[row]
@@ -299,7 +313,7 @@ def admit(cache: Cache, slot: int, row: int, hits: int, known: int, start: int, 
     cache.slots[slot, ORDER] = ints[ADMISSIONS]
     cache.slots[slot, FILL_STEP] = -1
     cache.reused[row] += max(0, start - seen)
-    tokens = hits * cache.block_size
+    tokens = max(hits * cache.block_size, loaded)
     ints[ADMISSIONS] += 1
     ints[QUERIED] += known
     ints[HIT_TOKENS] += tokens
@@ -471,14 +485,16 @@ def note_end(cache: Cache, slot: int, row: int, computed: int, owned: int, step:
 
 
 @compiled
-def release_ended(cache: Cache, rows: Any) -> int:
-    """C7: the requests that finished in this step give back their blocks; return how many become free."""
+def release_ended(cache: Cache, rows: Any, step: int) -> int:
+    """C7: the requests that finished before ``step`` give back their blocks; return how many become free.
+
+    Blocks of outputs that have not been published are now (D2, P6).
+    """
     freed = 0
     for i in range(cache.ints[N_ENDED]):
         slot = cache.slots[i, ENDED]
         row = rows[slot]
-        if cache.radix:
-            freed += publish(cache, slot, row, cache.slots[i, ENDED_FULL], 0)
+        freed += publish(cache, slot, row, cache.slots[i, ENDED_FULL], step)
         freed += release(cache, slot, row, cache.slots[i, ENDED_BLOCKS])
     cache.ints[N_ENDED] = 0
     return freed

@@ -206,6 +206,7 @@ def _store_price(prices: Any, g: int, price: Price, growth: float) -> None:
     row[9] = price.seen_keys
     row[10] = price.plane
     row[11] = price.prefill
+    row[12] = price.per_chunk_token
     row[OWN_GROWTH] = growth
 
 
@@ -225,6 +226,7 @@ def _load_price(prices: Any, g: int) -> Price:
         int(row[9]),
         int(row[10]),
         row[11],
+        row[12],
     )
 
 
@@ -235,7 +237,7 @@ def _schedule_rank(cost: CostTable, limits: Limits, stream: Stream, out: Outcome
     if cost.window > 0:
         _pass_events(cost, rank)
     if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-        _rebase(cost, rank, out)
+        _rebase(cost, rank, out, None)
     need = rank.residues[residue(-ints[STEP], limits.block_size)]
     short = need > ints[FREE_BLOCKS]
     if short:
@@ -354,10 +356,10 @@ def advance_ranks(
                 board.prices[g, :] = 0.0
                 board.prices[g, 0] = dense
             else:
-                price = _price(cost, stream, rank, board.scheduled[g, N_CHUNKS], tokens, dense)
+                price = _price(cost, stream, rank, None, board.scheduled[g, N_CHUNKS], tokens, dense)
                 if alike:
                     growth = price.slope * rank.ints[BATCH] + cost.window_slope * rank.ints[N_GROWING]
-                    k = min(k, _steps_alike(cost, limits, rank))
+                    k = min(k, _steps_alike(cost, limits, rank, None))
                 _store_price(board.prices, g, price, growth)
             d0, q = board.prices[slowest, 0], board.prices[slowest, OWN_GROWTH]
             if board.prices[g, 0] > d0 or (board.prices[g, 0] == d0 and growth > q):
@@ -393,7 +395,7 @@ def advance_ranks(
             out.steps_by_rows[price.rows] += k
             if rank.ints[BATCH] > 0:
                 batch = rank.ints[BATCH]
-                _advance_decodes(cost, rank, price, growth, k)
+                _advance_decodes(cost, rank, None, price, growth, k)
                 _count_latencies(out, rank, batch, d0, q, k)
             rank.ints[STEP] += k
             rank.floats[CLOCK] = end
@@ -415,7 +417,7 @@ def advance_ranks(
                     n_done += _end_chunks(
                         cost, stream, out, rank, None, board.scheduled[g, N_CHUNKS], price, limits.block_size
                     )
-                n_done += _end_decodes(cost, out, rank, None, limits.block_size)
+                n_done += _end_decodes(cost, stream, out, rank, None, limits.block_size)
         if stream.concurrency > 0:
             for _ in range(n_done):
                 _release(stream, shared, end)

@@ -1,14 +1,17 @@
 """What goes into an engine and what comes out: the only code the two engines share."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.expert_skew import EVEN, ExpertSkew
+from simulator.engine.kv_memory import LOAD_POLICIES, HostSwap, Tier
 from simulator.engine.scheduling import HostOverheads, Retries, Scheduling
 from simulator.errors import InputError, nearest
+from simulator.roofline.speculation import SpeculationCost
 
 FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED, TIMED_OUT, CANCELLED = 0, 1, 2, 3, 4, 5, 6
 STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived", "timed_out", "cancelled")
@@ -29,6 +32,71 @@ ITL_MAX_EXPONENT = 20
 ITL_BINS = (ITL_MAX_EXPONENT - ITL_MIN_EXPONENT) * ITL_BINS_PER_OCTAVE
 
 
+PROGRESS_BITS = 16
+"""Tokens per pass of speculative decoding are counted in units of 2**-16."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Speculation:
+    """Speculative decoding of one replica; ``docs/engine-speculation.md`` has the rules.
+
+    Attributes
+    ----------
+    cost
+        what a pass of each level costs.
+    survival
+        [classes, levels, depth] probability that at least 1 … depth drafts of a pass are accepted, for each class of requests;
+        zeros where a level drafts no further.
+    level_by_batch
+        [max_num_seqs + 1] level wanted with that many decoding sequences.
+    """
+
+    cost: SpeculationCost
+    survival: NDArray[np.float64]
+    level_by_batch: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Check shapes and ranges."""
+        s, levels = self.survival, len(self.cost.queries)
+        if s.ndim != 3 or s.shape[0] < 1 or s.shape[1] != levels:
+            raise InputError(f"speculation.survival has shape {s.shape}: must be (classes, {levels} levels, depth)")
+        if not ((s >= 0) & (s <= 1)).all() or (np.diff(s, axis=2) > 0).any():
+            raise InputError("speculation.survival: must be 0 … 1 and not rise with depth")
+        deepest = (s > 0).sum(axis=2).max(axis=0)
+        if (deepest >= self.cost.queries).any():
+            raise InputError(
+                f"speculation.survival: more drafts accepted ({deepest.tolist()}) than verified "
+                f"({(self.cost.queries - 1).tolist()})"
+            )
+        wanted = self.level_by_batch
+        if wanted.ndim != 1 or not ((wanted >= 0) & (wanted < levels)).all():
+            raise InputError(f"speculation.level_by_batch: must be a table of levels 0 … {levels - 1}, got {wanted}")
+
+    def __repr__(self) -> str:
+        """Say what it is, not its tables."""
+        return f"Speculation(up to {self.cost.lookahead} drafts)"
+
+    @cached_property
+    def rates(self) -> NDArray[np.int64]:
+        """[classes, levels] mean tokens per pass in units of 2**-16, rounded."""
+        tokens = 1 + self.survival.sum(axis=2)
+        return np.asarray(np.rint(tokens * (1 << PROGRESS_BITS)), dtype=np.int64)
+
+    def levels(self, max_num_seqs: int, budget: int) -> NDArray[np.int64]:
+        """[max_num_seqs + 1] levels in force: the wanted one, or the largest below it that leaves a token of the budget."""
+        batch = np.arange(max_num_seqs + 1)
+        found = self.level_by_batch[: max_num_seqs + 1].copy()
+        while (over := (found > 0) & (batch * self.cost.queries[found] >= budget)).any():
+            found[over] -= 1
+        return found
+
+    def most_rows(self, max_num_seqs: int, budget: int) -> int:
+        """Logit rows of the largest step."""
+        batch = np.arange(max_num_seqs + 1)
+        rows = int((batch * self.cost.queries[self.levels(max_num_seqs, budget)] + max_num_seqs - batch).max())
+        return min(rows, max(budget, max_num_seqs))
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Settings of one replica, under vLLM's names.
@@ -47,6 +115,8 @@ class EngineSettings:
         prompt + ``max_tokens`` of a request at most; 0: bounded by the KV cache alone.
     scheduler_reserve_full_isl
         admit a waiting request only if blocks for all its tokens known so far are free, not merely for the first chunk.
+    speculation
+        speculative decoding; None: one token per sequence and step.
     prefix_cache
         one of :data:`PREFIX_CACHES`: ``off``; ``blocks``, vLLM's cache of hashed blocks; ``radix``, SGLang's tree of prefixes
         (``docs/engine-prefix-cache.md``).
@@ -63,6 +133,12 @@ class EngineSettings:
         time that the CPU adds.
     retries
         what clients do after a timeout.
+    swap
+        host memory that preempted requests are copied to (``docs/engine-kv-memory.md``); None: they are computed again.
+    tiers
+        memory below HBM that keeps what the prefix cache evicts, the nearest first.
+    load_policy
+        one of :data:`~simulator.engine.kv_memory.LOAD_POLICIES`: whether what the tiers hold is loaded or computed again.
     """
 
     max_num_seqs: int = 256
@@ -71,6 +147,7 @@ class EngineSettings:
     num_kv_blocks: int = 1 << 20
     max_model_len: int = 0
     scheduler_reserve_full_isl: bool = True
+    speculation: Speculation | None = None
     prefix_cache: str = "off"
     cache_outputs: bool = True
     rank_routing: str = "round-robin"
@@ -78,6 +155,9 @@ class EngineSettings:
     scheduling: Scheduling = field(default_factory=Scheduling)
     host: HostOverheads = field(default_factory=HostOverheads)
     retries: Retries = field(default_factory=Retries)
+    swap: HostSwap | None = None
+    tiers: tuple[Tier, ...] = ()
+    load_policy: str = "cheaper"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -91,10 +171,34 @@ class EngineSettings:
                 f"engine.max_num_batched_tokens = {self.max_num_batched_tokens} is less than "
                 f"engine.max_num_seqs = {self.max_num_seqs}: a full decode batch would not fit in a step"
             )
+        if self.speculation is not None:
+            covered = min(len(self.speculation.level_by_batch), self.speculation.cost.draft_s.shape[1]) - 1
+            if covered < self.max_num_seqs or len(self.speculation.cost.chunk_s) <= self.max_num_batched_tokens:
+                raise InputError(
+                    f"engine.speculation: tables end at {covered} sequences and "
+                    f"{len(self.speculation.cost.chunk_s) - 1} tokens, max_num_seqs = {self.max_num_seqs}, "
+                    f"max_num_batched_tokens = {self.max_num_batched_tokens}"
+                )
         if self.prefix_cache not in PREFIX_CACHES:
             raise InputError(f"engine.prefix_cache = {self.prefix_cache!r}{nearest(self.prefix_cache, PREFIX_CACHES)}")
         if self.rank_routing not in RANK_ROUTINGS:
             raise InputError(f"engine.rank_routing = {self.rank_routing!r}{nearest(self.rank_routing, RANK_ROUTINGS)}")
+        if self.load_policy not in LOAD_POLICIES:
+            raise InputError(f"engine.load_policy = {self.load_policy!r}{nearest(self.load_policy, LOAD_POLICIES)}")
+        if self.tiers and self.prefix_cache == "off":
+            raise InputError("engine.cache_tiers: without engine.prefix_cache there is nothing to keep in them")
+
+    @property
+    def max_rows(self) -> int:
+        """Logit rows of the largest step."""
+        if self.speculation is None:
+            return self.max_num_seqs
+        return self.speculation.most_rows(self.max_num_seqs, self.max_num_batched_tokens)
+
+    @property
+    def lookahead(self) -> int:
+        """KV slots a decoding sequence owns beyond that of its last token."""
+        return 0 if self.speculation is None else self.speculation.cost.lookahead
 
 
 @dataclass(frozen=True)
@@ -114,6 +218,8 @@ class Requests:
         [n] the output length the scheduler may know; at least ``output_tokens``.
     concurrency
         0: open loop. Otherwise a closed loop of that many clients.
+    acceptance_class
+        [n] row of ``Speculation.survival`` that says how well a request's tokens can be drafted; None: row 0 for all.
     hashes
         which blocks of which requests are alike; None: none are. Read by a prefix cache alone.
     priority
@@ -136,6 +242,7 @@ class Requests:
     cached_tokens: NDArray[np.int64]
     max_tokens: NDArray[np.int64]
     concurrency: int = 0
+    acceptance_class: NDArray[np.int64] | None = None
     hashes: BlockHashes | None = None
     priority: NDArray[np.int64] | None = None
     predicted_tokens: NDArray[np.float64] | None = None
@@ -163,6 +270,8 @@ class Requests:
             ),
             ("max_tokens", self.max_tokens < self.output_tokens, "must be at least output_tokens"),
         ]
+        if self.acceptance_class is not None:
+            checks.append(("acceptance_class", self.acceptance_class < 0, "must not be negative"))
         for name in ("priority", "predicted_tokens", "deadline_s"):
             column = getattr(self, name)
             if column is not None:
@@ -232,11 +341,21 @@ def check_columns(settings: EngineSettings, requests: Requests) -> None:
     InputError
         if the policy's column is missing, or a client would give up before the scheduler sees its request.
     """
-    if settings.prefix_cache != "off" and needs_queue(settings, clients_leave=requests.clients_may_leave):
+    remembers = settings.prefix_cache != "off" or settings.swap is not None
+    if remembers and needs_queue(settings, clients_leave=requests.clients_may_leave):
+        cached = f"engine.prefix_cache = {settings.prefix_cache!r}"
         raise InputError(
-            f"engine.prefix_cache = {settings.prefix_cache!r}: only with policy and batching at their defaults, a host that costs "
-            "nothing and clients that do not leave"
+            f"{cached if settings.prefix_cache != 'off' else 'engine.preemption = swap'}: only with policy and batching at their "
+            "defaults, a host that costs nothing and clients that do not leave"
         )
+    if settings.speculation is not None and needs_queue(settings, clients_leave=requests.clients_may_leave):
+        raise InputError(
+            "engine.speculation: only with policy and batching at their defaults, a host that costs nothing and clients that do "
+            "not leave"
+        )
+    if settings.speculation is not None and (settings.swap is not None or settings.tiers):
+        name = "preemption = swap" if settings.swap is not None else "cache_tiers"
+        raise InputError(f"engine.{name}: not together with speculative decoding")
     needed = {"priority": "priority", "sjf": "predicted_tokens", "edf": "deadline_s", "fair": "tenant"}
     policy = settings.scheduling.policy
     if policy in needed and getattr(requests, needed[policy]) is None:
@@ -249,6 +368,59 @@ def check_columns(settings: EngineSettings, requests: Requests) -> None:
                 f"requests.{name}[{row}] = {column[row]}: must be longer than engine.host.request_s = "
                 f"{settings.host.request_s}, or the scheduler would never see the request"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class SpeculationResult:
+    """What speculative decoding did.
+
+    Attributes
+    ----------
+    passes
+        [levels, max_num_seqs + 1] steps by level and number of decoding sequences (none is entry 0).
+    keys, window_keys
+        [levels] Σ S and Σ SW of those steps.
+    chunk_steps
+        [max_num_batched_tokens + 1] steps by the number of their chunk tokens.
+    drafted_tokens
+        drafts verified.
+    extra_tokens
+        of them, those accepted and emitted: tokens emitted beyond one per pass. They share their pass's time: each adds an inter-token latency of 0 to those
+        of ``EngineResult.itl_counts``, which has one latency per pass.
+    wasted_s
+        [n] the part of ``busy_s`` spent on drafts that were rejected.
+    draft_s
+        time of drafting, its passes over prompts included.
+    """
+
+    passes: NDArray[np.int64]
+    keys: NDArray[np.float64]
+    window_keys: NDArray[np.float64]
+    chunk_steps: NDArray[np.int64]
+    drafted_tokens: int
+    extra_tokens: int
+    wasted_s: NDArray[np.float64]
+    draft_s: float
+
+    @property
+    def rejected_tokens(self) -> int:
+        """Drafts verified in vain."""
+        return self.drafted_tokens - self.extra_tokens
+
+    @property
+    def sequence_passes(self) -> NDArray[np.int64]:
+        """[levels] passes of single sequences."""
+        return np.asarray(self.passes @ np.arange(self.passes.shape[1]))
+
+
+def drafted_tokens(cost: SpeculationCost, passes: NDArray[np.int64]) -> int:
+    """Drafts verified in passes, from their counts."""
+    return int((cost.queries - 1) @ (passes @ np.arange(passes.shape[1])))
+
+
+def fixed_drafting_s(cost: SpeculationCost, passes: NDArray[np.int64]) -> float:
+    """Time of drafting in decode passes that does not depend on contexts, from their counts. [s]"""
+    return float((passes * cost.draft_s[:, : passes.shape[1]]).sum())
 
 
 @dataclass(frozen=True)
@@ -278,6 +450,10 @@ class EngineResult:
         [n] attempts that reached the scheduler.
     wasted_s
         [n] the part of ``busy_s`` spent on attempts that timed out or were cancelled.
+    swap_s
+        [n] the part of ``busy_s`` by which copies of its blocks to and from host memory lengthened steps.
+    load_start_s, load_end_s
+        [n] from when to when it waited for KV blocks to be loaded from the tiers below HBM.
     idle_s
         time without a step.
     end_s
@@ -297,10 +473,17 @@ class EngineResult:
         experts ``padding_s`` and ``imbalance_s``;
         and time integrals: ``running_s`` (Σ running requests × time), ``waiting_s``, ``kv_blocks_s``;
         and peaks: ``max_running``, ``max_waiting``, ``max_kv_blocks``;
-        with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``.
+        with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``;
+        with swapping: ``swap_out_blocks``, ``swap_in_blocks``, ``swap_fallbacks`` (preempted requests that found host memory full),
+        ``max_host_blocks`` and ``swap_s`` (time by which copies lengthened steps);
+        with tiers: ``loads``, ``loads_declined`` (computed again instead), and of each tier ``tier0_stored_blocks`` (moved into it),
+        ``tier0_loaded_blocks``.
     timeline
         columns of equal length: ``start_s``, and means over each interval of ``running``, ``waiting``, ``kv_blocks``,
         ``busy_fraction``, and ``preemptions_per_s``. Intervals are ``timeline_interval_s`` long; the last may be partly past the end.
+    speculation
+        of a replica that speculates. Then ``decode_keys`` and ``window_decode_keys`` are no whole numbers,
+        ``decode_attention_s`` is the attention of verification, and ``draft_s`` is another entry of ``totals``.
     """
 
     status: NDArray[np.int8]
@@ -316,6 +499,9 @@ class EngineResult:
     reused_tokens: NDArray[np.int64]
     attempts: NDArray[np.int32]
     wasted_s: NDArray[np.float64]
+    swap_s: NDArray[np.float64]
+    load_start_s: NDArray[np.float64]
+    load_end_s: NDArray[np.float64]
     idle_s: float
     end_s: float
     steps_by_tokens: NDArray[np.int64]
@@ -325,6 +511,12 @@ class EngineResult:
     totals: dict[str, float] = field(default_factory=dict)
     timeline: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     timeline_interval_s: float = 0.0
+    speculation: SpeculationResult | None = None
+
+    @property
+    def load_s(self) -> NDArray[np.float64]:
+        """Time waited for KV blocks to be loaded, part of the time in the queue. [n] [s]"""
+        return np.nan_to_num(self.load_end_s - self.load_start_s)
 
 
 #: Columns and totals that an engine of several parts, ranks or stages, counts in seconds of one part.
@@ -349,9 +541,11 @@ def itl_bin(value_s: float) -> int:
 
 
 def itl_centres_s() -> NDArray[np.float64]:
-    """[ITL_BINS] centre of each bin of an ITL histogram. [s]"""
+    """[ITL_BINS] centre of each bin of an ITL histogram; 0 for bin 0, where the tokens of one pass are. [s]"""
     octave, part = np.divmod(np.arange(ITL_BINS), ITL_BINS_PER_OCTAVE)
-    return np.asarray(np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT))
+    centres = np.ldexp(1 + (part + 0.5) / ITL_BINS_PER_OCTAVE, octave + ITL_MIN_EXPONENT)
+    centres[0] = 0.0
+    return np.asarray(centres)
 
 
 def itl_mean_s(counts: NDArray[np.int64]) -> float:

@@ -39,7 +39,11 @@ from simulator.engine.records import (
 )
 from simulator.engine.reference_cache import Block, BlockPool, RadixPool
 from simulator.engine.reference_queue import Queue
+from simulator.engine.reference_speculation import Speculator
+from simulator.engine.reference_swap import HostPool
+from simulator.engine.reference_tiers import TierStack
 from simulator.errors import InputError
+from simulator.roofline.speculation import with_drafter
 from simulator.roofline.step_cost import StepCost, window_keys
 
 STEP_ENDS, LEAVING, ARRIVAL, STEP_STARTS = EventPriority(0), EventPriority(1), EventPriority(2), EventPriority(3)
@@ -96,6 +100,17 @@ class Request:
     start: int = 0
     """``computed`` when it was last admitted (C8)."""
     reused_tokens: int = 0
+    saved: int = 0
+    """Tokens whose blocks are in host memory (E1)."""
+    swap_s: float = 0.0
+    returned_s: float = inf
+    """When it came back to the queue from loading."""
+    asks: bool = True
+    """Whether it may still load from below HBM (F3)."""
+    loaded: int = 0
+    """Tokens that lie ready since it has loaded them (F5)."""
+    load_start_s: float = nan
+    load_end_s: float = nan
     must_emit: bool = True
     """No token emitted since it was last admitted."""
     last_token_s: float = nan
@@ -136,12 +151,12 @@ class StepRecord:
     end_s: float
     n: int
     B: int
-    S: int
+    S: float
     P: int
     A: int
     K: int
     R: int
-    SW: int
+    SW: float
     AW: int
     KW: int
     host_s: float
@@ -193,6 +208,8 @@ class Replica:
     settings: EngineSettings
     requests: Requests
     on_step: Callable[[StepRecord], None] | None = None
+    acceptance_seed: int | None = None
+    """With speculation: draw every pass's accepted drafts, instead of the deterministic progress of P3."""
 
     clock: Clock = field(default_factory=Clock)
     rows: list[Request] = field(default_factory=list)
@@ -201,6 +218,11 @@ class Replica:
     free_blocks: int = 0
     pool: BlockPool | None = None
     """The blocks one by one, where a prefix cache must tell them apart."""
+    tiers: TierStack | None = None
+    loading: list[Request] = field(default_factory=list)
+    """Who waits for a load (F5)."""
+    swapped: HostPool | None = None
+    """Host memory for preempted requests, where there is some."""
     unreleased: int = 0
     """First row of a closed loop that nobody has asked for yet."""
     work: simpy.Event | None = None
@@ -224,16 +246,21 @@ class Replica:
     """When each preemption happened."""
     totals: dict[str, float] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
+    speculator: Speculator | None = None
 
     def __post_init__(self) -> None:
         """Fill the rows and start the processes."""
         settings = self.settings
-        if self.cost.max_tokens < settings.max_num_batched_tokens or self.cost.max_rows < settings.max_num_seqs:
+        if self.cost.max_tokens < settings.max_num_batched_tokens or self.cost.max_rows < settings.max_rows:
             raise InputError(
                 f"StepCost covers {self.cost.max_tokens} tokens and {self.cost.max_rows} rows; engine settings ask for "
-                f"max_num_batched_tokens = {settings.max_num_batched_tokens}, max_num_seqs = {settings.max_num_seqs}"
+                f"max_num_batched_tokens = {settings.max_num_batched_tokens}, max_num_seqs = {settings.max_num_seqs}, "
+                f"{settings.max_rows} rows"
             )
         check_columns(settings, self.requests)
+        if settings.speculation is not None:
+            self.cost = with_drafter(self.cost, settings.speculation.cost)
+            self.speculator = Speculator(settings.speculation, self.cost, settings, self.requests, self.acceptance_seed)
         names = ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
         columns = [getattr(self.requests, name).tolist() for name in names]
         self.rows = [Request(row, *lengths) for row, lengths in enumerate(zip(*columns, strict=True))]
@@ -246,8 +273,12 @@ class Replica:
         if hashes is not None:
             pool = RadixPool if settings.prefix_cache == "radix" else BlockPool
             self.pool = pool(settings.num_kv_blocks, hashes)
+            if settings.tiers:
+                self.tiers = self.pool.tiers = TierStack(settings.tiers)
+        if settings.swap is not None:
+            self.swapped = HostPool(settings.swap)
         self.steps_by_tokens = [0] * (settings.max_num_batched_tokens + 1)
-        self.steps_by_rows = [0] * (settings.max_num_seqs + 1)
+        self.steps_by_rows = [0] * (settings.max_rows + 1)
         counts = ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "prefill_keys", "chunks")
         windowed = ("window_decode_keys", "window_prefill_pairs", "window_prefill_keys")
         more = ("rows", "preemptions", "recomputed_tokens", "segments", "max_running", "max_waiting", "max_kv_blocks")
@@ -323,7 +354,7 @@ class Replica:
         at_once = request.prompt_tokens if scheduling.batching == "static" else longest - 1
         if (
             0 < settings.max_model_len < longest
-            or self.blocks_for(longest - 1) > settings.num_kv_blocks
+            or self.blocks_for(longest - 1 + settings.lookahead) > settings.num_kv_blocks
             or (scheduling.batching != "chunked" and at_once - request.cached_tokens > settings.max_num_batched_tokens)
         ):
             request.status = REJECTED
@@ -383,6 +414,8 @@ class Replica:
                 continue
             self.close_piece()
             batch, record = self.schedule()
+            if record is None:  # all who waited load
+                continue
             self.in_step, self.step_end_s = True, record.end_s
             self.at_work = 1.0
             if self.on_step is not None:
@@ -402,26 +435,30 @@ class Replica:
         self.running.remove(request)
         plan.budget += plan.batch.pop(request, 0)
         plan.preempted.append(request)
+        if self.swapped is not None and self.swapped.copy_out(request.row, request.blocks):
+            request.saved = request.computed
         self.free(request)
         request.computed = 0
         request.status = WAITING
         request.preemptions += 1
         self.waiting.join_again(request)
 
-    def grow(self, request: Request, tokens: int) -> None:
-        """Let a request own the blocks of ``tokens`` tokens."""
+    def grow(self, request: Request, tokens: int, computed: int | None = None) -> None:
+        """Let a request own the blocks of ``tokens`` tokens, of which the step is sure to compute ``computed`` (all, if None)."""
         missing = self.blocks_for(tokens) - request.blocks
         request.blocks += missing
         self.free_blocks -= missing
         if self.pool is not None:
             self.pool.take(request.row, missing)
-            self.pool.publish(request.row, tokens // self.settings.block_size)
+            self.pool.publish(request.row, (tokens if computed is None else computed) // self.settings.block_size)
 
     def free(self, request: Request) -> None:
         """Take all blocks from a request."""
         if self.pool is None:
             self.free_blocks += request.blocks
         else:
+            if self.speculator is not None:  # P6
+                self.pool.publish(request.row, request.computed // self.settings.block_size)
             self.pool.release(request.row)
             self.free_blocks = self.pool.free
         request.blocks = 0
@@ -437,9 +474,34 @@ class Replica:
         request.reused_tokens += max(0, request.start - request.seen)
         if self.pool is not None:
             self.pool.share(request.row, hits)
-            self.pool.count_admission(request.known, len(hits) * self.settings.block_size)
+            self.pool.count_admission(request.known, max(len(hits) * self.settings.block_size, request.loaded))
             self.free_blocks = self.pool.free
         request.blocks = len(hits)
+
+    def speculates(self, request: Request) -> bool:
+        """Whether a running request's step is a pass of speculative decoding."""
+        return self.speculator is not None and not request.in_prefill
+
+    def wants(self, request: Request, budget: int) -> tuple[int, int]:
+        """Tokens a running request wants of the step, and the tokens its blocks must then hold (R5, P2)."""
+        if self.speculator is not None and not request.in_prefill:
+            return self.speculator.queries, self.speculator.slots(request)
+        wanted = min(request.known - request.computed, budget, self.longest_chunk)
+        return wanted, request.computed + wanted
+
+    def context(self, request: Request) -> float:
+        """Keys that a decoding request's last token sees (R9, P4)."""
+        return request.computed + 1 if self.speculator is None else self.speculator.context(request)
+
+    def seen(self, request: Request) -> float:
+        """As :meth:`context`, in the windowed layers."""
+        if not self.cost.window or self.speculator is None:
+            return self.keys_in_window(request.computed + 1)
+        return self.speculator.seen(request)
+
+    def logit_rows(self, request: Request, tokens: int) -> int:
+        """Logit rows of a scheduled request: a decoding one has one per token, a chunk one if it completes (R9, P4)."""
+        return int(request.computed + tokens == request.known) if request.in_prefill else tokens
 
     def keys_in_window(self, context: int) -> int:
         """Keys that the query at ``context`` sees in the windowed layers (R9)."""
@@ -454,22 +516,60 @@ class Replica:
         keys = past % window + tokens if self.cost.window_chunked else min(stop, tokens + window - 1)
         return pairs(past, tokens), stop, 1, window_pairs, keys
 
+    def goes_loading(self, request: Request, hits: int) -> bool:
+        """Ask the tiers for what follows the hits of the first in the queue; return whether it leaves to load it (F3 to F5)."""
+        if self.tiers is None or self.pool is None or not request.asks:
+            return False
+        now_s, bs, budget = self.clock.now, self.settings.block_size, self.settings.max_num_batched_tokens
+        first = max(hits, request.cached_tokens // bs)
+        run = self.tiers.run(self.pool.ids[request.row][first : (request.known - 1) // bs])
+        if not run:
+            return False
+        tokens = len(run) * bs
+        A, K, P, AW, KW = self.chunk_work(first * bs, tokens)
+        prefill_s = tokens * float(self.cost.dense_s[budget]) / budget + self.cost.prefill_attention_s(A, K, P, AW, KW)
+        request.asks = False
+        ready_s = self.tiers.ready_s(run, now_s)
+        policy = self.settings.load_policy
+        if policy == "never" or (policy == "cheaper" and ready_s - now_s >= prefill_s):  # F4
+            self.tiers.counts["loads_declined"] += 1
+            return False
+        self.tiers.load(run, now_s)
+        request.loaded = first * bs + tokens
+        request.load_start_s, request.load_end_s = now_s, ready_s
+        request.returned_s = ready_s
+        self.waiting.leave(request)
+        self.loading.append(request)
+        self.clock.process(self.load(request))
+        return True
+
+    def load(self, request: Request) -> Process:
+        """Process of one load: when it is there, the request comes back to the queue (F5)."""
+        yield Moment(self.clock, request.load_end_s, ARRIVAL)
+        self.close_piece()
+        self.loading.remove(request)
+        self.waiting.come_back(request)
+        if self.work is not None and not self.work.triggered:
+            self.work.succeed()
+
     def go_on(self, plan: Plan) -> None:
         """Give tokens to those who run, decoding requests first (R5, B1)."""
+        if self.speculator is not None:
+            self.speculator.begin(sum(not request.in_prefill for request in self.running))
         for request in sorted(self.running, key=lambda request: request.in_prefill):
             if not plan.budget:
                 break
             if request.status != RUNNING:
                 continue
-            wanted = min(request.known - request.computed, plan.budget, self.longest_chunk)
-            while self.free_blocks < self.blocks_for(request.computed + wanted) - request.blocks:
+            wanted, held = self.wants(request, plan.budget)
+            while self.free_blocks < self.blocks_for(held) - request.blocks:
                 victim = self.waiting.victim(self.running)
                 self.preempt(victim, plan)
                 if victim is request:
                     break
             if request.status != RUNNING:  # it had to preempt itself
                 continue
-            self.grow(request, request.computed + wanted)
+            self.grow(request, held, computed=0 if self.speculates(request) else held)
             plan.batch[request] = wanted
             plan.budget -= wanted
 
@@ -507,15 +607,18 @@ class Replica:
                 return
             longest = (request.known - 1) // self.settings.block_size
             hits = self.pool.lookup(request.row, longest) if self.pool is not None else []  # C5
-            start = max(len(hits) * self.settings.block_size, request.cached_tokens)
-            rest = request.known - start
+            if len(self.running) < self.settings.max_num_seqs and self.goes_loading(request, len(hits)):
+                continue
+            start = max(len(hits) * self.settings.block_size, request.cached_tokens, request.loaded)
+            computed = max(start, request.saved)  # E2
+            rest = request.known - computed
             chunk = min(rest, plan.budget, self.longest_chunk)
             if chunk < rest:
                 unfinished = sum(self.is_unfinished(one, plan) for one in self.running)
                 limit = scheduling.max_num_partial_prefills
                 if scheduling.batching != "chunked" or 0 < limit <= unfinished:  # B2, B6
                     return
-            if not self.fits(request, start + chunk, sum(block.owners > 0 for block in hits)):
+            if not self.fits(request, computed + chunk, sum(block.owners > 0 for block in hits)):
                 victim = self.waiting.lower_victim(request, self.running)
                 if victim is None:
                     return
@@ -525,9 +628,13 @@ class Replica:
             self.running.append(request)
             request.status = RUNNING
             request.must_emit = True
-            request.computed = request.start = start
+            request.start, request.computed = start, computed
             self.admit_to_blocks(request, hits)
-            self.grow(request, start + chunk)
+            request.asks, request.loaded = False, 0
+            if self.swapped is not None and request.saved:
+                self.swapped.copy_in(request.row, len(hits))
+                request.saved = 0
+            self.grow(request, computed + chunk)
             plan.batch[request] = chunk
             plan.budget -= chunk
             plan.admitted.append(request)
@@ -557,31 +664,42 @@ class Replica:
         work_s = host.step_s + host.sequence_s * sequences + host.token_s * n
         return max(0.0, work_s - device_s) if host.asynchronous else work_s
 
-    def schedule(self) -> tuple[dict[Request, int], StepRecord]:
-        """Choose the tokens of the step that starts now; return them and what they cost (R9, H1)."""
+    def schedule(self) -> tuple[dict[Request, int], StepRecord | None]:
+        """Choose the tokens of the step that starts now; return them and what they cost (R9, H1).
+
+        No record if there is nothing to do, since all who waited went to load (F5).
+        """
         now_s = self.clock.now
         plan = self.choose()
         batch, preempted, admitted = plan.batch, plan.preempted, plan.admitted
+        if not batch:
+            return batch, None
         for request, tokens in batch.items():
             if request.computed + tokens == request.known:
                 self.waiting.count_output(request)
         decodes = [request for request in batch if not request.in_prefill]
         chunks = [self.chunk_work(one.computed, tokens) for one, tokens in batch.items() if one.in_prefill]
-        work = {
+        work: dict[str, Any] = {
             "n": sum(batch.values()),
             "B": len(decodes),
-            "S": sum(request.computed + 1 for request in decodes),
+            "S": sum(self.context(request) for request in decodes),
             **{name: sum(chunk[i] for chunk in chunks) for i, name in enumerate(("A", "K", "P", "AW", "KW"))},
-            "R": sum(request.computed + tokens == request.known for request, tokens in batch.items()),
-            "SW": sum(self.keys_in_window(request.computed + 1) for request in decodes),
+            "R": sum(self.logit_rows(request, tokens) for request, tokens in batch.items()),
+            "SW": sum(self.seen(request) for request in decodes),
         }
         self.totals["preemptions"] += len(preempted)
         self.preempted_s += [now_s] * len(preempted)
         used = self.settings.num_kv_blocks - self.free_blocks
-        peaks = {"max_running": len(self.running), "max_waiting": len(self.waiting), "max_kv_blocks": used}
+        waiting = len(self.waiting) + len(self.loading)
+        peaks = {"max_running": len(self.running), "max_waiting": waiting, "max_kv_blocks": used}
         for name, value in peaks.items():
             self.totals[name] = max(self.totals[name], value)
-        device_s = self.cost.step_s(**work)
+        device_s = self.step_s(work)
+        if self.swapped is not None:  # E3, E4
+            for row, share_s in self.swapped.end_copies(device_s).items():
+                self.rows[row].busy_s += share_s
+                self.rows[row].swap_s += share_s
+            device_s += self.swapped.delay_s
         host_s = self.host_s(work["n"], len(batch), device_s)
         record = StepRecord(
             start_s=now_s,
@@ -601,6 +719,15 @@ class Replica:
             left=self.left,
         )
         return batch, record
+
+    def step_s(self, work: dict[str, Any]) -> float:
+        """Time of a step (R9, P4)."""
+        if self.speculator is None:
+            return self.cost.step_s(**work)
+        without = work | {"B": 0, "S": 0, "SW": 0}
+        decodes_s = self.speculator.decode_s(work["B"], work["S"], work["SW"])
+        chunk_tokens = work["n"] - self.speculator.queries * work["B"]
+        return self.cost.step_s(**without) + decodes_s + self.speculator.chunk_s(chunk_tokens)
 
     def charge(self, batch: dict[Request, int], step: StepRecord) -> None:
         """Split a step's time among its requests (R11, R12) and count it. Before ``computed`` grows."""
@@ -622,12 +749,20 @@ class Replica:
         planes = [[float(entry) for entry in plane] for plane in cost.prefill_planes]
         plane = max(planes, key=lambda plane: dot(plane, (step.A, step.K, step.P, step.AW, step.KW)))
         per_key_s = plane[1]
+        chunk_tokens = sum(tokens for request, tokens in batch.items() if request.in_prefill)
+        chunk_s = self.speculator.chunk_s(chunk_tokens) / chunk_tokens if self.speculator and chunk_tokens else 0.0
+        if self.speculator is not None:
+            self.speculator.count(step.B, step.S, step.SW, chunk_tokens)
         for request, tokens in batch.items():
             start, stop = request.computed, request.computed + tokens
+            if self.speculator is not None and not request.in_prefill:
+                request.busy_s += self.speculator.share(request, step.B, step.S, dense_per_token_s, head_per_row_s)
+                continue
             share_s = dense_per_token_s * tokens
             if stop == request.known:
                 share_s += head_per_row_s
             if request.in_prefill:
+                share_s += chunk_s * tokens
                 share_s += dot(plane, self.chunk_work(start, tokens))
                 again = max(0, min(stop, request.seen) - start)
                 request.busy_prefill_s += share_s
@@ -644,6 +779,8 @@ class Replica:
         """Add a step to the totals."""
         cost = self.cost
         decode_s = cost.decode_attention_s(step.S) + cost.window_slope_s * step.SW + cost.decode_seq_s * step.B
+        if self.speculator is not None:
+            decode_s = self.speculator.decode_s(step.B, step.S, step.SW) - self.speculator.draft_s(step.B, step.S)
         self.steps_by_tokens[step.n] += 1
         self.steps_by_rows[step.R] += 1
         sums = {
@@ -671,14 +808,18 @@ class Replica:
         now_s = self.clock.now
         output_s = self.settings.host.output_s  # H3
         for request, tokens in batch.items():
-            is_chunk = request.in_prefill
-            request.computed += tokens
+            is_chunk, emits = request.in_prefill, 1
+            if self.speculator is not None and not is_chunk:
+                emits = self.speculator.take(request)
+            request.computed += tokens if is_chunk else emits
             if is_chunk:
                 self.publish_at_end(request)
             request.seen = max(request.seen, request.computed)
             if request.computed < request.known:
                 continue
-            request.emitted += 1
+            if self.speculator is not None and is_chunk:
+                self.speculator.first(request)
+            request.emitted += emits
             request.must_emit = False
             if request.emitted == 1:
                 request.first_token_s = now_s + output_s
@@ -706,7 +847,8 @@ class Replica:
         start_s = self.pieces[-1].end_s if self.pieces else 0.0
         if self.clock.now > start_s:
             used = self.settings.num_kv_blocks - self.free_blocks
-            self.pieces.append(Piece(start_s, self.clock.now, len(self.running), len(self.waiting), used, self.at_work))
+            waiting = len(self.waiting) + len(self.loading)
+            self.pieces.append(Piece(start_s, self.clock.now, len(self.running), waiting, used, self.at_work))
 
     def result(self, timeline_interval_s: float | None = None) -> EngineResult:
         """Result of a run that came to its end, with a timeline if asked for one."""
@@ -721,6 +863,9 @@ class Replica:
             name + "_s": sum((getattr(piece, name) * (piece.end_s - piece.start_s) for piece in self.pieces), start=0.0)
             for name in ("running", "waiting", "kv_blocks")
         }
+        speculation = None if self.speculator is None else self.speculator.result()
+        if speculation is not None:
+            self.totals["draft_s"] = speculation.draft_s
         return EngineResult(
             status=column("status", np.int8),
             arrival_s=column("arrival_s"),
@@ -735,15 +880,23 @@ class Replica:
             reused_tokens=column("reused_tokens", np.int64),
             attempts=column("attempts", np.int32),
             wasted_s=column("wasted_s"),
+            swap_s=column("swap_s"),
+            load_start_s=column("load_start_s"),
+            load_end_s=column("load_end_s"),
             idle_s=sum(((1 - piece.busy) * (piece.end_s - piece.start_s) for piece in self.pieces), start=0.0),
             end_s=self.pieces[-1].end_s if self.pieces else 0.0,
             steps_by_tokens=np.array(self.steps_by_tokens, dtype=np.int64),
             steps_by_rows=np.array(self.steps_by_rows, dtype=np.int64),
             itl_counts=itl_counts,
             itl_max_s=max(self.itl_s, default=0.0),
-            totals=self.totals | integrals | (self.pool.counts if self.pool is not None else {}),
+            totals=self.totals
+            | integrals
+            | (self.pool.counts if self.pool is not None else {})
+            | (self.swapped.counts if self.swapped is not None else {})
+            | (self.tiers.counts if self.tiers is not None else {}),
             timeline=timeline(self.pieces, self.preempted_s, timeline_interval_s) if timeline_interval_s else {},
             timeline_interval_s=timeline_interval_s or 0.0,
+            speculation=speculation,
         )
 
 
@@ -796,11 +949,13 @@ def simulate_reference(
     *,
     timeline_interval_s: float | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    acceptance_seed: int | None = None,
 ) -> EngineResult:
     """Run the requests through one replica until all are finished or rejected.
 
     ``on_step`` is called with each step's :class:`StepRecord` as the step starts. Times of one step are sums of a
     handful of terms and the clock adds steps one by one, so with all times on a grid of 2**-k s every float is exact.
+    ``acceptance_seed`` lets every pass of speculative decoding draw its accepted drafts.
     Cost: some 30 microseconds per request and step; for oracles and debugging.
 
     Raises
@@ -808,6 +963,6 @@ def simulate_reference(
     InputError
         if the tables of ``cost`` are shorter than the settings allow a step to be.
     """
-    replica = Replica(cost, settings, requests, on_step)
+    replica = Replica(cost, settings, requests, on_step, acceptance_seed)
     replica.advance()
     return replica.result(timeline_interval_s)

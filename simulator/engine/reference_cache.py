@@ -6,8 +6,12 @@ Written from docs/engine-prefix-cache.md to be read; the comments name the rule 
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from simulator.engine.block_hashes import BlockHashes
+
+if TYPE_CHECKING:
+    from simulator.engine.reference_tiers import TierStack
 
 NOBODY = -1
 """Id of a block that cannot be found."""
@@ -37,6 +41,8 @@ class BlockPool:
         self.counts = dict.fromkeys(
             ("cache_queried_tokens", "cache_hit_tokens", "cache_hit_pairs", "evicted_blocks"), 0
         )
+        self.tiers: TierStack | None = None
+        """Where evicted blocks go."""
 
     @property
     def free(self) -> int:
@@ -66,10 +72,16 @@ class BlockPool:
         for _ in range(count):
             block, _ = self.queue.popitem(last=False)
             if block.id != NOBODY:
-                self.withdraw(block)
-                self.counts["evicted_blocks"] += 1
+                self.evict(block)
             block.owners = 1
             self.tables[row].append(block)
+
+    def evict(self, block: Block) -> None:
+        """Let a block no longer be found in HBM (C2, F2)."""
+        if self.tiers is not None:
+            self.tiers.move_down(block.id)
+        self.withdraw(block)
+        self.counts["evicted_blocks"] += 1
 
     def withdraw(self, block: Block) -> None:
         """Let a block no longer be found."""
@@ -122,8 +134,7 @@ class RadixPool(BlockPool):
         for _ in range(count):
             if not self.blank:
                 block, _ = self.queue.popitem(last=False)
-                self.withdraw(block)
-                self.counts["evicted_blocks"] += 1
+                self.evict(block)
                 self.blank.append(block)
             block = self.blank.pop()
             block.owners = 1

@@ -4,6 +4,7 @@ Written from docs/engine-scheduling.md to be read: the first of the queue is a m
 """
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING
 
 from simulator.engine.scheduling import Scheduling
@@ -41,7 +42,8 @@ class Queue:
     def key(self, request: "Request") -> Key:
         """What the queue is ordered by (Q1)."""
         if self.scheduling.policy == "fcfs":
-            return (-request.put_back, request.ticket)
+            came_back = request.returned_s < inf  # F5
+            return (-request.put_back, request.returned_s, request.row if came_back else request.ticket)
         if self.scheduling.policy == "fair":
             return (self.counts[request.tenant], request.tenant, -request.put_back, request.ticket)
         return (request.rank, request.ticket)
@@ -66,6 +68,10 @@ class Queue:
         """Let a preempted request wait again; the last one is the first of its queue under ``fcfs`` and ``fair``."""
         self.preempted += 1
         request.put_back = self.preempted
+        self.requests.append(request)
+
+    def come_back(self, request: "Request") -> None:
+        """Let a request wait again that has loaded (F5)."""
         self.requests.append(request)
 
     def first(self) -> "Request":

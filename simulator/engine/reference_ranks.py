@@ -38,8 +38,15 @@ class Rank(Replica):
         """Rows are released to no rank in particular (G1)."""
         self.whole.release(now_s)
 
+    def step_of(self) -> tuple["Rank", dict[Request, int], StepRecord]:
+        """What it schedules; there is always something, since ranks load nothing."""
+        batch, step = self.schedule()
+        if step is None:
+            raise RuntimeError("a rank with requests scheduled nothing")
+        return self, batch, step
+
     @property
-    def load(self) -> int:
+    def crowd(self) -> int:
         """What least-loaded routing compares (G1)."""
         return 4 * len(self.waiting) + len(self.running)
 
@@ -74,7 +81,7 @@ class LockStep(Replica):
         """G1."""
         rank = self.ranks[self.accepted % len(self.ranks)]
         if self.settings.rank_routing == "least-loaded":
-            rank = min(self.ranks, key=lambda rank: rank.load)
+            rank = min(self.ranks, key=lambda rank: rank.crowd)
         self.accepted += 1
         rank.waiting.join(request)
 
@@ -88,7 +95,7 @@ class LockStep(Replica):
                 self.work = None
             yield Moment(self.clock, self.clock.now, STEP_STARTS)
             self.close_piece()
-            batches = [(rank, *rank.schedule()) for rank in self.ranks if rank.running or rank.waiting]
+            batches = [rank.step_of() for rank in self.ranks if rank.running or rank.waiting]
             width = max(step.n for _, _, step in batches)
             excess_s = 0.0
             if self.excess:  # G5

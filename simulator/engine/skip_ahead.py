@@ -20,6 +20,7 @@ Everything lives in arrays owned by the caller, so a run can be cut at any time 
 import math
 from typing import Any, NamedTuple
 
+from simulator.engine import speculation
 from simulator.engine.heaps import pop_arrival, pop_key, push_arrival, push_key
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.prefix_cache import (
@@ -49,6 +50,9 @@ from simulator.engine.progressions import (
     window_pairs,
 )
 from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
+from simulator.engine.speculation import Spec
+from simulator.engine.swap import N_MOVED, SAVED, Swap, charge_copies, copy_in, copy_out
+from simulator.engine.tiers import BLOCKED, N_READY, Loads, find_run, next_ready, start_load
 
 # indices into State.ints
 (
@@ -88,8 +92,9 @@ from simulator.engine.records import FINISHED, REJECTED, RUNNING, WAITING
     WINDOW_PAIRS,
     WINDOW_KEYS,
     STOP_ROW,
+    N_LOADING,
     N_INTS,
-) = range(37)
+) = range(38)
 # indices into State.floats
 (
     CLOCK,
@@ -140,6 +145,7 @@ class Limits(NamedTuple):
     num_blocks: int
     max_model_len: int
     reserve_full: bool
+    lookahead: int
 
 
 class Stream(NamedTuple):
@@ -214,6 +220,9 @@ class Extra(NamedTuple):
     """
 
     cache: Cache
+    spec: Spec
+    swap: Swap
+    loads: Loads
 
 
 @inlined
@@ -294,9 +303,22 @@ def _widen(timeline: Any, floats: Any, end: float) -> float:
 
 
 @inlined
-def _settle(cost: CostTable, state: State, out: Outcome, slot: int, step: int) -> None:
+def _settle(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, step: int) -> None:
     """Charge a decoding sequence for the steps since it joined, or was last settled."""
     floats = state.floats
+    if extra is not None and extra.spec.on:
+        sequences, tariff = extra.spec.batch, extra.spec.tariff
+        w, r0 = floats[SHARE_W] - state.w[slot], floats[SHARE_R0] - state.r0[slot]
+        r1 = floats[SHARE_R1] - state.r1[slot]
+        pays, wasted = speculation.settle(
+            sequences, tariff.levels, tariff.floats, tariff.v, slot, step, state.ints[STEP_ORIGIN], w, r0, r1
+        )
+        out.busy[state.row[slot]] += pays
+        tariff.wasted[state.row[slot]] += wasted
+        state.emitted[slot] = speculation.emitted_of(sequences, slot)
+        state.computed[slot] = sequences.slots[slot, speculation.BASE] + state.emitted[slot]
+        state.joined[slot] = step
+        return
     if cost.window > 0:
         start = state.computed[slot]
         keys = window_pairs(start + step - state.joined[slot], cost.window, cost.window_chunked)
@@ -323,14 +345,14 @@ def _join(state: State, slot: int, step: int) -> None:
 
 
 @compiled
-def _rebase(cost: CostTable, state: State, out: Outcome) -> None:
+def _rebase(cost: CostTable, state: State, out: Outcome, extra: Extra | None) -> None:
     """Charge everyone and restart the running sums at zero."""
     ints = state.ints
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
         if state.finish_step[slot] >= 0:
-            _settle(cost, state, out, slot, step)
+            _settle(cost, state, out, extra, slot, step)
             state.w[slot] = 0.0
             state.r0[slot] = 0.0
             state.r1[slot] = 0.0
@@ -339,6 +361,40 @@ def _rebase(cost: CostTable, state: State, out: Outcome) -> None:
     state.floats[SHARE_R0] = 0.0
     state.floats[SHARE_R1] = 0.0
     ints[STEP_ORIGIN] = step
+    if extra is not None and extra.spec.on:
+        extra.spec.tariff.v[:] = 0.0
+        extra.spec.tariff.floats[: speculation.CHUNK_DRAFT] = 0.0
+
+
+@inlined
+def _rate(spec: Spec, row: int) -> int:
+    """Tokens per pass of a request at the level in force, in units of 2**-16 (P3)."""
+    kind = spec.classes[row] if len(spec.classes) > 0 else 0
+    return int(spec.rates[kind, spec.batch.ints[speculation.LEVEL]])
+
+
+@compiled
+def _change_level(cost: CostTable, stream: Stream, out: Outcome, state: State, extra: Extra, level: int) -> None:
+    """P1: charge every decoding sequence at the old level of speculation and let it go on at the new one."""
+    ints, spec = state.ints, extra.spec
+    step = ints[STEP]
+    slot = ints[FIRST]
+    while slot >= 0:
+        if slot != ints[PARTIAL]:
+            _settle(cost, state, out, extra, slot, step)
+            _join(state, slot, step)
+        slot = state.after[slot]
+    spec.batch.ints[speculation.LEVEL] = level
+    ints[HEAP_SIZE] = 0
+    slot = ints[FIRST]
+    while slot >= 0:
+        if slot != ints[PARTIAL]:
+            row = state.row[slot]
+            speculation.change_rate(spec.batch, slot, step, _rate(spec, row))
+            state.finish_step[slot] = step + speculation.passes_left(spec.batch, slot, stream.output[row])
+            key = state.finish_step[slot] << SLOT_BITS | slot
+            ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], key)
+        slot = state.after[slot]
 
 
 @inlined
@@ -358,36 +414,64 @@ def _unlink(state: State, slot: int) -> None:
 
 
 @inlined
-def _leave_batch(cost: CostTable, state: State, out: Outcome, slot: int, block_size: int) -> None:
+def _leave_batch(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
     """Settle a decoding sequence and take it out of the batch's sums."""
     ints = state.ints
     step = ints[STEP]
+    if extra is not None and extra.spec.on:
+        _settle(cost, state, out, extra, slot, step)
+        speculation.leave(extra.spec.batch, slot)
+        ints[BATCH] -= 1
+        return
     if cost.window > 0:
         ints[WINDOW_SUM] -= cost.window
         if state.growing[slot] == 1:
             ints[WINDOW_SUM] += state.event_step[slot] - step
             ints[N_GROWING] -= 1
         state.event_step[slot] = -1
-    _settle(cost, state, out, slot, step)
+    _settle(cost, state, out, extra, slot, step)
     ints[BATCH] -= 1
     ints[KEYS_SUM] -= state.computed[slot] + 1
     state.residues[residue(state.computed[slot] - step, block_size)] -= 1
 
 
 @inlined
+def _owned(state: State, extra: Extra | None, slot: int, decoded: bool, block_size: int) -> int:
+    """Blocks of a request, which looks ahead once it has decoded (P2)."""
+    if extra is not None and extra.spec.on and decoded:
+        return int(extra.spec.batch.slots[slot, speculation.BLOCKS])
+    return blocks_for(state.computed[slot], block_size)
+
+
+@inlined
+def _moment(state: State, extra: Extra) -> int:
+    """Stamp of what is published now: the step, or with speculation, which publishes nothing late, a count."""
+    if extra.spec.on:
+        extra.spec.batch.ints[speculation.MOMENT] += 1
+        return int(extra.spec.batch.ints[speculation.MOMENT])
+    return int(state.ints[STEP])
+
+
+@inlined
 def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
     """R6: free all blocks, forget the cache, go to the front of the queue."""
     ints = state.ints
-    if slot == ints[PARTIAL]:
+    decoded = slot != ints[PARTIAL]
+    if not decoded:
         ints[PARTIAL] = -1
     else:
-        _leave_batch(cost, state, out, slot, block_size)
+        _leave_batch(cost, state, out, extra, slot, block_size)
+        if extra is not None and extra.cache.on and extra.spec.on and not extra.cache.radix:  # P6
+            full = state.computed[slot] // block_size
+            publish(extra.cache, slot, state.row[slot], full, _moment(state, extra))
         state.finish_step[slot] = -1
         state.last_token[slot] = state.floats[CLOCK]
     computed = state.computed[slot]
     state.seen[slot] = max(state.seen[slot], computed)
     row = state.row[slot]
-    freed = blocks_for(computed, block_size)
+    freed = _owned(state, extra, slot, decoded, block_size)
+    if extra is not None and extra.swap.on:
+        copy_out(extra.swap, slot, computed, freed)
     if extra is not None and extra.cache.on:
         freed = give_back(extra.cache, slot, row, freed, ints[STEP])
     ints[FREE_BLOCKS] += freed
@@ -402,17 +486,18 @@ def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, s
 
 
 @inlined
-def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
-    """Free blocks and slot of a request that has left the batch."""
+def _finish(state: State, out: Outcome, extra: Extra | None, slot: int, owned: int) -> None:
+    """Free the ``owned`` blocks and the slot of a request that has left the batch."""
     ints = state.ints
     row = state.row[slot]
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
-    freed = blocks_for(state.computed[slot], block_size)
     if extra is not None and extra.cache.on:
-        note_end(extra.cache, slot, row, state.computed[slot], freed, ints[STEP])
-        freed = 0
-    ints[FREE_BLOCKS] += freed
+        note_end(extra.cache, slot, row, state.computed[slot], owned, ints[STEP])
+        owned = 0
+    ints[FREE_BLOCKS] += owned
+    if extra is not None and extra.spec.on:
+        extra.spec.batch.slots[slot, speculation.PROGRESS] = 0
     state.finish_step[slot] = -1
     _unlink(state, slot)
     state.free_slots[ints[N_FREE_SLOTS]] = slot
@@ -443,7 +528,7 @@ def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_
             ints[NEXT_ROW] = row + 1
         out.arrival[row] = when
         longest = stream.prompt[row] + stream.max_tokens[row]
-        blocks = blocks_for(longest - 1, limits.block_size)
+        blocks = blocks_for(longest - 1 + limits.lookahead, limits.block_size)
         if (0 < limits.max_model_len < longest) or blocks > limits.num_blocks:
             out.status[row] = REJECTED
             if closed:
@@ -455,7 +540,7 @@ def _receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_
         if when < now:
             floats[WAITING_INTEGRAL] += now - when
             if when <= floats[LAST_START]:  # it waited while later steps of the segment were scheduled
-                waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
+                waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD] + ints[N_LOADING]
                 ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
             spread(state.timeline, T_WAITING, floats[INTERVAL], when, now, 1.0)
 
@@ -509,6 +594,7 @@ class Price(NamedTuple):
     seen_keys: int
     plane: int
     prefill: float
+    per_chunk_token: float
 
 
 @inlined
@@ -524,8 +610,36 @@ def _next_arrival(stream: Stream, state: State) -> float:
 
 @inlined
 def _n_waiting(state: State) -> int:
-    """Requests in the queue."""
+    """Requests in the queue, without those that load."""
     return int(state.ints[N_PREEMPTED] + state.ints[FIFO_TAIL] - state.ints[FIFO_HEAD])
+
+
+@inlined
+def _step_need(state: State, extra: Extra | None, block_size: int) -> int:
+    """Blocks that the decoding sequences need in this step."""
+    step = state.ints[STEP]
+    if extra is not None and extra.spec.on:
+        return int(extra.spec.batch.ring[speculation.RING_NEED, step & extra.spec.batch.mask])
+    return int(state.residues[residue(-step, block_size)])
+
+
+@inlined
+def _needs(state: State, extra: Extra | None, slot: int, block_size: int) -> int:
+    """Blocks that a decoding sequence needs in this step."""
+    step = state.ints[STEP]
+    if extra is not None and extra.spec.on:
+        slots = extra.spec.batch.slots
+        return int(slots[slot, speculation.NEED]) if slots[slot, speculation.BLOCK_STEP] == step else 0
+    return int(residue(state.computed[slot] + step - state.joined[slot], block_size) == 0)
+
+
+@inlined
+def _tokens_per_sequence(extra: Extra | None) -> int:
+    """Tokens of one decoding sequence in a step, and its logit rows."""
+    if extra is not None and extra.spec.on:
+        level = extra.spec.batch.ints[speculation.LEVEL]
+        return int(extra.spec.tariff.levels[level, speculation.QUERIES])
+    return 1
 
 
 @inlined
@@ -536,22 +650,74 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extr
     """
     ints = state.ints
     bs = limits.block_size
-    step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
-        if slot != ints[PARTIAL] and residue(state.computed[slot] + step - state.joined[slot], bs) == 0:
+        need = _needs(state, extra, slot, bs) if slot != ints[PARTIAL] else 0
+        if need > 0:
             gone = False
-            while ints[FREE_BLOCKS] < 1 and not gone:
+            while ints[FREE_BLOCKS] < need and not gone:
                 victim = ints[LAST]
                 _preempt(cost, state, out, extra, victim, bs)
                 gone = victim == slot
             if gone:
                 return True
-            ints[FREE_BLOCKS] -= 1
+            ints[FREE_BLOCKS] -= need
             if extra is not None and extra.cache.on:
-                take(extra.cache, 1)
+                take(extra.cache, need)
+            if extra is not None and extra.spec.on:
+                speculation.take_own_blocks(extra.spec.batch, slot, ints[STEP])
         slot = state.after[slot]
     return False
+
+
+@compiled
+def _goes_loading(
+    cost: CostTable, limits: Limits, stream: Stream, state: State, extra: Extra, row: int, hits: int
+) -> bool:
+    """F3 to F6: ask the tiers for what follows the ``hits`` of the first in the queue; return whether it left to load it."""
+    cache, loads, ints, bs = extra.cache, extra.loads, state.ints, limits.block_size
+    if loads.loaded[row] != 0:
+        return False
+    longest = min((stream.prompt[row] - 1) // bs, cache.offsets[row + 1] - cache.offsets[row])
+    first = max(hits, stream.cached[row] // bs)
+    offset = cache.offsets[row]
+    run = find_run(cache.tiers, cache.ids, offset + first, offset + longest) if first < longest else 0
+    if run == 0:
+        return False
+    past, tokens = first * bs, run * bs
+    attention = 0.0
+    for j in range(cost.planes.shape[0]):
+        value = cost.planes[j, 0] * (tokens * past + tokens * (tokens + 1) // 2)
+        value += cost.planes[j, 1] * (past + tokens) + cost.planes[j, 2]
+        if cost.window > 0:
+            value += cost.planes[j, 3] * _chunk_pairs(cost, past, tokens)
+            value += cost.planes[j, 4] * _chunk_keys(cost, past, tokens)
+        attention = max(attention, value)
+    prefill_s = tokens * cost.dense[limits.budget] / limits.budget + attention
+    start = offset + first
+    now = state.floats[CLOCK]
+    if not start_load(cache.tiers, loads, cache.ids, start, start + run, row, ints[N_LOADING], now, prefill_s):
+        return False
+    loads.loaded[row] = past + tokens
+    ints[N_LOADING] += 1
+    ints[FIFO_HEAD] += 1
+    return True
+
+
+@compiled
+def _end_loads(state: State, loads: Loads) -> None:
+    """F5: who has loaded comes back to the queue, before all who were never admitted, behind those who came back earlier."""
+    ints = state.ints
+    while ints[N_LOADING] > 0 and loads.times[0] <= state.floats[CLOCK]:
+        row = loads.rows[0]
+        ints[N_LOADING] = pop_arrival(loads.times, loads.rows, ints[N_LOADING])
+        ints[FIFO_HEAD] -= 1
+        place = ints[FIFO_HEAD]
+        for _ in range(loads.ints[N_READY]):
+            state.fifo[place] = state.fifo[place + 1]
+            place += 1
+        state.fifo[place] = row
+        loads.ints[N_READY] += 1
 
 
 @inlined
@@ -586,10 +752,9 @@ def _schedule_chunks(
     """
     ints = state.ints
     bs = limits.block_size
-    batch = ints[BATCH]
     chunks = 0
-    tokens = batch
-    room = limits.budget - batch
+    tokens = ints[BATCH] * _tokens_per_sequence(extra)
+    room = limits.budget - tokens
     unsure = False
     closed = preempted
     slot = ints[PARTIAL]
@@ -608,13 +773,15 @@ def _schedule_chunks(
         else:
             free -= missing
             if extra is not None and extra.cache.on:
-                grow(extra.cache, slot, row, missing, (done + want) // bs, ints[STEP])
+                grow(extra.cache, slot, row, missing, (done + want) // bs, _moment(state, extra))
             room -= want
             tokens += want
             state.chunk_slot[0] = slot
             state.chunk_size[0] = want
             state.chunk_start[0] = done
             chunks = 1
+    if extra is not None:
+        extra.loads.ints[BLOCKED] = 0
     if not closed:
         waiting = _n_waiting(state)
         while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
@@ -632,11 +799,25 @@ def _schedule_chunks(
             if extra is not None and extra.cache.on:
                 hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, ints[STEP])
                 done = max(done, hits * bs)
+            loaded = 0
+            if extra is not None and extra.loads.on and not resumed:
+                if _goes_loading(cost, limits, stream, state, extra, row, hits):
+                    waiting -= 1
+                    continue
+                loaded = max(extra.loads.loaded[row], 0)
+                done = max(done, loaded)
+            start = done
+            saved = 0
+            if extra is not None and extra.swap.on and resumed:
+                saved = extra.swap.slots[slot, SAVED]
+                done = max(done, saved)
             want = min(known - done, room)
             need = blocks_for(done + want, bs)
             if need - held > free or (limits.reserve_full and blocks_for(known, bs) - held > free):
                 if extra is not None:
                     unsure = extra.cache.late
+                    if extra.loads.on and not resumed and extra.loads.loaded[row] == 0:
+                        extra.loads.ints[BLOCKED] = 1
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1
@@ -654,8 +835,14 @@ def _schedule_chunks(
             waiting -= 1
             free -= need
             if extra is not None and extra.cache.on:
-                free += hits - admit(extra.cache, slot, row, hits, known, done, state.seen[slot])
-                grow(extra.cache, slot, row, need - hits, (done + want) // bs, ints[STEP])
+                free += hits - admit(extra.cache, slot, row, hits, loaded, known, start, state.seen[slot])
+                grow(extra.cache, slot, row, need - hits, (done + want) // bs, _moment(state, extra))
+            if extra is not None and extra.loads.on and not resumed:
+                extra.loads.loaded[row] = -1
+                if extra.loads.ints[N_READY] > 0:
+                    extra.loads.ints[N_READY] -= 1
+            if extra is not None and saved > 0:
+                copy_in(extra.swap, slot, blocks_for(saved, bs), hits)
             room -= want
             tokens += want
             state.chunk_slot[chunks] = slot
@@ -667,11 +854,29 @@ def _schedule_chunks(
 
 
 @inlined
-def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: int, dense: float) -> Price:
+def _find_knot(cost: CostTable, state: State, extra: Extra | None) -> int:
+    """The piece of the curve of decode attention on which the batch is; noted in ``KNOT``."""
+    total_keys = float(state.ints[KEYS_SUM])
+    if extra is not None and extra.spec.on:
+        total_keys = extra.spec.batch.ints[speculation.KEYS] * speculation.PER_TOKEN
+    knot = state.ints[KNOT]
+    while knot + 1 < len(cost.knots) and cost.knots[knot + 1] <= total_keys:
+        knot += 1
+    while cost.knots[knot] > total_keys:
+        knot -= 1
+    state.ints[KNOT] = knot
+    return int(knot)
+
+
+@inlined
+def _price(
+    cost: CostTable, stream: Stream, state: State, extra: Extra | None, chunks: int, tokens: int, dense: float
+) -> Price:
     """R9: what the step costs, its dense layers ``dense`` seconds."""
     ints = state.ints
     batch = ints[BATCH]
-    rows = batch
+    decoded = batch * _tokens_per_sequence(extra)
+    rows = decoded
     pairs = 0
     keys = 0
     seen_pairs = 0
@@ -692,16 +897,14 @@ def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: i
     slope = 0.0
     attention = 0.0
     if batch > 0:
-        total_keys = ints[KEYS_SUM]
-        knot = ints[KNOT]
-        while knot + 1 < len(cost.knots) and cost.knots[knot + 1] <= total_keys:
-            knot += 1
-        while cost.knots[knot] > total_keys:
-            knot -= 1
-        ints[KNOT] = knot
+        knot = _find_knot(cost, state, extra)
         slope = cost.slope[knot]
-        attention = cost.value[knot] + slope * (total_keys - cost.knots[knot]) + cost.seq * batch
+        attention = cost.value[knot] + slope * (ints[KEYS_SUM] - cost.knots[knot]) + cost.seq * batch
         attention += cost.window_slope * ints[WINDOW_SUM]
+        if extra is not None and extra.spec.on:
+            terms = speculation.decode_terms(extra.spec, cost.knots, knot, batch)
+            slope = terms.slope
+            attention = terms.seconds
         d0 += attention
     plane = 0
     prefill = 0.0
@@ -717,27 +920,63 @@ def _price(cost: CostTable, stream: Stream, state: State, chunks: int, tokens: i
         d0 += prefill
     per_token = dense / tokens
     per_row = cost.head[rows] / rows if rows > 0 else 0.0
-    return Price(d0, per_token, per_row, slope, attention, rows, pairs, keys, seen_pairs, seen_keys, plane, prefill)
+    per_chunk = per_token
+    if extra is not None and extra.spec.on and chunks > 0:
+        drafting = speculation.chunk_time(extra.spec, tokens - decoded)
+        d0 += drafting
+        per_chunk += drafting / (tokens - decoded)
+    return Price(
+        d0, per_token, per_row, slope, attention, rows, pairs, keys, seen_pairs, seen_keys, plane, prefill, per_chunk
+    )
 
 
 @inlined
-def _steps_alike(cost: CostTable, limits: Limits, state: State) -> int:
+def _steps_in_piece(cost: CostTable, limits: Limits, state: State, extra: Extra | None, k: int) -> int:
+    """Steps, at most k, until a knot or a window is crossed, or blocks run out; with speculation, blocks come later."""
+    ints = state.ints
+    step, batch, knot = ints[STEP], ints[BATCH], ints[KNOT]
+    if extra is not None and extra.spec.on:
+        edge = cost.knots[knot + 1] if knot + 1 < len(cost.knots) else math.inf
+        return int(speculation.steps_in_reach(extra.spec.batch, edge, step, k))
+    if knot + 1 < len(cost.knots):
+        k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
+    if ints[N_EVENTS] > 0:
+        k = min(k, (state.events[0] >> SLOT_BITS) - step)
+    return int(steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS]))
+
+
+@inlined
+def _lengthen(price: Price, seconds: float) -> Price:
+    """The price of a step that lasts ``seconds`` longer."""
+    return Price(
+        price.d0 + seconds,
+        price.per_token,
+        price.per_row,
+        price.slope,
+        price.attention,
+        price.rows,
+        price.pairs,
+        price.keys,
+        price.seen_pairs,
+        price.seen_keys,
+        price.plane,
+        price.prefill,
+        price.per_chunk_token,
+    )
+
+
+@inlined
+def _steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | None) -> int:
     """How many decode steps the batch can take until somebody finishes, blocks run out, or a knot or window is crossed."""
     ints = state.ints
     step = ints[STEP]
-    batch = ints[BATCH]
     while True:
         key = state.heap[0]
         if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
             break
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
     k = (key >> SLOT_BITS) - step
-    knot = ints[KNOT]
-    if knot + 1 < len(cost.knots):
-        k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
-    if ints[N_EVENTS] > 0:
-        k = min(k, (state.events[0] >> SLOT_BITS) - step)
-    return steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS])
+    return _steps_in_piece(cost, limits, state, extra, k)
 
 
 @inlined
@@ -781,21 +1020,28 @@ def _record_segment(
 
 
 @inlined
-def _advance_decodes(cost: CostTable, state: State, price: Price, q: float, k: int) -> None:
+def _advance_decodes(cost: CostTable, state: State, extra: Extra | None, price: Price, q: float, k: int) -> None:
     """R10, R11: k steps of the decoding batch, by their sums. ``State.ints[STEP]`` is still that of the first."""
     ints, floats = state.ints, state.floats
     batch = ints[BATCH]
     total_keys = ints[KEYS_SUM]
     growth = k * (k - 1) // 2
     ints[DECODE_TOKENS] += k * batch
-    ints[DECODE_KEYS] += k * total_keys + batch * growth
-    ints[KEYS_SUM] = total_keys + k * batch
-    ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
-    ints[WINDOW_SUM] += k * ints[N_GROWING]
     floats[DECODE_ATTENTION] += k * price.attention + q * growth
     knot = ints[KNOT]
-    intercept = cost.value[knot] - price.slope * cost.knots[knot]
-    floats[SHARE_W] += k * (price.per_token + price.per_row + cost.seq + intercept / batch)
+    if extra is not None and extra.spec.on:
+        per_token = price.per_token + price.per_row
+        share = speculation.fixed_share(extra.spec, cost.knots, knot, batch, price.slope, per_token)
+        since = ints[STEP] - ints[STEP_ORIGIN]
+        speculation.count_passes(extra.spec, cost.knots, knot, batch, k, per_token, since)
+    else:
+        intercept = cost.value[knot] - price.slope * cost.knots[knot]
+        share = price.per_token + price.per_row + cost.seq + intercept / batch
+        ints[DECODE_KEYS] += k * total_keys + batch * growth
+        ints[KEYS_SUM] = total_keys + k * batch
+        ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
+        ints[WINDOW_SUM] += k * ints[N_GROWING]
+    floats[SHARE_W] += k * share
     floats[SHARE_R0] += k * price.slope
     floats[SHARE_R1] += price.slope * (k * (ints[STEP] - ints[STEP_ORIGIN]) + growth)
 
@@ -808,21 +1054,29 @@ def _count_latencies(out: Outcome, state: State, batch: int, d0: float, q: float
 
 
 @inlined
-def _start_decoding(cost: CostTable, state: State, extra: Extra | None, slot: int, rest: int, block_size: int) -> None:
+def _start_decoding(
+    cost: CostTable, stream: Stream, state: State, extra: Extra | None, slot: int, rest: int, block_size: int
+) -> None:
     """Let a request whose prompt is computed join the decoding batch, ``rest`` tokens from its end."""
     ints = state.ints
     step = ints[STEP]
     done = state.computed[slot]
     _join(state, slot, step)
     ints[BATCH] += 1
-    ints[KEYS_SUM] += done + 1
-    if cost.window > 0:
-        seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
-        ints[WINDOW_SUM] += seen
-        _push_event(cost, state, slot, seen)
-    state.residues[residue(done - step, block_size)] += 1
-    if extra is not None and extra.cache.late:
-        watch(extra.cache, slot, state.row[slot], done, step)
+    if extra is not None and extra.spec.on:
+        row = state.row[slot]
+        speculation.mark(extra.spec.tariff.floats, extra.spec.tariff.v, slot)
+        speculation.join(extra.spec.batch, slot, step, _rate(extra.spec, row), stream.prompt[row], state.emitted[slot])
+        rest = speculation.passes_left(extra.spec.batch, slot, stream.output[row])
+    else:
+        ints[KEYS_SUM] += done + 1
+        if cost.window > 0:
+            seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
+            ints[WINDOW_SUM] += seen
+            _push_event(cost, state, slot, seen)
+        state.residues[residue(done - step, block_size)] += 1
+        if extra is not None and extra.cache.late:
+            watch(extra.cache, slot, state.row[slot], done, step)
     state.finish_step[slot] = step + rest
     if ints[HEAP_SIZE] == len(state.heap):
         _drop_stale(state)
@@ -859,7 +1113,7 @@ def _end_chunks(
         done = state.chunk_start[c]
         known = stream.prompt[row] + state.emitted[slot]
         pays = (
-            price.per_token * size
+            price.per_chunk_token * size
             + cost.planes[plane, 0] * (size * done + size * (size + 1) // 2)
             + cost.planes[plane, 1] * (done + size)
             + cost.planes[plane, 2]
@@ -882,7 +1136,7 @@ def _end_chunks(
         done += size
         state.computed[slot] = max(done, state.computed[slot])  # a later chunk may be in flight already
         if extra is not None and extra.cache.radix:
-            ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, ints[STEP])
+            ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, _moment(state, extra))
         if done < known:
             ints[PARTIAL] = slot
             continue
@@ -895,15 +1149,17 @@ def _end_chunks(
         state.emitted[slot] += 1
         rest = stream.output[row] - state.emitted[slot]
         if rest == 0:
-            _finish(state, out, extra, slot, block_size)
+            _finish(state, out, extra, slot, blocks_for(done, block_size))
             n_done += 1
         else:
-            _start_decoding(cost, state, extra, slot, rest, block_size)
+            _start_decoding(cost, stream, state, extra, slot, rest, block_size)
     return n_done
 
 
 @inlined
-def _end_decodes(cost: CostTable, out: Outcome, state: State, extra: Extra | None, block_size: int) -> int:
+def _end_decodes(
+    cost: CostTable, stream: Stream, out: Outcome, state: State, extra: Extra | None, block_size: int
+) -> int:
     """R10: decoding requests whose last token has come; return how many."""
     ints = state.ints
     n_done = 0
@@ -912,8 +1168,13 @@ def _end_decodes(cost: CostTable, out: Outcome, state: State, extra: Extra | Non
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
         slot = key & ((1 << SLOT_BITS) - 1)
         if state.finish_step[slot] == key >> SLOT_BITS:
-            _leave_batch(cost, state, out, slot, block_size)
-            _finish(state, out, extra, slot, block_size)
+            _leave_batch(cost, state, out, extra, slot, block_size)
+            owned = _owned(state, extra, slot, True, block_size)  # noqa: FBT003 - compiled code takes no keywords here
+            if extra is not None and extra.spec.on:
+                row = state.row[slot]
+                speculation.cut_surplus(extra.spec.batch, slot, stream.output[row])
+                state.computed[slot] = stream.prompt[row] + stream.output[row] - 1
+            _finish(state, out, extra, slot, owned)
             n_done += 1
     return n_done
 
@@ -934,25 +1195,42 @@ def advance(
         _receive(stream, limits, out, state, before_now=False)
         t = floats[CLOCK]
         next_arrival = _next_arrival(stream, state)
+        stop = until
+        wakes = next_arrival
+        if extra is not None and extra.loads.on:
+            _end_loads(state, extra.loads)
+            stop = min(stop, next_ready(extra.loads, ints[N_LOADING]))
+            wakes = min(wakes, next_ready(extra.loads, ints[N_LOADING]))
         if ints[N_RUNNING] == 0 and _n_waiting(state) == 0:
-            if next_arrival == math.inf:
+            if wakes == math.inf:
                 return True
-            if next_arrival >= until:
+            if wakes >= until:
                 return False
-            _widen(state.timeline, floats, next_arrival)
-            floats[IDLE] += next_arrival - t
-            floats[CLOCK] = next_arrival
+            _widen(state.timeline, floats, wakes)
+            if extra is not None and ints[N_LOADING] > 0:
+                floats[WAITING_INTEGRAL] += ints[N_LOADING] * (wakes - t)
+                spread(state.timeline, T_WAITING, floats[INTERVAL], t, wakes, float(ints[N_LOADING]))
+            floats[IDLE] += wakes - t
+            floats[CLOCK] = wakes
             continue
         if t >= until or ints[NEXT_ROW] >= ints[STOP_ROW]:
             return False
         if cost.window > 0:
             _pass_events(cost, state)
+        if extra is not None and extra.spec.on:
+            if cost.window > 0:
+                speculation.pass_window_events(
+                    extra.spec.batch, extra.spec.tariff.levels, ints[STEP], out.busy, state.row
+                )
+            level = extra.spec.level_by_batch[ints[BATCH]]
+            if ints[BATCH] > 0 and level != extra.spec.batch.ints[speculation.LEVEL]:
+                _change_level(cost, stream, out, state, extra, level)
         if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-            _rebase(cost, state, out)
+            _rebase(cost, state, out, extra)
 
         # --- what runs: R5, R7 ---
         step = ints[STEP]
-        step_need = state.residues[residue(-step, bs)]
+        step_need = _step_need(state, extra, bs)
         short = step_need > ints[FREE_BLOCKS]
         if short:
             _make_room(cost, limits, out, state, extra)
@@ -961,38 +1239,55 @@ def advance(
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else step_need)
         chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short, in_flight=False)
-        waiting = _n_waiting(state)
+        if extra is not None and chunks.tokens == 0:  # all who waited load
+            continue
+        waiting = _n_waiting(state) + ints[N_LOADING]
         running = ints[N_RUNNING]
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
         # --- what it costs, and for how many steps: R9 ---
-        price = _price(cost, stream, state, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
+        price = _price(cost, stream, state, extra, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
+        if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
+            price = _lengthen(price, charge_copies(extra.swap, state.row, out.busy, price.d0))
         k = 1
         q = 0.0
         if chunks.n > 0:
             ints[FREE_BLOCKS] = chunks.free
             end = t + price.d0
             blocks_integral = (limits.num_blocks - chunks.free) * (end - t)
+            if extra is not None and extra.spec.on and not short:
+                speculation.take_blocks_of_step(extra.spec.batch, step)
         else:
             q = price.slope * batch + cost.window_slope * ints[N_GROWING]
+            if extra is not None and extra.spec.on:
+                q = speculation.decode_terms(extra.spec, cost.knots, ints[KNOT], batch).growth
             if not chunks.preempted:
-                k = _steps_alike(cost, limits, state)
-                stop = until
-                if waiting == 0 and running < limits.max_num_seqs:
+                if extra is not None and extra.loads.on:  # a load may have begun
+                    stop = min(stop, next_ready(extra.loads, ints[N_LOADING]))
+                if _n_waiting(state) == 0 and running < limits.max_num_seqs:
                     stop = min(stop, next_arrival)
-                k = _steps_until(state, price.d0, q, stop, k)
+                k = _steps_until(state, price.d0, q, stop, _steps_alike(cost, limits, state, extra))
                 if extra is not None and chunks.unsure:
                     k = min(k, steps_to_fill(extra.cache, step))
+                if extra is not None and extra.loads.ints[BLOCKED] == 1:  # what is evicted it may load
+                    k = 1
+            before = limits.num_blocks - ints[FREE_BLOCKS]
+            owned = before
+            blocks_integral = 0.0
+            if not short:
+                if extra is not None and extra.spec.on:
+                    k, owned, blocks_integral = speculation.take_blocks_of_steps(
+                        extra.spec.batch, step, k, ints[FREE_BLOCKS], before, price.d0, q
+                    )
+                else:
+                    owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, before, price.d0, q)
+                if extra is not None and extra.cache.on:
+                    take(extra.cache, owned - before - step_need)
+                ints[FREE_BLOCKS] = limits.num_blocks - owned
             end = end_of_steps(t, price.d0, q, k)
-            owned = limits.num_blocks - ints[FREE_BLOCKS]
             if short:
                 blocks_integral = owned * (end - t)
-            else:
-                owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, owned, price.d0, q)
-                if extra is not None and extra.cache.on:
-                    take(extra.cache, owned - (limits.num_blocks - ints[FREE_BLOCKS]) - step_need)
-                ints[FREE_BLOCKS] = limits.num_blocks - owned
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
 
         # --- let it happen: R10 to R15 ---
@@ -1004,15 +1299,15 @@ def advance(
         out.steps_by_rows[price.rows] += k
         _record_segment(state, t, end, running, waiting, blocks_integral, end - t)
         if batch > 0:
-            _advance_decodes(cost, state, price, q, k)
+            _advance_decodes(cost, state, extra, price, q, k)
             _count_latencies(out, state, batch, price.d0, q, k)
         ints[STEP] = step + k
         n_done = 0
         if chunks.n > 0:
             n_done += _end_chunks(cost, stream, out, state, extra, chunks.n, price, bs)
-        n_done += _end_decodes(cost, out, state, extra, bs)
+        n_done += _end_decodes(cost, stream, out, state, extra, bs)
         if extra is not None and extra.cache.ints[N_ENDED] > 0:
-            ints[FREE_BLOCKS] += release_ended(extra.cache, state.row)
+            ints[FREE_BLOCKS] += release_ended(extra.cache, state.row, _moment(state, extra))
         if stream.concurrency > 0 and n_done > 0:
             _receive(stream, limits, out, state, before_now=True)
             for _ in range(n_done):

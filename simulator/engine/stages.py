@@ -221,7 +221,7 @@ def _launch(
     if cost.window > 0:
         _pass_events(cost, group)
     if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-        _rebase(cost, group, out)
+        _rebase(cost, group, out, None)
     if partial >= 0 and not held:
         _link(group, partial)
     need = group.residues[residue(-ints[STEP], bs)]
@@ -249,7 +249,7 @@ def _launch(
             for j in range(len(flight.free)):
                 dense += excess * stages.experts[j, chunks.tokens]
         flight.floats[IMBALANCE] += dense - cost.dense[chunks.tokens]
-        price = _price(cost, stream, group, chunks.n, chunks.tokens, dense)
+        price = _price(cost, stream, group, None, chunks.n, chunks.tokens, dense)
         _store_price(flight.prices, g, price, 0.0)
         _enter_stages(stages, flight, shared, group, g, price, chunks.tokens, excess)
         shared.ints[STEPS] += 1
@@ -288,7 +288,7 @@ def _complete(
     price = _load_price(flight.prices, g)
     if ints[BATCH] > 0:
         batch = ints[BATCH]
-        _advance_decodes(cost, group, price, 0.0, 1)
+        _advance_decodes(cost, group, None, price, 0.0, 1)
         _count_latencies(out, group, batch, now - flight.last[g], 0.0, 1)
     ints[STEP] += 1
     n_done = 0
@@ -297,7 +297,7 @@ def _complete(
             flight.held[group.chunk_slot[c]] -= 1
         n_done += _end_chunks(cost, stream, out, group, None, flight.chunks[g], price, limits.block_size)
         ints[PARTIAL] = -1
-    n_done += _end_decodes(cost, out, group, None, limits.block_size)
+    n_done += _end_decodes(cost, stream, out, group, None, limits.block_size)
     _hand_over(ints, shared.ints)
     flight.done[g] = math.inf
     flight.last[g] = now

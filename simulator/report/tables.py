@@ -265,6 +265,38 @@ def _prefix_cache(s: Summary) -> list[str]:
     )
 
 
+def _speculation(s: Summary) -> list[str]:
+    c = s.speculation
+    if c is None:
+        return []
+    accepted = (
+        "none drafted" if c.accepted_fraction is None else f"{percent(c.accepted_fraction)} of the drafts accepted"
+    )
+    return wrapped(
+        f"speculation ({c.method}): {number(c.tokens_per_pass)} tokens per pass, {number(c.drafts_per_pass)} drafts, {accepted}; "
+        f"drafting takes {percent(c.draft_share_of_busy)} of busy time, rejected drafts waste {percent(c.wasted_share_of_busy)}"
+    )
+
+
+def _kv_memory(s: Summary) -> list[str]:
+    m = s.kv_memory
+    if m is None:
+        return []
+    lines = []
+    if m.swap_out_bytes or m.swap_fallbacks:
+        lines += wrapped(
+            f"swapped {number(m.swap_out_bytes / 1e9)} GB out and {number(m.swap_in_bytes / 1e9)} GB in, "
+            f"{percent(m.swap_time_fraction)} of busy time; {m.swap_fallbacks:,} times host memory was full"
+        )
+    if m.tiers:
+        parts = (f"{t.name} {t.hit_tokens:,} tokens, {number(t.loaded_bytes / 1e9)} GB" for t in m.tiers)
+        took = "" if m.mean_load_s is None else f", {seconds(m.mean_load_s)} each"
+        lines += wrapped(
+            f"loaded below HBM: {' · '.join(parts)}; {m.loads:,} requests loaded{took}, {m.loads_declined:,} computed again instead"
+        )
+    return lines
+
+
 def _throughput(s: Summary) -> list[str]:
     t, o, u = s.throughput, s.occupancy, s.utilisation
     rows = [
@@ -291,6 +323,8 @@ def _throughput(s: Summary) -> list[str]:
             f"{s.requests.recomputed_tokens:,} tokens recomputed"
         ),
         *_prefix_cache(s),
+        *_speculation(s),
+        *_kv_memory(s),
         *wrapped(
             f"MFU {percent(u.mfu)}, MBU {percent(u.mbu)} of all chip time; {percent(u.mfu_busy)} and {percent(u.mbu_busy)} "
             "of busy time"

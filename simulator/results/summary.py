@@ -56,6 +56,8 @@ class Latency(Section):
     itl_s: Distribution
     """Inter-token latency: one value per token after a request's first, in the steps that start inside the measured window (in
     a closed loop, or when everything arrives at once, in the whole run), each within 0.4 %."""
+    itl_pass_s: Distribution | None = None
+    """With speculative decoding: one value per pass, whose tokens come together; ``itl_s`` then has zeros. Null without."""
     e2e_s: Distribution
     """Arrival to last token."""
     queue_s: Distribution
@@ -200,6 +202,8 @@ class Utilisation(Section):
     recomputed_flops: float
     """FLOPs spent a second time after preemptions, and on attempts that timed out or were cancelled."""
     hbm_bytes: float
+    speculative_flops: float = 0.0
+    """FLOPs of drafting, and of verifying drafts that were rejected."""
 
 
 class PrefixCache(Section):
@@ -220,6 +224,63 @@ class PrefixCache(Section):
     tokens ride along with decodes in steps that take place anyway, and less is saved."""
     saved_busy_fraction: float
     """saved_chip_s ÷ the chip-seconds the run was busy."""
+
+
+class Speculation(Section):
+    """What speculative decoding did, over the whole run."""
+
+    method: str
+    draft_tokens: int
+    """Most drafts on one path."""
+    tokens_per_pass: float
+    """Tokens emitted ÷ passes of single sequences."""
+    drafts_per_pass: float
+    """Drafts verified ÷ passes."""
+    accepted_fraction: float | None
+    """Drafts accepted ÷ verified; null if none were."""
+    passes_without_drafts_fraction: float
+    """Share of the passes that drafted nothing, because their batch was too large."""
+    drafted_tokens: int
+    rejected_tokens: int
+    """Drafts not accepted, or not wanted any more at a request's end."""
+    draft_share_of_busy: float
+    """Time of drafting ÷ busy time."""
+    wasted_chip_s_per_query: float
+    """Part of busy chip-seconds: drafting and verifying drafts that were rejected."""
+    wasted_share_of_busy: float
+
+
+class CacheTier(Section):
+    """One tier of memory below HBM that keeps what the prefix cache evicts."""
+
+    name: str
+    hit_tokens: int
+    """Tokens loaded from it instead of being computed."""
+    stored_bytes: float
+    """Moved into it."""
+    loaded_bytes: float
+    """Loaded from it."""
+
+
+class KvMemory(Section):
+    """What happened to KV blocks outside of HBM."""
+
+    swap_out_bytes: float
+    """Of preempted requests, copied to host memory."""
+    swap_in_bytes: float
+    """Copied back."""
+    swap_fallbacks: int
+    """Preempted requests that found host memory full and were computed again."""
+    swap_time_fraction: float
+    """Share of the busy time by which copies lengthened steps."""
+    tiers: list[CacheTier]
+    """The nearest first."""
+    loads: int
+    """Requests that loaded blocks from the tiers."""
+    loads_declined: int
+    """Requests that computed blocks again although a tier held them."""
+    mean_load_s: float | None
+    """Time a load took, from its request on; null without one."""
 
 
 class ChipSeconds(Section):
@@ -380,6 +441,10 @@ class Summary(Section):
     utilisation: Utilisation
     prefix_cache: PrefixCache | None = None
     """Null without a prefix cache."""
+    speculation: Speculation | None = None
+    """Null without speculative decoding."""
+    kv_memory: KvMemory | None = None
+    """Null where KV blocks live in HBM alone."""
     chip_seconds_per_query: ChipSeconds
     prices: Prices | None
     """Null when the chip has no price and the scenario sets none."""

@@ -42,6 +42,7 @@ REQUEST_COLUMNS = (
     Column("first_token_s", "float64 or null", "end of the step that gave its first token"),
     Column("finish_s", "float64 or null", "end of the step that gave its last token"),
     Column("queue_s", "float64 or null", "scheduled_s − arrival_s"),
+    Column("load_s", "float64", "time waited for KV blocks to be loaded from below HBM, part of queue_s"),
     Column("ttft_s", "float64 or null", "time to first token: first_token_s − arrival_s"),
     Column("tpot_s", "float64 or null", "(e2e_s − ttft_s)/(output_tokens − 1); null for one-token outputs"),
     Column("e2e_s", "float64 or null", "end-to-end latency: finish_s − arrival_s"),
@@ -60,6 +61,7 @@ REQUEST_COLUMNS = (
     Column("chip_s_prefill", "float64", "the part of chip_s_busy spent in prefill chunks"),
     Column("chip_s_cached", "float64", "the part of chip_s_prefill spent reading cached tokens"),
     Column("chip_s_recompute", "float64", "the part of chip_s_busy spent computing tokens again after preemption"),
+    Column("chip_s_swap", "float64", "the part of chip_s_busy by which copies of its KV blocks lengthened steps"),
     Column("chip_s_wasted", "float64", "the part of chip_s_busy spent on attempts that timed out or were cancelled"),
 )
 

@@ -24,6 +24,7 @@ from simulator.catalog.architecture import (
 )
 from simulator.roofline import calibrated
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.kernel_times import present
 from simulator.roofline.kernels import Matrix, Number, Op, all_to_all_op, attention_op, matmul_op, memory_op, times
 
 GDN_FLOPS = 7
@@ -193,7 +194,7 @@ def busiest_experts(n_experts: int, touched: Number, chips: int) -> Number:
 
 def mixer_ops(d: Deployment, count: int, mixer: Mixer, n: Number) -> list[Op]:
     """Ops of ``count`` mixers that depend on the number of tokens alone."""
-    p, some, t = d.precision, np.greater(n, 0) * 1.0, d.chips
+    p, some, t = d.precision, present(n), d.chips
     wide = p.wide_bytes
     rows = n * (1 / d.gathered_chips)
     products = {name: matmul_op(d, name, count, m, rows) for name, m in mixer_matrices(d, mixer).items()}
@@ -247,7 +248,7 @@ def _write_op(
         d,
         "rotary, KV write",
         count,
-        np.greater(n, 0) * 1.0,
+        present(n),
         activation_bytes=n * (count * moved),
         kv_write_bytes=n * (count * written),
         copied_kv_bytes=times(n, count * (written - own)),
@@ -261,7 +262,7 @@ def _write_op(
 
 def _recurrence_ops(d: Deployment, count: int, n: Number, channels: float, gated: float, flops: float) -> list[Op]:
     """Short convolution, the recurrence itself, and the gated norm of its outputs; the state is priced apart."""
-    some, wide = np.greater(n, 0) * 1.0, d.precision.wide_bytes
+    some, wide = present(n), d.precision.wide_bytes
     return [
         memory_op(d, "convolution", count, some, activation_bytes=n * (count * 2 * channels * wide)),
         memory_op(
@@ -279,7 +280,7 @@ def ffn_ops(d: Deployment, count: int, ffn: FeedForward, n: Number) -> list[Op]:
     """Ops of ``count`` feed-forward blocks."""
     if isinstance(ffn, MoEFFN):
         return _moe_ops(d, count, ffn, n)
-    some, wide = np.greater(n, 0) * 1.0, d.precision.wide_bytes
+    some, wide = present(n), d.precision.wide_bytes
     (up, (_, wider)), (down, (_, narrower)) = ffn_matrices(d, ffn).items()
     rows = n * (1 / d.gathered_chips)
     moved = (wider.n_out + narrower.n_in) * wide / d.model_chips  # partial sums are scattered first
@@ -291,7 +292,7 @@ def ffn_ops(d: Deployment, count: int, ffn: FeedForward, n: Number) -> list[Op]:
 
 
 def _moe_ops(d: Deployment, count: int, ffn: MoEFFN, n: Number) -> list[Op]:
-    D, t, wide, some = d.architecture.d_model, d.chips, d.precision.wide_bytes, np.greater(n, 0) * 1.0
+    D, t, wide, some = d.architecture.d_model, d.chips, d.precision.wide_bytes, present(n)
     # Visits to, and experts touched on, this chip: its share of what the tokens of all ranks need.
     touched = touched_experts(ffn.n_experts, ffn.top_k, n * d.expert_ranks) / d.expert_chips
     ops, routed = [], n * ffn.top_k
@@ -356,7 +357,7 @@ def state_bytes(d: Deployment, mixer: Mixer) -> float:
 
 def decode_ops(d: Deployment, count: int, mixer: Mixer, B: Number, S: Number, SW: Number) -> list[Op]:
     """What ``count`` mixers do for ``B`` decoding sequences that see ``S`` keys in full layers, ``SW`` in windowed ones."""
-    some = np.greater(B, 0) * 1.0
+    some = present(B)
     match mixer:
         case SoftmaxAttention():
             busiest = busiest_share(d, B)

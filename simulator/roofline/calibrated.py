@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import log2
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from simulator.roofline.kernel_times import (
     padded_heads,
     prefill_key_s,
     prefill_pair_s,
+    present,
     soft_max,
 )
 from simulator.roofline.precision import BITS, Dtype, Precision
@@ -120,57 +121,55 @@ def _attention_curves(d: Deployment) -> KernelCurves | None:
     return None if d.precision.wide == "fp32" else d.eff.curves
 
 
+class Times(NamedTuple):
+    """What an op takes: the attributes of :class:`~simulator.roofline.kernels.Op` of these names. [s]"""
+
+    compute_s: Number
+    memory_s: Number
+    roofline_s: Number
+    overhead_s: Number
+
+
 def product_times(
-    d: Deployment, op: Op, m: Matrix, n: Number, found: Product, *, reads: Number, unpacking: Number, slowdown: float
-) -> Op:
-    """A product's op with the times of its curve.
+    d: Deployment, m: Matrix, n: Number, found: Product, *,
+    count: int, dtype: Dtype, moved_bytes: Number, reads: Number, unpacking: Number,
+) -> Times:  # fmt: skip
+    """Times of ``count`` products by their curve.
 
     Parameters
     ----------
     n, reads
         rows, and matrices read, per launch.
+    moved_bytes
+        weights, inputs and outputs of all launches.
     unpacking
         FLOPs of unpacking weights, charged where the curve is that of another format.
     """
-    curve, hbm = found.curve, d.hbm_bytes_per_s
-    peak, units = d.rate_flops_per_s(_peak_of(op)), d.multiprocessors
-    some = np.greater(n, 0) * 1.0
+    curve, hbm, some = found.curve, d.hbm_bytes_per_s, present(n)
+    peak, units = d.rate_flops_per_s(dtype), d.multiprocessors
     if isinstance(curve, GroupedCurve):
-        each: Number = grouped_compute_s(n, reads, m.n_out, m.n_in, curve, peak_flops_per_s=peak, multiprocessors=units)
-        quantise: Number = 0.0
-        launches = 0.5  # the curve's launch is that of both products
+        each = grouped_compute_s(n, reads, m.n_out, m.n_in, curve, peak_flops_per_s=peak, multiprocessors=units)
+        quantise, launches = 0.0, 0.5  # the curve's launch is that of both products
     else:
         each = gemm_compute_s(
             n, m.n_out, m.n_in, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm, multiprocessors=units
         )
-        quantise = n * (op.count * curve.quantise * m.n_in / hbm) if curve.quantise else 0.0
-        launches = 1.0
-    compute = op.count * each
+        quantise, launches = count * curve.quantise * m.n_in / hbm, 1.0
+    compute = count * each
     if not found.own:
         compute = compute + unpacking / (peak * curve.peak)
-    moved = op.weight_bytes + op.activation_bytes
-    memory = memory_s(moved, some * (op.count * curve.fill_bytes), curve.hbm, hbm)
+    memory = memory_s(moved_bytes, some * (count * curve.fill_bytes), curve.hbm, hbm)
     time = soft_max(compute, memory, curve.sharpness)
-    if slowdown != 1:
-        time = slowdown * time
-    return replace(
-        op,
-        compute_s=compute,
-        memory_s=memory,
-        roofline_s=time + quantise,
-        overhead_s=some * (launches * op.count * curve.launch_s),
-    )
+    if quantise:
+        time = time + n * quantise
+    return Times(compute, memory, time, some * (launches * count * curve.launch_s))
 
 
-def linear_product_times(d: Deployment, op: Op, found: Product) -> Op:
-    """A product's op at its curve's large-size rates, without tiles and launches: times in proportion to its rows."""
-    compute = op.flops / (d.rate_flops_per_s(_peak_of(op)) * found.curve.peak)
-    memory = (op.weight_bytes + op.activation_bytes) / (d.hbm_bytes_per_s * found.curve.hbm)
-    return replace(op, compute_s=compute, memory_s=memory, roofline_s=np.maximum(compute, memory))
-
-
-def _peak_of(op: Op) -> Dtype:
-    return cast("Dtype", op.dtype)
+def linear_product_times(d: Deployment, found: Product, *, flops: Number, moved_bytes: Number, dtype: Dtype) -> Times:
+    """Times of products at their curve's large-size rates, without tiles and launches: in proportion to their rows."""
+    compute = flops / (d.rate_flops_per_s(dtype) * found.curve.peak)
+    memory = moved_bytes / (d.hbm_bytes_per_s * found.curve.hbm)
+    return Times(compute, memory, np.maximum(compute, memory), 0.0)
 
 
 def expert_traffic(d: Deployment, op: Op, routed_bytes: Number, *, launches: float) -> Op:
@@ -234,7 +233,7 @@ def decode_times(
         compute_s=keys * (op.count * flops / (rate * curve.peak)),
         memory_s=keys * (op.count * bytes_per_key / (d.hbm_bytes_per_s * curve.hbm)),
         roofline_s=op.count * (keys * key_s + ramp + B * each),
-        overhead_s=np.greater(B, 0) * (op.count * curve.launch_s),
+        overhead_s=present(B) * (op.count * curve.launch_s),
     )
 
 
@@ -283,21 +282,17 @@ def prefill_times(
     )
 
 
-def collective_times(d: Deployment, op: Op, kind: KernelOp, transfer_s: Number, domains: tuple[LinkDomain, ...]) -> Op:
-    """A collective within one domain of switched or PCIe links: ``transfer_s`` is one call's at the full link rate."""
+def domain_curve(d: Deployment, kind: KernelOp, domains: tuple[LinkDomain, ...]) -> CollectiveCurve | None:
+    """Curve of a collective within one domain of switched or PCIe links; None for all others."""
     if d.eff.curves is None or len(domains) != 1 or domains[0].kind == "torus":
-        return op
-    curve = collective_curve(d.eff.curves, kind, domains[0].size)
-    if curve is None:
-        return op
-    some = np.greater(transfer_s, 0)
-    latency = some * (op.count * curve.latency_s)
-    return replace(
-        op,
-        network_s=op.count * transfer_s,
-        roofline_s=np.maximum(0.0, op.count * collective_s(transfer_s, curve) - latency),
-        overhead_s=latency,
-    )
+        return None
+    return collective_curve(d.eff.curves, kind, domains[0].size)
+
+
+def collective_times(curve: CollectiveCurve, count: int, transfer_s: Number) -> tuple[Number, Number]:
+    """Time of ``count`` calls beyond their latency, and latency; ``transfer_s`` is one call's at the full link rate. [s]"""
+    latency = present(transfer_s) * (count * curve.latency_s)
+    return np.maximum(0.0, count * collective_s(transfer_s, curve) - latency), latency
 
 
 def collective_curve(curves: KernelCurves, kind: KernelOp, chips: int) -> CollectiveCurve | None:

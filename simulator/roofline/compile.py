@@ -1,6 +1,7 @@
 """Compile a deployment into the table the engines run on."""
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ Array = NDArray[np.float64]
 
 
 def compile_step_cost(d: Deployment, *, equal_ranks: bool = False) -> StepCost:
-    """Table of step times of ``d``, from 0 to ``max_num_batched_tokens`` tokens and ``max_num_seqs`` rows.
+    """Table of step times of ``d``, from 0 to ``max_num_batched_tokens`` tokens and ``max_rows`` rows.
 
     With ``equal_ranks``, attention ranks that share experts are taken to hold equal batches at every step, so that one of
     them stands for all; they are refused otherwise, because real ranks wait for the fullest.
@@ -60,36 +61,37 @@ def compile_part(d: Deployment) -> StepCost:
             "kv_layout = 'batch': a step waits for the chip with most sequences, which the engines' tables cannot say; "
             "price it with chipseconds roofline"
         )
-    n = np.arange(d.max_num_batched_tokens + 1, dtype=np.float64)
-    dense = dense_ops(d, n)
-    R = np.arange(d.max_num_seqs + 1, dtype=np.float64)
-    head = head_ops(d, R)
+    _keep_freed_memory()
+    n = np.arange(1, d.max_num_batched_tokens + 1, dtype=np.float64)
+    rows = np.arange(1, d.max_rows + 1, dtype=np.float64)
+    dense, head = dense_ops(d, n), head_ops(d, rows)
     launch, key, seen = (decode_attention_ops(d, *x) for x in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
     expansion_s = float(sum_over(op.roofline_s for op in context_attention_ops(d, 1.0)))
     knots, values, slopes = _decode_curve(d, float(sum_over(op.overhead_s for op in launch)))
     parts = dense_parts(d, dense)
     if expansion_s:
         parts["matmul"] = parts["matmul"] - n * expansion_s
+    tables = {name: _table(n, part) for name, part in parts.items()}
     chips = d.chips
     return StepCost(
-        dense_s=sum_over(parts.values()),
-        head_s=0 * R + sum_over(op.time_s for op in head) - hidden_s(d, head),
+        dense_s=sum_over(tables.values()),
+        head_s=_table(rows, sum_over(op.time_s for op in head) - hidden_s(d, head)),
         decode_knots=knots,
         decode_value_s=values,
         decode_slope_s=slopes,
         decode_seq_s=float(sum_over(op.roofline_s for op in launch)) + expansion_s,
         prefill_planes=_prefill_planes(d, expansion_s),
         chips=chips,
-        dense_flops=chips * sum_over(op.flops - op.copied_flops for op in dense),
-        dense_bytes=chips * sum_over(op.weight_bytes + op.kv_write_bytes for op in dense),
-        head_flops=0 * R + chips * sum_over(op.flops - op.copied_flops for op in head),
-        head_bytes=0 * R + chips * sum_over(op.weight_bytes for op in head),
+        dense_flops=_table(n, chips * sum_over(op.flops - op.copied_flops for op in dense)),
+        dense_bytes=_table(n, chips * sum_over(op.weight_bytes + op.kv_write_bytes for op in dense)),
+        head_flops=_table(rows, chips * sum_over(op.flops - op.copied_flops for op in head)),
+        head_bytes=_table(rows, chips * sum_over(op.weight_bytes for op in head)),
         attention_flops_per_pair=chips * float(sum_over(op.flops - op.copied_flops for op in key)),
         kv_bytes_per_token=chips * float(sum_over(op.kv_read_bytes for op in key)),
         peak_flops_per_s=chips * d.peak_flops_per_s,
         hbm_bandwidth_bytes_per_s=chips * d.slice.chip.hbm_bandwidth_bytes_per_s,
-        dense_parts=parts,
-        expert_s=_expert_s(dense),
+        dense_parts=tables,
+        expert_s=_table(n, _expert_s(dense)),
         window=d.window,
         window_chunked=d.window_chunked,
         window_slope_s=float(sum_over(op.roofline_s for op in seen)),
@@ -99,20 +101,33 @@ def compile_part(d: Deployment) -> StepCost:
     )
 
 
+@cache
+def _keep_freed_memory() -> None:
+    """Let the C library keep what one compile frees for the next: some megabytes in arrays of 64 KiB.
+
+    glibc's malloc returns the top of its heap to the system whenever more than 128 KiB of it are free, and page faults to
+    get them back took over half of a compile's time. Once a large block has been freed, which any large array is, it
+    keeps up to twice that block (mallopt(3), dynamic M_MMAP_THRESHOLD). Elsewhere this does nothing.
+    """
+    np.empty(1 << 21)
+
+
 def _decode_curve(d: Deployment, launch_s: float) -> tuple[Array, Array, Array]:
     """Knots, values and slopes of g(S): launches, and the keys' time, whose slope changes where a ramp ends.
 
     The slope never rises from one knot to the next, so the line of each piece starts at or above 0 (rule R11).
     """
-
-    def keys_s(S: float) -> float:
-        return float(sum_over(op.roofline_s for op in decode_attention_ops(d, 0.0, S, 0.0)))
-
     knots = np.array([0.0, *decode_knots(d)])
-    values = np.array([keys_s(S) for S in knots])
-    ends = np.array([*knots[1:], 2 * knots[-1] + 1])
-    slopes = (np.array([keys_s(S) for S in ends]) - values) / (ends - knots)
-    return knots, values + launch_s, slopes
+    points = np.append(knots, 2 * knots[-1] + 1)  # the last slope is that of any stretch beyond the last knot
+    keys_s = sum_over(op.roofline_s for op in decode_attention_ops(d, 0.0, points)) + np.zeros_like(points)
+    return knots, keys_s[:-1] + launch_s, np.diff(keys_s) / np.diff(points)
+
+
+def _table(counts: Array, figure: Number) -> Array:
+    """Table of a figure of 1, 2 … tokens or rows, after the 0 of none."""
+    table = np.zeros(len(counts) + 1)
+    table[1:] = figure
+    return table
 
 
 def step_time_s(d: Deployment, step: StepShape) -> float:
@@ -176,31 +191,26 @@ def _prefill_planes(d: Deployment, expansion_s: float) -> Array:
     sum from below everywhere, and is the sum where the state holds.
     """
 
-    def every(*sizes: float) -> list[Op]:
-        return prefill_attention_ops(d, *sizes)
+    def gather_s(ops: Sequence[Op]) -> float:
+        return sum(float(op.roofline_s) for op in ops if op.kind == "collective")
 
-    def seconds(*sizes: float) -> list[tuple[float, bool]]:
-        return [(float(op.roofline_s), op.adds) for op in every(*sizes) if op.kind != "collective"]
-
-    def gather_s(*sizes: float) -> float:
-        return sum(float(op.roofline_s) for op in every(*sizes) if op.kind == "collective")
-
-    key_s = expansion_s + gather_s(0.0, 0.0, 1.0)
-    seen_s = gather_s(0.0, 0.0, 0.0, 0.0, 1.0)
-
-    launches = prefill_attention_ops(d, 1.0, 0.0, 0.0)
-    chunk_s = float(sum_over(op.time_s for op in launches))
-    full = _states(seconds(0.0, 1.0, 0.0), seconds(0.0, 0.0, 1.0))
-    windowed = _states(seconds(0.0, 0.0, 0.0, 1.0, 0.0), seconds(0.0, 0.0, 0.0, 0.0, 1.0))
+    chunk, pair, key, seen_pair, seen_key = (prefill_attention_ops(d, *unit) for unit in np.eye(5).tolist())
+    chunk_s = float(sum_over(op.time_s for op in chunk))
+    full, windowed = _states(pair, key), _states(seen_pair, seen_key)
+    key_s, seen_s = expansion_s + gather_s(key), gather_s(seen_key)
     return np.array([[a, k + key_s, chunk_s, aw, kw + seen_s] for a, k in full for aw, kw in windowed])
 
 
-def _states(pairs: Sequence[tuple[float, bool]], keys: Sequence[tuple[float, bool]]) -> list[tuple[float, float]]:
-    """Seconds per pair and per key of each state of some ops, of which those bound by memory come last.
+def _states(pair: Sequence[Op], key: Sequence[Op]) -> list[tuple[float, float]]:
+    """Seconds per pair and per key of each state of ops given for a pair and for a key; those bound by memory come last.
 
-    Ops whose times add up are in every state with both.
+    Ops whose times add up are in every state with both. Collectives are in none.
     """
-    every = [(p, k, adds) for (p, adds), (k, _) in zip(pairs, keys, strict=True) if p or k]
+    every = [
+        (float(p.roofline_s), float(k.roofline_s), p.adds)
+        for p, k in zip(pair, key, strict=True)
+        if p.kind != "collective" and (p.roofline_s or k.roofline_s)
+    ]
     both = [(p, k) for p, k, adds in every if adds]
     pair_s, key_s = sum(p for p, _ in both), sum(k for _, k in both)
     ops = [(p, k) for p, k, adds in every if not adds]

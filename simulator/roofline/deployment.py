@@ -146,6 +146,8 @@ class Deployment:
         links of the chips over which whole routed experts are spread, innermost level first; none: every chip has a
         share of every expert. More chips than ``tp`` are further attention ranks, each with as many tokens as this
         one (see :mod:`simulator.roofline.sharding`).
+    decode_tokens
+        tokens, and logit rows, that a decoding sequence may have in a step: more than 1 with speculative decoding.
     context_domains
         links of the chips over which the tokens of a prompt are split, each of them with all the layers; steps are those of
         one of them.
@@ -172,6 +174,7 @@ class Deployment:
     stage: tuple[int, int] = (1, 1)
     expert_domains: tuple[LinkDomain, ...] = ()
     context_domains: tuple[LinkDomain, ...] = ()
+    decode_tokens: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot be priced, does not exist or contradicts itself."""
@@ -179,7 +182,7 @@ class Deployment:
         if unpriced:
             raise UnpriceableError(f"{self.architecture.name}: not priced yet: {', '.join(unpriced)}")
         self._check_sharding()
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "decode_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"deployment.{name} = {getattr(self, name)}: must be at least 1")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -354,6 +357,11 @@ class Deployment:
     def column_chips(self) -> int:
         """Chips over which heads and feed-forward columns are split in a product."""
         return self.chips // (self.model_chips * self.gathered_chips)
+
+    @property
+    def max_rows(self) -> int:
+        """Logit rows of the largest step."""
+        return min(self.max_num_seqs * self.decode_tokens, max(self.max_num_batched_tokens, self.max_num_seqs))
 
     @cached_property
     def expert_chips(self) -> int:

@@ -25,13 +25,12 @@ step's time linear in its keys.
 
 from dataclasses import replace
 
-import numpy as np
-
 from simulator.catalog.architecture import FeedForward, Mixer, SoftmaxAttention
 from simulator.catalog.slices import LinkDomain
 from simulator.roofline.blocks import ffn_matrices, mixer_matrices
 from simulator.roofline.collectives import all_gather_s, all_reduce_s, all_to_all_s
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.kernel_times import present
 from simulator.roofline.kernels import Number, Op, all_reduce_ops, matrix_bytes
 from simulator.roofline.layouts import AxisSplit, single_axes
 
@@ -147,7 +146,7 @@ def _weight_gathers(
     """Every matrix of ``count`` layers, put together from the shards of the chips that split the tokens."""
     matrices = [] if mixer is None else [(1.0, m) for m in mixer_matrices(d, mixer).values()]
     matrices += [] if ffn is None else ffn_matrices(d, ffn).values()
-    some = np.greater(n, 0) * 1.0
+    some = present(n)
     return [
         op
         for each, m in matrices
@@ -181,5 +180,5 @@ def _collective(d: Deployment, name: str, count: int, passes: int, size: Number,
         comm_bytes=moved,
         network_s=time,
         roofline_s=time,
-        overhead_s=np.greater(size, 0) * (count * passes * d.eff.collective_latency_s),
+        overhead_s=present(size) * (count * passes * d.eff.collective_latency_s),
     )

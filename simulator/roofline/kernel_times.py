@@ -41,6 +41,18 @@ _SPLITS = np.array(SPLITS, dtype=np.float64)
 _GM, _GN = (np.array(side, dtype=np.float64) for side in zip(*GROUPED_TILES, strict=True))
 
 
+def present(n: Number) -> Number:
+    """1 where ``n`` counts something and 0 where not; the number 1 for an array without zeros, which saves arrays of ones.
+
+    >>> present(3.0), present(np.array([1.0, 2.0])), present(np.array([0.0, 2.0]))
+    (1.0, 1.0, array([0., 1.]))
+    """
+    if not isinstance(n, np.ndarray):
+        return 1.0 if n > 0 else 0.0
+    some = n > 0
+    return 1.0 if some.all() else some.astype(np.float64)
+
+
 def soft_max(one: Number, other: Number, sharpness: float) -> Number:
     """The p-norm of two times: at least the longer, at most the sum for p of 1 or more.
 
@@ -49,18 +61,13 @@ def soft_max(one: Number, other: Number, sharpness: float) -> Number:
     """
     if sharpness == 1:
         return one + other
-    if sharpness == 2:
-        return _root(one * one + other * other)
-    if sharpness == 4:
-        squares = one * one, other * other
-        return _root(_root(squares[0] * squares[0] + squares[1] * squares[1]))
-    joined: Number = (np.power(one, sharpness) + np.power(other, sharpness)) ** (1 / sharpness)
+    joined: Number
+    if sharpness in {2, 4}:
+        one, other = one * one, other * other
+        joined = np.sqrt(one + other) if sharpness == 2 else np.sqrt(np.sqrt(one * one + other * other))
+    else:
+        joined = (np.power(one, sharpness) + np.power(other, sharpness)) ** (1 / sharpness)
     return joined
-
-
-def _root(square: Number) -> Number:
-    root: Number = np.sqrt(square)
-    return root
 
 
 def tile_waves(m: Array, n: Array, multiprocessors: float) -> Array:
@@ -120,14 +127,11 @@ def gemm_compute_s(
     >>> round(1e6 * float(gemm_compute_s(4096.0, 4096, 4096, curve, peak_flops_per_s=989e12, hbm_bytes_per_s=3.35e12, multiprocessors=132)))
     175
     """
-    steps = np.ceil(np.divide(m, ROW_STEP))
-    top = int(np.max(steps))
     split_bytes_s, rate = 1 / (hbm_bytes_per_s * curve.hbm), peak_flops_per_s * curve.peak
     if isinstance(m, np.ndarray):
-        work = _work_of_rows(top, n, k, curve, multiprocessors, rate, split_bytes_s)
-        taken: Array = work[steps.astype(np.intp)]
-        return taken
-    return _work_of_step(top, n, k, curve, multiprocessors, rate, split_bytes_s)
+        steps = np.ceil(m * (1 / ROW_STEP)).astype(np.intp)
+        return _work_of_rows(int(steps.max()), n, k, curve, multiprocessors, rate, split_bytes_s).take(steps)
+    return _work_of_step(ceil(m / ROW_STEP), n, k, curve, multiprocessors, rate, split_bytes_s)
 
 
 @lru_cache(maxsize=65536)  # a search over shardings asks for the same products again and again
@@ -191,17 +195,14 @@ def _work_of_loads(
 def _work_of_groups(
     visits: Number, groups: Number, n: float, k: float, curve: GroupedCurve, multiprocessors: float, rate: float
 ) -> Number:
-    each = np.divide(visits, np.where(np.greater(groups, 0), groups, 1.0))
     best: Number = np.inf
     for rows, columns in GROUPED_TILES:
-        share = each * (1 / rows)
-        tiles = np.maximum(1.0, share + 0.5 * np.minimum(1.0, share))
-        waves = np.maximum(1.0, (groups * tiles) * (ceil(n / columns) / multiprocessors) + 0.5)
+        full = visits * (1 / rows)
+        tiles = np.maximum(groups, full + 0.5 * np.minimum(groups, full))
+        waves = np.maximum(1.0, tiles * (ceil(n / columns) / multiprocessors) + 0.5)
         best = np.minimum(best, waves * (rows * columns + curve.tile))
-    floor = np.multiply(visits, 2 * n * k / (rate * multiprocessors))
-    some = np.greater(visits, 0)
-    time: Number = np.where(some, np.maximum(best * ((k + curve.depth) * (2 / rate)), floor), 0.0)
-    return time
+    floor = visits * (2 * n * k / (rate * multiprocessors))
+    return present(visits) * np.maximum(best * ((k + curve.depth) * (2 / rate)), floor)
 
 
 def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_s: float) -> Number:
@@ -245,6 +246,5 @@ def collective_s(transfer_s: Number, curve: CollectiveCurve) -> Number:
     >>> collective_s(0.0, CollectiveCurve(5e-6, 0.7))
     0.0
     """
-    some = np.greater(transfer_s, 0)
-    joined = soft_max(np.multiply(some, curve.latency_s), np.divide(transfer_s, curve.link), curve.sharpness)
+    joined = soft_max(present(transfer_s) * curve.latency_s, transfer_s / curve.link, curve.sharpness)
     return joined if isinstance(transfer_s, np.ndarray) else float(joined)

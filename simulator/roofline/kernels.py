@@ -11,7 +11,6 @@ which is never less than its roofline bound [1]_; collectives follow :mod:`simul
 .. [1] S. Williams, A. Waterman, D. Patterson, "Roofline", Commun. ACM 52(4), 2009, doi:10.1145/1498765.1498785.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,8 +19,10 @@ from numpy.typing import NDArray
 
 from simulator.catalog.slices import LinkDomain
 from simulator.roofline import calibrated
-from simulator.roofline.collectives import all_reduce_s, all_to_all_s
+from simulator.roofline.calibrated import Times
+from simulator.roofline.collectives import all_gather_s, all_reduce_s, all_to_all_s
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.kernel_times import present
 from simulator.roofline.precision import BITS, Dtype, Precision
 
 Number = float | NDArray[np.float64]
@@ -170,7 +171,7 @@ def matmul_op(
     linear
         whether time must be in proportion to ``n``: these rows join a product that runs anyway.
     """
-    p, e, some = d.precision, d.eff, np.greater(n, 0) * 1.0
+    p, e, some = d.precision, d.eff, present(n)
     read = some if reads is None else reads
     # Scales may belong to whole columns or blocks that a split cuts: what is over the chip's share is a copy.
     own, ways = m.n_out - m.copied, d.chips / (m.crossed * m.gathered)
@@ -189,9 +190,19 @@ def matmul_op(
     if narrow and BITS[p.weights] < BITS[dtype] and d.unpacking_flops:
         unpacked = np.maximum(read, n * (1 / TILE_ROWS))  # every weight once, and again for each further tile of rows
         unpacking = unpacked * (d.unpacking_flops * count * m.n_in * m.n_out)
-    compute_s = (flops + unpacking) / (d.rate_flops_per_s(dtype) * e.matmul)
-    memory_s = (weights + activations) / (d.hbm_bytes_per_s * e.hbm)
-    op = Op(
+    moved = weights + activations
+    found = calibrated.product_curve(d, narrow=narrow, experts=m.form == "experts")
+    if found is None:
+        compute_s = (flops + unpacking) / (d.rate_flops_per_s(dtype) * e.matmul)
+        memory_s = moved / (d.hbm_bytes_per_s * e.hbm)
+        taken = Times(compute_s, memory_s, np.maximum(compute_s, memory_s), times(some, count * e.op_overhead_s))
+    elif linear:
+        taken = calibrated.linear_product_times(d, found, flops=flops, moved_bytes=moved, dtype=dtype)
+    else:
+        taken = calibrated.product_times(
+            d, m, n, found, count=count, dtype=dtype, moved_bytes=moved, reads=read, unpacking=unpacking
+        )
+    return Op(
         name,
         "matmul",
         count,
@@ -200,20 +211,12 @@ def matmul_op(
         activation_bytes=activations,
         copied_flops=times(n, 2 * count * m.n_in * m.copied),
         copied_weight_bytes=times(read, count * copied_bytes),
-        compute_s=compute_s,
-        memory_s=memory_s,
-        roofline_s=np.maximum(compute_s, memory_s) if slowdown == 1 else slowdown * np.maximum(compute_s, memory_s),
-        overhead_s=times(some, count * e.op_overhead_s),
+        compute_s=taken.compute_s,
+        memory_s=taken.memory_s,
+        roofline_s=taken.roofline_s if slowdown == 1 else slowdown * taken.roofline_s,
+        overhead_s=taken.overhead_s,
         dtype=dtype,
     )
-    if e.curves is None:
-        return op
-    found = calibrated.product_curve(d, narrow=narrow, experts=m.form == "experts")
-    if found is None:
-        return op
-    if linear:
-        return calibrated.linear_product_times(d, op, found)
-    return calibrated.product_times(d, op, m, n, found, reads=read, unpacking=unpacking, slowdown=slowdown)
 
 
 def attention_op(
@@ -300,45 +303,42 @@ def all_reduce_ops(d: Deployment, name: str, count: int, n: Number) -> list[Op]:
     if d.chips == 1:
         return []
     size = n * (d.architecture.d_model * d.precision.wide_bytes)
-    time = count * all_reduce_s(size, d.slice.domains, link=d.eff.link)
-    op = Op(
-        name,
-        "collective",
-        count,
-        comm_bytes=count * 2 * size * (1 - 1 / d.chips),
-        network_s=time,
-        roofline_s=time,
-        # Where tokens are split between the two halves, each is a collective of its own.
-        overhead_s=np.greater(n, 0) * (count * (2 if d.splits_tokens else 1) * d.eff.collective_latency_s),
-    )
-    if d.eff.curves is None:
-        return [op]
-    transfer_s = all_reduce_s(size, swift(d.slice.domains))
-    return [calibrated.collective_times(d, op, "all_reduce", transfer_s, d.slice.domains)]
-
-
-def swift(domains: Sequence[LinkDomain]) -> tuple[LinkDomain, ...]:
-    """The same links without latency, which fitted curves hold."""
-    return tuple(replace(domain, latency_s=0.0) for domain in domains)
+    moved = size * (count * 2 * (1 - 1 / d.chips))
+    # Where tokens are split between the two halves, each is a collective of its own.
+    halves = 2 if d.splits_tokens else 1
+    return [collective_op(d, name, "all_reduce", count, size, d.slice.domains, comm_bytes=moved, halves=halves)]
 
 
 def all_to_all_op(d: Deployment, name: str, count: int, size_bytes: Number) -> Op:
     """``count`` exchanges of ``size_bytes``, of all chips together, between attention ranks and experts."""
     ep = d.expert_chips
-    time = count * all_to_all_s(size_bytes, d.expert_domains, link=d.eff.link)
-    op = Op(
+    moved = size_bytes * (count * (ep - 1) / ep**2)
+    return collective_op(d, name, "alltoall", count, size_bytes, d.expert_domains, comm_bytes=moved)
+
+
+def collective_op(
+    d: Deployment, name: str, kind: Literal["all_reduce", "all_gather", "alltoall"], count: int, size_bytes: Number,
+    domains: tuple[LinkDomain, ...], *, comm_bytes: Number, halves: int = 1,
+) -> Op:  # fmt: skip
+    """``count`` collectives of ``size_bytes`` over ``domains``; ``halves``: launches of each, where none was measured."""
+    seconds = {"all_reduce": all_reduce_s, "all_gather": all_gather_s, "alltoall": all_to_all_s}[kind]
+    curve = calibrated.domain_curve(d, kind, domains)
+    if curve is None:
+        network_s = roofline_s = count * seconds(size_bytes, domains, link=d.eff.link)
+        overhead_s = present(size_bytes) * (count * halves * d.eff.collective_latency_s)
+    else:  # the curve holds all latency, and without it time is in proportion to size
+        transfer_s = size_bytes * seconds(1.0, [replace(domain, latency_s=0.0) for domain in domains])
+        network_s = count * transfer_s
+        roofline_s, overhead_s = calibrated.collective_times(curve, count, transfer_s)
+    return Op(
         name,
         "collective",
         count,
-        comm_bytes=size_bytes * (count * (ep - 1) / ep**2),
-        network_s=time,
-        roofline_s=time,
-        overhead_s=np.greater(size_bytes, 0) * (count * d.eff.collective_latency_s),
+        comm_bytes=comm_bytes,
+        network_s=network_s,
+        roofline_s=roofline_s,
+        overhead_s=overhead_s,
     )
-    if d.eff.curves is None:
-        return op
-    transfer_s = all_to_all_s(size_bytes, swift(d.expert_domains))
-    return calibrated.collective_times(d, op, "alltoall", transfer_s, d.expert_domains)
 
 
 def times(n: Number, factor: float) -> Number:

@@ -146,12 +146,12 @@ class Memory:
         """Peak activations of a step of ``max_num_batched_tokens``. [bytes]
 
         The residual stream and one normed copy, the widest pair of neighbouring tensors inside a layer, and the logits of
-        ``max_num_seqs`` rows, 16-bit and FP32. An estimate: engines measure theirs in a profiling run.
+        ``max_rows`` rows, 16-bit and FP32. An estimate: engines measure theirs in a profiling run.
         """
         d, wide = self._d, self._d.precision.wide_bytes
         widest = max((block.widest for _, block in self._held(part)), default=0.0)
         tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + widest) * wide
-        return tokens + d.max_num_seqs * d.architecture.vocab_size * (wide + 4) * part.last
+        return tokens + d.max_rows * d.architecture.vocab_size * (wide + 4) * part.last
 
     def fit(self, part: Part) -> MemoryFit:
         """How a part fills the memory of each of its chips, whether it fits or not.

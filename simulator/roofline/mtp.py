@@ -10,12 +10,14 @@ the last one again. What the drafts are worth, and what checking them costs, is 
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from simulator.catalog.architecture import LatentAttention, LayerGroup, MoEFFN, SoftmaxAttention
 from simulator.errors import InputError
 from simulator.roofline.analysis import StepReport
 from simulator.roofline.compile import step_time_s
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.kernels import Matrix, matmul_op, matrix_bytes, memory_op
+from simulator.roofline.kernels import Matrix, Number, Op, matmul_op, matrix_bytes, memory_op
 from simulator.roofline.memory import MemoryFit, weights_bytes
 from simulator.roofline.ops import StepShape
 
@@ -63,21 +65,9 @@ def mtp_step(report: StepReport, runs: int) -> MtpStep:
     if not step.B or step.P:
         raise InputError("mtp: modules predict after a decode step; give decode and context")
     module = module_deployment(d)
-    matrix = _projection(d)
     shape = StepShape.decode(int(step.B), step.S / step.B, window=module.window, chunked=module.window_chunked)
-    norms = memory_op(
-        d,
-        "norms of the inputs",
-        2,
-        1.0,
-        weight_bytes=2 * d.architecture.d_model * d.precision.wide_bytes,
-        activation_bytes=step.B * 4 * d.architecture.d_model * d.precision.wide_bytes,
-    )
-    project = matmul_op(d, "input projection", 1, matrix, step.B)
-    run_s = step_time_s(module, shape) + float(norms.time_s) + float(project.time_s)
-    own = weights_bytes(module) - weights_bytes(_without_layers(module))
-    vectors = 2 * d.architecture.d_model * d.precision.wide_bytes
-    weights = modules * (own + matrix_bytes(d.precision, matrix) + vectors)
+    run_s = step_time_s(module, shape) + sum(float(op.time_s) for op in input_ops(d, step.B))
+    weights = modules * module_weights_bytes(d)
     cache = modules * module.kv_bytes_per_token
     memory = replace(
         report.memory,
@@ -99,6 +89,27 @@ def module_deployment(d: Deployment) -> Deployment:
     layers = (group.model_copy(update={"count": 1}),)
     architecture = d.architecture.model_copy(update={"layers": layers, "mtp_layers": 0})
     return replace(d, architecture=architecture, efficiency=replace(d.eff, step_overhead_s=0.0, row_overhead_s=0.0))
+
+
+def input_ops(d: Deployment, n: Number) -> list[Op]:
+    """Norms and projection of a module's two inputs for ``n`` tokens."""
+    width, wide, some = d.architecture.d_model, d.precision.wide_bytes, np.greater(n, 0) * 1.0
+    norms = memory_op(
+        d,
+        "norms of the inputs",
+        2,
+        some,
+        weight_bytes=some * (2 * width * wide),
+        activation_bytes=n * (4 * width * wide),
+    )
+    return [norms, matmul_op(d, "input projection", 1, _projection(d), n)]
+
+
+def module_weights_bytes(d: Deployment) -> float:
+    """Weights of one module on one chip: its layer, projection and norms, without the model's embedding and head. [bytes]"""
+    module = module_deployment(d)
+    own = weights_bytes(module) - weights_bytes(_without_layers(module))
+    return own + matrix_bytes(d.precision, _projection(d)) + 2 * d.architecture.d_model * d.precision.wide_bytes
 
 
 def _without_layers(d: Deployment) -> Deployment:

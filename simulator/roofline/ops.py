@@ -9,11 +9,8 @@ activation functions and sampling are counted as memory traffic, without FLOPs.
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from simulator.catalog.architecture import LatentAttention, Mixer, SoftmaxAttention
 from simulator.errors import InputError
-from simulator.roofline import calibrated
 from simulator.roofline.blocks import (
     context_ops,
     decode_ops,
@@ -27,16 +24,17 @@ from simulator.roofline.blocks import (
 from simulator.roofline.collectives import all_gather_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.exchange import keys_gather_ops, layer_exchange_ops, sequence_exchange_ops
+from simulator.roofline.kernel_times import present
 from simulator.roofline.kernels import (
     Kind,
     Matrix,
     Number,
     Op,
     all_reduce_ops,
+    collective_op,
     matmul_op,
     memory_op,
     sum_ops,
-    swift,
     times,
 )
 from simulator.roofline.step_cost import window_keys, window_pairs
@@ -136,7 +134,7 @@ def dense_ops(d: Deployment, n: Number) -> list[Op]:
 
 def embedding_ops(d: Deployment, n: Number) -> list[Op]:
     """Lookup of the tokens' rows, and the exchange that completes them."""
-    p, arch, some = d.precision, d.architecture, np.greater(n, 0) * 1.0
+    p, arch, some = d.precision, d.architecture, present(n)
     D, wide = arch.d_model, p.wide_bytes
     row_bytes = p.matrix_bytes(D, 1, head=True) / d.chips + (wide / d.chips * D if arch.learned_positions else 0)
     moved = n * (row_bytes + _own_tokens(d) * D * wide)
@@ -148,7 +146,7 @@ def embedding_ops(d: Deployment, n: Number) -> list[Op]:
 
 def norm_op(d: Deployment, count: int, n: Number, vectors: float = 0.0, copied_vectors: float = 0.0) -> Op:
     """``count`` norms with their residuals. The parameters of ``vectors`` inside mixers, held partly elsewhere, count as theirs."""
-    D, wide, some = d.architecture.d_model, d.precision.wide_bytes, np.greater(n, 0) * 1.0
+    D, wide, some = d.architecture.d_model, d.precision.wide_bytes, present(n)
     held = count * norm_parameters(d.architecture)
     return memory_op(
         d,
@@ -163,7 +161,7 @@ def norm_op(d: Deployment, count: int, n: Number, vectors: float = 0.0, copied_v
 
 def overhead_op(d: Deployment, n: Number) -> Op:
     """Fixed time of a step."""
-    return Op("step overhead", "overhead", overhead_s=np.greater(n, 0) * d.eff.step_overhead_s)
+    return Op("step overhead", "overhead", overhead_s=present(n) * d.eff.step_overhead_s)
 
 
 def _own_tokens(d: Deployment) -> float:
@@ -175,26 +173,15 @@ def head_ops(d: Deployment, R: Number) -> list[Op]:
     """Output head, logits exchange and sampling for ``R`` rows. Nothing for R = 0, or before the last stage."""
     if not d.is_last_stage:
         return []
-    e, vocabulary, some = d.eff, d.architecture.vocab_size, np.greater(R, 0) * 1.0
+    vocabulary, some = d.architecture.vocab_size, present(R)
     ops = [matmul_op(d, "output head", 1, head_matrix(d), R)]
     if d.chips > 1:
         size = R * (vocabulary * d.precision.wide_bytes)
-        time = all_gather_s(size, d.slice.domains, link=e.link)
-        gather = Op(
-            "all-gather, logits",
-            "collective",
-            comm_bytes=size * (1 - 1 / d.chips),
-            network_s=time,
-            roofline_s=time,
-            overhead_s=some * e.collective_latency_s,
-        )
-        if e.curves is not None:
-            transfer_s = all_gather_s(size, swift(d.slice.domains))
-            gather = calibrated.collective_times(d, gather, "all_gather", transfer_s, d.slice.domains)
-        ops.append(gather)
+        moved = size * (1 - 1 / d.chips)
+        ops.append(collective_op(d, "all-gather, logits", "all_gather", 1, size, d.slice.domains, comm_bytes=moved))
     # The sampler reads FP32 logits twice, on every chip.
     sampling = memory_op(d, "sampling", 1, some, activation_bytes=R * (2.0 * 4 * vocabulary))
-    return [*ops, replace(sampling, overhead_s=sampling.overhead_s + R * e.row_overhead_s)]
+    return [*ops, replace(sampling, overhead_s=sampling.overhead_s + R * d.eff.row_overhead_s)]
 
 
 def decode_attention_ops(d: Deployment, B: Number, S: Number, SW: Number = 0.0) -> list[Op]:
@@ -232,7 +219,7 @@ def context_gather_ops(d: Deployment, K: Number, KW: Number) -> list[Op]:
             comm_bytes=size * (1 - 1 / chips),
             network_s=time,
             roofline_s=time,
-            overhead_s=np.greater(size, 0) * (layers * d.eff.collective_latency_s),
+            overhead_s=present(size) * (layers * d.eff.collective_latency_s),
         )
     ]
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine.records import FINISHED, EngineSettings
+from simulator.engine.records import FINISHED, EngineSettings, SpeculationResult
 from simulator.results.summary import Utilisation
+from simulator.roofline.speculation import SpeculationCost
 from simulator.roofline.step_cost import StepCost, window_keys, window_pairs
 from simulator.run.outcome import Outcome
 
@@ -17,15 +18,22 @@ Array = NDArray[np.float64]
 class Work:
     """FLOPs and bytes of a whole run, all replicas.
 
-    ``flops`` counts recomputation, ``recomputed_flops`` is that part of it.
+    ``flops`` counts everything; ``recomputed_flops`` and ``speculative_flops`` (drafting, and verifying rejected drafts) are parts
+    of it that the model did not need.
     """
 
     flops: float
     recomputed_flops: float
     hbm_bytes: float
+    speculative_flops: float = 0.0
 
 
-def total_work(outcome: Outcome, cost: StepCost, useful: tuple[int, int] | None = None) -> Work:
+def total_work(
+    outcome: Outcome,
+    cost: StepCost,
+    useful: tuple[int, int] | None = None,
+    speculation: SpeculationCost | None = None,
+) -> Work:
     """Work of a run, exactly: every step's table entry times how often it occurred.
 
     Bytes: what each step's dense layers and head move (the writing of new KV included), and the keys read. Recomputed
@@ -61,7 +69,48 @@ def total_work(outcome: Outcome, cost: StepCost, useful: tuple[int, int] | None 
             + cost.attention_flops_per_pair * (pairs - full)
             + cost.window_flops_per_pair * (window - windowed)
         )
-    return Work(flops=flops, recomputed_flops=float(recomputed), hbm_bytes=hbm_bytes)
+    work = Work(flops=flops, recomputed_flops=float(recomputed), hbm_bytes=hbm_bytes)
+    found = outcome.speculation
+    return work if found is None or speculation is None else _with_drafts(work, found, outcome, cost, speculation)
+
+
+def _with_drafts(
+    work: Work, found: SpeculationResult, outcome: Outcome, cost: StepCost, speculation: SpeculationCost
+) -> Work:
+    """Add what speculation does: drafts, and the further queries of each pass, which share one reading of the cache.
+
+    Of verification's attention, the part that is waste goes by tokens: rejected ÷ verified.
+    """
+    passes, queries = found.sequence_passes, speculation.queries
+    batches = found.passes.shape[1]
+    within = passes * queries * (queries - 1) / 2  # pairs among the drafts of a pass, and their own keys
+    pairs = cost.attention_flops_per_pair * ((queries - 1) @ found.keys + within.sum())
+    pairs += cost.window_flops_per_pair * ((queries - 1) @ found.window_keys)
+    read = cost.kv_bytes_per_token * float((queries - 1) @ passes)
+    chunks = len(found.chunk_steps)
+    draft_flops = (
+        float((found.passes * speculation.draft_flops[:, :batches]).sum())
+        + float(speculation.draft_flops_per_key @ found.keys)
+        + float(found.chunk_steps @ speculation.chunk_flops[:chunks])
+        + speculation.chunk_flops_per_pair * outcome.total("prefill_pairs")
+    )
+    draft_bytes = (
+        float((found.passes * speculation.draft_bytes[:, :batches]).sum())
+        + float(speculation.draft_bytes_per_key @ found.keys)
+        + float(found.chunk_steps @ speculation.chunk_bytes[:chunks])
+        + speculation.chunk_bytes_per_key * outcome.total("prefill_keys")
+    )
+    verified = float(queries @ passes)
+    attention = cost.attention_flops_per_pair * float(queries @ found.keys + within.sum())
+    attention += cost.window_flops_per_pair * float(queries @ found.window_keys)
+    rejected = found.rejected_tokens * (cost.dense_flops[1] + cost.head_flops[1])
+    rejected += attention * found.rejected_tokens / verified if verified else 0.0
+    return Work(
+        flops=work.flops + float(pairs) + draft_flops,
+        recomputed_flops=work.recomputed_flops,
+        hbm_bytes=work.hbm_bytes + read + draft_bytes,
+        speculative_flops=float(draft_flops + rejected),
+    )
 
 
 def computed_in_vain(outcome: Outcome) -> int:
@@ -98,7 +147,7 @@ def pairs_of(
 def utilisation(outcome: Outcome, cost: StepCost, work: Work) -> Utilisation:
     """MFU and MBU over the whole run, and over its busy time."""
     replica_s = outcome.n_replicas * outcome.end_s
-    model_flops = work.flops - work.recomputed_flops
+    model_flops = work.flops - work.recomputed_flops - work.speculative_flops
     return Utilisation(
         mfu=model_flops / (cost.peak_flops_per_s * replica_s),
         mbu=work.hbm_bytes / (cost.hbm_bandwidth_bytes_per_s * replica_s),
@@ -107,6 +156,7 @@ def utilisation(outcome: Outcome, cost: StepCost, work: Work) -> Utilisation:
         busy_fraction=outcome.busy_s / replica_s,
         model_flops=model_flops,
         recomputed_flops=work.recomputed_flops,
+        speculative_flops=work.speculative_flops,
         hbm_bytes=work.hbm_bytes,
     )
 

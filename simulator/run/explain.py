@@ -13,12 +13,15 @@ from simulator.engine.records import FINISHED, REJECTED, EngineResult, EngineSet
 from simulator.errors import InfeasibleError, InputError
 from simulator.run.outcome import split
 from simulator.run.resolve import Resolved, check_contradictions
-from simulator.run.simulate import as_requests, client_columns
+from simulator.run.simulate import scenario_requests
 from simulator.traffic import build_stream
 
 MAX_EXPLAINED_STEPS = 1_000_000
 MOST_AHEAD = 10
 """Requests ahead that are named; all are counted."""
+
+UNDER_WAY = "queue: a step was under way"
+LOADING = "queue: KV blocks were loaded"
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,13 @@ def explain(resolved: Resolved, request: int, *, seed: int | None = None) -> Exp
     """
     resolved.demand_plain("explain")
     scenario = resolved.scenario
-    stream = build_stream(scenario.traffic, scenario.run.seed if seed is None else seed, base_folder=Path.cwd())
+    used = scenario.run.seed if seed is None else seed
+    stream = build_stream(scenario.traffic, used, base_folder=Path.cwd())
     if not 0 <= request < len(stream):
         raise InputError(f"request {request}: the stream of {scenario.name} has requests 0 … {len(stream) - 1}")
     check_contradictions(scenario, stream.concurrency)
     n = scenario.replicas
-    columns = client_columns(scenario, stream.output_tokens, scenario.run.seed if seed is None else seed)
-    requests = split(as_requests(stream, columns), n)[request % n]
+    requests = split(scenario_requests(scenario, stream, used), n)[request % n]
     row = request // n
     result = simulate(resolved.cost, resolved.settings, requests)
     if result.status[row] == REJECTED:
@@ -160,12 +163,16 @@ def follow(
         Phase.DECODE: float(result.busy_s[row] - result.busy_prefill_s[row]),
         Phase.RECOMPUTE: 0.0,
     }
+    if result.swap_s[row] > 0:
+        own[Phase.DECODE] -= float(result.swap_s[row])
+        own[Phase.PREEMPTED] = float(result.swap_s[row])
     paid_s = 0.0
     for span in spans:
         if span.phase in {Phase.PREFILL, Phase.RECOMPUTE}:
             own[span.phase] += span.busy_prefill_s - paid_s
             paid_s = span.busy_prefill_s
-    parts = _queue_parts(log, arrival_s, spans[0].end_s, settings)
+    load_s = (float(result.load_start_s[row]), float(result.load_end_s[row]))
+    parts = _queue_parts(log, arrival_s, spans[0].end_s, settings, load_s)
     for phase in (Phase.PREFILL, Phase.DECODE, Phase.PREEMPTED, Phase.RECOMPUTE):
         stays = [(span.start_s, span.end_s) for span in spans if span.phase is phase]
         if stays:
@@ -200,22 +207,31 @@ def _sum_s(stretches: Iterable[tuple[float, float]]) -> float:
     return float(sum((Fraction(stop) - Fraction(start) for start, stop in stretches), start=Fraction(0)))
 
 
-def _queue_parts(log: EventLog, arrival_s: float, scheduled_s: float, settings: EngineSettings) -> list[Part]:
-    """The queue, by what stood in the way in each of its steps."""
+def _queue_parts(
+    log: EventLog, arrival_s: float, scheduled_s: float, settings: EngineSettings, load_s: tuple[float, float]
+) -> list[Part]:
+    """The queue, by what stood in the way in each of its steps; ``load_s`` is when it loaded KV blocks (NaN: never)."""
     found: dict[str, list[tuple[float, float]]] = {}
     under_way = min(max(log.start_s, arrival_s), scheduled_s)
     if under_way > arrival_s:
-        found["queue: a step was under way"] = [(arrival_s, under_way)]
+        found[UNDER_WAY] = [(arrival_s, under_way)]
+    load_start_s, load_end_s = load_s
+    if load_start_s <= load_end_s:
+        found[LOADING] = [load_s]
     for step in log.steps:
         if step.start_s >= scheduled_s:
             break
+        if load_start_s <= step.start_s < load_end_s:
+            if step.end_s > load_end_s:
+                found.setdefault(UNDER_WAY, []).append((load_end_s, min(step.end_s, scheduled_s)))
+            continue
         found.setdefault(f"queue: {_obstacle(step, settings)}", []).append((step.start_s, step.end_s))
     chunks = {(step.start_s, step.end_s) for step in log.steps if step.chunks}
     return [
         Part(
             what,
             _sum_s(stretches),
-            0 if what.endswith("under way") else len(stretches),
+            0 if what in {UNDER_WAY, LOADING} else len(stretches),
             with_chunks_s=_sum_s(stretch for stretch in stretches if stretch in chunks),
         )
         for what, stretches in found.items()

@@ -16,6 +16,7 @@ from simulator.engine.records import (
     WAITING,
     EngineResult,
     Requests,
+    SpeculationResult,
 )
 from simulator.results.tables import REQUEST_STATES, Table
 from simulator.roofline.step_cost import StepCost
@@ -72,6 +73,31 @@ class Outcome:
         """Replica time without a step until the last replica ended. [s]"""
         return sum(replica.idle_s + (self.end_s - replica.end_s) for replica in self.replicas)
 
+    @property
+    def speculates(self) -> bool:
+        """Whether the replicas decode speculatively."""
+        return self.replicas[0].speculation is not None
+
+    @property
+    def speculation(self) -> SpeculationResult | None:
+        """What speculative decoding did, all replicas; ``wasted_s`` in stream order. None without it."""
+        parts = [replica.speculation for replica in self.replicas if replica.speculation is not None]
+        if not parts:
+            return None
+        wasted = np.empty(len(self.requests))
+        for r, part in enumerate(parts):
+            wasted[r :: self.n_replicas] = part.wasted_s
+        return SpeculationResult(
+            passes=np.asarray(np.sum([part.passes for part in parts], axis=0)),
+            keys=np.asarray(np.sum([part.keys for part in parts], axis=0)),
+            window_keys=np.asarray(np.sum([part.window_keys for part in parts], axis=0)),
+            chunk_steps=np.asarray(np.sum([part.chunk_steps for part in parts], axis=0)),
+            drafted_tokens=sum(part.drafted_tokens for part in parts),
+            extra_tokens=sum(part.extra_tokens for part in parts),
+            wasted_s=wasted,
+            draft_s=sum(part.draft_s for part in parts),
+        )
+
     def column(self, name: str) -> NDArray[Any]:
         """One per-request array of the engine results, in stream order."""
         parts = [getattr(replica, name) for replica in self.replicas]
@@ -100,10 +126,14 @@ class Outcome:
 
     @property
     def itl_counts(self) -> NDArray[np.int64]:
-        """Inter-token latency histogram of all replicas, by the bins of :mod:`simulator.engine.records`."""
+        """Inter-token latency histogram of all replicas, by the bins of :mod:`simulator.engine.records`.
+
+        One count per token: those that come with others of their pass are in bin 0.
+        """
         counts = np.zeros(ITL_BINS, dtype=np.int64)
         for replica in self.replicas:
             counts += replica.itl_counts
+            counts[0] += replica.speculation.extra_tokens if replica.speculation else 0
         return counts
 
 
@@ -135,6 +165,7 @@ def requests_table(outcome: Outcome) -> Table:
         "first_token_s": first,
         "finish_s": finish,
         "queue_s": scheduled - arrival,
+        "load_s": outcome.column("load_s"),
         "ttft_s": ttft,
         "tpot_s": tpot,
         "e2e_s": e2e,
@@ -149,6 +180,7 @@ def requests_table(outcome: Outcome) -> Table:
         "chip_s_prefill": outcome.column("busy_prefill_s") * chips,
         "chip_s_cached": outcome.column("busy_cached_s") * chips,
         "chip_s_recompute": outcome.column("recompute_s") * chips,
+        "chip_s_swap": outcome.column("swap_s") * chips,
         "chip_s_wasted": outcome.column("wasted_s") * chips,
     }
 
@@ -202,9 +234,13 @@ def step_time_s(outcome: Outcome, cost: StepCost) -> dict[str, float]:
             parts[name] = outcome.total(f"{name}_s")
     parts["attention_prefill"] = outcome.total("prefill_attention_s")
     parts["attention_decode"] = outcome.total("decode_attention_s")
+    if outcome.speculates:
+        parts["draft"] = outcome.total("draft_s")
     host_s = outcome.total("host_s")
     if host_s:
         parts["host"] = host_s
+    if any(replica.totals.get("swap_s") for replica in outcome.replicas):
+        parts["swap"] = outcome.total("swap_s")
     demand_equal("step parts", sum(parts.values()), "busy time", outcome.busy_s)
     return parts
 
@@ -227,6 +263,8 @@ def check_conservation(outcome: Outcome, cost: StepCost) -> None:
         check_shares(replica.busy_s, replica.busy_prefill_s, replica.busy_cached_s, replica.recompute_s)
         if not (replica.wasted_s <= replica.busy_s * (1 + TOLERANCE)).all():
             raise ConservationError(f"replica {r}: more of a query's busy time was wasted than there was")
+        if replica.speculation is not None and not (replica.speculation.wasted_s >= 0).all():
+            raise ConservationError(f"replica {r}: a query wasted less than nothing")
     chip_time = outcome.chips * outcome.end_s
     demand_equal("fleet: busy + idle", (outcome.busy_s + outcome.idle_s) * outcome.chips_per_replica, "it", chip_time)
     done = status == FINISHED
@@ -264,15 +302,19 @@ def check_tokens(outcome: Outcome, computed: int, emitted: int) -> None:
     Raises
     ------
     ConservationError
-        If tokens to compute (prompt − cached + output − 1 of each) or to emit are not those the steps counted.
+        If tokens to compute (prompt − cached + output − 1 of each, and rejected drafts) or to emit are not those the
+        steps counted.
     """
-    wanted = computed + int(outcome.total("recomputed_tokens") + outcome.total("abandoned_tokens"))
+    rejected = sum(replica.speculation.rejected_tokens for replica in outcome.replicas if replica.speculation)
+    wanted = computed + int(outcome.total("recomputed_tokens") + outcome.total("abandoned_tokens")) + rejected
     found = int(outcome.total("dense_tokens"))
     if wanted != found:
         raise ConservationError(f"steps computed {found} tokens, finished and abandoned requests needed {wanted}")
     emitted += int(outcome.total("abandoned_outputs"))
-    if emitted != int(outcome.total("rows")):
-        raise ConservationError(f"{int(outcome.total('rows'))} logit rows, but {emitted} tokens were emitted")
+    if emitted + rejected != int(outcome.total("rows")):
+        raise ConservationError(
+            f"{int(outcome.total('rows'))} logit rows, but {emitted} tokens were emitted and {rejected} drafts rejected"
+        )
 
 
 def demand_equal(left: str, a: float, right: str, b: float) -> None:

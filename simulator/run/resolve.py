@@ -26,7 +26,9 @@ from simulator.roofline.precision import parse_precision
 from simulator.roofline.sharded_cost import compile_sharded
 from simulator.roofline.sharding import Sharding
 from simulator.roofline.step_cost import StepCost
+from simulator.run.kv_memory import block_bytes, cache_tier, host_swap
 from simulator.run.scenario import EfficiencyOptions, EngineOptions, Scenario
+from simulator.run.speculation import ResolvedSpeculation, assumptions_of, resolve_speculation
 from simulator.run.summarise import Facts
 
 
@@ -44,6 +46,7 @@ class Resolved:
     """What the engine runs on."""
     cost: StepCost
     """The same as one table: of a pipeline, the sum of its stages."""
+    speculation: ResolvedSpeculation | None
     ideal_cost: StepCost
     """The same deployment with every efficiency at 1 and no overheads."""
 
@@ -86,6 +89,7 @@ def resolve(scenario: Scenario) -> Resolved:
         block_size=engine.block_size,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         workspace_bytes=engine.workspace_bytes,
+        decode_tokens=1 if engine.speculation is None else engine.speculation.decode_tokens,
         overlap=scenario.sharding.overlap,
         kv_layout=scenario.sharding.kv_layout,
         sequence_parallel=scenario.sharding.sequence_parallel,
@@ -117,6 +121,22 @@ def resolve(scenario: Scenario) -> Resolved:
                 f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
                 f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
             )
+    cost = _compile(deployment, sharded) if profile is None else apply_profile(kernel_cost(deployment), profile)
+    drafting = None
+    if engine.speculation is not None:
+        if sharded is not None or isinstance(cost, PipelineCost):
+            raise InputError(
+                f"{scenario.name}: engine.speculation with sharding {sharding}: drafts are priced for replicas of one part; leave "
+                "one of them out"
+            )
+        if profile is not None:
+            raise InputError(
+                f"{scenario.name}: engine.speculation and engine.profile = {profile.name!r}: what an engine adds to a step was "
+                "measured without drafts; leave one of them out"
+            )
+        drafting = resolve_speculation(engine.speculation, deployment, cost, check_memory=override is None)
+        cost = drafting.with_other_slice(cost)
+        blocks = drafting.fit.kv_blocks if override is None else blocks
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
     settings = EngineSettings(
         max_num_seqs=engine.max_num_seqs,
@@ -129,12 +149,15 @@ def resolve(scenario: Scenario) -> Resolved:
         cache_outputs=engine.cache_outputs,
         rank_routing=engine.rank_routing,
         expert_skew=_expert_skew(scenario),
+        speculation=drafting.plan if drafting else None,
         scheduling=engine.scheduling,
         host=HostOverheads(**engine.host.model_dump()),
         retries=scenario.clients.retries,
+        swap=host_swap(deployment, engine),
+        tiers=tuple(cache_tier(deployment, tier) for tier in engine.cache_tiers),
+        load_policy=engine.load_policy,
     )
     ideal = _compile(*lay(efficiency=IDEAL))
-    cost = _compile(deployment, sharded) if profile is None else apply_profile(kernel_cost(deployment), profile)
     return Resolved(
         scenario=scenario,
         slice=a_slice,
@@ -143,6 +166,7 @@ def resolve(scenario: Scenario) -> Resolved:
         settings=settings,
         engine_cost=cost,
         cost=_one_table(cost),
+        speculation=drafting,
         ideal_cost=_one_table(ideal),
     )
 
@@ -243,9 +267,11 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
         cost=resolved.cost,
         ideal_cost=resolved.ideal_cost,
         settings=resolved.settings,
+        kv_block_bytes=block_bytes(d),
         slo=scenario.slo,
         prices=prices,
         options=scenario.run,
+        speculation_method=scenario.engine.speculation.method if scenario.engine.speculation else "",
         usd_per_chip_hour=usd_per_chip_hour,
         price_source="scenario" if prices.usd_per_chip_hour else _quote_text(quote),
         peak_power_w=peak_w,
@@ -314,6 +340,8 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
     if scenario.engine.num_gpu_blocks_override is None:
         value = f"{scenario.engine.workspace_bytes / 1e9:g} GB per chip"
         found.append(Assumption(what="engine.workspace_bytes", value=value, kind="assumed", source="scenario default"))
+    if scenario.engine.speculation is not None:
+        found += assumptions_of(scenario.engine.speculation)
     if scenario.engine.policy == "sjf":
         sigma = scenario.engine.length_prediction_sigma
         value = f"log-normal error, sigma {sigma:g}" if sigma else "oracle: the true lengths"

@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from simulator.catalog.engines import load_engine
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
@@ -22,7 +22,9 @@ from simulator.engine.scheduling import HostOverheads, Scheduling
 from simulator.errors import InputError
 from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
 from simulator.run.clients import ClientOptions
+from simulator.run.kv_memory import TierOptions
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
+from simulator.run.speculation import SpeculationOptions
 from simulator.traffic import TrafficSpec
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -82,6 +84,10 @@ class HostOptions(Record):
     """Between a token and its arrival at the client."""
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class EngineOptions(Record):
     """``[engine]``: vLLM's settings, under vLLM's names."""
 
@@ -101,6 +107,18 @@ class EngineOptions(Record):
     """Whether the prefix cache keeps blocks with output tokens."""
     rank_routing: Literal["round-robin", "least-loaded"] = "round-robin"
     """How requests are spread over attention ranks (``sharding.dp``)."""
+    preemption: Literal["recompute", "swap"] = "recompute"
+    """``swap``: copy the blocks of preempted requests to host memory instead of computing them again."""
+    host_blocks: Annotated[int, Field(ge=0)] | None = None
+    """KV blocks of host memory for them; needed by ``swap``."""
+    swap_bandwidth_bytes_per_s: PositiveFloat | None = None
+    """Of the whole replica; None: the chips' PCIe links together. [bytes/s]"""
+    swap_overlap: bool = False
+    """Whether copies run beside the step's computation."""
+    cache_tiers: Annotated[tuple[TierOptions, ...], BeforeValidator(_as_tuple)] = ()
+    """Memory that keeps what the prefix cache evicts, the nearest first."""
+    load_policy: Literal["always", "never", "cheaper"] = "cheaper"
+    """Whether blocks in a tier are loaded or computed again."""
     policy: Literal["fcfs", "priority", "sjf", "edf", "fair"] = "fcfs"
     """Who is served next: first come, smallest class, fewest predicted tokens, earliest deadline, least-served tenant."""
     preempt_lower: bool = Scheduling.preempt_lower
@@ -124,6 +142,8 @@ class EngineOptions(Record):
     """KV blocks, the null block included, instead of what fits in memory. Memory is then not checked."""
     workspace_bytes: Annotated[float, Field(ge=0)] = WORKSPACE_BYTES
     """Memory per chip that is neither weights, activations nor KV cache. [bytes]"""
+    speculation: SpeculationOptions | None = None
+    """Speculative decoding; None: off."""
 
     @model_validator(mode="before")
     @classmethod
@@ -138,6 +158,12 @@ class EngineOptions(Record):
             "workspace_bytes": profile.workspace_bytes,
         }
         return {**defaults, **data}
+
+    @model_validator(mode="after")
+    def _swap_has_room(self) -> "EngineOptions":
+        if (self.preemption == "swap") != (self.host_blocks is not None):
+            raise ValueError(f'host_blocks = {self.host_blocks}: to be stated with preemption = "swap", and only then')
+        return self
 
     @model_validator(mode="after")
     def _budget_covers_a_full_batch(self) -> "EngineOptions":
@@ -316,15 +342,12 @@ def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _absolute_paths(data: dict[str, Any], base: Path) -> None:
-    """Make the file names in a scenario absolute: the model's, the chip's, the profile's, the mix's and the trace's."""
-    model, sliced, traffic = data.get("model"), data.get("slice"), data.get("traffic")
-    if isinstance(model, str) and (model.endswith((".toml", ".json")) or "/" in model):
-        data["model"] = _absolute(model, base)
-    if isinstance(sliced, str):
-        chip, colon, shape = sliced.rpartition(":")
-        if chip.endswith(".toml") or "/" in chip:
-            data["slice"] = f"{_absolute(chip, base)}{colon}{shape}"
-    engine = data.get("engine")
+    """Make the file names in a scenario absolute: the models', the chips', the profile's, the mix's and the trace's."""
+    traffic, engine = data.get("traffic"), data.get("engine")
+    drafting = engine.get("speculation") if isinstance(engine, dict) else None
+    for table in (data, drafting):
+        if isinstance(table, dict):
+            _absolute_model_and_slice(table, base)
     profile = engine.get("profile") if isinstance(engine, dict) else None
     if isinstance(profile, str) and (profile.endswith(".toml") or "/" in profile):
         data["engine"] = {**data["engine"], "profile": _absolute(profile, base)}
@@ -337,6 +360,16 @@ def _absolute_paths(data: dict[str, Any], base: Path) -> None:
         traffic["trace"] = _absolute(trace, base)
     elif isinstance(trace, dict) and isinstance(trace.get("file"), str):
         trace["file"] = _absolute(trace["file"], base)
+
+
+def _absolute_model_and_slice(table: dict[str, Any], base: Path) -> None:
+    model, sliced = table.get("model"), table.get("slice")
+    if isinstance(model, str) and (model.endswith((".toml", ".json")) or "/" in model):
+        table["model"] = _absolute(model, base)
+    if isinstance(sliced, str):
+        chip, colon, shape = sliced.rpartition(":")
+        if chip.endswith(".toml") or "/" in chip:
+            table["slice"] = f"{_absolute(chip, base)}{colon}{shape}"
 
 
 def _absolute(text: str, base: Path) -> str:

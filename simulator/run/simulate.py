@@ -24,6 +24,7 @@ from simulator.results.tables import Table
 from simulator.run.outcome import Outcome, requests_table, split
 from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
 from simulator.run.scenario import Scenario
+from simulator.run.speculation import with_acceptance
 from simulator.run.statistics import between_seeds
 from simulator.run.summarise import summarise
 from simulator.run.window import cut_window
@@ -147,7 +148,7 @@ def _run_once(
     if len(stream) == 0:
         raise InputError(f"{scenario.name}: the traffic has no requests")
     check_contradictions(scenario, stream.concurrency)
-    requests = as_requests(stream, client_columns(scenario, stream.output_tokens, seed))
+    requests = scenario_requests(scenario, stream, seed)
     window = _itl_window_s(requests, scenario)
     outcome = simulate_fleet(resolved, requests, workers=workers, itl_window_s=window)
     finished = int((outcome.column("status") == FINISHED).sum())
@@ -198,6 +199,12 @@ def _source(text: str, scenario: Scenario) -> str:
         if path:
             text = text.replace(path, Path(path).name)
     return text
+
+
+def scenario_requests(scenario: Scenario, stream: Stream, seed: int) -> Requests:
+    """A scenario's stream as the engine takes it, with what its clients add and what is drawn for each request."""
+    requests = as_requests(stream, client_columns(scenario, stream.output_tokens, seed))
+    return with_acceptance(requests, scenario.engine.speculation, seed)
 
 
 def client_columns(scenario: Scenario, output_tokens: NDArray[np.int64], seed: int) -> dict[str, NDArray[Any]]:
@@ -311,6 +318,8 @@ _SECTIONS = (
     "occupancy",
     "utilisation",
     "prefix_cache",
+    "speculation",
+    "kv_memory",
     "chip_seconds_per_query",
     "prices",
     "energy",
@@ -353,8 +362,11 @@ def _input_digests(scenario: Scenario) -> dict[str, str]:
     """SHA-256 of the user's own files that a scenario names."""
     chip = scenario.slice.rpartition(":")[0]
     trace = scenario.traffic.trace
+    drafting = scenario.engine.speculation
     candidates = {
         "model": scenario.model,
+        "engine.speculation.model": drafting.model if drafting else None,
+        "engine.speculation.slice": (drafting.slice or "").rpartition(":")[0] if drafting else None,
         "slice": chip,
         "traffic.mix": scenario.traffic.mix,
         "traffic.trace": trace.file if trace else None,

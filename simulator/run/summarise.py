@@ -10,11 +10,13 @@ from simulator.engine.records import EngineSettings, itl_mean_s, itl_quantiles_s
 from simulator.results.summary import (
     Assumption,
     Breakdown,
+    CacheTier,
     ChipSeconds,
     Deployment,
     Distribution,
     Energy,
     Estimate,
+    KvMemory,
     Latency,
     Ledger,
     Load,
@@ -22,6 +24,7 @@ from simulator.results.summary import (
     PrefixCache,
     Prices,
     Slo,
+    Speculation,
     Status,
     Summary,
     Throughput,
@@ -58,6 +61,8 @@ class Facts:
         price of a chip, None if it has none.
     peak_power_w, idle_power_w, power_source
         of one chip; None if not published.
+    kv_block_bytes
+        bytes of a KV block on all chips of a replica. [bytes]
     """
 
     scenario: str
@@ -71,9 +76,11 @@ class Facts:
     options: RunOptions
     usd_per_chip_hour: float | None = None
     price_source: str = ""
+    speculation_method: str = ""
     peak_power_w: float | None = None
     idle_power_w: float | None = None
     power_source: str = ""
+    kv_block_bytes: float = 0.0
     assumptions: tuple[Assumption, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -120,7 +127,8 @@ def compose(
     cost = facts.cost
     arrivals = Arrivals(sums.accepted, sums.first_accepted_s, sums.last_accepted_s)
     load = measure_load(outcome, measured, arrivals, capacity)
-    work = total_work(outcome, cost, sums.useful_pairs)
+    plan = facts.settings.speculation
+    work = total_work(outcome, cost, sums.useful_pairs, plan.cost if plan else None)
     energy, busy_power_w = _energy(outcome, work, sums, facts)
     latency = None if load.overloaded else _latency(outcome, sums, measured)
     slo = None if load.overloaded else _slo(sums, measured, facts.slo)
@@ -146,6 +154,8 @@ def compose(
         occupancy=_occupancy(outcome, measured, facts),
         utilisation=utilisation(outcome, cost, work),
         prefix_cache=_prefix_cache(outcome, facts),
+        speculation=_speculation(outcome, sums, facts),
+        kv_memory=_kv_memory(outcome, facts),
         chip_seconds_per_query=_chip_seconds(outcome, sums),
         prices=_prices(outcome, sums, facts),
         energy=energy,
@@ -172,6 +182,7 @@ def _latency(outcome: Outcome, sums: Tally, measured: Measured) -> Latency:
         ttft_s=column("ttft_s"),
         tpot_s=column("tpot_s"),
         itl_s=_itl(outcome, sums),
+        itl_pass_s=_itl(outcome, sums, per_pass=True) if outcome.speculates else None,
         e2e_s=column("e2e_s"),
         queue_s=column("queue_s"),
         one_token_outputs=sums.one_token_outputs,
@@ -185,12 +196,16 @@ def _without_intervals(found: Distribution, reason: str) -> Distribution:
     return found.model_copy(update=update)
 
 
-def _itl(outcome: Outcome, sums: Tally) -> Distribution:
+def _itl(outcome: Outcome, sums: Tally, *, per_pass: bool = False) -> Distribution:
     """Percentiles from the histogram of the measured window, or else of the whole run.
 
     The whole run's mean is exact: time from first to last token over the gaps between; the window's is of the histogram.
+    Tokens of one pass of speculative decoding come together: 0 s apart (bin 0), or one value, ``per_pass``.
     """
     counts = outcome.itl_counts if outcome.itl_counts_measured is None else outcome.itl_counts_measured
+    together = int(counts[0]) if per_pass else 0
+    if per_pass:
+        counts = np.where(np.arange(len(counts)) > 0, counts, 0)
     n = int(counts.sum())
     where = "whole run" if outcome.itl_counts_measured is None else "measured window"
     why = f"counted in a histogram over the {where}; replications (--seeds) give intervals"
@@ -198,7 +213,8 @@ def _itl(outcome: Outcome, sums: Tally) -> Distribution:
         Estimate(value=float(v) if n else None, reason=why if n else "no values")
         for v in itl_quantiles_s(counts, np.array([0.50, 0.90, 0.95, 0.99]))
     )
-    mean_s = sums.decoding_s / sums.gaps if sums.gaps else 0.0
+    gaps = sums.gaps - together
+    mean_s = sums.decoding_s / gaps if gaps else 0.0
     if outcome.itl_counts_measured is not None and n:
         mean_s = itl_mean_s(counts)
     mean = Estimate(value=mean_s if n else None, reason=why if n else "no values")
@@ -279,6 +295,56 @@ def _prefix_cache(outcome: Outcome, facts: Facts) -> PrefixCache | None:
         evicted_blocks=int(outcome.total("evicted_blocks")),
         saved_chip_s=saved,
         saved_busy_fraction=saved / busy,
+    )
+
+
+def _speculation(outcome: Outcome, sums: Tally, facts: Facts) -> Speculation | None:
+    found, plan = outcome.speculation, facts.settings.speculation
+    if found is None or plan is None:
+        return None
+    passes = max(int(found.sequence_passes.sum()), 1)
+    return Speculation(
+        method=facts.speculation_method,
+        draft_tokens=plan.survival.shape[2],
+        tokens_per_pass=1 + found.extra_tokens / passes,
+        drafts_per_pass=found.drafted_tokens / passes,
+        accepted_fraction=found.extra_tokens / found.drafted_tokens if found.drafted_tokens else None,
+        passes_without_drafts_fraction=float(found.sequence_passes[0]) / passes,
+        drafted_tokens=found.drafted_tokens,
+        rejected_tokens=found.rejected_tokens,
+        draft_share_of_busy=found.draft_s / outcome.busy_s,
+        wasted_chip_s_per_query=float(found.wasted_s.sum()) * outcome.chips_per_replica / sums.finished,
+        wasted_share_of_busy=float(found.wasted_s.sum()) / outcome.busy_s,
+    )
+
+
+def _kv_memory(outcome: Outcome, facts: Facts) -> KvMemory | None:
+    settings, bytes_ = facts.settings, facts.kv_block_bytes
+    if settings.swap is None and not settings.tiers:
+        return None
+
+    def total(name: str) -> float:
+        return sum(replica.totals.get(name, 0) for replica in outcome.replicas)
+
+    loads = int(total("loads"))
+    loading_s = float(sum(replica.load_s.sum() for replica in outcome.replicas))
+    return KvMemory(
+        swap_out_bytes=total("swap_out_blocks") * bytes_,
+        swap_in_bytes=total("swap_in_blocks") * bytes_,
+        swap_fallbacks=int(total("swap_fallbacks")),
+        swap_time_fraction=total("swap_s") / outcome.busy_s,
+        tiers=[
+            CacheTier(
+                name=tier.name,
+                hit_tokens=int(total(f"tier{i}_loaded_blocks")) * settings.block_size,
+                stored_bytes=total(f"tier{i}_stored_blocks") * bytes_,
+                loaded_bytes=total(f"tier{i}_loaded_blocks") * bytes_,
+            )
+            for i, tier in enumerate(settings.tiers)
+        ],
+        loads=loads,
+        loads_declined=int(total("loads_declined")),
+        mean_load_s=loading_s / loads if loads else None,
     )
 
 

@@ -1,0 +1,46 @@
+"""The reference engine's host memory for preempted requests, written from docs/engine-kv-memory.md (rules E1 to E4)."""
+
+from simulator.engine.kv_memory import HostSwap
+
+
+class HostPool:
+    """What of which request is in host memory, and the copies of the step being scheduled. Requests are named by their rows."""
+
+    def __init__(self, settings: HostSwap) -> None:
+        self.settings = settings
+        self.held: dict[int, int] = {}
+        """Blocks in host memory."""
+        self.copies: list[tuple[int, int]] = []
+        """Rows and blocks that the step copies, out or in."""
+        self.delay_s = 0.0
+        """Time by which the latest step was lengthened."""
+        names = ("swap_out_blocks", "swap_in_blocks", "swap_fallbacks", "max_host_blocks")
+        self.counts: dict[str, float] = dict.fromkeys(names, 0) | {"swap_s": 0.0}
+
+    def copy_out(self, row: int, blocks: int) -> bool:
+        """Keep a preempted request's blocks, if there is room; return whether there was (E1)."""
+        if sum(self.held.values()) + blocks > self.settings.blocks:
+            self.counts["swap_fallbacks"] += 1
+            return False
+        self.held[row] = blocks
+        self.copies.append((row, blocks))
+        self.counts["swap_out_blocks"] += blocks
+        self.counts["max_host_blocks"] = max(self.counts["max_host_blocks"], sum(self.held.values()))
+        return True
+
+    def copy_in(self, row: int, hits: int) -> None:
+        """Bring a request's blocks back, but for those it found in the prefix cache (E2)."""
+        blocks = max(self.held.pop(row) - hits, 0)
+        if blocks:
+            self.copies.append((row, blocks))
+        self.counts["swap_in_blocks"] += blocks
+
+    def end_copies(self, step_s: float) -> dict[int, float]:
+        """Close the copies of a step that would last ``step_s``; return each row's share of the delay (E3, E4)."""
+        total = sum(blocks for _, blocks in self.copies)
+        copying_s = total * self.settings.block_s
+        self.delay_s = max(0.0, copying_s - step_s) if self.settings.overlapped else copying_s
+        self.counts["swap_s"] += self.delay_s
+        shares = {row: self.delay_s * blocks / total for row, blocks in self.copies}
+        self.copies.clear()
+        return shares

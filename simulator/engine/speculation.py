@@ -1,0 +1,459 @@
+"""Speculative decoding in the skip-ahead engine: sequences that grow by different, broken numbers of tokens per step.
+
+Progress is counted in units of 2**-16 tokens (P3 of ``docs/engine-speculation.md``). A sequence's rate is constant while the
+level is, so the batch's keys S still grow by the same amount in every step. What the plain engine keeps by residues of block size and by
+windows that grow one key per step is kept here for each sequence:
+
+* a ring of lists says which sequences take KV blocks at which step: a sequence gains at least a token per step, so its next block is at
+  most ``block_size`` steps away. Taking a block is O(1), a step without one costs one look at the ring;
+* a heap holds the steps at which windows fill up, or start over.
+
+Nothing here knows the queue or the clock. Functions are compiled apart from the engine's loop and take few arrays, which is what
+keeps both the calls and the compilation short.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from simulator.engine.heaps import pop_key, push_key
+from simulator.engine.jit import compiled, inlined
+from simulator.engine.progressions import blocks_for
+
+UNIT_BITS = 16
+UNIT = 1 << UNIT_BITS
+PER_TOKEN = 1.0 / UNIT
+SLOT_BITS = 20
+"""As in the engine's finish keys: step << SLOT_BITS | slot."""
+SLOT_MASK = (1 << SLOT_BITS) - 1
+
+# indices into Batch.ints; contexts and rates are in units of 2**-16 tokens
+LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT, N_SPEC_INTS = range(9)
+# columns of Batch.slots
+(
+    BASE,
+    PROGRESS,
+    RATE,
+    SINCE,
+    BLOCKS,
+    NEED,
+    BLOCK_STEP,
+    RING_AFTER,
+    RING_BEFORE,
+    SEEN,
+    SEEN_SINCE,
+    GROWING,
+    EVENT_STEP,
+    N_SLOT_COLUMNS,
+) = range(14)
+# rows of Batch.ring
+RING_FIRST, RING_NEED = 0, 1
+# columns of Tariff.levels
+QUERIES, SEQ, WINDOW_SLOPE, N_LEVEL_COLUMNS = range(4)
+# layers of Tariff.draft_curve
+DRAFT_VALUE, DRAFT_SLOPE = 0, 1
+# indices into Tariff.floats: running sums of what rejected drafts cost, like those of shares in the engine's loop, and times
+SHARE_V, SHARE_D0, SHARE_D1, CHUNK_DRAFT, KEYS_DRAFT, N_SPEC_FLOATS = range(6)
+
+
+class Batch(NamedTuple):
+    """The sequences that decode.
+
+    Attributes
+    ----------
+    ints
+        level in force, and the batch's sums: see the indices above.
+    slots
+        [slots, columns] of a sequence: ``BASE`` prompt tokens less one, which is ``computed`` before any output; ``PROGRESS`` tokens emitted by step
+        ``SINCE``, and ``RATE`` per step; ``BLOCKS`` owned, ``NEED`` more at ``BLOCK_STEP``, neighbours in that step's list; ``SEEN``
+        windowed keys at ``SEEN_SINCE``, whether they are ``GROWING``, and the ``EVENT_STEP`` at which that changes.
+    ring
+        first sequence of the list of each step, and the blocks that the list needs.
+    events
+        heap of window events.
+    lookahead, mask, block_size
+        KV slots beyond the last token's; size of the ring less one; tokens per block.
+    window, chunked
+        keys that windowed layers see, 0 for none, and whether windows are chunks of the context.
+    """
+
+    ints: Any
+    slots: Any
+    ring: Any
+    events: Any
+    lookahead: int
+    mask: int
+    block_size: int
+    window: int
+    chunked: bool
+
+
+class Tariff(NamedTuple):
+    """What passes cost, who pays, and what was counted.
+
+    ``levels`` [levels, columns] and the curves ``value``, ``slope`` (verification and drafting together), ``draft_curve``, ``draft`` and ``chunk`` are
+    those of SpeculationCost; ``v`` [slots, 3] are the running sums of waste when a sequence was last settled; the rest as in SpeculationResult.
+    """
+
+    levels: Any
+    value: Any
+    slope: Any
+    draft_curve: Any
+    draft: Any
+    chunk: Any
+    floats: Any
+    v: Any
+    wasted: Any
+    passes: Any
+    keys: Any
+    chunk_steps: Any
+
+
+class Spec(NamedTuple):
+    """Speculative decoding of a replica; with ``on`` False all arrays are empty.
+
+    ``level_by_batch``; ``rates`` by class and level; ``classes`` by row, of length 0 if all are 0.
+    """
+
+    on: bool
+    batch: Batch
+    tariff: Tariff
+    level_by_batch: Any
+    rates: Any
+    classes: Any
+
+
+class DecodeTerms(NamedTuple):
+    """What the decoding sequences add to a step, its slope per key, and by how much it grows from step to step."""
+
+    seconds: float
+    slope: float
+    growth: float
+
+
+@inlined
+def _ring_remove(batch: Batch, slot: int) -> None:
+    """Take a sequence out of the list of its ``BLOCK_STEP``."""
+    slots, ring = batch.slots, batch.ring
+    at = slots[slot, BLOCK_STEP] & batch.mask
+    before, after = slots[slot, RING_BEFORE], slots[slot, RING_AFTER]
+    if before >= 0:
+        slots[before, RING_AFTER] = after
+    else:
+        ring[RING_FIRST, at] = after
+    if after >= 0:
+        slots[after, RING_BEFORE] = before
+    ring[RING_NEED, at] -= slots[slot, NEED]
+
+
+@inlined
+def _ring_place(batch: Batch, slot: int, step: int) -> None:
+    """Find the first step from ``step`` on at which a sequence lacks blocks (P2), and list it there."""
+    slots, ring = batch.slots, batch.ring
+    rate = slots[slot, RATE]
+    now = slots[slot, PROGRESS] + (step - slots[slot, SINCE]) * rate
+    room = slots[slot, BLOCKS] * batch.block_size - slots[slot, BASE] - batch.lookahead
+    missing = (room << UNIT_BITS) - now
+    passes = (missing + rate - 1) // rate if missing > 0 else 0
+    held = slots[slot, BASE] + ((now + passes * rate) >> UNIT_BITS) + 1 + batch.lookahead
+    need = blocks_for(held, batch.block_size) - slots[slot, BLOCKS]
+    at = (step + passes) & batch.mask
+    first = ring[RING_FIRST, at]
+    slots[slot, NEED] = need
+    slots[slot, BLOCK_STEP] = step + passes
+    slots[slot, RING_BEFORE] = -1
+    slots[slot, RING_AFTER] = first
+    if first >= 0:
+        slots[first, RING_BEFORE] = slot
+    ring[RING_FIRST, at] = slot
+    ring[RING_NEED, at] += need
+
+
+@compiled
+def take_own_blocks(batch: Batch, slot: int, step: int) -> None:
+    """Let one sequence take the blocks it needs at ``step``."""
+    _ring_remove(batch, slot)
+    batch.slots[slot, BLOCKS] += batch.slots[slot, NEED]
+    _ring_place(batch, slot, step)
+
+
+@compiled
+def take_blocks_of_step(batch: Batch, step: int) -> None:
+    """Let every sequence take the blocks it needs at ``step``."""
+    at = step & batch.mask
+    slot = batch.ring[RING_FIRST, at]
+    batch.ring[RING_FIRST, at] = -1
+    batch.ring[RING_NEED, at] = 0
+    while slot >= 0:
+        after = batch.slots[slot, RING_AFTER]
+        batch.slots[slot, BLOCKS] += batch.slots[slot, NEED]
+        _ring_place(batch, slot, step)
+        slot = after
+
+
+@compiled
+def take_blocks_of_steps(
+    batch: Batch, step: int, k: int, free: int, owned: int, d0: float, q: float
+) -> tuple[int, int, float]:
+    """Take blocks for up to ``k`` steps of lengths d0, d0 + q, …, as many as ``free`` blocks allow.
+
+    Returns the steps taken, the blocks then owned, and Σ over the steps of (blocks owned) × (step length). The first step must fit.
+    """
+    total = 0.0
+    first = 0
+    for j in range(k):
+        need = batch.ring[RING_NEED, (step + j) & batch.mask]
+        if need > 0:
+            if need > free:
+                k = j
+                break
+            total += owned * ((j - first) * d0 + q * (0.5 * (j * (j - 1) - first * (first - 1))))
+            first = j
+            take_blocks_of_step(batch, step + j)
+            free -= need
+            owned += need
+    total += owned * ((k - first) * d0 + q * (0.5 * (k * (k - 1) - first * (first - 1))))
+    return k, owned, total
+
+
+@compiled
+def _window_event(batch: Batch, slot: int, step: int) -> None:
+    """Set a sequence's windowed keys at ``step``, and note when they stop growing, or start over (P4)."""
+    slots, ints = batch.slots, batch.ints
+    rate = slots[slot, RATE]
+    context = _context(slots, slot) + (step - slots[slot, SINCE]) * rate
+    full = batch.window << UNIT_BITS
+    seen = (context - UNIT) % full + UNIT if batch.chunked else min(context, full)
+    ends = full + UNIT if batch.chunked else full
+    growing = 1 if seen < ends else 0
+    slots[slot, SEEN] = seen
+    slots[slot, SEEN_SINCE] = step
+    slots[slot, GROWING] = growing
+    ints[SEEN_KEYS] += seen
+    ints[SEEN_RATES] += growing * rate
+    if growing == 0:
+        slots[slot, EVENT_STEP] = -1
+        return
+    slots[slot, EVENT_STEP] = step + (ends - seen + rate - 1) // rate
+    if ints[N_WINDOW_EVENTS] == len(batch.events):
+        size = 0
+        for i in range(ints[N_WINDOW_EVENTS]):
+            key = batch.events[i]
+            if slots[key & SLOT_MASK, EVENT_STEP] == key >> SLOT_BITS:
+                size = push_key(batch.events, size, key)
+        ints[N_WINDOW_EVENTS] = size
+    key = slots[slot, EVENT_STEP] << SLOT_BITS | slot
+    ints[N_WINDOW_EVENTS] = push_key(batch.events, ints[N_WINDOW_EVENTS], key)
+
+
+@inlined
+def _forget_window(batch: Batch, slot: int) -> None:
+    """Take a sequence's windowed keys out of the sums; they must hold at the present step."""
+    slots, ints = batch.slots, batch.ints
+    ints[SEEN_KEYS] -= slots[slot, SEEN]
+    ints[SEEN_RATES] -= slots[slot, GROWING] * slots[slot, RATE]
+    slots[slot, EVENT_STEP] = -1
+
+
+@inlined
+def _context(slots: Any, slot: int) -> int:
+    """Keys that a sequence's last token sees at the step ``SINCE``, in units."""
+    return int(((slots[slot, BASE] + 1) << UNIT_BITS) + slots[slot, PROGRESS])
+
+
+@inlined
+def _settle_window(batch: Batch, slope: float, slot: int, step: int) -> float:
+    """Bring a sequence's windowed keys to ``step``; return what it pays for those since it was last settled."""
+    slots = batch.slots
+    n = step - slots[slot, SEEN_SINCE]
+    grows = slots[slot, GROWING] * slots[slot, RATE]
+    keys = (n * slots[slot, SEEN] + grows * (n * (n - 1) // 2)) * PER_TOKEN
+    slots[slot, SEEN] += n * grows
+    slots[slot, SEEN_SINCE] = step
+    return float(slope * keys)
+
+
+@inlined
+def mark(floats: Any, v: Any, slot: int) -> None:
+    """Remember the running sums of waste at which a sequence starts, or goes on."""
+    v[slot, 0] = floats[SHARE_V]
+    v[slot, 1] = floats[SHARE_D0]
+    v[slot, 2] = floats[SHARE_D1]
+
+
+@compiled
+def settle(
+    batch: Batch, levels: Any, floats: Any, v: Any, slot: int, step: int, origin: int, w: float, r0: float, r1: float
+) -> tuple[float, float]:
+    """Bring a sequence's progress to ``step``; return its share of the steps since it was last settled, and what of it is waste (P5).
+
+    ``w``, ``r0`` and ``r1`` are what the batch's running sums of shares have gained meanwhile; r1 counts steps from ``origin``.
+    """
+    slots = batch.slots
+    level = batch.ints[LEVEL]
+    n = step - slots[slot, SINCE]
+    rate = slots[slot, RATE]
+    context = _context(slots, slot)
+    first = (context - (slots[slot, SINCE] - origin) * rate) * PER_TOKEN
+    pays = w + first * r0 + rate * PER_TOKEN * r1
+    if batch.window > 0:
+        pays += _settle_window(batch, levels[level, WINDOW_SLOPE], slot, step)
+    wasted = 0.0
+    q = levels[level, QUERIES]
+    if level > 0:
+        keys_s = first * (floats[SHARE_D0] - v[slot, 1]) + rate * PER_TOKEN * (floats[SHARE_D1] - v[slot, 2])
+        wasted = (q - rate * PER_TOKEN) * (floats[SHARE_V] - v[slot, 0] + keys_s / (q - 1))
+    mark(floats, v, slot)
+    before = slots[slot, PROGRESS]
+    after = before + n * rate
+    slots[slot, PROGRESS] = after
+    slots[slot, SINCE] = step
+    batch.ints[EXTRA_TOKENS] += (after >> UNIT_BITS) - (before >> UNIT_BITS) - n
+    return pays, wasted
+
+
+@inlined
+def emitted_of(batch: Batch, slot: int) -> int:
+    """Tokens a settled sequence has emitted."""
+    return int(batch.slots[slot, PROGRESS] >> UNIT_BITS)
+
+
+@inlined
+def passes_left(batch: Batch, slot: int, output: int) -> int:
+    """Passes until a settled sequence has emitted ``output`` tokens."""
+    rate = batch.slots[slot, RATE]
+    return int(((output << UNIT_BITS) - batch.slots[slot, PROGRESS] + rate - 1) // rate)
+
+
+@inlined
+def _add(batch: Batch, slot: int, step: int, rate: int) -> None:
+    """Add a settled sequence to the batch's sums."""
+    batch.slots[slot, RATE] = rate
+    batch.ints[KEYS] += _context(batch.slots, slot)
+    batch.ints[RATES] += rate
+    if batch.window > 0:
+        _window_event(batch, slot, step)
+    _ring_place(batch, slot, step)
+
+
+@compiled
+def join(batch: Batch, slot: int, step: int, rate: int, prompt: int, emitted: int) -> None:
+    """Let a sequence start decoding with ``emitted`` tokens; the fraction of its earlier progress stays (P3)."""
+    slots = batch.slots
+    slots[slot, BASE] = prompt - 1
+    slots[slot, PROGRESS] = (emitted << UNIT_BITS) | (slots[slot, PROGRESS] & (UNIT - 1))
+    slots[slot, BLOCKS] = blocks_for(prompt + emitted - 1, batch.block_size)
+    slots[slot, SINCE] = step
+    _add(batch, slot, step, rate)
+
+
+@compiled
+def leave(batch: Batch, slot: int) -> None:
+    """Take a settled sequence out of the batch; its blocks are the caller's to free."""
+    batch.ints[KEYS] -= _context(batch.slots, slot)
+    batch.ints[RATES] -= batch.slots[slot, RATE]
+    if batch.window > 0:
+        _forget_window(batch, slot)
+    _ring_remove(batch, slot)
+    batch.slots[slot, BLOCK_STEP] = -1
+
+
+@compiled
+def change_rate(batch: Batch, slot: int, step: int, rate: int) -> None:
+    """Let a settled sequence go on at another rate."""
+    leave(batch, slot)
+    _add(batch, slot, step, rate)
+
+
+@inlined
+def cut_surplus(batch: Batch, slot: int, output: int) -> None:
+    """Take what the last pass of a finished sequence gave beyond its ``output`` off the count."""
+    batch.ints[EXTRA_TOKENS] -= emitted_of(batch, slot) - output
+
+
+@compiled
+def pass_window_events(batch: Batch, levels: Any, step: int, busy: Any, rows: Any) -> None:
+    """Bring windowed sums to ``step``, charging the sequences whose window fills or starts over for their keys so far."""
+    ints = batch.ints
+    while ints[N_WINDOW_EVENTS] > 0:
+        key = batch.events[0]
+        slot = key & SLOT_MASK
+        due = key >> SLOT_BITS
+        holds = batch.slots[slot, EVENT_STEP] == due
+        if holds and due > step:
+            return
+        ints[N_WINDOW_EVENTS] = pop_key(batch.events, ints[N_WINDOW_EVENTS])
+        if holds:
+            busy[rows[slot]] += _settle_window(batch, levels[ints[LEVEL], WINDOW_SLOPE], slot, step)
+            _forget_window(batch, slot)
+            _window_event(batch, slot, step)
+
+
+@compiled
+def steps_in_reach(batch: Batch, next_knot: float, step: int, k: int) -> int:
+    """Steps, at most k, until S reaches a knot of the cost curve or a window is crossed."""
+    ints = batch.ints
+    if next_knot < math.inf:
+        edge = math.ceil(next_knot * UNIT)
+        k = min(k, (edge - ints[KEYS] + ints[RATES] - 1) // ints[RATES])
+    while ints[N_WINDOW_EVENTS] > 0:
+        key = batch.events[0]
+        if batch.slots[key & SLOT_MASK, EVENT_STEP] == key >> SLOT_BITS:
+            return int(min(k, (key >> SLOT_BITS) - step))
+        ints[N_WINDOW_EVENTS] = pop_key(batch.events, ints[N_WINDOW_EVENTS])
+    return k
+
+
+@inlined
+def decode_terms(spec: Spec, knots: Any, knot: int, size: int) -> DecodeTerms:
+    """Verification's attention and drafting of ``size`` sequences (P4) on the piece of the cost curve that starts at ``knot``."""
+    ints, tariff = spec.batch.ints, spec.tariff
+    level = ints[LEVEL]
+    slope = tariff.slope[level, knot]
+    seconds = tariff.value[level, knot] + slope * (ints[KEYS] * PER_TOKEN - knots[knot])
+    seconds += tariff.levels[level, SEQ] * size + tariff.draft[level, size]
+    growth = slope * (ints[RATES] * PER_TOKEN)
+    window_slope = tariff.levels[level, WINDOW_SLOPE]
+    seconds += window_slope * (ints[SEEN_KEYS] * PER_TOKEN)
+    growth += window_slope * (ints[SEEN_RATES] * PER_TOKEN)
+    return DecodeTerms(seconds, slope, growth)
+
+
+@inlined
+def fixed_share(spec: Spec, knots: Any, knot: int, size: int, slope: float, per_token: float) -> float:
+    """What each of ``size`` sequences pays for a step whatever its context; ``per_token`` includes the token's logit row (P5)."""
+    tariff = spec.tariff
+    level = spec.batch.ints[LEVEL]
+    intercept = tariff.value[level, knot] + tariff.draft[level, size] - slope * knots[knot]
+    return float(tariff.levels[level, QUERIES] * per_token + tariff.levels[level, SEQ] + intercept / size)
+
+
+@inlined
+def count_passes(spec: Spec, knots: Any, knot: int, size: int, k: int, per_token: float, since_origin: int) -> None:
+    """Count k steps of ``size`` sequences, the first ``since_origin`` steps after the running sums', and let the batch's sums grow."""
+    ints, tariff = spec.batch.ints, spec.tariff
+    level = ints[LEVEL]
+    growth = 0.5 * (k * (k - 1))
+    tariff.passes[level, size] += k
+    tariff.keys[0, level] += (k * ints[KEYS] + ints[RATES] * growth) * PER_TOKEN
+    tariff.keys[1, level] += (k * ints[SEEN_KEYS] + ints[SEEN_RATES] * growth) * PER_TOKEN
+    if level > 0:
+        draft_slope = tariff.draft_curve[DRAFT_SLOPE, level, knot]
+        draft = tariff.draft_curve[DRAFT_VALUE, level, knot] + draft_slope * (ints[KEYS] * PER_TOKEN - knots[knot])
+        tariff.floats[KEYS_DRAFT] += k * draft + draft_slope * (ints[RATES] * PER_TOKEN) * growth
+        more = tariff.levels[level, QUERIES] - 1
+        intercept = tariff.draft_curve[DRAFT_VALUE, level, knot] - draft_slope * knots[knot]
+        fixed = (tariff.draft[level, size] + intercept) / (size * more)
+        tariff.floats[SHARE_V] += k * (per_token + fixed)
+        tariff.floats[SHARE_D0] += k * draft_slope
+        tariff.floats[SHARE_D1] += draft_slope * (k * since_origin + growth)
+    ints[KEYS] += k * ints[RATES]
+    ints[SEEN_KEYS] += k * ints[SEEN_RATES]
+
+
+@inlined
+def chunk_time(spec: Spec, tokens: int) -> float:
+    """The drafter's pass over a step's chunk tokens, counted."""
+    tariff = spec.tariff
+    tariff.chunk_steps[tokens] += 1
+    tariff.floats[CHUNK_DRAFT] += tariff.chunk[tokens]
+    return float(tariff.chunk[tokens])

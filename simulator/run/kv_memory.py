@@ -1,0 +1,81 @@
+"""Memory below HBM in scenarios: what ``[engine]`` says about it, in blocks and seconds of one deployment."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from simulator.catalog.records import Record
+from simulator.engine.kv_memory import HostSwap, Tier
+from simulator.errors import InputError, UnpriceableError
+from simulator.roofline.deployment import Deployment
+from simulator.roofline.memory import memory_fit
+
+if TYPE_CHECKING:
+    from simulator.catalog.chips import ChipSpec
+    from simulator.run.scenario import EngineOptions
+
+
+class TierOptions(Record):
+    """One of ``[[engine.cache_tiers]]``: memory that keeps what the prefix cache evicts from HBM."""
+
+    name: str = "host"
+    blocks: PositiveInt | None = None
+    """KV blocks it holds; or state ``capacity_bytes``."""
+    capacity_bytes: PositiveFloat | None = None
+    """Of the replica's share. [bytes]"""
+    bandwidth_bytes_per_s: PositiveFloat | None = None
+    """Of loading, the whole replica; None: the chips' PCIe links together. [bytes/s]"""
+    latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+def block_bytes(deployment: Deployment) -> float:
+    """Bytes of one KV block on all chips of a replica, all layers. [bytes]"""
+    fit = memory_fit(deployment)
+    return fit.block_size * fit.kv_bytes_per_token * deployment.slice.n_chips
+
+
+def host_bandwidth_bytes_per_s(deployment: Deployment) -> float:
+    """Bandwidth of all chips' PCIe links to their hosts, one direction. [bytes/s]
+
+    Raises
+    ------
+    UnpriceableError
+        If the chip's file does not state it.
+    """
+    chip: ChipSpec = deployment.slice.chip
+    if chip.host.pcie is None:
+        raise UnpriceableError(
+            f"{chip.name}: host.pcie is not published; state engine.swap_bandwidth_bytes_per_s, "
+            "or bandwidth_bytes_per_s of each of engine.cache_tiers"
+        )
+    return chip.host.pcie.si(f"{chip.name}: host.pcie", "bytes/s") * deployment.slice.n_chips
+
+
+def host_swap(deployment: Deployment, engine: "EngineOptions") -> HostSwap | None:
+    """Host memory for preempted requests; None where they are computed again."""
+    if engine.host_blocks is None:
+        return None
+    bandwidth = engine.swap_bandwidth_bytes_per_s or host_bandwidth_bytes_per_s(deployment)
+    block_s = block_bytes(deployment) / bandwidth
+    return HostSwap(engine.host_blocks, block_s=block_s, overlapped=engine.swap_overlap)
+
+
+def cache_tier(deployment: Deployment, options: TierOptions) -> Tier:
+    """A tier in blocks and seconds.
+
+    Raises
+    ------
+    InputError
+        If not exactly one of ``blocks`` and ``capacity_bytes`` is stated, or not even one block fits.
+    """
+    bytes_ = block_bytes(deployment)
+    where = f"engine.cache_tiers {options.name!r}"
+    if (options.blocks is None) == (options.capacity_bytes is None):
+        raise InputError(f"{where}: state one of blocks and capacity_bytes")
+    blocks = options.blocks if options.blocks is not None else int((options.capacity_bytes or 0.0) // bytes_)
+    if blocks < 1:
+        raise InputError(
+            f"{where}: capacity_bytes = {options.capacity_bytes} is less than a block of {bytes_:.0f} bytes"
+        )
+    bandwidth = options.bandwidth_bytes_per_s or host_bandwidth_bytes_per_s(deployment)
+    return Tier(blocks, block_s=bytes_ / bandwidth, latency_s=options.latency_s, name=options.name)

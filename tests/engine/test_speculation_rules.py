@@ -1,0 +1,272 @@
+"""Speculative decoding against what can be worked out by hand, and its data structures against plain Python."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulator.engine import speculation
+from simulator.engine.compiled import _new_spec, simulate
+from simulator.engine.records import EngineSettings, Speculation, itl_quantiles_s
+from simulator.engine.reference import simulate_reference
+from simulator.engine.scheduling import Scheduling
+from simulator.errors import InputError
+from simulator.roofline.acceptance import survival_of_rate, tokens_per_pass
+from simulator.roofline.speculation import SpeculationCost
+from tests.engine.engines import NAMES, engine
+from tests.engine.strategies import requests_of, step_cost
+
+SEQS, TOKENS = 64, 512
+BOTH = pytest.mark.parametrize("name", NAMES)
+
+
+def flat_cost(**window):
+    """One second per step, whatever it holds: times then count steps."""
+    dense = [0.0] + [1.0] * TOKENS
+    return step_cost(dense, [0.0] * (SEQS * 8), **window)
+
+
+def chain(depth, rate, *, levels=None, draft_s=0.0, classes=None):
+    """A chain of ``depth`` drafts; ``classes`` gives rates by class in place of ``rate``."""
+    rates = [rate] if classes is None else classes
+    survival = np.zeros((len(rates), depth + 1, depth))
+    for level in range(1, depth + 1):
+        survival[:, level, :level] = [survival_of_rate(a, level) for a in rates]
+    steps = np.arange(depth + 1)
+    draft = draft_s * steps[:, None] * (np.arange(SEQS + 1) > 0)
+    zeros = np.zeros(depth + 1)
+    prices = SpeculationCost(
+        queries=steps + 1,
+        knots=np.zeros(1),
+        value_s=zeros[:, None],
+        slope_s=zeros[:, None],
+        window_slope_s=zeros,
+        seq_s=zeros,
+        draft_s=draft,
+        draft_value_s=zeros[:, None],
+        draft_slope_s=zeros[:, None],
+        chunk_s=np.zeros(TOKENS + 1),
+    )
+    table = np.full(SEQS + 1, depth) if levels is None else np.array(levels)
+    return Speculation(prices, survival, table)
+
+
+def limits(plan, **changes):
+    return EngineSettings(**{"max_num_seqs": SEQS, "max_num_batched_tokens": TOKENS, "speculation": plan} | changes)
+
+
+@BOTH
+@pytest.mark.parametrize(("rate", "depth"), [(0.8, 4), (0.5, 1), (1.0, 3), (0.0, 3), (0.9, 7)])
+def test_mean_tokens_per_pass(name, rate, depth):
+    """(1 − α^(γ+1)) / (1 − α), Leviathan et al. 2023, equation (1)."""
+    result = engine(name)(flat_cost(), limits(chain(depth, rate)), requests_of([0.0], [8], [4001]))
+    passes = result.speculation.sequence_passes.sum()
+    assert 4000 / passes == pytest.approx(tokens_per_pass(rate, depth), rel=1e-3)
+    assert result.finish_s[0] == 1.0 + passes  # the prompt's step, and one second per pass
+
+
+@BOTH
+def test_passes_of_a_worked_example(name):
+    """2.5 tokens per pass: 2, 3, 2, 3 … after the prompt's one; the eighth is cut to the output's length."""
+    plan = chain(3, 0.0)
+    plan = replace(plan, survival=np.array([[[0.0] * 3, [0.0] * 3, [0.0] * 3, [1.0, 0.5, 0.0]]]))
+    result = engine(name)(flat_cost(), limits(plan), requests_of([0.0], [4], [10]))
+    # Emitted after each step: 1, 3, 6, 8, 10 (2.5 + 1 = 3.5, 6.0, 8.5, 11.0 rounded down, cut to 10).
+    assert result.finish_s[0] == 5.0
+    assert result.speculation.drafted_tokens == 4 * 3
+    assert result.speculation.extra_tokens == 9 - 4
+    assert result.itl_counts.sum() == 4  # one latency per pass …
+    by_tokens = result.itl_counts.copy()
+    by_tokens[0] += result.speculation.extra_tokens  # … and five of 0 s by tokens
+    assert itl_quantiles_s(by_tokens, np.array([0.5]))[0] == 0.0
+    assert itl_quantiles_s(by_tokens, np.array([0.9]))[0] == pytest.approx(1.0, rel=0.005)
+
+
+@BOTH
+def test_speed_up_at_batch_1_is_leviathans_walltime_factor(name):
+    """Theorem 3.8 at α = 0.8, γ = 5 and c = 1/16, with the cost of verification flat."""
+    simulate_with, long = engine(name), requests_of([0.0], [1], [5001])
+    plain = simulate_with(flat_cost(), limits(None), long).end_s
+    fast = simulate_with(flat_cost(), limits(chain(5, 0.8, draft_s=1 / 16)), long).end_s
+    assert plain / fast == pytest.approx(tokens_per_pass(0.8, 5) / (5 / 16 + 1), rel=2e-3)
+
+
+@BOTH
+def test_all_of_the_draft_time_of_rejected_drafts_is_waste(name):
+    """Nothing accepted: a step verifies γ + 1 tokens for one, so γ/(γ + 1) of it and all drafting are wasted."""
+    result = engine(name)(flat_cost(), limits(chain(3, 0.0, draft_s=0.5)), requests_of([0.0], [4], [11]))
+    assert result.speculation.wasted_s[0] == pytest.approx(10 * (0.75 + 3 * 0.5))
+    assert result.speculation.draft_s == pytest.approx(10 * 3 * 0.5)
+    accepted = engine(name)(flat_cost(), limits(chain(3, 1.0, draft_s=0.5)), requests_of([0.0], [4], [13]))
+    assert accepted.speculation.wasted_s[0] == pytest.approx(0.0)
+
+
+@BOTH
+def test_a_classless_request_is_of_class_0_and_faster_classes_finish_first(name):
+    plan = chain(3, 0.0, classes=[0.0, 1.0])
+    both = replace(requests_of([0.0, 0.0], [4, 4], [41, 41]), acceptance_class=np.array([0, 1]))
+    slow, fast = engine(name)(flat_cost(), limits(plan), both).finish_s
+    assert (slow, fast) == (41.0, 11.0)
+    alone = engine(name)(flat_cost(), limits(plan), requests_of([0.0], [4], [41]))
+    assert alone.finish_s[0] == 41.0
+
+
+@BOTH
+def test_no_drafts_above_a_batch(name):
+    """Drafting stops while four decode, and goes on when one is left."""
+    levels = [2 if batch < 2 else 0 for batch in range(SEQS + 1)]
+    result = engine(name)(
+        flat_cost(), limits(chain(2, 1.0, levels=levels)), requests_of([0.0] * 4, [4] * 4, [9] * 3 + [21])
+    )
+    assert result.speculation.passes[0, 4] == 8
+    assert result.speculation.passes[2, 1] == 4
+    assert result.finish_s[3] == 9.0 + 4.0
+
+
+@BOTH
+def test_the_budget_lowers_the_level(name):
+    """Of 10 tokens per step, four sequences cannot have five each; two each leave a token over."""
+    plan = chain(4, 1.0)
+    few = limits(plan, max_num_batched_tokens=10, max_num_seqs=4)
+    assert plan.levels(4, 10).tolist() == [4, 4, 3, 2, 1]
+    result = engine(name)(flat_cost(), few, requests_of([0.0] * 4, [1] * 4, [9] * 4))
+    assert result.speculation.passes[1, 4] == 4
+    assert max(np.flatnonzero(result.steps_by_tokens)) <= 10
+
+
+@BOTH
+def test_look_ahead_slots_take_blocks(name):
+    """One token and four drafts on 12 reach into a second block of 16 two passes before the tokens do."""
+    plan = chain(4, 0.0)
+    result = engine(name)(flat_cost(), limits(plan, num_kv_blocks=8), requests_of([0.0], [12], [3]))
+    assert result.totals["max_kv_blocks"] == 2
+    plain = engine(name)(flat_cost(), limits(None, num_kv_blocks=8), requests_of([0.0], [12], [3]))
+    assert plain.totals["max_kv_blocks"] == 1
+    # A request whose drafts can never fit is rejected (P2).
+    assert engine(name)(flat_cost(), limits(plan, num_kv_blocks=1), requests_of([0.0], [12], [3])).status[0] == 1
+
+
+def test_level_0_alone_is_the_plain_engine_bit_for_bit():
+    rng = np.random.default_rng(5)
+    requests = requests_of(np.cumsum(rng.exponential(0.4, 60)), rng.integers(1, 60, 60), rng.integers(1, 60, 60))
+    cost = replace(flat_cost(), decode_slope_s=np.array([2.0**-12]))
+    plan = chain(0, 0.7)
+    plan = replace(plan, cost=replace(plan.cost, slope_s=np.full((1, 1), 2.0**-12)))
+    few = {"num_kv_blocks": 30, "block_size": 4, "max_num_seqs": 8}
+    ours, plain = simulate(cost, limits(plan, **few), requests), simulate(cost, limits(None, **few), requests)
+    for field in ("status", "first_token_s", "finish_s", "preemptions", "steps_by_tokens"):
+        np.testing.assert_array_equal(getattr(ours, field), getattr(plain, field), err_msg=field)
+    np.testing.assert_allclose(ours.busy_s, plain.busy_s, rtol=1e-12)
+    assert plain.totals["preemptions"] > 0
+
+
+def test_drawing_token_by_token_agrees_with_tokens_per_pass_drawn_once():
+    """The rule's price in accuracy: means within 2 %, a request's own latency within some percent."""
+    rng = np.random.default_rng(3)
+    n = 120
+    requests = requests_of(np.cumsum(rng.exponential(8.0, n)), rng.integers(5, 60, n), rng.integers(60, 200, n))
+    settings_ = limits(chain(4, 0.7), max_num_seqs=16)
+    ours = simulate_reference(flat_cost(), settings_, requests)
+    drawn = simulate_reference(flat_cost(), settings_, requests, acceptance_seed=1)
+    assert ours.totals["decode_tokens"] == pytest.approx(drawn.totals["decode_tokens"], rel=0.02)
+    latency, true = ours.finish_s - ours.arrival_s, drawn.finish_s - drawn.arrival_s
+    assert latency.mean() == pytest.approx(true.mean(), rel=0.02)
+    assert 0.005 < np.median(np.abs(latency / true - 1)) < 0.1
+    again = simulate_reference(flat_cost(), settings_, requests, acceptance_seed=1)
+    np.testing.assert_array_equal(again.finish_s, drawn.finish_s)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"survival": np.array([[[0.0, 0.0], [1.2, 0.0], [0.5, 0.5]]])}, "0 … 1"),
+        ({"survival": np.array([[[0.0, 0.0], [0.2, 0.0], [0.5, 0.6]]])}, "not rise"),
+        ({"survival": np.array([[[0.0, 0.0], [0.5, 0.5], [0.5, 0.5]]])}, "more drafts accepted"),
+        ({"survival": np.zeros((1, 2, 2))}, "3 levels"),
+        ({"level_by_batch": np.array([0, 3])}, "levels 0 … 2"),
+    ],
+)
+def test_bad_plans_are_refused(change, says):
+    with pytest.raises(InputError, match=says):
+        replace(chain(2, 0.5), **change)
+
+
+def test_tables_shorter_than_the_settings_are_refused():
+    with pytest.raises(InputError, match="tables end at 64 sequences"):
+        limits(chain(2, 0.5), max_num_seqs=65)
+    with pytest.raises(InputError, match="rows"):
+        simulate(step_cost([0.0] + [1.0] * TOKENS, [0.0] * 65), limits(chain(2, 0.5)), requests_of([0.0], [1], [2]))
+
+
+class PlainBlocks:
+    """What :mod:`simulator.engine.speculation` keeps in a ring, sequence by sequence."""
+
+    def __init__(self, block_size, lookahead):
+        self.block_size, self.lookahead = block_size, lookahead
+        self.running = {}
+
+    def join(self, slot, step, rate, prompt, emitted):
+        held = -(-(prompt + emitted - 1) // self.block_size)
+        self.running[slot] = [step, rate, prompt - 1, emitted << speculation.UNIT_BITS, held]
+
+    def need(self, slot, step):
+        since, rate, base, progress, held = self.running[slot]
+        emitted = (progress + (step - since) * rate) >> speculation.UNIT_BITS
+        return max(0, -(-(base + emitted + 1 + self.lookahead) // self.block_size) - held)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_ring_of_blocks_equals_a_plain_model(data):
+    block_size, depth = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 6))
+    plan = chain(depth, 0.5)
+    spec = _new_spec(flat_cost(), limits(plan, block_size=block_size), requests_of([0.0], [1], [1]))
+    batch, plain = spec.batch, PlainBlocks(block_size, depth)
+    step, unit = 0, speculation.UNIT
+    for _ in range(data.draw(st.integers(1, 25))):
+        action = data.draw(st.sampled_from(["join", "leave", "steps", "steps"]))
+        if action == "join" and len(plain.running) < 8:
+            slot = next(s for s in range(8) if s not in plain.running)
+            rate = data.draw(st.integers(unit, (depth + 1) * unit))
+            prompt, emitted = data.draw(st.integers(1, 50)), data.draw(st.integers(1, 5))
+            batch.slots[slot, speculation.PROGRESS] = 0
+            speculation.join(batch, slot, step, rate, prompt, emitted)
+            plain.join(slot, step, rate, prompt, emitted)
+        elif action == "leave" and plain.running:
+            slot = data.draw(st.sampled_from(sorted(plain.running)))
+            assert batch.slots[slot, speculation.BLOCKS] == plain.running[slot][4]
+            speculation.leave(batch, slot)
+            del plain.running[slot]
+        elif action == "steps":
+            k, free = data.draw(st.integers(1, 30)), data.draw(st.integers(0, 60))
+            d0, q = data.draw(st.integers(1, 5)) / 8, data.draw(st.integers(0, 5)) / 64
+            owned = sum(held for *_, held in plain.running.values())
+            due = sum(plain.need(slot, step) for slot in plain.running)
+            free = max(free, due)
+            taken, left, total = 0, free, 0.0
+            while taken < k:
+                needs = {slot: plain.need(slot, step + taken) for slot in plain.running}
+                if sum(needs.values()) > left:
+                    break
+                for slot, need in needs.items():
+                    plain.running[slot][4] += need
+                left -= sum(needs.values())
+                total += (owned + free - left) * (d0 + q * taken)
+                taken += 1
+            found = speculation.take_blocks_of_steps(batch, step, k, free, owned, d0, q)
+            assert found == (taken, owned + free - left, total)
+            step += taken
+        sums = sum(rate for _, rate, *_ in plain.running.values())
+        assert batch.ints[speculation.RATES] == sums
+
+
+@BOTH
+def test_policies_beside_speculation_are_refused_by_name(name):
+    with pytest.raises(InputError, match=r"engine\.speculation: only with policy"):
+        engine(name)(
+            flat_cost(),
+            limits(chain(2, 0.5), scheduling=Scheduling(policy="priority")),
+            replace(requests_of([0.0], [1], [2]), priority=np.zeros(1, dtype=np.int64)),
+        )

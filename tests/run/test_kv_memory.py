@@ -1,0 +1,89 @@
+"""KV blocks below HBM through a whole run: scenario keys, bandwidths, summary, conservation, and what they are worth."""
+
+from pathlib import Path
+
+import pytest
+
+from simulator.errors import InputError
+from simulator.run import load_scenario, run_scenario
+from simulator.run.explain import explain
+from simulator.run.resolve import resolve
+from simulator.run.simulate import as_requests, simulate_fleet
+from simulator.traffic import build_stream
+
+TIGHT = ("traffic.n_requests=300", "engine.num_gpu_blocks_override=600")
+SWAP = ("engine.preemption=swap", "engine.host_blocks=100000")
+SESSIONS = (
+    "traffic.n_requests=300",
+    "traffic.arrival.rate_per_s=0.3",
+    "traffic.sessions={turns=6, turn_gap_s=20.0, shared_tokens=1000, opening=3000}",
+    "engine.prefix_cache=blocks",
+    "engine.num_gpu_blocks_override=2000",
+)
+STORE = 'engine.cache_tiers=[{name="host", capacity_bytes=1e10}, {name="store", blocks=1000000, bandwidth_bytes_per_s=5e9, latency_s=0.02}]'
+
+
+def summary(*overrides):
+    return run_scenario(load_scenario("llama-3-8b-azure-chat", overrides)).summary
+
+
+def test_swapping_spares_recomputation():
+    without, found = summary(*TIGHT), summary(*TIGHT, *SWAP)
+    assert without.kv_memory is None
+    assert without.requests.recomputed_tokens > 0
+    assert found.requests.recomputed_tokens == 0
+    assert found.requests.preemptions > 0
+    assert found.kv_memory.swap_out_bytes == found.kv_memory.swap_in_bytes > 0
+    assert 0 < found.kv_memory.swap_time_fraction < 0.5
+    assert found.breakdown.fractions["swap"] > 0
+    assert sum(found.breakdown.fractions.values()) == pytest.approx(1)
+    assert found.ledger.relative_error == pytest.approx(0, abs=1e-9)
+
+
+def test_the_bandwidth_is_that_of_pcie_unless_stated():
+    swap = resolve(load_scenario("llama-3-8b-azure-chat", SWAP)).settings.swap
+    # Llama-3-8B keeps 2 × 32 layers × 8 heads × 128 values of 2 bytes = 128 KiB per token: 2 MiB a block of 16, at 64 GB/s.
+    assert swap.block_s == pytest.approx(2 * 2**20 / 64e9)
+    slower = resolve(
+        load_scenario("llama-3-8b-azure-chat", (*SWAP, "engine.swap_bandwidth_bytes_per_s=1e9"))
+    ).settings.swap
+    assert slower.block_s == pytest.approx(2 * 2**20 / 1e9)
+
+
+def test_a_store_gives_back_what_hbm_has_no_room_for():
+    without, found = summary(*SESSIONS), summary(*SESSIONS, STORE)
+    host, store = found.kv_memory.tiers
+    assert (host.name, store.name) == ("host", "store")
+    assert host.hit_tokens > 0
+    assert host.loaded_bytes == pytest.approx(host.hit_tokens * 128 * 1024)
+    assert found.prefix_cache.hit_fraction > without.prefix_cache.hit_fraction
+    assert found.kv_memory.loads > 0
+    assert found.kv_memory.mean_load_s > 0
+    assert found.ledger.busy_chip_s < without.ledger.busy_chip_s
+
+
+def test_explain_names_the_load():
+    scenario = load_scenario("llama-3-8b-azure-chat", (*SESSIONS, STORE))
+    resolved = resolve(scenario)
+    requests = as_requests(build_stream(scenario.traffic, scenario.run.seed, base_folder=Path()))
+    load_s = simulate_fleet(resolved, requests).column("load_s")
+    row = int(load_s.argmax())
+    explained = explain(resolved, row)
+    parts = {part.what: part.time_s for part in explained.parts}
+    assert parts["queue: KV blocks were loaded"] == pytest.approx(load_s[row])
+    assert sum(parts.values()) == pytest.approx(explained.e2e_s, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("engine.preemption=swap",), "host_blocks"),
+        (("engine.host_blocks=5",), "host_blocks"),
+        ((STORE,), "prefix_cache"),
+        (("engine.prefix_cache=blocks", 'engine.cache_tiers=[{name="x"}]'), "'x'.*one of blocks and capacity_bytes"),
+        (("engine.prefix_cache=blocks", "engine.cache_tiers=[{capacity_bytes=10.0}]"), "less than a block"),
+    ],
+)
+def test_contradictions_are_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        resolve(load_scenario("llama-3-8b-azure-chat", overrides))
