@@ -113,7 +113,8 @@ from simulator.engine.skip_ahead import (
     _rebase,
     _record_segment,
     _release,
-    _segment_length,
+    _steps_alike,
+    _steps_until,
     _unlink,
     _widen,
 )
@@ -331,6 +332,7 @@ def _collect_chunks(stream: Stream, state: State, queue: Queue) -> int:
         if size > 0:
             state.chunk_slot[chunks] = slot
             state.chunk_size[chunks] = size
+            state.chunk_start[chunks] = state.computed[slot]
             chunks += 1
             queue.slots[slot, CHUNK] = 0
         if state.computed[slot] + size < _known(stream, state, slot):
@@ -714,7 +716,7 @@ def advance(
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
         # --- what it costs, and for how many steps: R9, H1 ---
-        price = _price(cost, stream, state, None, chunks.n, chunks.tokens)
+        price = _price(cost, stream, state, None, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
         growth = 0.0 if chunks.n > 0 else price.slope * batch + cost.window_slope * ints[N_GROWING]
         d0 = price.d0
         q = growth
@@ -732,7 +734,7 @@ def advance(
         k = 1
         if chunks.n == 0 and not chunks.preempted:
             stop = _stop(limits, out, state, queue, until, next_arrival)
-            k = min(_segment_length(cost, limits, state, None, d0, q, math.inf, stop), longest)
+            k = min(_steps_until(state, d0, q, stop, _steps_alike(cost, limits, state, None)), longest)
         end = end_of_steps(t, d0, q, k)
         owned = limits.num_blocks - ints[FREE_BLOCKS]
         blocks_integral = owned * (end - t)
@@ -748,7 +750,7 @@ def advance(
         ints[SEGMENTS] += 1
         out.steps_by_tokens[chunks.tokens] += k
         out.steps_by_rows[price.rows] += k
-        _record_segment(state, t, end, running, waiting, blocks_integral)
+        _record_segment(state, t, end, running, waiting, blocks_integral, end - t)
         host = k * (d0 - price.d0) + (q - growth) * (k * (k - 1) // 2)
         queue.floats[HOST] += host
         if batch > 0:

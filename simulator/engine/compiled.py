@@ -28,6 +28,7 @@ from simulator.engine.records import (
 )
 from simulator.engine.scheduling import Scheduling
 from simulator.errors import InputError
+from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.speculation import with_drafter
 from simulator.roofline.step_cost import StepCost
 
@@ -211,9 +212,13 @@ class Engine:
         extra = (after >> speculation.UNIT_BITS) - (before >> speculation.UNIT_BITS) - passes
         return int(batch.ints[speculation.EXTRA_TOKENS] + extra.sum())
 
+    def _figures(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Counts and times, as the state keeps them."""
+        return self._state.ints, self._state.floats
+
     def result(self) -> EngineResult:
         """What has happened so far; requests still decoding are not yet charged for their latest steps."""
-        ints, floats, out = self._state.ints, self._state.floats, self._out
+        (ints, floats), out = self._figures(), self._out
         counts = out.steps_by_tokens
         rows = out.steps_by_rows
         totals = {
@@ -361,15 +366,38 @@ class Engine:
 
 
 def simulate(
-    cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
+    cost: StepCost | PipelineCost,
+    settings: EngineSettings,
+    requests: Requests,
+    *,
+    timeline_interval_s: float | None = None,
 ) -> EngineResult:
     """Run ``requests`` through one replica to the end.
 
     Exact: the schedule, the counts and the times are those of a step-by-step run of the same rules.
     """
-    engine = Engine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
+    engine = new_engine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
     engine.advance()
     return engine.result()
+
+
+def new_engine(
+    cost: StepCost | PipelineCost,
+    settings: EngineSettings,
+    requests: Requests,
+    *,
+    timeline_interval_s: float | None = None,
+) -> Engine:
+    """The engine that a deployment needs: a plain one, or one of several ranks or stages."""
+    if isinstance(cost, PipelineCost) and len(cost.stages) == 1:
+        cost = cost.stages[0]
+    if isinstance(cost, StepCost) and cost.ranks == 1 and not settings.expert_skew.on:
+        return Engine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
+    from simulator.engine.grouped import RankEngine, StageEngine  # noqa: PLC0415 - built on this module
+
+    if isinstance(cost, PipelineCost):
+        return StageEngine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
+    return RankEngine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
 
 
 def warm_up(*, by_policy: bool = False) -> None:
@@ -404,6 +432,12 @@ def warm_up(*, by_policy: bool = False) -> None:
 
 
 def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float | None) -> None:
+    if cost.stages > 1:
+        raise InputError(f"the cost table sums {cost.stages} pipeline stages: give the engine the PipelineCost instead")
+    if cost.ranks > 1:
+        raise InputError(
+            f"the cost table is of {cost.ranks} ranks in lock-step, which is no plain replica: use new_engine"
+        )
     if cost.max_tokens < settings.max_num_batched_tokens:
         raise InputError(
             f"the cost table ends at {cost.max_tokens} tokens, "
@@ -472,6 +506,7 @@ def _new_state(n: int, n_pending: int, settings: EngineSettings) -> skip_ahead.S
         growing=slots(),
         chunk_slot=slots(),
         chunk_size=slots(),
+        chunk_start=slots(),
         timeline=np.zeros((5, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),

@@ -33,10 +33,12 @@ COMPILED_SOURCES = (
     "prefix_cache.py",
     "progressions.py",
     "queues.py",
+    "ranks.py",
     "records.py",
     "scheduling.py",
     "skip_ahead.py",
     "speculation.py",
+    "stages.py",
     "swap.py",
     "tiers.py",
 )

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.expert_skew import EVEN, ExpertSkew
 from simulator.engine.kv_memory import LOAD_POLICIES, HostSwap, Tier
 from simulator.engine.scheduling import HostOverheads, Retries, Scheduling
 from simulator.errors import InputError, nearest
@@ -17,6 +18,9 @@ STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived", "ti
 
 #: Kinds of prefix cache.
 PREFIX_CACHES = ("off", "blocks", "radix")
+
+#: How arrivals are spread over the attention ranks of a replica.
+RANK_ROUTINGS = ("round-robin", "least-loaded")
 
 #: ITL histogram: bins of equal width in the mantissa, 128 per factor of two, so a bin's centre is within 0.4 % of
 #: every value in it. Bin 0 also takes everything below ITL_MIN_S.
@@ -118,6 +122,11 @@ class EngineSettings:
         (``docs/engine-prefix-cache.md``).
     cache_outputs
         whether blocks with output tokens can be reused, where the requests' hashes cover them.
+    rank_routing
+        one of :data:`RANK_ROUTINGS`; read where the cost table has several ranks (``docs/engine-ranks.md``). All
+        the settings above are those of one rank.
+    expert_skew
+        how the time of the routed experts varies from step to step.
     scheduling
         policy of the queue, and how a step is put together.
     host
@@ -141,6 +150,8 @@ class EngineSettings:
     speculation: Speculation | None = None
     prefix_cache: str = "off"
     cache_outputs: bool = True
+    rank_routing: str = "round-robin"
+    expert_skew: ExpertSkew = EVEN
     scheduling: Scheduling = field(default_factory=Scheduling)
     host: HostOverheads = field(default_factory=HostOverheads)
     retries: Retries = field(default_factory=Retries)
@@ -170,6 +181,8 @@ class EngineSettings:
                 )
         if self.prefix_cache not in PREFIX_CACHES:
             raise InputError(f"engine.prefix_cache = {self.prefix_cache!r}{nearest(self.prefix_cache, PREFIX_CACHES)}")
+        if self.rank_routing not in RANK_ROUTINGS:
+            raise InputError(f"engine.rank_routing = {self.rank_routing!r}{nearest(self.rank_routing, RANK_ROUTINGS)}")
         if self.load_policy not in LOAD_POLICIES:
             raise InputError(f"engine.load_policy = {self.load_policy!r}{nearest(self.load_policy, LOAD_POLICIES)}")
         if self.tiers and self.prefix_cache == "off":
@@ -456,7 +469,8 @@ class EngineResult:
         ``prefill_keys`` (ΣK), ``window_decode_keys`` (ΣSW), ``window_prefill_pairs`` (ΣAW), ``window_prefill_keys`` (ΣKW), ``chunks`` (ΣP), ``rows`` (ΣR), ``preemptions``, ``recomputed_tokens``, ``segments``;
         and of clients: ``timeouts``, ``cancellations``, ``retries``, ``abandoned_tokens`` (computed, for attempts that were
         left; recomputation apart) and ``abandoned_outputs`` (emitted for them);
-        and times: ``decode_attention_s``, ``prefill_attention_s``, ``host_s`` (host work that delayed a step);
+        and times: ``decode_attention_s``, ``prefill_attention_s``, ``host_s`` (host work that delayed a step), and with ranks or uneven
+        experts ``padding_s`` and ``imbalance_s``;
         and time integrals: ``running_s`` (Σ running requests × time), ``waiting_s``, ``kv_blocks_s``;
         and peaks: ``max_running``, ``max_waiting``, ``max_kv_blocks``;
         with a prefix cache: ``cache_queried_tokens``, ``cache_hit_tokens``, ``cache_hit_pairs``, ``evicted_blocks``;
@@ -503,6 +517,18 @@ class EngineResult:
     def load_s(self) -> NDArray[np.float64]:
         """Time waited for KV blocks to be loaded, part of the time in the queue. [n] [s]"""
         return np.nan_to_num(self.load_end_s - self.load_start_s)
+
+
+#: Columns and totals that an engine of several parts, ranks or stages, counts in seconds of one part.
+PART_COLUMNS = ("busy_s", "busy_prefill_s", "busy_cached_s", "recompute_s")
+PART_TOTALS = ("decode_attention_s", "prefill_attention_s", "padding_s", "imbalance_s")
+
+
+def of_the_whole(result: EngineResult, parts: int) -> EngineResult:
+    """Turn seconds of ``parts`` parts of a replica into seconds of the whole: Σ busy_s + idle_s = end_s again."""
+    columns = {name: getattr(result, name) / parts for name in PART_COLUMNS}
+    totals = {name: result.totals[name] / parts for name in PART_TOTALS if name in result.totals}
+    return replace(result, **columns, totals=result.totals | totals)
 
 
 def itl_bin(value_s: float) -> int:

@@ -187,7 +187,7 @@ class Piece:
     running: int
     waiting: int
     kv_blocks: int
-    busy: bool
+    busy: float
 
 
 @dataclass
@@ -227,6 +227,8 @@ class Replica:
     """First row of a closed loop that nobody has asked for yet."""
     work: simpy.Event | None = None
     """What an idle replica waits for."""
+    at_work: float = 0.0
+    """Share of the replica at work now: 1 during a step, unless parts of it wait for each other."""
     in_step: bool = False
     step_end_s: float = 0.0
     is_open: bool = True
@@ -284,6 +286,10 @@ class Replica:
         self.totals = dict.fromkeys(counts + windowed + more + clients, 0) | dict.fromkeys(
             ("decode_attention_s", "prefill_attention_s", "host_s"), 0.0
         )
+        self.start()
+
+    def start(self) -> None:
+        """Let the first arrivals come and the steps begin."""
         for _ in range(self.requests.concurrency or len(self.rows)):
             self.release(0.0)
         self.clock.process(self.serve())
@@ -359,7 +365,7 @@ class Replica:
         if scheduling.policy == "edf" and self.requests.deadline_s is not None:
             request.rank = arrival_s + float(self.requests.deadline_s[request.row])
         request.status = WAITING
-        self.waiting.join(request)
+        self.enqueue(request)
         if self.work is not None and not self.work.triggered:
             self.work.succeed()
         return True
@@ -390,6 +396,10 @@ class Replica:
         request.status = status
         self.left += 1
 
+    def enqueue(self, request: Request) -> None:
+        """Put an accepted arrival into the queue."""
+        self.waiting.join(request)
+
     # Steps
 
     def serve(self) -> Process:
@@ -407,11 +417,12 @@ class Replica:
             if record is None:  # all who waited load
                 continue
             self.in_step, self.step_end_s = True, record.end_s
+            self.at_work = 1.0
             if self.on_step is not None:
                 self.on_step(record)
             yield Moment(self.clock, record.end_s, STEP_ENDS)
             self.close_piece()
-            self.in_step = False
+            self.in_step, self.at_work = False, 0.0
             self.charge(batch, record)
             self.take_effect(batch)
 
@@ -720,8 +731,17 @@ class Replica:
 
     def charge(self, batch: dict[Request, int], step: StepRecord) -> None:
         """Split a step's time among its requests (R11, R12) and count it. Before ``computed`` grows."""
-        cost = self.cost
-        dense_per_token_s = (float(cost.dense_s[step.n]) + step.host_s) / step.n
+        again = self.split_time(self.cost, float(self.cost.dense_s[step.n]) + step.host_s, batch, step)
+        self.totals["recomputed_tokens"] += again
+        self.count(step)
+
+    def split_time(self, cost: StepCost, dense_s: float, batch: dict[Request, int], step: StepRecord) -> int:
+        """Let requests pay their shares of a step with these tables, its dense layers ``dense_s`` long, host included.
+
+        Returns the tokens computed again.
+        """
+        recomputed = 0
+        dense_per_token_s = dense_s / step.n
         head_per_row_s = float(cost.head_s[step.R]) / step.R if step.R else 0.0
         piece = max(j for j, knot in enumerate(cost.decode_knots) if knot <= step.S)
         slope_s = float(cost.decode_slope_s[piece])
@@ -748,12 +768,16 @@ class Replica:
                 request.busy_prefill_s += share_s
                 request.busy_cached_s += per_key_s * request.start
                 request.recompute_s += share_s * again / tokens
-                self.totals["recomputed_tokens"] += again
+                recomputed += again
             else:
                 share_s += slope_s * (start + 1) + intercept_s / step.B + cost.decode_seq_s
                 share_s += cost.window_slope_s * self.keys_in_window(start + 1)
             request.busy_s += share_s
+        return recomputed
 
+    def count(self, step: StepRecord) -> None:
+        """Add a step to the totals."""
+        cost = self.cost
         decode_s = cost.decode_attention_s(step.S) + cost.window_slope_s * step.SW + cost.decode_seq_s * step.B
         if self.speculator is not None:
             decode_s = self.speculator.decode_s(step.B, step.S, step.SW) - self.speculator.draft_s(step.B, step.S)
@@ -824,7 +848,7 @@ class Replica:
         if self.clock.now > start_s:
             used = self.settings.num_kv_blocks - self.free_blocks
             waiting = len(self.waiting) + len(self.loading)
-            self.pieces.append(Piece(start_s, self.clock.now, len(self.running), waiting, used, busy=self.in_step))
+            self.pieces.append(Piece(start_s, self.clock.now, len(self.running), waiting, used, self.at_work))
 
     def result(self, timeline_interval_s: float | None = None) -> EngineResult:
         """Result of a run that came to its end, with a timeline if asked for one."""
@@ -859,7 +883,7 @@ class Replica:
             swap_s=column("swap_s"),
             load_start_s=column("load_start_s"),
             load_end_s=column("load_end_s"),
-            idle_s=sum((piece.end_s - piece.start_s for piece in self.pieces if not piece.busy), start=0.0),
+            idle_s=sum(((1 - piece.busy) * (piece.end_s - piece.start_s) for piece in self.pieces), start=0.0),
             end_s=self.pieces[-1].end_s if self.pieces else 0.0,
             steps_by_tokens=np.array(self.steps_by_tokens, dtype=np.int64),
             steps_by_rows=np.array(self.steps_by_rows, dtype=np.int64),

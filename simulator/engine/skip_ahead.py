@@ -206,6 +206,7 @@ class State(NamedTuple):
     growing: Any
     chunk_slot: Any
     chunk_size: Any
+    chunk_start: Any
     timeline: Any
     bits_f: Any
     bits_i: Any
@@ -642,8 +643,11 @@ def _tokens_per_sequence(extra: Extra | None) -> int:
 
 
 @inlined
-def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extra: Extra | None) -> None:
-    """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run."""
+def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extra: Extra | None) -> bool:
+    """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run.
+
+    Return whether one had to preempt itself, which ends R5.
+    """
     ints = state.ints
     bs = limits.block_size
     slot = ints[FIRST]
@@ -656,13 +660,14 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extr
                 _preempt(cost, state, out, extra, victim, bs)
                 gone = victim == slot
             if gone:
-                return
+                return True
             ints[FREE_BLOCKS] -= need
             if extra is not None and extra.cache.on:
                 take(extra.cache, need)
             if extra is not None and extra.spec.on:
                 speculation.take_own_blocks(extra.spec.batch, slot, ints[STEP])
         slot = state.after[slot]
+    return False
 
 
 @compiled
@@ -739,14 +744,19 @@ def _schedule_chunks(
     extra: Extra | None,
     free: int,
     preempted: bool,
+    in_flight: bool,
 ) -> Chunks:
-    """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach."""
+    """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach.
+
+    ``in_flight``: the prompt under way has a chunk in flight, so it waits for blocks instead of giving up its own (P3).
+    """
     ints = state.ints
     bs = limits.block_size
     chunks = 0
     tokens = ints[BATCH] * _tokens_per_sequence(extra)
     room = limits.budget - tokens
     unsure = False
+    closed = preempted
     slot = ints[PARTIAL]
     if slot >= 0:
         row = state.row[slot]
@@ -754,10 +764,12 @@ def _schedule_chunks(
         want = min(stream.prompt[row] + state.emitted[slot] - done, room)
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
         if missing > free:
-            free -= ints[FREE_BLOCKS]
-            _preempt(cost, state, out, extra, slot, bs)
-            preempted = True
-            free += ints[FREE_BLOCKS]
+            closed = True
+            if not in_flight:
+                free -= ints[FREE_BLOCKS]
+                _preempt(cost, state, out, extra, slot, bs)
+                preempted = True
+                free += ints[FREE_BLOCKS]
         else:
             free -= missing
             if extra is not None and extra.cache.on:
@@ -766,10 +778,11 @@ def _schedule_chunks(
             tokens += want
             state.chunk_slot[0] = slot
             state.chunk_size[0] = want
+            state.chunk_start[0] = done
             chunks = 1
     if extra is not None:
         extra.loads.ints[BLOCKED] = 0
-    if not preempted:
+    if not closed:
         waiting = _n_waiting(state)
         while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
             resumed = ints[N_PREEMPTED] > 0
@@ -834,6 +847,7 @@ def _schedule_chunks(
             tokens += want
             state.chunk_slot[chunks] = slot
             state.chunk_size[chunks] = want
+            state.chunk_start[chunks] = done
             chunks += 1
             ints[PARTIAL] = slot
     return Chunks(chunks, tokens, free, preempted, unsure)
@@ -855,8 +869,10 @@ def _find_knot(cost: CostTable, state: State, extra: Extra | None) -> int:
 
 
 @inlined
-def _price(cost: CostTable, stream: Stream, state: State, extra: Extra | None, chunks: int, tokens: int) -> Price:
-    """R9: what the step costs."""
+def _price(
+    cost: CostTable, stream: Stream, state: State, extra: Extra | None, chunks: int, tokens: int, dense: float
+) -> Price:
+    """R9: what the step costs, its dense layers ``dense`` seconds."""
     ints = state.ints
     batch = ints[BATCH]
     decoded = batch * _tokens_per_sequence(extra)
@@ -868,7 +884,7 @@ def _price(cost: CostTable, stream: Stream, state: State, extra: Extra | None, c
     for c in range(chunks):
         slot = state.chunk_slot[c]
         row = state.row[slot]
-        done = state.computed[slot]
+        done = state.chunk_start[c]
         size = state.chunk_size[c]
         pairs += size * done + size * (size + 1) // 2
         keys += done + size
@@ -877,7 +893,7 @@ def _price(cost: CostTable, stream: Stream, state: State, extra: Extra | None, c
             seen_keys += _chunk_keys(cost, done, size)
         if done + size == stream.prompt[row] + state.emitted[slot]:
             rows += 1
-    d0 = cost.dense[tokens] + cost.head[rows]
+    d0 = dense + cost.head[rows]
     slope = 0.0
     attention = 0.0
     if batch > 0:
@@ -902,7 +918,7 @@ def _price(cost: CostTable, stream: Stream, state: State, extra: Extra | None, c
                 prefill = value
                 plane = j
         d0 += prefill
-    per_token = cost.dense[tokens] / tokens
+    per_token = dense / tokens
     per_row = cost.head[rows] / rows if rows > 0 else 0.0
     per_chunk = per_token
     if extra is not None and extra.spec.on and chunks > 0:
@@ -915,7 +931,7 @@ def _price(cost: CostTable, stream: Stream, state: State, extra: Extra | None, c
 
 
 @inlined
-def _steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | None, k: int) -> int:
+def _steps_in_piece(cost: CostTable, limits: Limits, state: State, extra: Extra | None, k: int) -> int:
     """Steps, at most k, until a knot or a window is crossed, or blocks run out; with speculation, blocks come later."""
     ints = state.ints
     step, batch, knot = ints[STEP], ints[BATCH], ints[KNOT]
@@ -950,34 +966,23 @@ def _lengthen(price: Price, seconds: float) -> Price:
 
 
 @inlined
-def _segment_length(
-    cost: CostTable,
-    limits: Limits,
-    state: State,
-    extra: Extra | None,
-    d0: float,
-    q: float,
-    next_arrival: float,
-    until: float,
-) -> int:
-    """How many decode steps can be taken at once.
-
-    Until somebody finishes or can be admitted, blocks run out, a knot or a window is crossed, or an interval of the
-    timeline ends.
-    """
+def _steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | None) -> int:
+    """How many decode steps the batch can take until somebody finishes, blocks run out, or a knot or window is crossed."""
     ints = state.ints
     step = ints[STEP]
-    t = state.floats[CLOCK]
     while True:
         key = state.heap[0]
         if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
             break
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
     k = (key >> SLOT_BITS) - step
-    k = _steps_alike(cost, limits, state, extra, k)
-    stop = until
-    if _n_waiting(state) == 0 and ints[N_RUNNING] < limits.max_num_seqs:
-        stop = min(stop, next_arrival)
+    return _steps_in_piece(cost, limits, state, extra, k)
+
+
+@inlined
+def _steps_until(state: State, d0: float, q: float, stop: float, k: int) -> int:
+    """How many of k steps to take so that ``stop`` is not passed by a whole step, nor an interval of the timeline."""
+    t = state.floats[CLOCK]
     k = steps_to_reach(t, d0, q, stop, k)
     interval = state.floats[INTERVAL]
     edge = (int(t / interval) + 1) * interval
@@ -989,8 +994,10 @@ def _segment_length(
 
 
 @inlined
-def _record_segment(state: State, t: float, end: float, running: int, waiting: int, blocks_integral: float) -> None:
-    """R13, R15: integrals over time, and the timeline."""
+def _record_segment(
+    state: State, t: float, end: float, running: int, waiting: int, blocks_integral: float, busy: float
+) -> None:
+    """R13, R15: integrals over time, ``busy`` seconds of it at work, and the timeline."""
     floats, timeline = state.floats, state.timeline
     interval = floats[INTERVAL]
     if end >= timeline.shape[1] * interval:
@@ -1001,12 +1008,12 @@ def _record_segment(state: State, t: float, end: float, running: int, waiting: i
         timeline[T_RUNNING, b] += running * length
         timeline[T_WAITING, b] += waiting * length
         timeline[T_BLOCKS, b] += blocks_integral
-        timeline[T_BUSY, b] += length
+        timeline[T_BUSY, b] += busy
     else:
         spread(timeline, T_RUNNING, interval, t, end, running)
         spread(timeline, T_WAITING, interval, t, end, waiting)
         spread(timeline, T_BLOCKS, interval, t, end, blocks_integral / length)
-        spread(timeline, T_BUSY, interval, t, end, 1.0)
+        spread(timeline, T_BUSY, interval, t, end, busy / length)
     floats[RUNNING_INTEGRAL] += running * length
     floats[WAITING_INTEGRAL] += waiting * length
     floats[BLOCKS_INTEGRAL] += blocks_integral
@@ -1103,7 +1110,7 @@ def _end_chunks(
         slot = state.chunk_slot[c]
         size = state.chunk_size[c]
         row = state.row[slot]
-        done = state.computed[slot]
+        done = state.chunk_start[c]
         known = stream.prompt[row] + state.emitted[slot]
         pays = (
             price.per_chunk_token * size
@@ -1127,7 +1134,7 @@ def _end_chunks(
             out.recompute[row] += pays * again / size
             ints[RECOMPUTED] += again
         done += size
-        state.computed[slot] = done
+        state.computed[slot] = max(done, state.computed[slot])  # a later chunk may be in flight already
         if extra is not None and extra.cache.radix:
             ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, _moment(state, extra))
         if done < known:
@@ -1231,7 +1238,7 @@ def advance(
             take(extra.cache, step_need)
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else step_need)
-        chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short)
+        chunks = _schedule_chunks(cost, limits, stream, out, state, extra, free, short, in_flight=False)
         if extra is not None and chunks.tokens == 0:  # all who waited load
             continue
         waiting = _n_waiting(state) + ints[N_LOADING]
@@ -1240,7 +1247,7 @@ def advance(
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
         # --- what it costs, and for how many steps: R9 ---
-        price = _price(cost, stream, state, extra, chunks.n, chunks.tokens)
+        price = _price(cost, stream, state, extra, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
         if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
             price = _lengthen(price, charge_copies(extra.swap, state.row, out.busy, price.d0))
         k = 1
@@ -1258,7 +1265,9 @@ def advance(
             if not chunks.preempted:
                 if extra is not None and extra.loads.on:  # a load may have begun
                     stop = min(stop, next_ready(extra.loads, ints[N_LOADING]))
-                k = _segment_length(cost, limits, state, extra, price.d0, q, next_arrival, stop)
+                if _n_waiting(state) == 0 and running < limits.max_num_seqs:
+                    stop = min(stop, next_arrival)
+                k = _steps_until(state, price.d0, q, stop, _steps_alike(cost, limits, state, extra))
                 if extra is not None and chunks.unsure:
                     k = min(k, steps_to_fill(extra.cache, step))
                 if extra is not None and extra.loads.ints[BLOCKED] == 1:  # what is evicted it may load
@@ -1288,7 +1297,7 @@ def advance(
         ints[SEGMENTS] += 1
         out.steps_by_tokens[chunks.tokens] += k
         out.steps_by_rows[price.rows] += k
-        _record_segment(state, t, end, running, waiting, blocks_integral)
+        _record_segment(state, t, end, running, waiting, blocks_integral, end - t)
         if batch > 0:
             _advance_decodes(cost, state, extra, price, q, k)
             _count_latencies(out, state, batch, price.d0, q, k)

@@ -21,12 +21,13 @@ from simulator.engine.records import EngineSettings, Requests
 from simulator.errors import InputError, UnpriceableError
 from simulator.reproduction.rows import Ours, Published, read_published
 from simulator.reproduction.textbook import step_without_links_s, textbook
-from simulator.roofline.compile import compile_step_cost, step_time_s
+from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import memory_fit, weights_bytes
 from simulator.roofline.ops import StepShape, step_ops
-from simulator.roofline.pipeline import sends_s, shard
+from simulator.roofline.pipeline import ShardedDeployment, shard
 from simulator.roofline.precision import parse_precision
+from simulator.roofline.sharded_cost import compile_sharded
 from simulator.roofline.sharding import Sharding
 
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 2048, 8192
@@ -107,23 +108,13 @@ def estimate_tokens_per_s(row: Published) -> float:
 
 
 def pipelined_tokens_per_s(row: Published) -> float:
-    """Output tokens per second of all chips through pipeline stages kept full: a steady state, which no engine simulates. [tokens/s]
-
-    As many sequences as memory and the engine's settings hold, split into one micro-batch per stage; in each, as many prompts
-    start as sequences end. A round takes the longer of one micro-batch's way through the stages and all of them in the slowest.
-    """
+    """Output tokens per second of all chips in pipelines, every request queued at time 0. [tokens/s]"""
     tp, pp = int(row["tp"] or 1), int(row["pp"])
-    sharding = Sharding(tp=tp, pp=pp)
     settings = _settings(row, tp * pp)
-    d = shard(settings.pop("architecture"), settings.pop("slice"), sharding, **settings)
-    prompt, output = int(row["prompt"]), int(row["output"])
-    replicas = int(row["chips"]) // sharding.chips
-    held = d.kv_tokens / (prompt + (output + 1) / 2)
-    batch = min(held, MAX_NUM_SEQS, int(row["requests"]) / replicas) / pp
-    step = _steady(batch, prompt, output)
-    stages = [step_time_s(stage, step) for stage in d.stages]
-    round_s = max(sum(stages) + sum(sends_s(d, step.n)), pp * max(stages))
-    return pp * (batch + step.P) / round_s * replicas
+    d = shard(settings.pop("architecture"), settings.pop("slice"), Sharding(tp=tp, pp=pp), **settings)
+    replicas = int(row["chips"]) // d.sharding.chips
+    requests = -(-int(row["requests"]) // replicas)
+    return replicas * _offline_rate(d, d.memory.kv_blocks, requests, int(row["prompt"]), int(row["output"]))
 
 
 def _steady(batch: float, prompt: int, output: int) -> StepShape:
@@ -140,9 +131,11 @@ def _steady(batch: float, prompt: int, output: int) -> StepShape:
     )
 
 
-def _offline_rate(d: Deployment, kv_blocks: int, requests: int, prompt: int, output: int) -> float:
-    settings = EngineSettings(d.max_num_seqs, d.max_num_batched_tokens, d.block_size, kv_blocks)
-    result = simulate(compile_step_cost(d), settings, _same(requests, prompt, output))
+def _offline_rate(d: Deployment | ShardedDeployment, kv_blocks: int, requests: int, prompt: int, output: int) -> float:
+    one = d.stages[0] if isinstance(d, ShardedDeployment) else d
+    cost = compile_sharded(d) if isinstance(d, ShardedDeployment) else compile_step_cost(d)
+    settings = EngineSettings(one.max_num_seqs, one.max_num_batched_tokens, one.block_size, kv_blocks)
+    result = simulate(cost, settings, _same(requests, prompt, output))
     return requests * output / result.end_s
 
 

@@ -35,23 +35,31 @@ def compile_step_cost(d: Deployment, *, equal_ranks: bool = False) -> StepCost:
     and KW on each side of a bound, so one knot, and a plane for each state of the layers, hold it exactly. Prefill
     expands the latents of MLA for every key it reads but dense[n] counts the new tokens' already; so dense[n] goes
     without the expansion's n·z seconds, and K·z and B·z stand in the planes and in ``decode_seq_s``.
+
+    Raises
+    ------
+    InputError
+        For a stage or a rank: it has a table (:func:`compile_part`) but is no replica
+        (:func:`simulator.roofline.sharded_cost.compile_sharded`).
     """
-    if d.context_domains:
-        raise InputError("context parallelism splits prompts and cannot decode; the engines do both")
-    if d.kv_layout == "batch":
-        raise InputError(
-            "kv_layout = 'batch': a step waits for the chip with most sequences, which the engines' tables cannot say; "
-            "price it with chipseconds roofline"
-        )
     if d.stage != (1, 1) or (d.expert_ranks > 1 and not equal_ranks):
         what = (
             f"stage {d.stage[0]} of {d.stage[1]}"
             if d.stage[1] > 1
             else f"one of {d.expert_ranks:g} ranks that share experts"
         )
+        raise InputError(f"{what} is no replica by itself: compile the ShardedDeployment it belongs to")
+    return compile_part(d)
+
+
+def compile_part(d: Deployment) -> StepCost:
+    """As :func:`compile_step_cost`, also of a stage or rank by itself: its own chips and tokens, its peers all alike."""
+    if d.context_domains:
+        raise InputError("context parallelism splits prompts and cannot decode; the engines do both")
+    if d.kv_layout == "batch":
         raise InputError(
-            f"{what}: the engines run replicas whose every step gives each sequence a token and waits for no other "
-            "engine; price this one with chipseconds roofline"
+            "kv_layout = 'batch': a step waits for the chip with most sequences, which the engines' tables cannot say; "
+            "price it with chipseconds roofline"
         )
     _keep_freed_memory()
     n = np.arange(1, d.max_num_batched_tokens + 1, dtype=np.float64)
@@ -83,6 +91,7 @@ def compile_step_cost(d: Deployment, *, equal_ranks: bool = False) -> StepCost:
         peak_flops_per_s=chips * d.peak_flops_per_s,
         hbm_bandwidth_bytes_per_s=chips * d.slice.chip.hbm_bandwidth_bytes_per_s,
         dense_parts=tables,
+        expert_s=_table(n, _expert_s(dense)),
         window=d.window,
         window_chunked=d.window_chunked,
         window_slope_s=float(sum_over(op.roofline_s for op in seen)),
@@ -161,6 +170,12 @@ def dense_parts(d: Deployment, dense: Sequence[Op]) -> dict[str, Array]:
     }
     shape = parts["matmul"].shape
     return {name: np.broadcast_to(part, shape) for name, part in parts.items()}
+
+
+def _expert_s(dense: Sequence[Op]) -> Array:
+    """Time of the routed experts' products; empty without any. [s]"""
+    ops = [op for op in dense if op.name.startswith("experts")]
+    return sum_over(op.roofline_s for op in ops) if ops else np.zeros(0)
 
 
 def sum_over(figures: Iterable[Number]) -> Array:

@@ -106,6 +106,7 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     return replace(
         cost,
         dense_s=dense,
+        expert_s=np.minimum(cost.expert_s, dense) if len(cost.expert_s) else cost.expert_s,
         head_s=head,
         decode_value_s=value,
         decode_slope_s=slope,

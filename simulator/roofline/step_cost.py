@@ -92,6 +92,13 @@ class StepCost:
         windowed token read (KW); the time is the largest plane. Three columns are read as five, the last two 0.
     chips
         chips of the replica; chip-seconds are step seconds times this.
+    ranks
+        attention ranks that step together: queues of their own with tokens of their own, whose experts are one. Above
+        1, FLOPs and bytes below are those of one rank's chips, times those of a step in which every rank has n tokens.
+    stages
+        pipeline stages whose times the tables sum (:attr:`simulator.roofline.pipeline_cost.PipelineCost.total`).
+    expert_s
+        as ``dense_s``: the part of it spent in routed experts; empty without any.
     dense_flops, dense_bytes
         as ``dense_s``: model FLOPs, and the bytes that must cross HBM, of n dense tokens, all chips together.
     head_flops, head_bytes
@@ -135,6 +142,9 @@ class StepCost:
     window_flops_per_pair: float = 0.0
     window_kv_bytes_per_token: float = 0.0
     decode_seq_bytes: float = 0.0
+    ranks: int = 1
+    stages: int = 1
+    expert_s: Array = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         """Refuse tables that would give silently wrong times."""
@@ -152,6 +162,13 @@ class StepCost:
                 raise InputError(f"StepCost.{name} must be finite and not negative")
         if not (self.dense_s[1:] > 0).all():
             raise InputError("StepCost.dense_s must be positive from one token on: a step takes time")
+        if self.ranks < 1:
+            raise InputError(f"StepCost.ranks = {self.ranks}: must be at least 1")
+        if len(self.expert_s) and (
+            self.expert_s.shape != self.dense_s.shape
+            or not ((self.expert_s >= 0) & (self.expert_s <= self.dense_s)).all()
+        ):
+            raise InputError("StepCost.expert_s must be a part of dense_s, entry by entry, or empty")
         knots = self.decode_knots
         if knots[0] != 0 or (np.diff(knots) <= 0).any():
             raise InputError(f"StepCost.decode_knots must ascend from 0, got {knots}")
@@ -159,6 +176,11 @@ class StepCost:
             raise InputError("StepCost.decode_slope_s and decode_value_s must not be negative")
         if self.prefill_planes.ndim != 2 or self.prefill_planes.shape[1] != 5 or not (self.prefill_planes >= 0).all():
             raise InputError("StepCost.prefill_planes must be a [q, 5] table without negative entries")
+
+    @property
+    def parts(self) -> int:
+        """Ranks or stages: parts of the replica that work side by side, whose seconds the tables count."""
+        return self.ranks * self.stages
 
     @property
     def max_tokens(self) -> int:

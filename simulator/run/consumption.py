@@ -171,7 +171,7 @@ def saved_chip_seconds(outcome: Outcome, cost: StepCost, budget: int) -> float:
     dense_s = tokens * float(cost.dense_s[budget]) / budget
     planes = cost.prefill_planes
     attention_s = float((planes[:, 0] * pairs + planes[:, 1] * tokens).max())
-    return cost.chips * (dense_s + attention_s)
+    return cost.chips / cost.parts * (dense_s + attention_s)
 
 
 def ideal_chip_seconds(
@@ -190,7 +190,7 @@ def ideal_chip_seconds(
     cost
         tables of the same deployment with every efficiency at 1 and no overheads.
     mean_batch
-        B̄, mean decoding sequences per step of the pool, at least 1. The decode step is taken at B̄ sequences of the
+        B̄, mean decoding sequences per step (of a rank, or a micro-batch) of the pool, at least 1. The step is taken at B̄ of the
         query's own mean context, prompt + output/2; between whole B̄ the tables are interpolated.
     """
     batch = max(mean_batch, 1.0)
@@ -205,7 +205,7 @@ def ideal_chip_seconds(
         batch, np.arange(len(cost.head_s)), cost.head_s
     )
     step = shared + attention + cost.decode_seq_s * batch
-    return np.asarray(cost.chips * (prefill + output_tokens * step / batch))
+    return np.asarray(cost.chips / cost.parts * (prefill + output_tokens * step / batch))
 
 
 def _prefill_alone_s(

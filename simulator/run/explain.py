@@ -94,6 +94,7 @@ def record_fleet(
     resolved: Resolved, requests: Requests, start_s: float, end_s: float, *, max_steps: int = MAX_STEPS
 ) -> list[EventLog]:
     """Logs of a stretch of every replica's run, at most ``max_steps`` steps together."""
+    resolved.demand_plain("a trace")
     n = resolved.scenario.replicas
     return [
         record(Engine(resolved.cost, resolved.settings, part), start_s, end_s, max_steps=max(max_steps // n, 1))
@@ -118,6 +119,7 @@ def explain(resolved: Resolved, request: int, *, seed: int | None = None) -> Exp
     InfeasibleError
         If the request was rejected: its time went nowhere.
     """
+    resolved.demand_plain("explain")
     scenario = resolved.scenario
     used = scenario.run.seed if seed is None else seed
     stream = build_stream(scenario.traffic, used, base_folder=Path.cwd())

@@ -227,6 +227,11 @@ def step_time_s(outcome: Outcome, cost: StepCost) -> dict[str, float]:
     dense = float(by_tokens @ cost.dense_s[:tokens])
     parts = {name: float(by_tokens @ part[:tokens]) for name, part in cost.dense_parts.items()} or {"dense": dense}
     parts["head"] = float(by_rows @ cost.head_s[:rows])
+    parts = {name: time_s / cost.parts for name, time_s in parts.items()}
+    # Ranks that wait for the largest one's tokens, and experts that draw more than their share.
+    for name in ("padding", "imbalance"):
+        if f"{name}_s" in outcome.replicas[0].totals:
+            parts[name] = outcome.total(f"{name}_s")
     parts["attention_prefill"] = outcome.total("prefill_attention_s")
     parts["attention_decode"] = outcome.total("decode_attention_s")
     if outcome.speculates:

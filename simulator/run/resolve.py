@@ -1,12 +1,16 @@
 """A scenario turned into what the engine and the summary need: cost tables, settings, prices, and their sources."""
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+from simulator.catalog.architecture import Architecture
 from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency, PriceQuote
 from simulator.catalog.engines import EngineProfile, load_engine
 from simulator.catalog.models import load_model
 from simulator.catalog.records import Quantity
-from simulator.catalog.slices import resolve_slice
+from simulator.catalog.slices import Slice, resolve_slice
+from simulator.engine.expert_skew import EVEN, ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.engine.scheduling import HostOverheads
 from simulator.errors import InfeasibleError, InputError
@@ -16,7 +20,11 @@ from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.engine_profile import apply_profile, kernel_cost, profile_kv_blocks
 from simulator.roofline.memory import require_fit
+from simulator.roofline.pipeline import ShardedDeployment, require_sharded_fit, shard
+from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.precision import parse_precision
+from simulator.roofline.sharded_cost import compile_sharded
+from simulator.roofline.sharding import Sharding
 from simulator.roofline.step_cost import StepCost
 from simulator.run.kv_memory import block_bytes, cache_tier, host_swap
 from simulator.run.scenario import EfficiencyOptions, EngineOptions, Scenario
@@ -29,12 +37,30 @@ class Resolved:
     """A scenario's deployment, ready to run."""
 
     scenario: Scenario
+    slice: Slice
+    sharding: Sharding
     deployment: Deployment
+    """Of one attention rank, or of the first pipeline stage."""
     settings: EngineSettings
+    engine_cost: StepCost | PipelineCost
+    """What the engine runs on."""
     cost: StepCost
+    """The same as one table: of a pipeline, the sum of its stages."""
     speculation: ResolvedSpeculation | None
     ideal_cost: StepCost
     """The same deployment with every efficiency at 1 and no overheads."""
+
+    def demand_plain(self, what: str) -> None:
+        """Refuse what only a replica of one part can do.
+
+        Raises
+        ------
+        InputError
+            For ranks, stages or uneven experts.
+        """
+        if self.cost.parts > 1 or self.settings.expert_skew.on:
+            text = "uneven experts (deployment.expert_skew)" if self.cost.parts == 1 else f"sharding {self.sharding}"
+            raise InputError(f"{self.scenario.name}: {what} follows replicas of one part with even experts, not {text}")
 
 
 def resolve(scenario: Scenario) -> Resolved:
@@ -51,12 +77,13 @@ def resolve(scenario: Scenario) -> Resolved:
     """
     engine = scenario.engine
     a_slice = resolve_slice(scenario.slice)
-    deployment = Deployment(
-        architecture=load_model(scenario.model),
-        slice=a_slice,
+    sharding = _sharding(scenario, a_slice)
+    lay = partial(
+        _lay,
+        sharding,
+        load_model(scenario.model),
+        a_slice,
         precision=parse_precision(scenario.precision, quantize_head=scenario.quantize_head),
-        tp=scenario.sharding.tp,
-        efficiency=_efficiency(scenario.efficiency, a_slice.chip),
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         block_size=engine.block_size,
@@ -71,11 +98,19 @@ def resolve(scenario: Scenario) -> Resolved:
         expert_imbalance=scenario.deployment.expert_imbalance,
         dequantization_flops=scenario.deployment.dequantization_flops,
     )
+    deployment, sharded = lay(efficiency=_efficiency(scenario.efficiency, a_slice.chip))
     override = engine.num_gpu_blocks_override
     profile = _profile(engine)
+    if profile is not None and sharded is not None:
+        raise InputError(
+            f"{scenario.name}: engine.profile = {engine.profile!r} with sharding {sharding}: profiles describe replicas of one "
+            "part; leave one of them out"
+        )
     if override is not None:
         # vLLM's count includes the null block, which no request gets.
         blocks = override - 1
+    elif sharded is not None:
+        blocks = require_sharded_fit(sharded).kv_blocks
     elif profile is None:
         blocks = require_fit(deployment).kv_blocks
     else:
@@ -86,9 +121,14 @@ def resolve(scenario: Scenario) -> Resolved:
                 f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
                 f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
             )
-    cost = compile_step_cost(deployment) if profile is None else apply_profile(kernel_cost(deployment), profile)
+    cost = _compile(deployment, sharded) if profile is None else apply_profile(kernel_cost(deployment), profile)
     drafting = None
     if engine.speculation is not None:
+        if sharded is not None or isinstance(cost, PipelineCost):
+            raise InputError(
+                f"{scenario.name}: engine.speculation with sharding {sharding}: drafts are priced for replicas of one part; leave "
+                "one of them out"
+            )
         if profile is not None:
             raise InputError(
                 f"{scenario.name}: engine.speculation and engine.profile = {profile.name!r}: what an engine adds to a step was "
@@ -107,6 +147,8 @@ def resolve(scenario: Scenario) -> Resolved:
         scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
         prefix_cache=engine.prefix_cache,
         cache_outputs=engine.cache_outputs,
+        rank_routing=engine.rank_routing,
+        expert_skew=_expert_skew(scenario),
         speculation=drafting.plan if drafting else None,
         scheduling=engine.scheduling,
         host=HostOverheads(**engine.host.model_dump()),
@@ -115,14 +157,61 @@ def resolve(scenario: Scenario) -> Resolved:
         tiers=tuple(cache_tier(deployment, tier) for tier in engine.cache_tiers),
         load_policy=engine.load_policy,
     )
+    ideal = _compile(*lay(efficiency=IDEAL))
     return Resolved(
         scenario=scenario,
+        slice=a_slice,
+        sharding=sharding,
         deployment=deployment,
         settings=settings,
-        cost=cost,
+        engine_cost=cost,
+        cost=_one_table(cost),
         speculation=drafting,
-        ideal_cost=compile_step_cost(replace(deployment, efficiency=IDEAL)),
+        ideal_cost=_one_table(ideal),
     )
+
+
+def _sharding(scenario: Scenario, a_slice: Slice) -> Sharding:
+    options = scenario.sharding
+    if options.dp == 1 and scenario.engine.rank_routing != "round-robin":
+        raise InputError(
+            f"{scenario.name}: engine.rank_routing = {scenario.engine.rank_routing!r} spreads requests over attention ranks, and "
+            "sharding.dp = 1"
+        )
+    if options.dp > 1 and options.ep == 1:
+        raise InputError(
+            f"{scenario.name}: sharding.dp = {options.dp} without ep makes independent replicas: write the slice of one, and "
+            f"replicas = {options.dp * scenario.replicas}; attention ranks that share experts need sharding.ep = tp x dp"
+        )
+    tp = options.tp
+    if tp is None:
+        tp = a_slice.n_chips // (options.pp * options.dp) or 1
+    return Sharding(tp=tp, pp=options.pp, dp=options.dp, ep=options.ep)
+
+
+def _expert_skew(scenario: Scenario) -> ExpertSkew:
+    options = scenario.deployment
+    if options.expert_skew == 1:
+        return EVEN
+    return ExpertSkew(options.expert_skew, options.expert_skew_sigma, seed=scenario.run.seed)
+
+
+def _lay(
+    sharding: Sharding, architecture: Architecture, slice_: Slice, **settings: Any
+) -> tuple[Deployment, ShardedDeployment | None]:
+    """Lay a model on a slice: its first part, and the whole unless tensor parallelism is all there is."""
+    if sharding.pp == sharding.ep == 1:
+        return Deployment(architecture=architecture, slice=slice_, tp=sharding.tp, **settings), None
+    sharded = shard(architecture, slice_, sharding, **settings)
+    return sharded.stages[0], sharded
+
+
+def _compile(deployment: Deployment, sharded: ShardedDeployment | None) -> StepCost | PipelineCost:
+    return compile_step_cost(deployment) if sharded is None else compile_sharded(sharded)
+
+
+def _one_table(cost: StepCost | PipelineCost) -> StepCost:
+    return cost.total if isinstance(cost, PipelineCost) else cost
 
 
 def _profile(engine: EngineOptions) -> EngineProfile | None:
@@ -163,12 +252,12 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
         seed=seed,
         deployment=DeploymentLabel(
             model=d.architecture.name,
-            slice=d.slice.spec,
+            slice=resolved.slice.spec,
             chip=chip.name,
             chips_per_replica=resolved.cost.chips,
             replicas=scenario.replicas,
             precision=d.precision.name,
-            sharding=f"tp={d.chips}",
+            sharding=_sharding_text(resolved.sharding),
             num_kv_blocks=resolved.settings.num_kv_blocks,
             block_size=resolved.settings.block_size,
             max_num_seqs=resolved.settings.max_num_seqs,
@@ -193,6 +282,11 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
     )
 
 
+def _sharding_text(sharding: Sharding) -> str:
+    degrees = {name: degree for name, degree in vars(sharding).items() if degree > 1 or name == "tp"}
+    return " ".join(f"{name}={degree}" for name, degree in degrees.items())
+
+
 def _quote_text(quote: PriceQuote | None) -> str:
     if quote is None:
         return ""
@@ -211,9 +305,9 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
     scenario, d = resolved.scenario, resolved.deployment
     chip = d.slice.chip
     used = [f"compute.{d.compute_dtype}", f"compute.{d.attention_dtype}", "memory.hbm_capacity", "memory.hbm_bandwidth"]
-    if d.chips > 1:
+    if resolved.slice.n_chips > 1:
         used += ["scale_up.bandwidth", "scale_up.achievable", "scale_up.latency"]
-    if d.slice.n_nodes > 1:
+    if resolved.slice.n_nodes > 1:
         used += ["scale_out.bandwidth", "scale_out.latency"]
     used.append("power.tdp")
     found = []

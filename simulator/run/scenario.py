@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 from simulator.catalog.engines import load_engine
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
 from simulator.catalog.records import Record
+from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.engine.scheduling import HostOverheads, Scheduling
 from simulator.errors import InputError
@@ -34,7 +35,13 @@ class ShardingOptions(Record):
     """``[sharding]``: how the model lies on the slice."""
 
     tp: PositiveInt | None = None
-    """Tensor-parallel degree; None: all chips of the slice."""
+    """Tensor-parallel degree; None: all chips that the other degrees leave."""
+    pp: PositiveInt = 1
+    """Pipeline stages."""
+    dp: PositiveInt = 1
+    """Attention ranks that share the routed experts; only with ``ep``."""
+    ep: PositiveInt = 1
+    """Chips over which whole routed experts are spread: tp x dp, or 1."""
     overlap: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of the collectives that may hide behind matrix products."""
     kv_layout: Literal["heads", "even"] = "heads"
@@ -52,6 +59,10 @@ class DeploymentOptions(Record):
 
     expert_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     """Busiest against mean time of routed experts."""
+    expert_skew: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Mean of a factor on the routed experts' time that is drawn anew for every step."""
+    expert_skew_sigma: Annotated[float, Field(ge=0, le=4)] = ExpertSkew.sigma
+    """Spread of that factor: standard deviation of the logarithm of its excess over 1."""
     dequantization_flops: Annotated[float, Field(ge=0, allow_inf_nan=False)] = DEQUANTIZATION_FLOPS
     """Unpacking one weight held narrower than its products, in FLOPs of the matrix units. [FLOP]"""
 
@@ -94,6 +105,8 @@ class EngineOptions(Record):
     """``blocks``: vLLM's cache of hashed blocks; ``radix``: SGLang's tree. Both go by the hashes that the traffic states."""
     cache_outputs: bool = EngineSettings.cache_outputs
     """Whether the prefix cache keeps blocks with output tokens."""
+    rank_routing: Literal["round-robin", "least-loaded"] = "round-robin"
+    """How requests are spread over attention ranks (``sharding.dp``)."""
     preemption: Literal["recompute", "swap"] = "recompute"
     """``swap``: copy the blocks of preempted requests to host memory instead of computing them again."""
     host_blocks: Annotated[int, Field(ge=0)] | None = None

@@ -126,6 +126,9 @@ def _prepare_engine(say: Callable[[str], None], resolved: Resolved) -> None:
     if not jit.is_compiled_mode():
         say("Numba is absent or switched off: the engine runs as plain Python, slowly, with the same results")
         return
+    if resolved.cost.parts > 1 or resolved.settings.expert_skew.on:
+        say("loading the engine for ranks and stages (some 30 s the first time)")
+        return
     leave = resolved.scenario.clients.may_leave
     loops = {needs_queue(resolved.settings, clients_leave=clients_leave) for clients_leave in (leave, False)}
     for by_policy in sorted(loops):
@@ -138,6 +141,9 @@ def _run_once(
     resolved: Resolved, seed: int, workers: int, say: Callable[[str], None]
 ) -> tuple[Summary, Table, Table, Outcome]:
     scenario = resolved.scenario
+    if resolved.settings.expert_skew.on:
+        skew = replace(resolved.settings.expert_skew, seed=seed)
+        resolved = replace(resolved, settings=replace(resolved.settings, expert_skew=skew))
     stream = build_stream(scenario.traffic, seed, base_folder=Path.cwd())
     if len(stream) == 0:
         raise InputError(f"{scenario.name}: the traffic has no requests")
@@ -166,6 +172,7 @@ def _run_summary_only(
     """As :func:`_run_once`, block by block: the requests table is empty."""
     from simulator.run.streaming import Fleet, run_streaming  # noqa: PLC0415 - imports the engine, which imports numba
 
+    resolved.demand_plain("run.summary_only")
     scenario = resolved.scenario
     if scenario.clients.may_leave:
         raise InputError(
@@ -241,7 +248,7 @@ def simulate_fleet(
 
     ``itl_window_s``: count the inter-token latencies of the steps that start in this stretch of time by themselves. [s]
     """
-    from simulator.engine.compiled import Engine  # noqa: PLC0415 - numba takes a while to import
+    from simulator.engine.compiled import new_engine  # noqa: PLC0415 - numba takes a while to import
 
     n = resolved.scenario.replicas
     if len(requests) < n:
@@ -249,7 +256,7 @@ def simulate_fleet(
     parts = split(requests, n)
 
     def one(part: Requests) -> tuple[EngineResult, NDArray[np.int64] | None]:
-        engine = Engine(resolved.cost, resolved.settings, part)
+        engine = new_engine(resolved.engine_cost, resolved.settings, part)
         measured = None if itl_window_s is None else engine.itl_between(*itl_window_s)
         engine.advance()
         return engine.result(), measured

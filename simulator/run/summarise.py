@@ -84,6 +84,11 @@ class Facts:
     assumptions: tuple[Assumption, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def kv_blocks(self) -> int:
+        """KV blocks of a replica, all its ranks together."""
+        return self.settings.num_kv_blocks * self.cost.ranks
+
 
 def summarise(outcome: Outcome, at_once: Outcome, facts: Facts) -> tuple[Summary, Table, Table]:
     """Summary, requests table and timeline table of a run.
@@ -146,7 +151,7 @@ def compose(
         latency=latency,
         slo=slo,
         throughput=_throughput(outcome, sums, measured),
-        occupancy=_occupancy(outcome, measured, facts.settings),
+        occupancy=_occupancy(outcome, measured, facts),
         utilisation=utilisation(outcome, cost, work),
         prefix_cache=_prefix_cache(outcome, facts),
         speculation=_speculation(outcome, sums, facts),
@@ -161,7 +166,7 @@ def compose(
     )
     timeline = timeline_table(
         outcome,
-        num_kv_blocks=facts.settings.num_kv_blocks,
+        num_kv_blocks=facts.kv_blocks,
         idle_power_w=facts.idle_power_w,
         busy_power_w=busy_power_w,
     )
@@ -254,7 +259,7 @@ def _throughput(outcome: Outcome, sums: Tally, measured: Measured) -> Throughput
     )
 
 
-def _occupancy(outcome: Outcome, measured: Measured, settings: EngineSettings) -> Occupancy:
+def _occupancy(outcome: Outcome, measured: Measured, facts: Facts) -> Occupancy:
     edges = np.array([measured.window.start_s, measured.window.stop_s])
 
     def mean(name: str) -> float:
@@ -266,13 +271,13 @@ def _occupancy(outcome: Outcome, measured: Measured, settings: EngineSettings) -
         mean_waiting=mean("waiting"),
         mean_decode_batch=outcome.total("decode_tokens") / steps,
         mean_step_tokens=outcome.total("dense_tokens") / steps,
-        mean_kv_fraction=mean("kv_blocks") / settings.num_kv_blocks,
-        peak_kv_fraction=outcome.peak("max_kv_blocks") / settings.num_kv_blocks,
+        mean_kv_fraction=mean("kv_blocks") / facts.kv_blocks,
+        peak_kv_fraction=outcome.peak("max_kv_blocks") / facts.kv_blocks,
         peak_running=int(outcome.peak("max_running")),
         peak_waiting=int(outcome.peak("max_waiting")),
-        kv_capacity_tokens=settings.num_kv_blocks * settings.block_size,
+        kv_capacity_tokens=facts.kv_blocks * facts.settings.block_size,
         steps=int(steps),
-        mean_step_s=outcome.busy_s / steps,
+        mean_step_s=outcome.busy_s * facts.cost.parts / steps,
     )
 
 

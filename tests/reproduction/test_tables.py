@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from simulator.catalog import parameters
@@ -67,10 +68,12 @@ def test_default_efficiencies_follow_published_throughput(simulated):
     stages = [row for row in simulated["trtllm"] if ", PP" in row.quantity]
     llama = [row for row in simulated["trtllm"] if "Llama" in row.section and row not in stages]
     assert tally(llama).median_error < 0.15
-    # A steady state with all stages full is the most an engine can do; measured ones lose up to half of it.
-    assert len([row for row in stages if row.kind == "reported"]) == 21
-    # Kernels are priced as measured one by one, which some engines beat by overlapping them.
-    assert all(-0.1 < row.difference < 1.2 for row in stages if row.kind == "reported")
+    reported = [row for row in stages if row.kind == "reported"]
+    assert len(reported) == 21
+    errors = [abs(row.difference) for row in reported]
+    assert np.median(errors) < 0.15
+    assert max(errors) < 0.8
+    assert max(abs(row.difference) for row in reported if "8 GPUs" not in row.quantity) < 0.35
     assert tally(simulated["mlperf"]).median_error < 0.30
     curve = [row for row in simulated["trtllm"] if row.id.startswith("nim-")]
     assert len(curve) == 24

@@ -118,7 +118,7 @@ def test_many_sequences_run_best_with_attention_ranks():
     assert best.dp > 1
 
 
-def test_engines_do_not_run_ranks_in_lock_step():
+def test_a_rank_is_no_replica():
     with pytest.raises(InputError, match="one of 8 ranks that share experts"):
         compile_step_cost(lay("h100-sxm:8", "dp8ep8").stages[0])
     alone = lay("h100-sxm:8", "tp8ep8", MIXTRAL, max_num_batched_tokens=64).stages[0]

@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_said():
         require_sharded_fit(lay("h100-sxm:8", "dp8"))
 
 
-def test_engines_do_not_run_stages():
+def test_a_stage_is_no_replica():
     with pytest.raises(InputError, match="stage 1 of 2"):
         compile_step_cost(lay("h100-sxm:2x8", "tp8pp2").stages[0])
 
