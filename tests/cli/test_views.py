@@ -164,7 +164,7 @@ def test_the_views_page_runs(run_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in commands:
         run_cli(*command[1:])
-    assert {file.name for file in tmp_path.iterdir()} == {"pareto.png", "steps.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"pareto.png", "speculation.png", "steps.png"}
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names = {}
     exec(code, names)  # noqa: S102 - our own page
