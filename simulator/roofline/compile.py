@@ -91,7 +91,7 @@ def compile_part(d: Deployment) -> StepCost:
         peak_flops_per_s=chips * d.peak_flops_per_s,
         hbm_bandwidth_bytes_per_s=chips * d.slice.chip.hbm_bandwidth_bytes_per_s,
         dense_parts=tables,
-        expert_s=_table(n, _expert_s(dense)),
+        expert_s=_expert_s(n, dense),
         window=d.window,
         window_chunked=d.window_chunked,
         window_slope_s=float(sum_over(op.roofline_s for op in seen)),
@@ -172,10 +172,10 @@ def dense_parts(d: Deployment, dense: Sequence[Op]) -> dict[str, Array]:
     return {name: np.broadcast_to(part, shape) for name, part in parts.items()}
 
 
-def _expert_s(dense: Sequence[Op]) -> Array:
-    """Time of the routed experts' products; empty without any. [s]"""
+def _expert_s(n: Array, dense: Sequence[Op]) -> Array:
+    """Table of the routed experts' products; empty without any. [s]"""
     ops = [op for op in dense if op.name.startswith("experts")]
-    return sum_over(op.roofline_s for op in ops) if ops else np.zeros(0)
+    return _table(n, sum_over(op.roofline_s for op in ops)) if ops else np.zeros(0)
 
 
 def sum_over(figures: Iterable[Number]) -> Array:
