@@ -452,7 +452,7 @@ def _moment(state: State, extra: Extra) -> int:
     return int(state.ints[STEP])
 
 
-@inlined
+@compiled
 def _preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
     """R6: free all blocks, forget the cache, go to the front of the queue."""
     ints = state.ints
@@ -642,7 +642,7 @@ def _tokens_per_sequence(extra: Extra | None) -> int:
     return 1
 
 
-@inlined
+@compiled
 def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extra: Extra | None) -> bool:
     """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run.
 
