@@ -26,6 +26,7 @@ from simulator.engine.records import (
     fixed_drafting_s,
     needs_queue,
 )
+from simulator.engine.refusals import check_mixture
 from simulator.engine.scheduling import Scheduling
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
@@ -64,6 +65,7 @@ class Engine:
         log_size: int = 0,
     ) -> None:
         _check(cost, settings, timeline_interval_s)
+        check_mixture(cost, settings, requests)
         check_columns(settings, requests)
         n = len(requests)
         self._settings = settings

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from simulator.engine import core, parts, ranks, stages
 from simulator.engine.compiled import Engine
-from simulator.engine.records import EngineResult, EngineSettings, Requests, needs_queue, of_the_whole
+from simulator.engine.records import EngineResult, EngineSettings, Requests, of_the_whole
+from simulator.engine.refusals import check_mixture
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
@@ -38,7 +39,7 @@ class RankEngine(Engine):
     def __init__(
         self, cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
     ) -> None:
-        refuse_features(settings, requests, "several ranks, or uneven experts")
+        check_mixture(cost, settings, requests)
         check_experts(cost, settings)
         super().__init__(replace(cost, ranks=1), settings, requests, timeline_interval_s=timeline_interval_s)
         self._ranks = cost.ranks
@@ -99,7 +100,7 @@ class StageEngine(Engine):
         *,
         timeline_interval_s: float | None = None,
     ) -> None:
-        refuse_features(settings, requests, "pipeline stages")
+        check_mixture(cost, settings, requests)
         check_experts(cost.total, settings)
         super().__init__(replace(cost.total, stages=1), settings, requests, timeline_interval_s=timeline_interval_s)
         n = self._stages = len(cost.stages)
@@ -171,28 +172,6 @@ def stage_table(cost: PipelineCost, settings: EngineSettings) -> stages.StageTab
         excess=settings.expert_skew.excess(),
         send=np.ascontiguousarray(cost.send_s),
     )
-
-
-def refuse_features(settings: EngineSettings, requests: Requests, what: str) -> None:
-    """Refuse settings that replicas of several parts do not follow.
-
-    Raises
-    ------
-    InputError
-        Naming the setting.
-    """
-    if settings.prefix_cache != "off":
-        raise InputError(f"engine.prefix_cache = {settings.prefix_cache!r}: not together with {what}; use 'off'")
-    if settings.swap is not None or settings.tiers:
-        raise InputError(f"engine.preemption = 'swap' and engine.cache_tiers: not together with {what}")
-    if settings.speculation is not None:
-        raise InputError(f"engine.speculation: not together with {what}")
-    if needs_queue(settings, clients_leave=requests.clients_may_leave):
-        raise InputError(
-            f"{what}: only with engine.policy and batching at their defaults, long_prefill_token_threshold and watermark 0, a "
-            f"host that costs nothing, and clients that do not leave; here {settings.scheduling}, {settings.host}, "
-            f"clients_may_leave={requests.clients_may_leave}"
-        )
 
 
 def check_experts(cost: StepCost, settings: EngineSettings) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from simulator.engine.records import EngineSettings, Requests
-from simulator.engine.reference import Replica, StepRecord
+from simulator.engine.reference import Replica
+from simulator.engine.reference_state import StepRecord
 from simulator.roofline.step_cost import StepCost
 
 Pick = Callable[[int, int], int]

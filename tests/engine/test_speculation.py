@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from simulator.engine.compiled import Engine, simulate
 from simulator.engine.records import FINISHED, EngineResult, Speculation
-from simulator.engine.reference import StepRecord
+from simulator.engine.reference_state import StepRecord
 from simulator.roofline.speculation import SpeculationCost
 from tests.engine.strategies import SLOPE_GRID_S, Case, Pick, dyadic_case, events_of, observe, with_ties
 from tests.engine.test_equivalence import (

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from simulator.engine.records import FINISHED, ITL_BINS, REJECTED, EngineSettings, itl_bin
-from simulator.engine.reference import StepRecord, simulate_reference
+from simulator.engine.reference import simulate_reference
+from simulator.engine.reference_state import StepRecord
 from simulator.errors import InputError
 from tests.engine.engines import NAMES, engine
 from tests.engine.strategies import requests_of, step_cost
