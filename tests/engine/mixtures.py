@@ -85,6 +85,8 @@ def draw_features(pick: Pick, must: Sequence[str], refusals: Sequence[Refusal]) 
     while names:
         name = names.pop(pick(0, len(names) - 1))
         more = with_needs(chosen | {name})
+        if len(more) > len(chosen) + 1 and pick(0, 2):  # or most would have what others need
+            continue
         if pick(0, 5) < few and not more >= {"batching", "chunk limits"} and why_not(more, refusals) is None:
             chosen = more
     return chosen
