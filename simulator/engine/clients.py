@@ -338,7 +338,7 @@ def end_load(out: Outcome, state: State, queue: Queue, extra: Extra) -> None:
     come_back(queue, out.status, row)
 
 
-@compiled
+@inlined
 def receive(
     cost: CostTable,
     limits: Limits,
@@ -368,3 +368,11 @@ def receive(
                 join(out, state, state, queue, extra, row, arrival)
                 if peaks_at(state, arrival + queue.rules.request_s):
                     state.ints[MAX_WAITING] = max(state.ints[MAX_WAITING], n_waiting(state, queue))
+
+
+@compiled
+def receive_in_step(
+    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, extra: Extra | None
+) -> None:
+    """M1, L3: who comes and goes while a step is under way."""
+    receive(cost, limits, stream, out, state, queue, extra, True)  # noqa: FBT003 - compiled code takes no keywords here

@@ -17,6 +17,7 @@ from simulator.engine.clients import (
     next_load,
     next_seen,
     receive,
+    receive_in_step,
 )
 from simulator.engine.core import (
     BATCH,
@@ -360,7 +361,7 @@ def advance(
             ints[STEP] += k
         may_act = rules.clients_leave or stream.concurrency > 0
         if may_act and min(next_seen(stream, state, queue), next_departure(out, queue)) < end:
-            receive(cost, limits, stream, out, state, queue, extra, True)  # noqa: FBT003
+            receive_in_step(cost, limits, stream, out, state, queue, extra)
         n_done = end_step(
             cost, limits, stream, out, state, queue, extra, chunks.n, price_of(price, host / chunks.tokens)
         )

@@ -29,6 +29,8 @@ NAMES = {
     "prefix cache": "engine.prefix_cache",
     "swap": 'engine.preemption = "swap"',
     "tiers": "engine.cache_tiers",
+    "writing through": "write_through of engine.cache_tiers",
+    "warm store": "stored_tokens of requests",
     "speculation": "engine.speculation",
     "uneven experts": "engine.expert_skew",
     "ranks": "deployment.dp",
@@ -51,10 +53,12 @@ LASTING = (
         ("stages",),
         "the next drafts need the last stage's verdict on the present ones; vLLM 0.19 does not compose the two either",
     ),
+    Refusal(("ranks",), ("stages",), "a stage is priced as one rank"),
 )
 
 PENDING = (
     Refusal((*QUEUE, *MEMORY, "speculation"), ("ranks", "stages", "uneven experts"), "the compiled engine does not do this yet"),
+    Refusal(("writing through", "warm store"), ("tiers",), "the compiled engine does not do this yet"),
 )
 
 
@@ -71,6 +75,8 @@ def features_of(cost: StepCost | PipelineCost, settings: EngineSettings, request
         "prefix cache": settings.prefix_cache != "off",
         "swap": settings.swap is not None,
         "tiers": bool(settings.tiers),
+        "writing through": any(tier.write_through for tier in settings.tiers),
+        "warm store": bool(settings.tiers) and requests.stored_tokens is not None,
         "speculation": settings.speculation is not None,
         "uneven experts": settings.expert_skew.on,
         "ranks": isinstance(cost, StepCost) and cost.ranks > 1,
