@@ -17,7 +17,6 @@ from simulator.engine.core import (
     N_EVENTS,
     N_GROWING,
     N_RUNNING,
-    PARTIAL,
     SHARE_R0,
     SHARE_R1,
     SHARE_W,
@@ -184,7 +183,7 @@ def change_level(cost: CostTable, stream: Stream, out: Outcome, state: State, ex
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
-        if slot != ints[PARTIAL]:
+        if state.finish_step[slot] >= 0:
             settle(cost, state, out, extra, slot, step)
             mark_joined(state, slot, step)
         slot = state.after[slot]
@@ -192,7 +191,7 @@ def change_level(cost: CostTable, stream: Stream, out: Outcome, state: State, ex
     ints[HEAP_SIZE] = 0
     slot = ints[FIRST]
     while slot >= 0:
-        if slot != ints[PARTIAL]:
+        if state.finish_step[slot] >= 0:
             row = state.row[slot]
             speculation.change_rate(spec.batch, slot, step, rate_of(spec, row))
             state.finish_step[slot] = step + speculation.passes_left(spec.batch, slot, stream.output[row])

@@ -56,7 +56,7 @@ from simulator.engine.jit import compiled, inlined
 from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
-from simulator.engine.scheduler import Scheduled, schedule
+from simulator.engine.scheduler import Scheduled, published_to, schedule
 from simulator.engine.scheduling import FAIR, FCFS, PREFILL_FIRST, STATIC
 from simulator.engine.segments import (
     count_latencies,
@@ -126,7 +126,7 @@ def longest_segment(limits: Limits, state: State, queue: Queue, extra: Extra | N
         if extra.loads.ints[BLOCKED] == 1:
             return 1
         if scheduled.unsure:
-            return int(steps_to_fill(extra.cache, state.ints[STEP]))
+            return int(steps_to_fill(extra.cache, published_to(state, queue)))
     return MANY
 
 

@@ -437,7 +437,7 @@ def next_fill(cache: Cache) -> int:
 
 @compiled
 def steps_to_fill(cache: Cache, step: int) -> int:
-    """Steps from ``step`` on, whose own fills have been published, before another block with an id is filled."""
+    """Steps that may follow ``step``, whose own fills have been published, before R7 may find another block."""
     when = next_fill(cache)
     return int(when - step) if when >= 0 else 1 << SLOT_BITS
 

@@ -306,7 +306,7 @@ def _goes_loading(
 
 
 @inlined
-def _published_to(state: State, queue: Queue) -> int:
+def published_to(state: State, queue: Queue) -> int:
     """C4, M7: the last step whose decoding has filled its blocks when R7 looks."""
     later = queue.rules.preempt_lower or queue.rules.batching >= PREFILL_FIRST
     return int(state.ints[STEP] - int(later))
@@ -380,7 +380,7 @@ def admit_waiting(
         may_ask = False
         if extra is not None:
             if extra.cache.on:
-                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, _published_to(state, queue))
+                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, published_to(state, queue))
                 start = max(start, hits * bs)
             if extra.loads.on:
                 may_ask = seat and extra.loads.loaded[row] == 0
