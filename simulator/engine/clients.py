@@ -9,7 +9,11 @@ import math
 from simulator.engine.batch import blocks_owned, leave_batch, unlink_running
 from simulator.engine.core import (
     CLOCK,
+    COMPUTED,
+    EMITTED,
+    FINISH_STEP,
     FREE_BLOCKS,
+    FREE_SLOT,
     INTERVAL,
     LAST_START,
     MAX_WAITING,
@@ -17,6 +21,7 @@ from simulator.engine.core import (
     N_LOADING,
     N_PENDING,
     NEXT_ROW,
+    SEEN,
     STEP,
     T_WAITING,
     WAITING_INTEGRAL,
@@ -40,15 +45,15 @@ from simulator.engine.queues import (
     CANCEL_S,
     CANCELLATIONS,
     DEADLINE_S,
-    EMITTED,
     GONE,
     GONE_SLOT,
+    KEPT_EMITTED,
+    KEPT_SEEN,
     N_GONE,
     N_QUEUED,
     PUT_BACK_AT,
     RANK,
     RETRIES,
-    SEEN,
     SLOT,
     TIMEOUT_S,
     TIMEOUTS,
@@ -160,8 +165,8 @@ def join(
     """An attempt that was not refused joins the queue, and starts from nothing (L5, M20)."""
     rules = queue.rules
     queue.row_floats[row, ATTEMPT_S] = arrival
-    queue.row_ints[row, EMITTED] = 0
-    queue.row_ints[row, SEEN] = 0
+    queue.row_ints[row, KEPT_EMITTED] = 0
+    queue.row_ints[row, KEPT_SEEN] = 0
     queue.row_ints[row, PUT_BACK_AT] = -1
     out.scheduled[row] = math.nan
     out.first_token[row] = math.nan
@@ -220,11 +225,11 @@ def leave_replica(
     ints = state.ints
     row = state.row[slot]
     bs = limits.block_size
-    decoded = state.finish_step[slot] >= 0
+    decoded = state.slots[slot, FINISH_STEP] >= 0
     retire(stream, state, queue, slot, bs)
     if decoded:
         leave_batch(cost, state, out, extra, slot, bs)
-        state.finish_step[slot] = -1
+        state.slots[slot, FINISH_STEP] = -1
     else:
         drop_partial(queue, slot)
     freed = blocks_owned(state, extra, slot, decoded, bs)
@@ -236,13 +241,22 @@ def leave_replica(
     ints[FREE_BLOCKS] += freed
     unlink_running(state, slot)
     free_slot(state, slot)
-    abandon(stream, out, queue, extra, row, status, max(state.seen[slot], state.computed[slot]), state.emitted[slot])
+    abandon(
+        stream,
+        out,
+        queue,
+        extra,
+        row,
+        status,
+        max(state.slots[slot, SEEN], state.slots[slot, COMPUTED]),
+        state.slots[slot, EMITTED],
+    )
 
 
 @inlined
 def free_slot(state: State, slot: int) -> None:
     """Let a slot be used again."""
-    state.free_slots[state.ints[N_FREE_SLOTS]] = slot
+    state.slots[state.ints[N_FREE_SLOTS], FREE_SLOT] = slot
     state.ints[N_FREE_SLOTS] += 1
 
 
@@ -284,7 +298,9 @@ def client_leaves(
         else:
             leave_queue(queue, row)
         waited(shared, due, -1.0)
-        abandon(stream, out, queue, extra, row, status, queue.row_ints[row, SEEN], queue.row_ints[row, EMITTED])
+        abandon(
+            stream, out, queue, extra, row, status, queue.row_ints[row, KEPT_SEEN], queue.row_ints[row, KEPT_EMITTED]
+        )
     elif in_step:
         noticed = shared.floats[CLOCK]
         queue.row_ints[row, GONE] = status

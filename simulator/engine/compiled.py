@@ -480,9 +480,9 @@ def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:
     ints[core.N_FREE_SLOTS] = m
     ints[core.STOP_ROW] = np.iinfo(np.int64).max
 
-    def slots() -> NDArray[np.int64]:
-        return np.zeros(m, dtype=np.int64)
-
+    slots = np.zeros((m, core.N_SLOT_COLUMNS), dtype=np.int64)
+    slots[:, [core.FINISH_STEP, core.AFTER, core.BEFORE, core.EVENT_STEP]] = -1
+    slots[:, core.FREE_SLOT] = np.arange(m)[::-1]
     bits = np.zeros(1)
     return core.State(
         ints=ints,
@@ -492,26 +492,11 @@ def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:
         pending_row=np.zeros(n_pending + 1, dtype=np.int64),
         heap=np.zeros(2 * m + 2, dtype=np.int64),
         residues=np.zeros(settings.block_size, dtype=np.int64),
-        stack=slots(),
-        free_slots=np.arange(m, dtype=np.int64)[::-1].copy(),
-        row=slots(),
-        computed=slots(),
-        joined=slots(),
-        emitted=slots(),
-        seen=slots(),
-        finish_step=slots() - 1,
-        after=slots() - 1,
-        before=slots() - 1,
-        w=np.zeros(m),
-        r0=np.zeros(m),
-        r1=np.zeros(m),
-        last_token=np.zeros(m),
+        row=np.zeros(m, dtype=np.int64),
+        slots=slots,
+        sums=np.zeros((m, core.N_SUMS)),
         events=np.zeros(2 * m + 2, dtype=np.int64),
-        event_step=slots() - 1,
-        growing=slots(),
-        chunk_slot=slots(),
-        chunk_size=slots(),
-        chunk_start=slots(),
+        chunks=np.zeros((m, core.N_CHUNK_COLUMNS), dtype=np.int64),
         timeline=np.zeros((5, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),

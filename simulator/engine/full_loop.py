@@ -20,8 +20,10 @@ from simulator.engine.clients import (
     receive_in_step,
 )
 from simulator.engine.core import (
+    AFTER,
     BATCH,
     CLOCK,
+    FINISH_STEP,
     FIRST,
     FREE_BLOCKS,
     IDLE,
@@ -29,6 +31,7 @@ from simulator.engine.core import (
     ITL_MAX,
     KNOT,
     LAST_START,
+    LAST_TOKEN,
     MAX_BLOCKS,
     MAX_RUNNING,
     MAX_WAITING,
@@ -203,11 +206,11 @@ def count_latencies_after_stall(out: Outcome, state: State, queue: Queue, end: f
     queue.ints[STALLED] = 0
     slot = state.ints[FIRST]
     while slot >= 0:
-        if state.finish_step[slot] >= 0:
-            gap = end - max(queue.floats[STALL_START], state.last_token[slot])
+        if state.slots[slot, FINISH_STEP] >= 0:
+            gap = end - max(queue.floats[STALL_START], state.sums[slot, LAST_TOKEN])
             count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
             state.floats[ITL_MAX] = max(state.floats[ITL_MAX], gap)
-        slot = state.after[slot]
+        slot = state.slots[slot, AFTER]
 
 
 @inlined

@@ -23,7 +23,7 @@ from simulator.roofline.step_cost import StepCost
 _ONE = ("pending_time", "pending_row", "timeline", "bits_f", "bits_i")
 
 #: Fields of a state that each micro-batch has for itself.
-_OF_GROUP = ("ints", "floats", "heap", "residues", "events", "chunk_slot", "chunk_size", "chunk_start")
+_OF_GROUP = ("ints", "floats", "heap", "residues", "events", "chunks")
 
 
 class RankEngine(Engine):

@@ -15,11 +15,19 @@ N_PRICES = OWN_GROWTH + 1
 
 @inlined
 def _of(array: Any, g: int) -> tuple[Any]:
-    """Row ``g`` of what each part has for itself, or what is one for all; the branch is taken when this is compiled.
+    """Row ``g`` of vectors that each part has for itself, or the vector that is one for all; the branch is taken when this is compiled.
 
     In a tuple: functions compiled without reference counts may not return a view by itself.
     """
     if array.ndim == 2:
+        return (array[g],)
+    return (array,)
+
+
+@inlined
+def _table_of(array: Any, g: int) -> tuple[Any]:
+    """The same for tables."""
+    if array.ndim == 3:
         return (array[g],)
     return (array,)
 
@@ -35,26 +43,11 @@ def part_of(states: State, g: int) -> State:
         _of(states.pending_row, g)[0],
         _of(states.heap, g)[0],
         _of(states.residues, g)[0],
-        _of(states.stack, g)[0],
-        _of(states.free_slots, g)[0],
         _of(states.row, g)[0],
-        _of(states.computed, g)[0],
-        _of(states.joined, g)[0],
-        _of(states.emitted, g)[0],
-        _of(states.seen, g)[0],
-        _of(states.finish_step, g)[0],
-        _of(states.after, g)[0],
-        _of(states.before, g)[0],
-        _of(states.w, g)[0],
-        _of(states.r0, g)[0],
-        _of(states.r1, g)[0],
-        _of(states.last_token, g)[0],
+        _table_of(states.slots, g)[0],
+        _table_of(states.sums, g)[0],
         _of(states.events, g)[0],
-        _of(states.event_step, g)[0],
-        _of(states.growing, g)[0],
-        _of(states.chunk_slot, g)[0],
-        _of(states.chunk_size, g)[0],
-        _of(states.chunk_start, g)[0],
+        _table_of(states.chunks, g)[0],
         states.timeline,
         _of(states.bits_f, g)[0],
         _of(states.bits_i, g)[0],

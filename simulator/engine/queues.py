@@ -43,11 +43,11 @@ from simulator.engine.scheduling import FAIR, FCFS
 # indices into Queue.floats
 HOST, STALL_START, N_QUEUE_FLOATS = range(3)
 
-# columns of Queue.row_ints: GONE is the status of one who leaves at the end of the step, EMITTED and SEEN are kept while a
+# columns of Queue.row_ints: GONE is the status of one who leaves at the end of the step, KEPT_EMITTED and KEPT_SEEN are kept while a
 # preempted request waits, PUT_BACK_AT is the try at scheduling of its last preemption (-1: none in this attempt), AFTER and BEFORE link a tenant's list
-TICKET, EMITTED, SEEN, PUT_BACK_AT, SLOT, ATTEMPTS, GONE, AFTER, BEFORE, TENANT = range(10)
+TICKET, KEPT_EMITTED, KEPT_SEEN, PUT_BACK_AT, SLOT, ATTEMPTS, GONE, AFTER, BEFORE, TENANT = range(10)
 # columns of Queue.row_floats: ATTEMPT_S is the arrival of the attempt
-RANK, LAST_TOKEN, WASTED, ATTEMPT_S, DEADLINE_S, TTFT_TIMEOUT_S, TIMEOUT_S, CANCEL_S = range(8)
+RANK, KEPT_LAST_TOKEN, WASTED, ATTEMPT_S, DEADLINE_S, TTFT_TIMEOUT_S, TIMEOUT_S, CANCEL_S = range(8)
 # columns of Queue.tenants: a count is BASE + output_weight · DECODING · step
 FRONT, BACK, BASE, DECODING = range(4)
 # columns of Queue.slots

@@ -446,9 +446,7 @@ class Replica:
 
     def note_peaks(self) -> None:
         """Note peaks, those of the whole replica (R13, G6)."""
-        self.pricing.note_peaks(
-            max_running=self.n_running, max_waiting=self.n_waiting, max_kv_blocks=self.used_blocks
-        )
+        self.pricing.note_peaks(max_running=self.n_running, max_waiting=self.n_waiting, max_kv_blocks=self.used_blocks)
 
     def close_piece(self) -> None:
         """Note the state since the last event; called by each event before it changes anything."""
