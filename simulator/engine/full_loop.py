@@ -112,7 +112,7 @@ def stop_of(
     if rules.policy != FCFS:
         matters = seat or rules.preempt_lower
     if rules.batching == STATIC:
-        matters = False
+        matters = state.ints[N_RUNNING] == 0  # of ranks one may be empty while others go on
     stop = min(until, next_load(state, extra))
     if matters or rules.policy == FAIR or rules.clients_leave:
         stop = min(stop, next_arrival)

@@ -210,7 +210,7 @@ def _launch(
                 dense += excess * stages.experts[j, chunks.tokens]
         flight.floats[IMBALANCE] += dense - cost.dense[chunks.tokens]
         price = price_step(cost, stream, group, None, chunks.n, chunks.tokens, dense)
-        store_price(flight.prices, g, price, 0.0)
+        store_price(flight.prices, g, price)
         _enter_stages(stages, flight, shared, group, g, price, chunks.tokens, excess)
         shared.ints[STEPS] += 1
         shared.ints[SEGMENTS] += 1
