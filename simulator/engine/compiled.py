@@ -58,6 +58,7 @@ class Engine:
 
     _of_parts = False
     """Whether there are several ranks or stages."""
+    _in_stages = False
 
     def __init__(
         self,
@@ -127,10 +128,10 @@ class Engine:
         hashes = cache_hashes(settings, requests)
         remembers = hashes is not None or settings.speculation is not None or settings.swap is not None
         if remembers or self._of_parts or needs_queue(settings, clients_leave=requests.clients_may_leave):
-            self._queue = new_queue(settings, requests)
+            self._queue = new_queue(settings, requests, counts_by_step=not self._in_stages)
         if remembers:
             self._extra = core.Extra(
-                cache=_new_cache(hashes, settings, n, log_size),
+                cache=_new_cache(hashes, settings, n, log_size, by_epoch=self._in_stages),
                 spec=_new_spec(cost, settings, requests),
                 swap=swap.new_swap(settings.swap, max_num_seqs=m, n=n),
                 loads=tiers.new_loads(settings.load_policy, n, on=bool(settings.tiers)),
@@ -478,7 +479,9 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
         raise InputError(f"timeline_interval_s = {timeline_interval_s}: must be positive and finite")
 
 
-def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log_size: int = 0) -> prefix_cache.Cache:
+def _new_cache(
+    hashes: BlockHashes | None, settings: EngineSettings, n: int, log_size: int, *, by_epoch: bool
+) -> prefix_cache.Cache:
     return prefix_cache.new_cache(
         hashes,
         num_blocks=settings.num_kv_blocks,
@@ -488,6 +491,7 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
         radix=settings.prefix_cache == "radix",
         prompts_first=settings.scheduling.batching in {"prefill_first", "static"},
         late=settings.speculation is None,
+        by_epoch=by_epoch,
         tiers=settings.tiers,
         log_size=log_size,
     )

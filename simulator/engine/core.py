@@ -51,8 +51,9 @@ from simulator.engine.tiers import Loads
     WINDOW_KEYS,
     STOP_ROW,
     N_LOADING,
+    N_ADMITTED,
     N_INTS,
-) = range(38)
+) = range(39)
 # indices into State.floats
 (
     CLOCK,
@@ -73,7 +74,7 @@ from simulator.engine.tiers import Loads
 # rows of State.timeline
 T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY, T_PREEMPTIONS = range(5)
 
-# columns of State.slots; the last two list slots out of use, and the preempted ones, the last on top
+# columns of State.slots; ADMITTED is the number of the admission (where policies are), the last two list slots out of use, and the preempted ones, the last on top
 (
     COMPUTED,
     JOINED,
@@ -84,10 +85,11 @@ T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY, T_PREEMPTIONS = range(5)
     BEFORE,
     EVENT_STEP,
     GROWING,
+    ADMITTED,
     FREE_SLOT,
     PREEMPTED_SLOT,
     N_SLOT_COLUMNS,
-) = range(12)
+) = range(13)
 # columns of State.sums: the running sums when a sequence was last settled, and the time of its last token before a preemption
 SETTLED_W, SETTLED_R0, SETTLED_R1, LAST_TOKEN, N_SUMS = range(5)
 # columns of State.chunks

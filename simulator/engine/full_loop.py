@@ -55,7 +55,7 @@ from simulator.engine.core import (
     Stream,
 )
 from simulator.engine.fcfs import release_next
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.jit import compiled, entry, inlined
 from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
@@ -72,7 +72,7 @@ from simulator.engine.segments import (
     steps_until,
     widen_timeline,
 )
-from simulator.engine.swap import N_MOVED, charge_copies
+from simulator.engine.swap import N_MOVED, charge_copies, delay_of
 from simulator.engine.tiers import BLOCKED
 
 MANY = 1 << 60
@@ -283,7 +283,7 @@ def wait_for(shared: State, loading: int, wakes: float) -> None:
     floats[CLOCK] = wakes
 
 
-@compiled
+@entry
 def advance(
     cost: CostTable,
     limits: Limits,
@@ -332,7 +332,9 @@ def advance(
         # --- what it costs, and for how many steps: R9, H1 ---
         price = price_step(cost, stream, state, extra, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
         if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
-            price = lengthen(price, charge_copies(extra.swap, out.busy, price.d0))
+            delay = delay_of(extra.swap, price.d0)
+            charge_copies(extra.swap, out.busy, delay)
+            price = lengthen(price, delay)
         longest = longest_segment(limits, state, queue, extra, chunks)
         pace = pace_of(cost, state, rules, extra, price, chunks.n, chunks.tokens, longest)
         d0, q = pace.d0, pace.q

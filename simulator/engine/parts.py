@@ -106,6 +106,7 @@ def _cache_of(cache: Cache, g: int) -> Cache:
         cache.radix,
         cache.late,
         cache.prompts_first,
+        cache.by_epoch,
         cache.block_size,
         _table_of(cache.nodes, g)[0],
         _of(cache.first, g)[0],

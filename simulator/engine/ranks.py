@@ -59,7 +59,7 @@ from simulator.engine.full_loop import (
     take_segment,
     wait_for,
 )
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.jit import compiled, entry, inlined
 from simulator.engine.parts import (
     COPIES,
     HOST_SHARE,
@@ -78,7 +78,7 @@ from simulator.engine.queues import N_QUEUED, Queue, pop_due
 from simulator.engine.scheduler import Scheduled, schedule
 from simulator.engine.scheduling import PREFILL_FIRST
 from simulator.engine.segments import lengthen, price_step, record_segment, steps_alike, steps_until
-from simulator.engine.swap import N_MOVED, charge_copies
+from simulator.engine.swap import N_MOVED, charge_copies, delay_of
 
 # columns of Board.scheduled: the fields of Scheduled, the longest segment, and the decoding sequences that sit the step out (-1: none do)
 N_CHUNKS, TOKENS, NEED, PREEMPTED, UNSURE, LONGEST, SITTING, N_SCHEDULED = range(8)
@@ -273,12 +273,15 @@ def _price_rank(
         prices[g, OWN_Q] = 0.0
         prices[g, OWN_GROWTH] = 0.0
         if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
-            prices[g, COPIES] = charge_copies(extra.swap, out.busy, dense)
+            prices[g, COPIES] = delay_of(extra.swap, dense)
+            charge_copies(extra.swap, out.busy, prices[g, COPIES])
             prices[g, OWN_D0] += prices[g, COPIES]
         return int(scheduled[LONGEST])
     price = price_step(cost, stream, rank, extra, scheduled[N_CHUNKS], scheduled[TOKENS], dense)
     if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
-        price = lengthen(price, charge_copies(extra.swap, out.busy, price.d0))
+        delay = delay_of(extra.swap, price.d0)
+        charge_copies(extra.swap, out.busy, delay)
+        price = lengthen(price, delay)
     pace = pace_of(cost, rank, queue.rules, extra, price, scheduled[N_CHUNKS], scheduled[TOKENS], scheduled[LONGEST])
     store_price(prices, g, price)
     prices[g, OWN_D0] = pace.d0
@@ -367,7 +370,7 @@ def _end_rank(
     return int(end_step(cost, limits, stream, out, rank, queue, extra, chunks, price))
 
 
-@compiled
+@entry
 def advance_ranks(
     cost: CostTable,
     experts: Experts,

@@ -23,6 +23,7 @@ from simulator.engine.batch import (
 )
 from simulator.engine.clients import free_slot
 from simulator.engine.core import (
+    ADMITTED,
     AFTER,
     BATCH,
     BEFORE,
@@ -39,6 +40,7 @@ from simulator.engine.core import (
     INTERVAL,
     LAST,
     LAST_TOKEN,
+    N_ADMITTED,
     N_FREE_SLOTS,
     N_LOADING,
     N_RUNNING,
@@ -63,6 +65,7 @@ from simulator.engine.queues import (
     CHUNK_TOKENS,
     GRANTED,
     HAS_BLOCK,
+    HELD,
     IS_OPEN,
     KEPT_EMITTED,
     KEPT_LAST_TOKEN,
@@ -217,11 +220,12 @@ def _known(stream: Stream, state: State, slot: int) -> int:
 @compiled
 def _continue_prompts(
     cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, extra: Extra | None
-) -> bool:
-    """R5, B1, B5: give tokens to those in prefill, in order of admission; return whether somebody was preempted."""
+) -> tuple[bool, bool]:
+    """R5, B1, B5: give tokens to those in prefill, in order of admission; return whether somebody was preempted, and whether somebody waits (M22)."""
     ints = state.ints
     bs = limits.block_size
     preempted = False
+    waits = False
     i = 0
     while i < queue.ints[N_PARTIALS]:
         left = limits.budget - ints[BATCH] * tokens_per_sequence(extra) - queue.ints[CHUNK_TOKENS]
@@ -234,6 +238,9 @@ def _continue_prompts(
         done = state.slots[slot, COMPUTED]
         want = min(_known(stream, state, slot) - done, left, queue.rules.longest_chunk)
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
+        if missing > ints[FREE_BLOCKS] and queue.slots[slot, HELD] > 0:
+            waits = True
+            continue
         gone = False
         while missing > ints[FREE_BLOCKS] and not gone:
             victim = _victim(state, queue)
@@ -247,7 +254,7 @@ def _continue_prompts(
                 take(extra.cache, missing)
             queue.slots[slot, CHUNK] = want
             queue.ints[CHUNK_TOKENS] += want
-    return preempted
+    return preempted, waits
 
 
 @compiled
@@ -353,6 +360,8 @@ def _admit_first(
     state.sums[slot, LAST_TOKEN] = queue.row_floats[row, KEPT_LAST_TOKEN]
     state.slots[slot, COMPUTED] = done
     out.status[row] = RUNNING
+    state.slots[slot, ADMITTED] = ints[N_ADMITTED]
+    ints[N_ADMITTED] += 1
     append_running(state, slot)
     ints[FREE_BLOCKS] -= blocks_for(done + want, limits.block_size)
     if rules.batching == STATIC:
@@ -496,6 +505,7 @@ def schedule(
     preempted = False
     unsure = False
     admits = True
+    waits = False
     need = 0
     if extra is not None:
         extra.loads.ints[BLOCKED] = 0
@@ -507,11 +517,11 @@ def schedule(
         need = _serve_decodes(cost, limits, stream, out, state, queue, extra)
         preempted = need < 0
         if queue.ints[N_PARTIALS] > 0:
-            if _continue_prompts(cost, limits, stream, out, state, queue, extra):
-                preempted = True
+            lost, waits = _continue_prompts(cost, limits, stream, out, state, queue, extra)
+            preempted = preempted or lost
             if extra is not None and extra.cache.on and not extra.cache.radix and not queue.rules.preempt_lower:
                 _publish_chunks(limits, state, queue, extra)
-        admits = not preempted
+        admits = not preempted and not waits
     if admits and queue.ints[N_QUEUED] > 0:
         preempted, unsure = admit_waiting(cost, limits, stream, out, state, queue, extra)
     if extra is not None and extra.cache.on and not extra.cache.radix and queue.rules.preempt_lower:

@@ -46,7 +46,7 @@ from simulator.engine.core import (
     Stream,
 )
 from simulator.engine.fcfs import make_room, n_waiting, next_arrival_s, receive, release_next, schedule_chunks
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.jit import entry, inlined
 from simulator.engine.parts import load_price, part_of, store_price
 from simulator.engine.progressions import residue, spread
 from simulator.engine.segments import (
@@ -264,7 +264,7 @@ def _complete(
     return n_done
 
 
-@compiled
+@entry
 def advance_stages(
     cost: CostTable,
     stages: StageTable,
