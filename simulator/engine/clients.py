@@ -395,6 +395,13 @@ def end_load(out: Outcome, state: State, queue: Queue, extra: Extra) -> None:
 
 
 @inlined
+def end_any_load(out: Outcome, state: State, queue: Queue, extra: Extra | None) -> None:
+    """The same where there may be no loads at all."""
+    if extra is not None:
+        end_load(out, state, queue, extra)
+
+
+@inlined
 def receive(
     cost: CostTable,
     limits: Limits,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import core, parts, prefix_cache, queues, ranks, speculation, stages, swap, tiers
+from simulator.engine import core, heaps, parts, prefix_cache, queues, ranks, speculation, stages, swap, tiers
 from simulator.engine.compiled import Engine
 from simulator.engine.records import EngineResult, EngineSettings, Requests, of_the_whole
 from simulator.engine.refusals import check_mixture
@@ -46,7 +46,10 @@ _COUNTED: dict[type, tuple[str, ...]] = {
 }
 
 #: What each micro-batch has for itself.
-_OF_GROUP: dict[type, tuple[str, ...]] = {core.State: ("ints", "floats", "heap", "residues", "events", "chunks")}
+_OF_GROUP: dict[type, tuple[str, ...]] = {
+    core.State: ("ints", "floats", "heap", "residues", "events", "chunks"),
+    prefix_cache.Cache: ("fills", "n_fills"),
+}
 
 
 class RankEngine(Engine):
@@ -125,6 +128,9 @@ class StageEngine(Engine):
         As :class:`RankEngine`.
     """
 
+    _of_parts = True
+    _in_stages = True
+
     def __init__(
         self,
         cost: PipelineCost,
@@ -136,9 +142,11 @@ class StageEngine(Engine):
         check_mixture(cost, settings, requests)
         check_experts(cost.total, settings)
         super().__init__(replace(cost.total, stages=1), settings, requests, timeline_interval_s=timeline_interval_s)
-        n = self._stages = len(cost.stages)
+        self._stages = len(cost.stages)
+        n = self._stages + 1
         self._states = stacked(self._state, n + 1, _OF_GROUP)
-        first_steps = np.arange(n + 1) << stages.GROUP_BITS
+        self._extras = None if self._extra is None else stacked(self._extra, n, _OF_GROUP)
+        first_steps = np.arange(n + 1) << heaps.GROUP_BITS
         for name in (core.STEP, core.STEP_ORIGIN):
             self._states.ints[:, name] = first_steps
         self._state = part(self._states, n, _OF_GROUP)
@@ -146,8 +154,8 @@ class StageEngine(Engine):
             done=np.full(n, np.inf),
             last=np.zeros(n),
             chunks=np.zeros(n, dtype=np.int64),
-            free=np.zeros(n),
-            held=np.zeros(settings.max_num_seqs, dtype=np.int64),
+            free=np.zeros(self._stages),
+            group=np.full(settings.max_num_seqs, -1, dtype=np.int64),
             prices=np.zeros((n, parts.N_PRICES)),
             floats=np.zeros(stages.N_FLIGHT_FLOATS),
         )
@@ -163,6 +171,8 @@ class StageEngine(Engine):
                 self._stream,
                 self._out,
                 self._states,
+                self._queue,
+                self._extras,
                 self._flight,
                 float(until_s),
             )

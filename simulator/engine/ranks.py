@@ -14,7 +14,7 @@ from simulator.engine import speculation
 from simulator.engine.batch import advance_decodes
 from simulator.engine.clients import (
     client_leaves,
-    end_load,
+    end_any_load,
     is_rejected,
     join,
     next_departure,
@@ -155,12 +155,6 @@ def _next_load(states: State, extras: Extra | None, n_ranks: int) -> tuple[float
     return float(best), rank
 
 
-@inlined
-def _end_load(out: Outcome, rank: State, queue: Queue, extra: Extra | None) -> None:
-    if extra is not None:
-        end_load(out, rank, queue, extra)
-
-
 @compiled
 def _receive_for_ranks(
     cost: CostTable,
@@ -191,7 +185,7 @@ def _receive_for_ranks(
             rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
             client_leaves(cost, limits, stream, out, shared, rank, own, extra, row, due, in_step)
         elif ready == first:
-            _end_load(out, part_of(states, g), queue_of(queues, g), extra_of(extras, g))
+            end_any_load(out, part_of(states, g), queue_of(queues, g), extra_of(extras, g))
         else:
             row, arrival = take_arrival(stream, shared)
             if is_rejected(stream, limits, out, shared, queue, row, arrival):

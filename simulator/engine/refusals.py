@@ -56,14 +56,7 @@ LASTING = (
     Refusal(("ranks",), ("stages",), "a stage is priced as one rank"),
 )
 
-PENDING = (
-    Refusal(
-        (*QUEUE, *MEMORY, "speculation"),
-        ("stages",),
-        "the compiled engine does not do this yet",
-    ),
-    Refusal(("writing through", "warm store"), ("tiers",), "the compiled engine does not do this yet"),
-)
+PENDING = (Refusal(("writing through", "warm store"), ("tiers",), "the compiled engine does not do this yet"),)
 
 
 def features_of(cost: StepCost | PipelineCost, settings: EngineSettings, requests: Requests) -> frozenset[str]:
