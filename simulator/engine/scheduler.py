@@ -420,7 +420,7 @@ def admit_waiting(
             rules.batching != CHUNKED or 0 < rules.max_partials <= _n_unfinished(stream, state, queue)
         )
         if cut or not seat or not _has_blocks(limits, stream, state, queue, row, done + want, known, held):
-            if not cut and rules.preempt_lower and ints[N_RUNNING] > 0:
+            if not cut and rules.preempt_lower and ints[LAST] >= 0:
                 victim = _victim(state, queue)
                 if queue.row_floats[state.row[victim], RANK] > queue.row_floats[row, RANK]:
                     preempt(cost, out, state, queue, extra, victim, bs)

@@ -306,6 +306,11 @@ def _schedule_group(
         slot = queue.slots[i, PARTIAL_SLOT]
         if queue.slots[slot, HELD] == 0:
             _detach(group, slot)
+    for c in range(found.n):
+        slot = group.chunks[c, CHUNK_SLOT]
+        known = stream.prompt[group.row[slot]] + group.slots[slot, EMITTED]
+        if queue.slots[slot, HELD] > 0 and group.slots[slot, COMPUTED] + group.chunks[c, CHUNK_SIZE] == known:
+            _link(group, slot)  # no victim before, but in its place now
     if ints[BATCH] > 0 and (found.n == 0 or queue.rules.batching < PREFILL_FIRST):
         if queue.rules.policy == FAIR:
             _count_decodes(group, queue)
