@@ -63,6 +63,7 @@ from simulator.engine.queues import (
     BASE,
     CHUNK,
     CHUNK_TOKENS,
+    GONE_SLOT,
     GRANTED,
     HAS_BLOCK,
     HELD,
@@ -70,6 +71,7 @@ from simulator.engine.queues import (
     KEPT_EMITTED,
     KEPT_LAST_TOKEN,
     KEPT_SEEN,
+    N_GONE,
     N_PARTIALS,
     N_QUEUED,
     NOBODY,
@@ -218,6 +220,18 @@ def _known(stream: Stream, state: State, slot: int) -> int:
 
 
 @compiled
+def _place_after(state: State, queue: Queue, slot: int) -> int:
+    """How many of those in prefill were admitted no later than a request, which may have just left them."""
+    place = 0
+    while (
+        place < queue.ints[N_PARTIALS]
+        and state.slots[queue.slots[place, PARTIAL_SLOT], ADMITTED] <= state.slots[slot, ADMITTED]
+    ):
+        place += 1
+    return place
+
+
+@compiled
 def _continue_prompts(
     cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, extra: Extra | None
 ) -> tuple[bool, bool]:
@@ -247,7 +261,7 @@ def _continue_prompts(
             preempt(cost, out, state, queue, extra, victim, bs)
             preempted = True
             gone = victim == slot
-            i = 0  # the list has changed; those with a chunk are passed over
+            i = _place_after(state, queue, slot)
         if not gone:
             ints[FREE_BLOCKS] -= missing
             if extra is not None and extra.cache.on:
@@ -274,6 +288,10 @@ def _n_unfinished(stream: Stream, state: State, queue: Queue) -> int:
     for i in range(queue.ints[N_PARTIALS]):
         slot = queue.slots[i, PARTIAL_SLOT]
         if state.slots[slot, COMPUTED] + queue.slots[slot, CHUNK] < _known(stream, state, slot):
+            n += 1
+    for i in range(queue.ints[N_GONE]):  # of a pipeline, those whose chunks are in flight run on (M21)
+        slot = queue.slots[i, GONE_SLOT]
+        if state.slots[slot, FINISH_STEP] < 0 and state.slots[slot, COMPUTED] < _known(stream, state, slot):
             n += 1
     return n
 

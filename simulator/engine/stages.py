@@ -390,7 +390,7 @@ def _merge(
     if flight.last[to_g] >= 0.0:
         slot = taker.ints[FIRST]
         while slot >= 0:
-            taker.slots[slot, LAST_TOKEN] = flight.last[to_g]
+            taker.sums[slot, LAST_TOKEN] = flight.last[to_g]
             slot = taker.slots[slot, AFTER]
     slot = giver.ints[FIRST]
     while slot >= 0:
@@ -399,7 +399,7 @@ def _merge(
         _detach(giver, slot)
         rest = stream.output[giver.row[slot]] - giver.slots[slot, EMITTED]
         start_decoding(cost, stream, taker, taker_extra, slot, rest, limits.block_size)
-        giver.slots[slot, LAST_TOKEN] = flight.last[from_g]
+        giver.sums[slot, LAST_TOKEN] = flight.last[from_g]
         flight.group[slot] = to_g
         _link(taker, slot)
         slot = after
