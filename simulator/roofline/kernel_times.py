@@ -210,13 +210,13 @@ def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_
     return (moved_bytes + fill_bytes) / (hbm_bytes_per_s * hbm)
 
 
-def padded_heads(heads: float, kv_heads: float) -> float:
-    """Query heads that decode attention computes, of ``heads`` that share ``kv_heads``.
+def padded_heads(heads: float, kv_heads: float, *, matrix_units: bool = True) -> float:
+    """Query heads that decode attention computes, of ``heads`` that share ``kv_heads``; padded on ``matrix_units`` alone.
 
-    >>> padded_heads(32, 8), padded_heads(128, 1)
-    (128, 128)
+    >>> padded_heads(32, 8), padded_heads(128, 1), padded_heads(32, 8, matrix_units=False)
+    (128, 128, 32)
     """
-    return kv_heads * PAD_HEADS * ceil(heads / kv_heads / PAD_HEADS)
+    return kv_heads * PAD_HEADS * ceil(heads / kv_heads / PAD_HEADS) if matrix_units else heads
 
 
 def decode_key_s(
