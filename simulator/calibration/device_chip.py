@@ -119,7 +119,7 @@ def save(done: DeviceCalibration, measured: Measurement, target: Target) -> list
             if target.tables.exists():
                 shutil.rmtree(target.tables)
             tables.rename(target.tables)
-            for name in reversed(done.files):  # the chip last: its calibration is there when it is
+            for name in [*done.files][::-1]:  # the chip last: its calibration is there when it is
                 (fresh / name).replace(target.file.parent / name)
     except OSError as error:
         raise InputError(f"{target.file}: cannot be written: {error.strerror}") from None
@@ -205,8 +205,7 @@ def _constants(measured: Measurement, known: ChipSpec | None) -> tuple[dict[str,
     fractions = {
         "matmul": [2.0 * m * n * k / t.median_s / rate for (m, n, k), t in products.items()],
         "attention": [
-            2.0 * b * s * (s + 1) * heads * width / t.median_s / rate
-            for (b, s, heads, _, width), t in prompts.items()
+            2.0 * b * s * (s + 1) * heads * width / t.median_s / rate for (b, s, heads, _, width), t in prompts.items()
         ],
         "kv": [
             2.0 * element * b * length * kv * width / t.median_s / bandwidth
@@ -218,7 +217,9 @@ def _constants(measured: Measurement, known: ChipSpec | None) -> tuple[dict[str,
     found |= {"hbm": float(memory.values[0]), "op_overhead": float(memory.values[1])}
     spreads = [t.spread for t in measured.timings.values()]
     median, worst = float(np.median(spreads)), float(np.quantile(spreads, 0.9))
-    notes = [f"spread of a shape's samples, quartile to quartile: {median:.1%} in the median, {worst:.1%} for one in ten"]
+    notes = [
+        f"spread of a shape's samples, quartile to quartile: {median:.1%} in the median, {worst:.1%} for one in ten"
+    ]
     if median > 0.15:
         notes.append("the machine was busy with something else: measure again when it is idle, or on cores of its own")
     if measured.mode == "eager":
@@ -261,7 +262,14 @@ def _digits(value: float) -> float:
 
 
 def _quantity(measured: Measurement, value: float, unit: str, *, locator: str, note: str = "") -> dict[str, Any]:
-    made = {"value": value, "unit": unit, "kind": "measured", "source": SOURCE, "locator": locator, "retrieved": measured.date}
+    made = {
+        "value": value,
+        "unit": unit,
+        "kind": "measured",
+        "source": SOURCE,
+        "locator": locator,
+        "retrieved": measured.date,
+    }
     return made | ({"note": note} if note else {})
 
 
@@ -274,7 +282,9 @@ def _title(measured: Measurement) -> str:
 
 
 def _peak(measured: Measurement) -> dict[str, Any]:
-    return _quantity(measured, _digits(measured.peak_flops_per_s / 1e9), "GFLOP/s", locator="table gemm, fastest sample")
+    return _quantity(
+        measured, _digits(measured.peak_flops_per_s / 1e9), "GFLOP/s", locator="table gemm, fastest sample"
+    )
 
 
 def _unknown_chip(measured: Measurement, name: str) -> dict[str, Any]:
@@ -327,7 +337,7 @@ def _unknown_chip(measured: Measurement, name: str) -> dict[str, Any]:
 
 def _message_s(measured: Measurement) -> float:
     """Time of one message of a ring: the quickest all-reduce over its steps. [s]"""
-    return min(t.median_s / (2 * (n - 1)) for (n, _), t in measured.of("comm").items())
+    return min(t.median_s / (2 * (int(n) - 1)) for (n, _), t in measured.of("comm").items())
 
 
 def _known_chip(measured: Measurement, name: str, known: str) -> dict[str, Any]:

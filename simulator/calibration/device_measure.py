@@ -126,12 +126,12 @@ class Measurement:
 
     def moved_bytes(self, kernel: str, rows: int, width: int) -> float:
         """Bytes of a row of the memory table. [bytes]"""
-        return MEMORY_KERNELS[kernel] * rows * width * self.element_bytes
+        return float(MEMORY_KERNELS[kernel] * rows * width * self.element_bytes)
 
     @property
     def peak_flops_per_s(self) -> float:
         """The fastest sample of any product. [FLOP/s]"""
-        return max(2.0 * m * n * k / t.fastest_s for (m, n, k), t in self.of("gemm").items())
+        return max(2.0 * float(m * n * k) / t.fastest_s for (m, n, k), t in self.of("gemm").items())
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
@@ -140,7 +140,7 @@ class Measurement:
         copies = [(self.moved_bytes(*shape), t) for shape, t in self.of("memory").items() if shape[0] == "copy"]
         every = [*reads, *copies]
         large = [found for found in every if found[0] >= 2 * self.device.cache_bytes]
-        return max(moved / t.fastest_s for moved, t in large or [max(every, key=lambda found: found[0])])
+        return max(float(moved) / t.fastest_s for moved, t in large or [max(every, key=lambda found: found[0])])
 
     @property
     def link_bytes_per_s(self) -> float | None:
@@ -250,7 +250,11 @@ class _Bench:
     def groups(self) -> list[_Group]:
         """What there is to measure."""
         b = float(self.backend.element_bytes)
-        pairs = [(n, k) for d in _DEPTHS for n, k in ((d, d), (3 * d // 2, d), (11 * d // 4, d), (d, 11 * d // 4), (11 * d // 2, d))]
+        pairs = [
+            (n, k)
+            for d in _DEPTHS
+            for n, k in ((d, d), (3 * d // 2, d), (11 * d // 4, d), (d, 11 * d // 4), (11 * d // 2, d))
+        ]
         cached = len(self.pool)
 
         def product(m: int, n: int, k: int) -> tuple[float, float]:
@@ -267,17 +271,36 @@ class _Bench:
         def memory(kernel: str, rows: int, width: int) -> tuple[float, float]:
             return 0.0, 4 * MEMORY_KERNELS[kernel] * rows * width * b
 
-        rows = [(m, n, k) for n, k in pairs for m in _ROWS if n * k <= cached // 2 and m * max(n, k) <= MOST_OUTPUT_ELEMENTS]
+        rows = [
+            (m, n, k) for n, k in pairs for m in _ROWS if n * k <= cached // 2 and m * max(n, k) <= MOST_OUTPUT_ELEMENTS
+        ]
         single = [(1, n, k) for n, k in pairs if n * k <= cached // 2]
-        prompts = [(n, s, *h) for h in _HEADS for n in (1, 2, 4, 8) for s in _PROMPTS if n * s <= _PROMPTS[-1] and 2 * n * s * h[0] * h[2] <= cached]
-        keys = [(n, s, *h) for h in _HEADS for n in _BATCHES for s in _CONTEXTS if 2 * n * s * h[1] * h[2] <= cached // 2]
+        prompts = [
+            (n, s, *h)
+            for h in _HEADS
+            for n in (1, 2, 4, 8)
+            for s in _PROMPTS
+            if n * s <= _PROMPTS[-1] and 2 * n * s * h[0] * h[2] <= cached
+        ]
+        keys = [
+            (n, s, *h) for h in _HEADS for n in _BATCHES for s in _CONTEXTS if 2 * n * s * h[1] * h[2] <= cached // 2
+        ]
         moved = [(kernel, r, w) for kernel in MEMORY_KERNELS for w in _WIDTHS for r in _TOKENS if r * w <= cached // 8]
         found = (
             _Group("products", "gemm", 0.4, 16, _even(rows), product, self.product),
             _Group("products of one row", "gemm", 0.1, 6, _even(single), product, self.product),
             _Group("prefill attention", "attention_prefill", 0.2, 10, _even(prompts), prefill, self.prefill),
             _Group("decode attention", "attention_decode", 0.22, 14, _even(keys), decode, self.decode),
-            _Group("norms, gates and copies", "memory", 0.08, 10, _even(moved), memory, self.memory, (("copy", 1, len(self.pool) // 4),)),
+            _Group(
+                "norms, gates and copies",
+                "memory",
+                0.08,
+                10,
+                _even(moved),
+                memory,
+                self.memory,
+                (("copy", 1, len(self.pool) // 4),),
+            ),
         )
         return [self._affordable(group) for group in found]
 

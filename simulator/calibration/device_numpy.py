@@ -124,7 +124,7 @@ class NumpyBackend:
 
     def __init__(self) -> None:
         """Look at the machine."""
-        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[call-overload,index]
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
         self.device = cpu(f"numpy {np.__version__}", f"{blas['name']} {blas['version']}")
         self._scratch: dict[str, np.ndarray[Any, Any]] = {}
 
@@ -200,7 +200,7 @@ class NumpyBackend:
 
     def sampler(self, call: Call, least_s: float) -> Callable[[], float]:
         """See :class:`Backend`."""
-        return host_sampler(call, least_s)
+        return host_sampler(call, least_s, cores=self.device.units)
 
     def all_reduce(self, elements: int, least_s: float) -> Callable[[], float]:  # noqa: ARG002  # no devices to sum over
         """See :class:`Backend`."""
@@ -220,25 +220,30 @@ def _exponentials(scores: Any) -> Any:
     return scores.sum(axis=-1, keepdims=True)
 
 
-def host_sampler(call: Call, least_s: float) -> Callable[[], float]:
-    """Time calls that return when they are done, by the clock of the host."""
+def host_sampler(call: Call, least_s: float, *, cores: int) -> Callable[[], float]:
+    """Time calls that return when they are done.
+
+    On one core by the processor time of this process: the same as the time on the wall, less what other programs took of the core
+    meanwhile. On several cores by the wall, as theirs would be added up.
+    """
+    clock = time.process_time if cores == 1 else time.perf_counter
     call(0)
     numbers = itertools.count(1)
-    start = time.perf_counter()
+    start = clock()
     call(next(numbers))
-    inner = max(1, min(MOST_INNER, math.ceil(least_s / max(time.perf_counter() - start, 1e-9))))
+    inner = max(1, min(MOST_INNER, math.ceil(least_s / max(clock() - start, 1e-7))))
 
     def sample() -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(inner):
             call(next(numbers))
-        return (time.perf_counter() - start) / inner
+        return max(clock() - start, 1e-9) / inner
 
     return sample
 
 
 def cpu(*software: str) -> Device:
-    """This machine's processor, as far as the operating system tells."""
+    """Processor of this machine, as far as the operating system tells."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Device(
         name=_processor_name(),

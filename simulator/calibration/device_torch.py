@@ -131,7 +131,9 @@ class TorchBackend:
 
     def sampler(self, call: Call, least_s: float) -> Callable[[], float]:
         """See :class:`~simulator.calibration.device_numpy.Backend`."""
-        return self._gpu_sampler(call, least_s) if self.on_gpu else host_sampler(call, least_s)
+        if self.on_gpu:
+            return self._gpu_sampler(call, least_s)
+        return host_sampler(call, least_s, cores=self.device.units)
 
     def _gpu_sampler(self, call: Call, least_s: float) -> Callable[[], float]:
         cuda = self.torch.cuda
@@ -176,9 +178,7 @@ class TorchBackend:
         torch = self.torch
         from torch.cuda import nccl  # noqa: PLC0415  # as torch itself
 
-        arrays = [
-            torch.zeros(elements, dtype=self.torch_dtype, device=f"cuda:{i}") for i in range(self.device.count)
-        ]
+        arrays = [torch.zeros(elements, dtype=self.torch_dtype, device=f"cuda:{i}") for i in range(self.device.count)]
 
         def call() -> None:
             nccl.all_reduce(arrays)

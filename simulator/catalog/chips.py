@@ -372,7 +372,10 @@ class ChipSpec(Record):
                 raise ValueError(f"compute.{fast} is slower than compute.{slow}: sparse, per-die or swapped figures?")
         if self.family != "cpu":
             checks = [("compute", f"compute.{d}", q) for d, q in self.compute.items()]
-            for what, path, quantity in [*checks, ("memory bandwidth", "memory.hbm_bandwidth", self.memory.hbm_bandwidth)]:
+            for what, path, quantity in [
+                *checks,
+                ("memory bandwidth", "memory.hbm_bandwidth", self.memory.hbm_bandwidth),
+            ]:
                 found = quantity_si(quantity)
                 if found is not None and found < _LEAST_OF_ACCELERATORS[what]:
                     raise ValueError(

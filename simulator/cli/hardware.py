@@ -154,7 +154,12 @@ def show(chip_or_slice: str, as_json: bool) -> None:
 
 def _print_chip(chip: ChipSpec, bibliography: Mapping[str, str], joined: Slice | None) -> None:
     click.echo(f"{chip.title}  ({chip.name})")
-    click.echo(f"{chip.vendor}, " + (f"{chip.launched}, " if chip.launched else "") + f"family {chip.family}" + (f"; {chip.note}" if chip.note else ""))
+    click.echo(
+        f"{chip.vendor}, "
+        + (f"{chip.launched}, " if chip.launched else "")
+        + f"family {chip.family}"
+        + (f"; {chip.note}" if chip.note else "")
+    )
     if joined is not None:
         click.echo("")
         _print_slice(joined)
