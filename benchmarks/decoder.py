@@ -36,6 +36,7 @@ class Size:
         """As a model file."""
         return f"""schema_version = 1
 name = "small"
+family = "llama"
 d_model = {self.d_model}
 vocab_size = {self.vocabulary}
 tied_embeddings = false
@@ -131,6 +132,17 @@ class Decoder:
         last = last[-1:] if prefill else last
         return b.product(last, self.head, self.logits[: len(last)]).argmax(-1)
 
+    def check(self, n: int = 32, allowed: float = 0.05) -> None:
+        """Decoding the last token of a prompt on the cache of its prefill must give the logits of the prefill."""
+        ids, cache = self.tokens(n), self.cache(1, n)
+        self.step(ids, cache, prefill=True)
+        prefilled = self.logits[0] + 0
+        self.step(ids[-1:], cache, prefill=False)
+        off = float(abs(self.logits[0] - prefilled).max() / abs(prefilled).max())
+        if not off <= allowed:
+            raise SystemExit(f"the decoder is wrong: logits of prefill and decode differ by {off:.1%}")
+        print(f"decoder: logits of prefill and decode agree to {off:.1e} of the largest", flush=True)
+
 
 def turn(x: Any, cos: Any, sin: Any) -> None:
     """Rotary positions, in place."""
@@ -145,6 +157,7 @@ def run_steps(backend: Backend, repeats: int) -> Steps:
     """Samples of every step, taken in turn, so that a disturbance meets all of them alike. [s]"""
     kind = "cpu" if backend.device.kind == "cpu" else "gpu"
     decoder = Decoder(backend, SIZES[kind], max(*PREFILLS[kind], *(b for b, _ in DECODES[kind])))
+    decoder.check()
     found: dict[tuple[str, int, int], list[float]] = {}
     for turn_ in range(3):
         print(f"decoder: turn {turn_ + 1} of 3", flush=True)
