@@ -27,12 +27,12 @@ Shape = tuple[int, ...]
 
 ROUNDS = 3
 """Times the list of shapes is gone through."""
-SAMPLES = 4
-"""Samples of a shape in each round."""
+SAMPLES, SAMPLES_OF_LONG, LONG_S = 4, 2, 2e-2
+"""Samples of a shape in each round; fewer where a call takes long, as a long call averages over disturbances itself. [s]"""
 LEAST_SAMPLE_S = 2e-3
 """Calls shorter than this are repeated within a sample. [s]"""
 LEAST_BUDGET_S, MOST_BUDGET_S = 2.0, 600.0
-DEAREST_SHARE = 0.08
+DEAREST_SHARE = 0.03
 """Of a group's time in a round, the most that one shape may take."""
 POOL_CACHES = 16
 """What holds weights and keys, as a multiple of the largest cache."""
@@ -328,7 +328,9 @@ class _Bench:
                 break
             least_s = min(LEAST_SAMPLE_S, group.share * self.round_s / (4 * group.least * SAMPLES))
             sample = self.backend.sampler(group.call(*shape), least_s)
-            samples.setdefault(key, []).extend(sample() for _ in range(SAMPLES))
+            found = samples.setdefault(key, [])
+            found.append(sample())
+            found.extend(sample() for _ in range((SAMPLES_OF_LONG if found[-1] > LONG_S else SAMPLES) - 1))
 
     def _views(self, *shape: int) -> list[Any]:
         """Arrays of one shape from all over the pool."""

@@ -23,14 +23,14 @@ from simulator.catalog.kernel_curves import (
     VectorCurve,
 )
 from simulator.roofline.kernel_times import (
-    PAD_HEADS,
     QUERY_TILE,
-    ROW_STEP,
     grouped_waves,
     grouped_work,
+    padded_heads,
     soft_max,
     tile_waves,
     tile_work,
+    tiling_of,
 )
 
 Array = NDArray[np.float64]
@@ -228,14 +228,15 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     if left_out:
         why = "weights that some row reads faster than HBM can: they came from the on-die memory"
     m, n, k, time, shape = m[keep], n[keep], k[keep], time[keep], shape[keep]
-    tops = np.ceil(m / ROW_STEP) * ROW_STEP
-    waves = tile_waves(tops, n, units)
+    tiling = tiling_of(matrix_units=chip.has_matrix_units)
+    tops = np.ceil(m / tiling.step) * tiling.step
+    waves = tile_waves(tops, n, units, tiling)
     moved = n * k * weight_bytes + m * k * input_bytes + m * n * _wide_bytes(dtype)
     quantised = dtype not in {"float32", "bfloat16", "int8_wo", "int4_wo"} and not (dtype == "fp8" and quantisation)
 
     def model(values: Values, at: Rows) -> Array:
         c = GemmCurve(**values)
-        compute = tile_work(waves[at], tops[at], n[at], k[at], c, 1 / (hbm * c.hbm), peak * c.peak / units)
+        compute = tile_work(waves[at], tops[at], n[at], k[at], c, 1 / (hbm * c.hbm), peak * c.peak / units, tiling)
         memory = (moved[at] + c.fill_bytes) / (hbm * c.hbm)
         return np.asarray(c.launch_s + c.quantise * (m * k)[at] / hbm + soft_max(compute, memory, c.sharpness))
 
@@ -420,7 +421,9 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
         key_bytes = 2 * kv_heads * width * KV_BYTES[kv_dtype]
         shape, by = _numbered(heads, kv_heads, width), "head configurations (heads, kv_heads, head_dim)"
         few = heads / kv_heads <= MOST_HEADS_PER_KV_HEAD
-    padded = kv_heads * PAD_HEADS * np.ceil(heads / kv_heads / PAD_HEADS) if chip.has_matrix_units else heads
+    padded = np.array(
+        [padded_heads(h, k, matrix_units=chip.has_matrix_units) for h, k in zip(heads, kv_heads, strict=True)]
+    )
     keys = batch * length
     read = keys * key_bytes
     flops = 4 * keys * padded * width

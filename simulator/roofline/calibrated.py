@@ -34,6 +34,7 @@ from simulator.roofline.kernel_times import (
     prefill_pair_s,
     present,
     soft_max,
+    tiling_of,
 )
 from simulator.roofline.precision import BITS, Dtype, Precision
 
@@ -159,8 +160,9 @@ def product_times(
         quantise, launches = 0.0, 0.5  # the curve's launch is that of both products
     else:
         each = gemm_compute_s(
-            n, m.n_out, m.n_in, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm, multiprocessors=units
-        )
+            n, m.n_out, m.n_in, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm, multiprocessors=units,
+            tiling=tiling_of(matrix_units=d.slice.chip.has_matrix_units),
+        )  # fmt: skip
         quantise, launches = count * curve.quantise * m.n_in / hbm, 1.0
     compute = count * each
     if not found.own:
