@@ -50,8 +50,10 @@ _HEADS = ((16, 4, 64), (32, 8, 128), (8, 8, 64), (16, 2, 128), (32, 32, 128), (8
 _PROMPTS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CONTEXTS = (32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768)
-_WIDTHS = (512, 1024, 2048, 4096, 8192)
-_TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_WIDTHS = (1024, 4096)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+_BETWEEN = 2048
+"""Inputs and outputs of the product that runs between two norms or gates, as one does in a step."""
 _MESSAGES = tuple(2**i for i in range(10, 30))
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -232,6 +234,7 @@ class _Bench:
         pool_bytes = min(wanted, MOST_POOL_SHARE * device.memory_bytes)
         self.turns = 0
         self.pool = backend.random(int(pool_bytes) // backend.element_bytes)
+        self.between = self.product(1, _BETWEEN, _BETWEEN)
         self.flops_per_s, self.bytes_per_s = self._guess()
 
     def _guess(self) -> tuple[float, float]:
@@ -288,7 +291,7 @@ class _Bench:
         keys = [
             (n, s, *h) for h in _HEADS for n in _BATCHES for s in _CONTEXTS if 2 * n * s * h[1] * h[2] <= cached // 2
         ]
-        moved = [(kernel, r, w) for kernel in MEMORY_KERNELS for w in _WIDTHS for r in _TOKENS if r * w <= cached // 8]
+        moved = [(name, r, w) for r in _TOKENS for w in _WIDTHS for name in ("norm", "gate") if r * w <= cached // 8]
         found = (
             _Group("products", "gemm", 0.4, 20, _even(rows), product, self.product),
             _Group("products of one row", "gemm", 0.1, 6, _even(single), product, self.product),
@@ -330,7 +333,8 @@ class _Bench:
             if (first and over and count >= least) or (not first and key not in samples):
                 break
             least_s = min(LEAST_SAMPLE_S, group.share * self.round_s / (4 * group.least * SAMPLES))
-            sample = self.backend.sampler(group.call(*shape), least_s)
+            before = self.between if group.table == "memory" else None
+            sample = self.backend.sampler(group.call(*shape), least_s, before)
             found = samples.setdefault(key, [])
             found.append(sample())
             found.extend(sample() for _ in range((SAMPLES_OF_LONG if found[-1] > LONG_S else SAMPLES) - 1))

@@ -106,8 +106,12 @@ class Backend(Protocol):
     def gate(self, both: Any, out: Any) -> Any:
         """``silu(a) * b`` of ``both = [a | b]``, ``[m, 2f]`` → ``[m, f]``."""
 
-    def sampler(self, call: Call, least_s: float) -> Callable[[], float]:
-        """Warm a call up, and return what measures its time once, over at least ``least_s``. [s]"""
+    def sampler(self, call: Call, least_s: float, before: Call | None = None) -> Callable[[], float]:
+        """Warm a call up, and return what measures its time once, over at least ``least_s``. [s]
+
+        On a CPU ``before`` runs before each call, outside the time: what a step does in between drives the call's data and code out of
+        the caches. A GPU keeps kernels apart itself.
+        """
 
     def all_reduce(self, elements: int, least_s: float) -> Callable[[], float]:
         """As ``sampler``, of the sum of an array over all devices."""
@@ -198,9 +202,9 @@ class NumpyBackend:
         np.divide(a, out, out=out)
         return np.multiply(out, b, out=out)
 
-    def sampler(self, call: Call, least_s: float) -> Callable[[], float]:
+    def sampler(self, call: Call, least_s: float, before: Call | None = None) -> Callable[[], float]:
         """See :class:`Backend`."""
-        return host_sampler(call, least_s, cores=self.device.units)
+        return host_sampler(call, least_s, before, cores=self.device.units)
 
     def all_reduce(self, elements: int, least_s: float) -> Callable[[], float]:  # noqa: ARG002  # no devices to sum over
         """See :class:`Backend`."""
@@ -220,20 +224,31 @@ def _exponentials(scores: Any) -> Any:
     return scores.sum(axis=-1, keepdims=True)
 
 
-def host_sampler(call: Call, least_s: float, *, cores: int) -> Callable[[], float]:
+def host_sampler(call: Call, least_s: float, before: Call | None, *, cores: int) -> Callable[[], float]:
     """Time calls that return when they are done.
 
     On one core by the processor time of this process: the same as the time on the wall, less what other programs took of the core
     meanwhile. On several cores by the wall, as theirs would be added up.
     """
     clock = time.process_time if cores == 1 else time.perf_counter
-    call(0)
-    numbers = itertools.count(1)
+    numbers = itertools.count()
+
+    def apart() -> float:
+        number = next(numbers)
+        if before is not None:
+            before(number)
+        start = clock()
+        call(number)
+        return clock() - start
+
+    apart()
     start = clock()
-    call(next(numbers))
+    apart()
     inner = max(1, min(MOST_INNER, math.ceil(least_s / max(clock() - start, 1e-7))))
 
     def sample() -> float:
+        if before is not None:
+            return max(sum(apart() for _ in range(inner)), 1e-9) / inner
         start = clock()
         for _ in range(inner):
             call(next(numbers))

@@ -129,11 +129,11 @@ class TorchBackend:
         width = both.shape[1] // 2
         return self.torch.mul(self.torch.nn.functional.silu(both[:, :width]), both[:, width:], out=out)
 
-    def sampler(self, call: Call, least_s: float) -> Callable[[], float]:
+    def sampler(self, call: Call, least_s: float, before: Call | None = None) -> Callable[[], float]:
         """See :class:`~simulator.calibration.device_numpy.Backend`."""
         if self.on_gpu:
             return self._gpu_sampler(call, least_s)
-        return host_sampler(call, least_s, cores=self.device.units)
+        return host_sampler(call, least_s, before, cores=self.device.units)
 
     def _gpu_sampler(self, call: Call, least_s: float) -> Callable[[], float]:
         cuda = self.torch.cuda

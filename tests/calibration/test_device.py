@@ -204,7 +204,7 @@ class Simulated:
     def empty(self, *shape):
         return np.broadcast_to(np.float16(0), shape)
 
-    def sampler(self, call, _):
+    def sampler(self, call, *_):
         return lambda: float(call(0))
 
     def product(self, x, weights, _):
