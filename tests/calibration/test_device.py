@@ -28,9 +28,10 @@ from simulator.catalog.slices import resolve_slice
 from simulator.cli.calibrate import calibrate
 from simulator.errors import InputError
 from simulator.roofline.analysis import step_report
-from simulator.roofline.compile import compile_step_cost
+from simulator.roofline.compile import compile_step_cost, step_time_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernel_times import gemm_compute_s, memory_s, soft_max
+from simulator.roofline.ops import StepShape
 from simulator.roofline.precision import parse_precision
 
 H100 = load_chip("h100-sxm")
@@ -179,7 +180,9 @@ def test_its_prices_are_finite_and_grow(saved):
         assert np.isfinite(times).all()
         assert (np.diff(times) > 0).all()
     cost = compile_step_cost(d)
-    assert np.isfinite(cost.dense_s).all()
+    for step in (StepShape.decode(1, 50), StepShape.decode(2, 50), StepShape.decode(17, 900), StepShape.prefill(1, 9)):
+        sizes = {name: int(value) for name, value in vars(step).items()}
+        assert cost.step_s(**sizes) == pytest.approx(step_time_s(d, step), rel=1e-12)
 
 
 def test_calibrate_kernels_on_its_tables_gives_its_curves(saved):
