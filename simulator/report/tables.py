@@ -5,7 +5,17 @@ import textwrap
 from collections.abc import Sequence
 
 from simulator.results.compare import Comparison, Difference
-from simulator.results.summary import Distribution, Estimate, Latency, Load, Prices, Slo, Summary, TokenPrices
+from simulator.results.summary import (
+    Distribution,
+    Energy,
+    Estimate,
+    Latency,
+    Load,
+    Prices,
+    Slo,
+    Summary,
+    TokenPrices,
+)
 from simulator.units import format_si
 
 WIDTH = 100
@@ -351,16 +361,22 @@ def _cost(s: Summary) -> list[str]:
         "",
     ]
     lines += _prices(s.prices) if s.prices else ["Price: none known; set prices.usd_per_chip_hour"]
-    if s.energy:
-        e = s.energy
-        facility = f" ({usd(e.usd_per_query)} of electricity at PUE {e.pue:g})" if e.usd_per_query is not None else ""
-        lines += wrapped(
-            f"Energy: {number(e.joules_per_query)} J per query{facility}, {number(e.joules_per_output_token)} J per output "
-            f"token, {number(e.mean_power_w_per_chip)} W per chip; chips only, {e.source}",
-            first="",
-            rest="  ",
-        )
-    return lines
+    return lines + (_energy(s.energy) if s.energy else [])
+
+
+def _energy(e: Energy) -> list[str]:
+    bill = f"; {usd(e.usd_per_query)} of electricity" if e.usd_per_query is not None else ""
+    chips = (
+        f"Energy: {number(e.joules_per_query)} J per query at the chips ({number(e.low_joules_per_query)} to "
+        f"{number(e.high_joules_per_query)}), {number(e.joules_per_output_token)} J per output token, "
+        f"{number(e.mean_power_w_per_chip)} W per chip; grade {e.grade}: {e.source}"
+    )
+    facility = (
+        f"with servers ({number(e.host_power_w)} W per chip) and the building (PUE {e.pue:g}, {e.operator}): "
+        f"{number(e.facility_joules_per_query)} J per query{bill}; {number(e.gco2_per_query)} g CO2e per query at "
+        f"{e.gco2_per_kwh:g} g/kWh ({e.region})"
+    )
+    return [*wrapped(chips, first="", rest="  "), *wrapped(facility)]
 
 
 def _prices(p: Prices) -> list[str]:
@@ -376,7 +392,16 @@ def _prices(p: Prices) -> list[str]:
 
     header = ["Price", "query", "M input", "M cached", "M output", "M tokens"]
     rows = [header, row("  usage (busy time)", p.usage), row("  allocation (idle included)", p.allocation)]
-    return [*aligned(rows, indent=0), *wrapped(f"at {usd(p.usd_per_chip_hour)} per chip-hour: {p.source}")]
+    spread = ""
+    if p.low_usd_per_chip_hour is not None and p.high_usd_per_chip_hour is not None:
+        spread = f" ({usd(p.low_usd_per_chip_hour)} to {usd(p.high_usd_per_chip_hour)})"
+    parts = ""
+    if p.owned:
+        parts = " = " + " + ".join(f"{usd(v)} {name.removesuffix('_usd')}" for name, v in p.owned.items())
+    return [
+        *aligned(rows, indent=0),
+        *wrapped(f"at {usd(p.usd_per_chip_hour)} per chip-hour{spread}{parts}: {p.source}"),
+    ]
 
 
 def _conservation(s: Summary) -> list[str]:
