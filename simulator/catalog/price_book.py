@@ -221,7 +221,7 @@ def read_price_file(path: str) -> dict[str, Any]:
     InputError
         If there is no such file, or a field, chip, term or currency in it is wrong.
     """
-    file = find("price", path if "/" in path else f"./{path}", data_folder("hardware_specs"))
+    file = find("price", path if "/" in path else f"./{path}", data_folder("hardware_specs") / "economics")
     data = read_toml(file)
     parse(PriceFile, data, path)
     return data

@@ -10,8 +10,9 @@ use at which the price of a query with idle time (allocation) equals the API's, 
 
 from dataclasses import dataclass
 
-from simulator.economics.prices import Usage, chip_seconds_usd
-from simulator.errors import InputError
+from simulator.economics.prices import Usage, chip_seconds_usd, usage_of
+from simulator.errors import InputError, UnpriceableError
+from simulator.results.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -144,4 +145,24 @@ def break_even(
         load=None if capacity_per_s is None else rate / capacity_per_s,
         busy_fraction=chip_seconds_usd(busy, usd_per_chip_hour) / api_usd,
         usd_per_chip_hour=api_usd / provisioned * 3600,
+    )
+
+
+def break_even_of(summary: Summary, api: ApiPrices) -> BreakEven:
+    """Compare a run, as its summary has it, with an API.
+
+    Raises
+    ------
+    UnpriceableError
+        If the run has no price.
+    """
+    if summary.prices is None:
+        raise UnpriceableError(f"{summary.scenario}: the run has no price to compare with")
+    return break_even(
+        usage_of(summary),
+        api,
+        summary.prices.usd_per_chip_hour,
+        chips=summary.ledger.chips,
+        provisioned_chip_s=summary.ledger.chip_s,
+        capacity_per_s=summary.load.capacity_per_s,
     )
