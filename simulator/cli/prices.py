@@ -308,7 +308,7 @@ def break_even(
     A result folder is read as it is; a scenario (or a folder with options that change it) is simulated first.
     """
     from simulator.economics import ApiPrices
-    from simulator.economics.break_even import break_even_of
+    from simulator.economics.api_prices import break_even_of
 
     api = ApiPrices(input_usd, output_usd, cached_usd)
     summary = _summary(scenario_or_result, (*overrides, *price_overrides(price_file, term)))
