@@ -7,7 +7,8 @@ import click
 
 if TYPE_CHECKING:
     from simulator.catalog.chips import ChipSpec
-    from simulator.economics import ChipPrice
+    from simulator.catalog.price_book import PriceFile
+    from simulator.economics import ChipPrice, Site
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -53,12 +54,20 @@ def price_overrides(price_file: str | None, term: str | None) -> tuple[str, ...]
     return tuple(f"prices.{name}={value}" for name, value in given.items() if value is not None)
 
 
-def price_of(chip: "ChipSpec", price_file: str | None, term: str | None) -> "ChipPrice | None":
-    """Price of a chip under the two options; None if it has none and none was asked for."""
+def price_book(price_file: str | None) -> "PriceFile":
+    """The user's price file; without one, a file that says nothing."""
     from simulator.catalog.price_book import NO_PRICES, load_price_file
+
+    return NO_PRICES if price_file is None else load_price_file(price_file)
+
+
+def price_of(
+    chip: "ChipSpec", price_file: str | None, term: str | None, *, site: "Site | None" = None
+) -> "ChipPrice | None":
+    """Price of a chip under the two options, an owned one's at ``site``; None if it has none and none was asked for."""
     from simulator.economics import chip_price, quotes
 
-    book = NO_PRICES if price_file is None else load_price_file(price_file)
+    book = price_book(price_file)
     if term is None and not quotes(chip, book):
         return None
-    return chip_price(chip, term, book=book)
+    return chip_price(chip, term, book=book, site=site)

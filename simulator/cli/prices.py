@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simulator.cli.costs import price_of, price_options, price_overrides
+from simulator.cli.costs import price_book, price_of, price_options, price_overrides
 from simulator.cli.output import json_option, note, print_json, print_table
 from simulator.errors import InputError, UnpriceableError
 
 if TYPE_CHECKING:
-    from simulator.catalog.price_book import PriceFile
     from simulator.economics import ApiPrices, BreakEven, ChipPrice, Site
     from simulator.lifetime.training_bill import TrainingBill
     from simulator.results.summary import Assumption, Summary
@@ -44,7 +43,7 @@ def list_prices(chips: tuple[str, ...], price_file: str | None, term: str | None
 
     if term is not None and term not in TERMS:
         raise InputError(f"--term {term}: unknown term{nearest(term, TERMS)}")
-    book = _book(price_file)
+    book = price_book(price_file)
     rows: list[dict[str, Any]] = []
     for name in chips or chip_names():
         chip = load_chip(name)
@@ -110,7 +109,7 @@ def owned(chip: str, price_file: str | None, region: str | None, operator: str |
     from simulator.catalog.chips import load_chip
     from simulator.economics import OWNED, chip_price, resolve_site
 
-    book = _book(price_file)
+    book = price_book(price_file)
     found = chip_price(load_chip(chip), OWNED, book=book, site=resolve_site(region, operator, book=book))
     parts = vars(found.owned) if found.owned else {}
     if as_json:
@@ -134,7 +133,7 @@ def regions(price_file: str | None, as_json: bool) -> None:
     """List regions with grid carbon and electricity price, and operators with their PUE."""
     from simulator.catalog.price_book import operator_table, region_table
 
-    book = _book(price_file)
+    book = price_book(price_file)
     places, buildings = region_table(), operator_table()
     if as_json:
         print_json(
@@ -211,7 +210,8 @@ def training(slices: int, price_file: str | None, term: str | None, as_json: boo
     if options["dtype"] not in get_args(DType):
         raise InputError(f"--dtype {options['dtype']}: unknown{nearest(options['dtype'], get_args(DType))}")
     joined = resolve_slice(options["slice_spec"])
-    price = price_of(joined.chip, price_file, term)
+    site = resolve_site(options["region"], options["operator"], book=price_book(price_file))
+    price = price_of(joined.chip, price_file, term, site=site)
     if price is None:
         raise UnpriceableError(f"{joined.chip.name} has no price in its file; give one in a price file")
     parameters = options["parameters"]
@@ -219,7 +219,6 @@ def training(slices: int, price_file: str | None, term: str | None, as_json: boo
         parameters = count(load_model(options["model"])).active
     setup = TrainingSetup(joined, options["mfu"], options["dtype"], options["overhead"])
     known = joined.chip.power.tdp is not None and joined.chip.power.tdp.value is not None
-    site = resolve_site(options["region"], options["operator"], book=_book(price_file))
     bill = training_bill(
         parameters,
         options["tokens"],
@@ -254,7 +253,7 @@ def _bill_document(bill: "TrainingBill", site: "Site", chips: int) -> dict[str, 
         "gco2": bill.gco2,
         "region": site.region,
         "operator": site.operator,
-        "assumptions": [*bill.price.inputs, *site.inputs],
+        "assumptions": [*bill.price.inputs, *(item for item in site.inputs if item not in bill.price.inputs)],
     }
 
 
@@ -365,12 +364,6 @@ def _print_break_even(summary: "Summary", api: "ApiPrices", found: "BreakEven") 
     }
     for name, text in lines.items():
         click.echo(f"{name:<12} {text}")
-
-
-def _book(price_file: str | None) -> "PriceFile":
-    from simulator.catalog.price_book import NO_PRICES, load_price_file
-
-    return NO_PRICES if price_file is None else load_price_file(price_file)
 
 
 def _price_document(price: "ChipPrice") -> dict[str, Any]:

@@ -54,6 +54,8 @@ class ChipPrice:
         """Provider, region, term, date, kind and source in one line."""
         if self.provider == self.source:
             return self.source
+        if self.owned is not None:
+            return f"owned, electricity of {self.region!r} ({self.kind} from a {self.source})"
         where = f", {self.region}" if self.region else ""
         when = f", {self.date}" if self.date else ""
         return f"{self.provider}{where}, {self.term}{when} ({self.kind}, {self.source})"
