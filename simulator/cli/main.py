@@ -24,6 +24,7 @@ COMMANDS = {
         "simulator.cli.prices",
         "What chips cost by term, owning one, training a model, break-even with an API.",
     ),
+    "report": ("simulator.cli.report", "One self-contained HTML page about results."),
     "calibrate": ("simulator.cli.calibrate", "Fit the cost model to measured kernels and servers."),
     "validate": (
         "simulator.cli.validate",
