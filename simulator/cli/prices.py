@@ -364,6 +364,8 @@ def _print_break_even(summary: "Summary", api: "ApiPrices", found: "BreakEven") 
     }
     for name, text in lines.items():
         click.echo(f"{name:<12} {text}")
+    if summary.load.capacity_understated:
+        note("the run is too short to measure capacity: the load is overstated; simulate more requests")
 
 
 def _price_document(price: "ChipPrice") -> dict[str, Any]:

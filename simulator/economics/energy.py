@@ -24,6 +24,7 @@ from typing import Literal
 from simulator.catalog.chips import ChipSpec
 from simulator.catalog.price_book import ownership_defaults, published
 from simulator.catalog.records import Quantity
+from simulator.results.summary import Assumption
 
 JOULES_PER_KWH = 3.6e6
 HOURS_PER_YEAR = 8766.0
@@ -91,6 +92,8 @@ class PowerModel:
         A … D, see the module.
     source
         the line in words.
+    inputs
+        the shares it rests on, beside the chip's own numbers.
     """
 
     idle_w: float
@@ -102,6 +105,7 @@ class PowerModel:
     host_w: float
     grade: Grade
     source: str
+    inputs: tuple[Assumption, ...] = ()
 
     def chip_joules(self, *, idle_chip_s: float, busy_chip_s: float, utilisation: float) -> float:
         """Energy of the chips. [J]"""
@@ -158,6 +162,7 @@ def power_model(chip: ChipSpec, *, idle_share: float | None = None, host_share: 
     tdp = chip.power.tdp
     peak_kind = "assumed" if tdp is None else tdp.kind
     peak_low_w, peak_high_w = _range(peak_w, tdp)
+    inputs = [_share("power of the server, of TDP", defaults.host_power_share, host_share)]
     host = published(defaults.host_power_share, "host_power_share") if host_share is None else host_share
     idle = chip.power.idle
     if idle is not None and idle.value is not None:
@@ -166,6 +171,7 @@ def power_model(chip: ChipSpec, *, idle_share: float | None = None, host_share: 
         text = f"{idle_w:g} W ({idle.kind})"
     else:
         given = defaults.idle_power_share
+        inputs.append(_share("idle power, of TDP", given, idle_share))
         share = published(given, "idle_power_share") if idle_share is None else idle_share
         low, high = (given.low, given.high) if idle_share is None else (share, share)
         idle_w, idle_kind = share * peak_w, "assumed"
@@ -182,7 +188,15 @@ def power_model(chip: ChipSpec, *, idle_share: float | None = None, host_share: 
         host_w=host * peak_w,
         grade=power_grade(peak_kind, idle_kind),
         source=f"linear from idle, {text}, to TDP by utilisation of the binding resource",
+        inputs=tuple(inputs),
     )
+
+
+def _share(what: str, catalogue: Quantity, by_hand: float | None) -> Assumption:
+    if by_hand is not None:
+        return Assumption(what=what, value=f"{by_hand:g}", kind="assumed", source="scenario")
+    value = f"{catalogue.value:g} ({catalogue.low:g} … {catalogue.high:g})"
+    return Assumption(what=what, value=value, kind=catalogue.kind, source=catalogue.source)
 
 
 def _range(value: float, quantity: Quantity | None) -> tuple[float, float]:

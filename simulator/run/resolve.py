@@ -382,6 +382,7 @@ def _assumptions(resolved: Resolved) -> list[Assumption]:
     ]
     found += resolved.price.inputs if resolved.price else ()
     if resolved.power is not None:
+        found += resolved.power.inputs
         # An electricity price that nobody pays is no input.
         inputs = resolved.site.inputs if scenario.prices.wants_electricity else resolved.site.inputs[:2]
         found += [item for item in inputs if item not in found]

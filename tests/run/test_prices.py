@@ -113,7 +113,9 @@ def test_an_owned_fleet_shows_its_parts_and_says_what_it_assumed():
     assert sum(owned.prices.owned.values()) == pytest.approx(owned.prices.usd_per_chip_hour, rel=1e-12)
     assert owned.prices.low_usd_per_chip_hour < owned.prices.usd_per_chip_hour < owned.prices.high_usd_per_chip_hour
     whats = [item.what for item in owned.assumptions]
-    assert {"owned h100-sxm: chip_usd", "PUE, unnamed", "electricity, united-states"} <= set(whats)
+    assert {"owned h100-sxm: chip_usd", "PUE, unnamed", "electricity, united-states", "idle power, of TDP"} <= set(
+        whats
+    )
     assert len(whats) == len(set(whats))
 
 
