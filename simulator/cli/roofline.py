@@ -326,9 +326,10 @@ def price_document(price: "ChipPrice | None", tokens_per_s_per_chip: float) -> d
 def print_price(price: "ChipPrice | None", tokens_per_s_per_chip: float) -> None:
     """The same in one line."""
     found = price_document(price, tokens_per_s_per_chip)
-    if found is not None:
-        usd, hour = found["per_million_tokens_usd"], found["usd_per_chip_hour"]
-        click.echo(f"{'price':<16} ${usd:.3g} per million tokens at ${hour:.4g} per chip-hour: {found['source']}")
+    if price is not None and found is not None:
+        quoted = ", ".join(filter(None, (price.term, price.provider if price.owned is None else "", price.date)))
+        text = f"${found['per_million_tokens_usd']:.3g} per M tokens at ${price.usd_per_chip_hour:.4g} per chip-hour"
+        click.echo(f"{'price':<16} {text}: {quoted}")
 
 
 def _column(title: str, values: "Sequence[Number]", largest: float) -> tuple[str, list[str]]:

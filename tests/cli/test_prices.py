@@ -106,7 +106,10 @@ def test_simulate_and_roofline_take_term_and_file(run_cli, price_file):
     assert plain["price"]["per_million_tokens_usd"] == pytest.approx(
         2.10 / 3600 * 1e6 / plain["tokens_per_s_per_chip"], rel=1e-12
     )
-    assert "per million tokens at $1.25 per chip-hour" in run_cli(*step, "--term", "spot", "--shard", "tp8").stdout
+    assert (
+        "per M tokens at $1.25 per chip-hour: spot, Nebius, 2026"
+        in run_cli(*step, "--term", "spot", "--shard", "tp8").stdout
+    )
 
 
 @pytest.mark.parametrize(
