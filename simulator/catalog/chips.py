@@ -429,8 +429,9 @@ class ChipSpec(Record):
 
     def quantities(self) -> dict[str, Quantity]:
         """Every sourced number of the chip by its dotted path, e.g. ``compute.bf16``."""
-        fields = {k: getattr(self, k) for k in type(self).model_fields}
-        return dict(quantities_in("", fields | {"efficiency": fields.pop("efficiency_table")}))
+        # Named as the file names them.
+        parts = {k.removesuffix("_table"): getattr(self, k) for k in type(self).model_fields}
+        return dict(quantities_in("", parts))
 
     def _needed(self, quantity: Quantity | None, field: str) -> Quantity:
         if quantity is None:

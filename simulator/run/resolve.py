@@ -384,7 +384,8 @@ def _assumptions(resolved: Resolved) -> list[Assumption]:
     if resolved.power is not None:
         found += resolved.power.inputs
         # An electricity price that nobody pays is no input.
-        inputs = resolved.site.inputs if scenario.prices.wants_electricity else resolved.site.inputs[:2]
+        paid = scenario.prices.wants_electricity
+        inputs = [item for item in resolved.site.inputs if paid or not item.what.startswith("electricity")]
         found += [item for item in inputs if item not in found]
     return found
 
