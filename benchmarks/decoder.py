@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from simulator.calibration.device_measure import measure, write_tables
+from simulator.calibration.device_measure import measure
 from simulator.calibration.device_numpy import Backend, NumpyBackend
+from simulator.calibration.device_tables import write_tables
 from simulator.calibration.device_torch import TorchBackend
 
 Steps = list[tuple[str, int, int, list[float]]]

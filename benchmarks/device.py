@@ -13,7 +13,8 @@ import numpy as np
 from decoder import SIZES, Size, backend_of, backend_options, read_steps, run_steps
 
 from simulator.calibration.device_chip import calibrate_device
-from simulator.calibration.device_measure import measure, read_measurement
+from simulator.calibration.device_measure import measure
+from simulator.calibration.device_tables import read_measurement
 from simulator.catalog.models import load_model
 from simulator.catalog.slices import resolve_slice
 from simulator.roofline.analysis import step_report

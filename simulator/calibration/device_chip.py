@@ -1,6 +1,6 @@
 """A measured device as a chip file and its calibration: what ``calibrate device`` writes.
 
-The tables of :mod:`simulator.calibration.device_measure` go through the fit of ``calibrate kernels``, unchanged. Where the catalogue knows the
+The tables of :mod:`simulator.calibration.device_tables` go through the fit of ``calibrate kernels``, unchanged. Where the catalogue knows the
 device, its file is taken with the measured efficiencies in place of its own; where it does not, peaks are the fastest
 product and the fastest traffic that were seen.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.calibration.device_measure import Measurement, write_tables
+from simulator.calibration.device_tables import Measurement, write_tables
 from simulator.calibration.kernels import ChipCalibration, calibrate_chip, toml_lines
 from simulator.calibration.regression import Fit, Parameter, fit_log_ratios
 from simulator.catalog.chips import ChipSpec, chip_called, load_chip

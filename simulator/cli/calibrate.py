@@ -156,7 +156,8 @@ def device(
     written without --out. Measure while nothing else runs.
     """
     from simulator.calibration.device_chip import Target, calibrate_device, save
-    from simulator.calibration.device_measure import measure, read_measurement
+    from simulator.calibration.device_measure import measure
+    from simulator.calibration.device_tables import read_measurement
     from simulator.calibration.kernels import GOALS
 
     if unknown and chip is not None:

@@ -8,17 +8,17 @@ import pytest
 from click.testing import CliRunner
 
 from simulator.calibration.device_chip import Target, calibrate_device, save
-from simulator.calibration.device_measure import (
+from simulator.calibration.device_measure import measure
+from simulator.calibration.device_numpy import Device, NumpyBackend
+from simulator.calibration.device_tables import (
     COLUMNS,
     MEMORY_KERNELS,
     Key,
     Measurement,
     Timing,
-    measure,
     read_measurement,
     write_tables,
 )
-from simulator.calibration.device_numpy import Device, NumpyBackend
 from simulator.calibration.device_torch import TorchBackend
 from simulator.calibration.kernels import calibrate_chip
 from simulator.catalog.chips import load_chip
