@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.calibration.device_tables import Measurement, write_tables
+from simulator.calibration.device_tables import Measurement, read_measurement, write_tables
 from simulator.calibration.kernels import ChipCalibration, calibrate_chip, toml_lines
 from simulator.calibration.regression import Fit, Parameter, fit_log_ratios
 from simulator.catalog.chips import ChipSpec, chip_called, load_chip
@@ -150,18 +150,19 @@ def calibrate_device(
     InputError
         If ``chip`` is unknown or no such device, or the tables hold too little to be fitted.
     """
-    known, notes = _known(measured, chip)
-    constants, spread = _constants(measured, known)
-    data = _unknown_chip(measured, name) if known is None else _known_chip(measured, name, known.name)
-    data["efficiency"] = dict(data.get("efficiency", {})) | {
-        key: _quantity(measured, *_SHOWN[key](value), locator=_LOCATORS[key]) for key, value in constants.items()
-    }
-    data["sources"] = dict(data.get("sources", {})) | {SOURCE: _title(measured)}
     with tempfile.TemporaryDirectory() as folder:
         bare, tables = Path(folder) / f"{name}.toml", Path(folder) / f"{name}-tables"
-        bare.write_text(_text({k: v for k, v in data.items() if k != "calibration"}), encoding="utf-8")
         for _ in write_tables(measured, tables):
             pass
+        measured = read_measurement(tables)  # rounded as it is kept, so that the tables give the same file again
+        known, notes = _known(measured, chip)
+        constants, spread = _constants(measured, known)
+        data = _unknown_chip(measured, name) if known is None else _known_chip(measured, name, known.name)
+        data["efficiency"] = dict(data.get("efficiency", {})) | {
+            key: _quantity(measured, *_SHOWN[key](value), locator=_LOCATORS[key]) for key, value in constants.items()
+        }
+        data["sources"] = dict(data.get("sources", {})) | {SOURCE: _title(measured)}
+        bare.write_text(_text({k: v for k, v in data.items() if k != "calibration"}), encoding="utf-8")
         fit = calibrate_chip(str(bare), tables, command=command, source=(f"{name}-tables",), progress=progress)
         kernels = bare.with_name(f"{name}-kernels.toml")
         kernels.write_text("\n".join(toml_lines(fit.file)) + "\n", encoding="utf-8")

@@ -123,7 +123,7 @@ def _print_fits(one: "ChipCalibration", goals: "dict[str, float]", *, regimes: b
 @click.option("--dtype", help="For PyTorch: bfloat16 or float32. Default: bfloat16 where the device has units for it.")
 @click.option("--chip", help="Chip of the catalogue that the device is. Default: the one its driver names, if any.")
 @click.option("--unknown", is_flag=True, help="Take the device as unknown: peaks are the fastest seen.")
-@click.option("--budget", default="100s", show_default=True, metavar="TIME", help="Time to measure for: 5s, 2m …")
+@click.option("--budget", metavar="TIME", help="Time to measure for: 5s, 2m …  [default: 100s]")
 @click.option(
     "--tables", type=click.Path(path_type=Path), help="Fit a folder of earlier measurements instead of measuring."
 )
@@ -136,7 +136,7 @@ def device(
     device: str | None,
     dtype: str | None,
     chip: str | None,
-    budget: str,
+    budget: str | None,
     tables: Path | None,
     out: Path | None,
     *,
@@ -164,24 +164,26 @@ def device(
         raise InputError(f"--chip {chip} and --unknown contradict each other")
     if chip is not None:
         load_chip(chip)  # before minutes of measuring
-    allowed_s = _seconds(budget)
+    allowed_s = _seconds(budget or "100s")
     target = None if out is None else Target(out)
     if target is not None:
         target.check(overwrite=force)
-    options = {"--backend": backend != "auto", "--device": device is not None, "--dtype": dtype is not None}
-    for name, given in options.items():
+    options = {"--device": device is not None, "--dtype": dtype is not None, "--budget": budget is not None}
+    options |= {"--backend": backend != "auto"}
+    for option, given in options.items():
         if given and tables is not None:
-            raise InputError(f"{name}: nothing is measured with --tables")
+            raise InputError(f"{option}: nothing is measured with --tables")
     if tables is not None:
         measured = read_measurement(tables)
-        # Which tables is not said: the folder is moved when the files are written.
-        command = "chipseconds calibrate device --tables"
     else:
         measured = measure(_backend(backend, device, dtype), allowed_s, progress=note)
-        command = f"chipseconds calibrate device --backend {measured.framework} --budget {budget}"
+    name = "this-machine" if target is None else target.name
+    # What gives the same files again, where they are; measuring again would not.
+    command = f"chipseconds calibrate device --tables {name}-tables" + (" --unknown" if unknown else "")
+    command += (f" --chip {chip}" if chip else "") + f" --out {name}.toml"
     done = calibrate_device(
         measured,
-        "this-machine" if target is None else target.name,
+        name,
         chip="" if unknown else chip,
         command=command,
         progress=note,

@@ -1,7 +1,9 @@
 """``calibrate device``: kernels compute what they should, measurements are sound, and the chip they make is one."""
 
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +187,13 @@ def test_its_prices_are_finite_and_grow(saved):
         assert cost.step_s(**sizes) == pytest.approx(step_time_s(d, step), rel=1e-12)
 
 
+def test_its_tables_give_its_files_again_byte_for_byte(saved):
+    done, target, _ = saved
+    again = calibrate_device(read_measurement(target.tables), target.name, chip=None, command="test")
+    assert again.files == done.files
+    assert {name: (target.file.parent / name).read_text() for name in done.files} == done.files
+
+
 def test_calibrate_kernels_on_its_tables_gives_its_curves(saved):
     done, target, _ = saved
     again = calibrate_chip(str(target.file), target.tables, command="test", source=("x",))
@@ -325,7 +334,8 @@ def test_one_row_is_priced_by_its_own_curve_and_no_faster_than_the_memory(saved)
         (["--chip", "h100-smx"], "did you mean 'h100-sxm'"),
         (["--chip", "h100-sxm", "--unknown"], "contradict"),
         (["--tables", "nowhere"], "device.csv: does not exist"),
-        (["--tables", "nowhere", "--backend", "numpy"], "nothing is measured with --tables"),
+        (["--tables", "nowhere", "--backend", "numpy"], "--backend: nothing is measured with --tables"),
+        (["--tables", "nowhere", "--budget", "5s"], "--budget: nothing is measured with --tables"),
         (["--out", "My_Machine.toml"], "a chip is called as its file"),
         (["--out", "machine"], "a chip is called as its file"),
     ],
@@ -343,6 +353,61 @@ def test_torch_that_is_not_there_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(InputError, match=r"PyTorch is not installed: pip install 'chipseconds\[torch\]'"):
         TorchBackend()
+
+
+class PretendedGPU:
+    """As much of ``torch`` as timing on a GPU uses; each call takes 8 us of its clock, capturing none."""
+
+    def __init__(self, *, captures: bool):
+        self.now, self.calls, self.captures, self.capturing = 0.0, [], captures, False
+        self.cuda = self
+        self.Stream = lambda: SimpleNamespace(wait_stream=lambda _: None)
+        self.current_stream, self.synchronize = self.Stream, lambda: None
+        self.stream = lambda _: nullcontext()
+
+    def CUDAGraph(self):  # noqa: N802  # torch's name
+        recorded = []
+        return SimpleNamespace(recorded=recorded, replay=lambda: [self.run() for _ in recorded])
+
+    @contextmanager
+    def graph(self, graph):
+        self.capturing = graph.recorded
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def Event(self, *, enable_timing):  # noqa: N802  # as above
+        assert enable_timing
+        event = SimpleNamespace(at=None, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda other: 1e3 * (other.at - event.at)
+        return event
+
+    def run(self):
+        self.now += 2**-17
+
+    def call(self, number):
+        self.calls.append(number)
+        if self.capturing is False:
+            self.run()
+        elif self.captures:
+            self.capturing.append(number)
+        else:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize(("captures", "mode"), [(True, "graph"), (False, "eager")])
+def test_calls_on_a_gpu_are_captured_or_queued_and_said_to_be(captures, mode):
+    gpu, backend = PretendedGPU(captures=captures), object.__new__(TorchBackend)
+    backend.torch, backend.mode, backend.on_gpu = gpu, "graph", True
+    sample = backend.sampler(gpu.call, 2**-10)
+    assert backend.mode == mode
+    before = len(gpu.calls)
+    assert sample() == 2**-17
+    issued = len(gpu.calls) - before
+    assert issued == (0 if captures else 128)  # calls of one sample, from Python or from the graph
+    assert set(gpu.calls) == set(range(128))  # other operands each time
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:99"])
