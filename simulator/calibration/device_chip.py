@@ -20,6 +20,7 @@ from simulator.calibration.kernels import ChipCalibration, calibrate_chip, toml_
 from simulator.calibration.regression import Fit, Parameter, fit_log_ratios
 from simulator.catalog.chips import ChipSpec, chip_called, load_chip
 from simulator.catalog.files import data_folder, read_toml
+from simulator.catalog.kernel_curves import CalibrationFile, read_calibration
 from simulator.errors import InputError
 from simulator.results.toml import value_text
 
@@ -41,7 +42,7 @@ class DeviceCalibration:
     known_as
         the catalogue's chip that it is; None if the catalogue does not know it.
     fit
-        of the kernels.
+        of the kernels that were measured.
     constants
         measured efficiencies by their name in chip files, fractions or seconds.
     files
@@ -165,13 +166,33 @@ def calibrate_device(
         bare.write_text(_text({k: v for k, v in data.items() if k != "calibration"}), encoding="utf-8")
         fit = calibrate_chip(str(bare), tables, command=command, source=(f"{name}-tables",), progress=progress)
         kernels = bare.with_name(f"{name}-kernels.toml")
-        kernels.write_text("\n".join(toml_lines(fit.file)) + "\n", encoding="utf-8")
+        whole, kept = (fit.file, ()) if known is None else _with_the_catalogues(fit.file, known)
+        kernels.write_text("\n".join(toml_lines(whole)) + "\n", encoding="utf-8")
         text = _text(data)
         bare.write_text(text, encoding="utf-8")
         found = load_chip(str(bare))
         _ = found.efficiency  # reads the curves while their file is there
         files = {bare.name: text, kernels.name: kernels.read_text(encoding="utf-8")}
-    return DeviceCalibration(found, None if known is None else known.name, fit, constants, files, (*notes, *spread))
+    return DeviceCalibration(
+        found, None if known is None else known.name, fit, constants, files, (*notes, *spread, *kept)
+    )
+
+
+def _with_the_catalogues(own: CalibrationFile, known: ChipSpec) -> tuple[CalibrationFile, tuple[str, ...]]:
+    """A calibration, and of the catalogue's chip the curves of what was not measured: experts, narrow formats, other collectives."""
+    if not known.calibration:
+        return own, ()
+    theirs = read_calibration(known.calibration)
+    measured = {(fit.op, fit.dtype, fit.kv_dtype) for fit in own.fits}
+    kept = [fit for fit in theirs.fits if (fit.op, fit.dtype, fit.kv_dtype) not in measured]
+    fits = sorted([*own.fits, *kept], key=lambda fit: (fit.op, fit.dtype, fit.kv_dtype, fit.framework, fit.chips))
+    changes = {
+        "fits": tuple(fits),
+        "source": (*own.source, *theirs.source),
+        "tables": {**theirs.tables, **own.tables},
+    }
+    note = f"of the catalogue's {theirs.chip} the file keeps {len(kept)} curves of what was not measured here"
+    return own.model_copy(update=changes), (note,)
 
 
 def _known(measured: Measurement, chip: str | None) -> tuple[ChipSpec | None, tuple[str, ...]]:

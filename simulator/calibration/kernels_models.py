@@ -58,6 +58,8 @@ MLA_LATENT, MLA_ROPE, MLA_QK, MLA_V = 512, 64, 192, 128
 """DeepSeek's latent attention: cached values per token, and widths of an expanded head."""
 LEAST_SHARE = 0.2
 """Of a row's time, what is left at least when measured parts are taken off."""
+LEAST_VECTORS = 5
+"""Products of one row that a curve of their own takes."""
 MOST_HEADS_PER_KV_HEAD = 16
 """Beyond this some frameworks fall back to another kernel, which few models need."""
 
@@ -163,14 +165,13 @@ def _wide_bytes(dtype: str) -> float:
 
 
 def _products(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -> Iterator[Problem]:
-    """All products; without matrix units those of one row apart, where both kinds were measured."""
-    one = table.columns["m"] == 1
-    if chip.has_matrix_units or not one.any():
+    """All products; without matrix units those of one row apart, where enough of both kinds were measured."""
+    own, one = table.columns["dtype"] == dtype, table.columns["m"] == 1
+    if chip.has_matrix_units or min((own & one).sum(), (own & ~one).sum()) < LEAST_VECTORS:
         yield _gemm(chip, table, dtype, quantisation)
         return
     yield _gemv(chip, table.where(one), dtype)
-    if (~one & (table.columns["dtype"] == dtype)).any():
-        yield _gemm(chip, table.where(~one), dtype, quantisation)
+    yield _gemm(chip, table.where(~one), dtype, quantisation)
 
 
 def _gemv(chip: ChipSpec, table: Table, dtype: str) -> Problem:

@@ -268,6 +268,10 @@ def test_a_device_the_catalogue_knows_keeps_its_datasheet_and_gets_its_own_effic
     assert by_op["gemm"].parameters["peak"] == pytest.approx(CURVES.get(GemmCurve, "gemm", "bfloat16").peak, rel=0.05)
     assert by_op["attention_decode"].parameters["hbm"] == pytest.approx(0.8, rel=0.05)
     assert by_op["attention_prefill"].residuals[0].median_abs < 0.05
+    curves = done.chip.efficiency.curves
+    assert curves.get(GemmCurve, "gemm", "fp8") == CURVES.get(GemmCurve, "gemm", "fp8")  # not measured: the catalogue's
+    assert curves.get(GemmCurve, "gemm", "bfloat16") == GemmCurve(**by_op["gemm"].parameters)
+    assert any("keeps" in note for note in done.notes)
     assert "gemv" not in by_op  # matrix units: one row is a product like the others
 
 
