@@ -185,12 +185,12 @@ def _gemv(chip: ChipSpec, table: Table, dtype: str) -> Problem:
 
     def model(values: Values, among: Rows) -> Array:
         c, at = VectorCurve(**values), keep[among]
-        return np.asarray(c.launch_s + (moved[at] + c.fill_bytes) / (hbm * c.hbm))
+        return np.asarray(c.launch_s + (moved[at] + n[at] * c.depth * weight_bytes) / (hbm * c.hbm))
 
     free = (
         Parameter("hbm", 0.8, 0.01, 1),
         Parameter("launch_s", 2e-6, 1e-7, 1e-3),
-        Parameter("fill_bytes", 1e5, 1e2, 1e8),
+        Parameter("depth", 50, 0.1, 5000),
     )
     return Problem(
         "gemv",

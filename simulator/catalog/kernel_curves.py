@@ -103,15 +103,17 @@ class VectorCurve(_Curve):
 
     Attributes
     ----------
-    hbm, launch_s, fill_bytes
+    hbm, launch_s
         as in :class:`GemmCurve`.
+    depth
+        steps of the inner dimension lost at either end of each output's sum. [elements]
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"hbm"})
 
     hbm: float
     launch_s: float
-    fill_bytes: float = 0.0
+    depth: float = 0.0
 
 
 @dataclass(frozen=True)

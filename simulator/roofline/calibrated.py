@@ -177,7 +177,9 @@ def product_times(
     v = found.vector
     # A single row has no tiles: its arithmetic is bound by the peak alone.
     compute = n * (2 * count * m.n_in * m.n_out / peak)
-    memory = memory_s(moved_bytes, some * (count * v.fill_bytes), v.hbm, hbm)
+    p = d.precision
+    lost_bytes = m.n_out * v.depth * BITS[p.weights if m.quantised(p) else p.wide] / 8
+    memory = memory_s(moved_bytes, some * (count * lost_bytes), v.hbm, hbm)
     single = Times(compute, memory, np.maximum(compute, memory), some * (count * v.launch_s))
     if not isinstance(n, np.ndarray):
         return single if n == 1 else every
