@@ -128,8 +128,10 @@ class NumpyBackend:
 
     def __init__(self) -> None:
         """Look at the machine."""
-        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        self.device = cpu(f"numpy {np.__version__}", f"{blas['name']} {blas['version']}")
+        built = np.show_config(mode="dicts")
+        blas = built.get("Build Dependencies", {}).get("blas", {})
+        named = " ".join(str(blas[key]) for key in ("name", "version") if key in blas)
+        self.device = cpu(f"numpy {np.__version__}", *([named] if named else []))
         self._scratch: dict[str, np.ndarray[Any, Any]] = {}
 
     def random(self, elements: int) -> Any:
