@@ -365,10 +365,11 @@ def _message_s(measured: Measurement) -> float:
 def _known_chip(measured: Measurement, name: str, known: str) -> dict[str, Any]:
     """The catalogue's file of a chip under another name, with a calibration of its own."""
     data = read_toml(data_folder("hardware_specs") / f"{known}.toml")
+    kept = f"; what was not measured keeps the curves of {data['calibration']}" if data.get("calibration") else ""
     data |= {
         "name": name,
         "title": f"{data['title']}, measured",
-        "note": f"{known} of the catalogue, its efficiencies measured on {measured.date}",
+        "note": f"{known} of the catalogue, its efficiencies measured on {measured.date}{kept}",
         "calibration": f"{name}-kernels.toml",
     }
     data.pop("driver_names", None)

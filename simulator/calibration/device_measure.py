@@ -37,7 +37,8 @@ MOST_POOL_SHARE, LEAST_POOL_BYTES, MOST_POOL_BYTES = 0.1, 2**28, 2**32
 """Of the device's memory, and in bytes: the same."""
 MOST_VIEWS = 1024
 """Different weights or keys that calls of one shape take in turn, at most."""
-MOST_OUTPUT_ELEMENTS = 2**28
+MOST_ELEMENTS = 2**28
+"""Of the inputs, and of the outputs, of one product."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _DEPTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -177,9 +178,8 @@ class _Bench:
         def memory(kernel: str, rows: int, width: int) -> tuple[float, float]:
             return 0.0, 4 * MEMORY_KERNELS[kernel] * rows * width * b
 
-        rows = [
-            (m, n, k) for n, k in pairs for m in _ROWS if n * k <= cached // 2 and m * max(n, k) <= MOST_OUTPUT_ELEMENTS
-        ]
+        most = min(cached, MOST_ELEMENTS)
+        rows = [(m, n, k) for n, k in pairs for m in _ROWS if n * k <= cached // 2 and m * max(n, k) <= most]
         single = [(1, n, k) for n, k in pairs if n * k <= cached // 2]
         prompts = [
             (n, s, *h)

@@ -308,6 +308,14 @@ def test_all_reduce_of_several_devices_becomes_a_link_and_a_curve():
     assert known.efficiency.curves.get(CollectiveCurve, "all_reduce", chips=8).link == pytest.approx(3 / 4.5, rel=0.1)
 
 
+def test_a_fast_device_with_little_memory_gets_no_shape_that_does_not_fit():
+    measured = measure(Simulated(kind="cpu", memory_bytes=2e9, cache_bytes=1e6), 20.0)
+    held = 0.1 * 2e9 / 2
+    sizes = [max(m * k, n * k, m * n) for m, n, k in measured.of("gemm")]
+    assert held / 4 < max(sizes) <= held
+    assert max(2 * b * s * kv * d for b, s, _, kv, d in measured.of("attention_decode")) <= held
+
+
 def test_a_busy_machine_is_said_to_be_busy(simulated):
     shaken = {key: replace(t, spread=0.4) for key, t in simulated.timings.items()}
     notes = calibrate_device(replace(simulated, timings=shaken), "busy", chip=None, command="test").notes
