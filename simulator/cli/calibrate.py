@@ -154,7 +154,7 @@ def device(
     Products, attention, norms, copies and, with several GPUs, all-reduces are timed, and efficiency curves fitted to them as calibrate
     kernels does. Beside NAME.toml go NAME-kernels.toml, the curves, and NAME-tables/, the measurements. Nothing is
     written without --out. Measure while nothing else runs.
-    """  # noqa: D301  # click wants the character itself
+    """
     from simulator.calibration.device_chip import Target, calibrate_device, save
     from simulator.calibration.device_measure import measure
     from simulator.calibration.device_tables import read_measurement
@@ -285,7 +285,7 @@ def serving(
     DATA is a table of serving rows, a per-request log, a result of `vllm bench serve --save-result`, or a folder of them
     (docs/accuracy.md). Printed are the errors before and after, what moved, standard errors, and what the data cannot tell
     apart. Nothing is written without --out.
-    """  # noqa: D301  # click wants the character itself
+    """
     from simulator.calibration.report import calibrate_serving
 
     command = f"chipseconds calibrate serving {data}" + (f" --select {select}" if select else "")
