@@ -35,9 +35,7 @@ from simulator.engine.core import (
 )
 from simulator.engine.heaps import pop_key, push_key
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.prefix_cache import (
-    watch,
-)
+from simulator.engine.prefix_cache import moment_of, watch
 from simulator.engine.progressions import (
     blocks_for,
     residue,
@@ -265,11 +263,11 @@ def blocks_owned(state: State, extra: Extra | None, slot: int, decoded: bool, bl
 
 @inlined
 def publishing_moment(state: State, extra: Extra) -> int:
-    """Stamp of what is published now: the step, or with speculation, which publishes nothing late, a count."""
+    """Moment of what a chunk publishes now; with speculation, which publishes nothing late, a count."""
     if extra.spec.on:
         extra.spec.batch.ints[speculation.MOMENT] += 1
         return int(extra.spec.batch.ints[speculation.MOMENT])
-    return int(state.ints[STEP])
+    return int(moment_of(extra.cache, state.ints[STEP], True))  # noqa: FBT003 - compiled code takes no keywords here
 
 
 @inlined

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import by_policy, core, jit, prefix_cache, queues, skip_ahead, speculation, swap, tiers
+from simulator.engine import core, full_loop, jit, prefix_cache, queues, skip_ahead, speculation, swap, tiers
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.new_queue import new_queue
 from simulator.engine.records import (
@@ -119,11 +119,12 @@ class Engine:
         n_pending = requests.concurrency + (n if settings.retries.max_attempts > 1 else 0)
         self._state = _new_state(n, n_pending, settings)
         self._queue: queues.Queue | None = None
-        if needs_queue(settings, clients_leave=requests.clients_may_leave):
-            self._queue = new_queue(settings, requests)
         self._extra: core.Extra | None = None
         hashes = cache_hashes(settings, requests)
-        if hashes is not None or settings.speculation is not None or settings.swap is not None:
+        remembers = hashes is not None or settings.speculation is not None or settings.swap is not None
+        if remembers or needs_queue(settings, clients_leave=requests.clients_may_leave):
+            self._queue = new_queue(settings, requests)
+        if remembers:
             self._extra = core.Extra(
                 cache=_new_cache(hashes, settings, n, log_size),
                 spec=_new_spec(cost, settings, requests),
@@ -179,9 +180,9 @@ class Engine:
         """Run every step that starts before ``until_s``."""
         replica = self._cost, self._limits, self._stream, self._out, self._state
         if self._queue is not None:
-            self.done = bool(by_policy.advance(*replica, self._queue, float(until_s)))
+            self.done = bool(full_loop.advance(*replica, self._queue, self._extra, float(until_s)))
         else:
-            self.done = bool(skip_ahead.advance(*replica, self._extra, float(until_s)))
+            self.done = bool(skip_ahead.advance(*replica, float(until_s)))
 
     def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
         """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``).
@@ -261,11 +262,11 @@ class Engine:
         first_token, finish = out.first_token, out.finish
         attempts = np.asarray(out.status != NOT_ARRIVED, dtype=np.int32)
         wasted = np.zeros(len(attempts))
-        clients = np.zeros(queues.N_QUEUE_INTS, dtype=np.int64)
+        clients = np.zeros(queues.N_COUNTS, dtype=np.int64)
         host_s = 0.0
         if self._queue is not None:
             attempts = self._queue.row_ints[:, queues.ATTEMPTS].astype(np.int32)
-            wasted, clients = self._queue.row_floats[:, queues.WASTED], self._queue.ints
+            wasted, clients = self._queue.row_floats[:, queues.WASTED], self._queue.counts
             host_s = float(self._queue.floats[queues.HOST])
             first_token = first_token + self._settings.host.output_s  # H3
             finish = finish + self._settings.host.output_s
@@ -464,6 +465,8 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
         block_size=settings.block_size,
         n=n,
         radix=settings.prefix_cache == "radix",
+        prompts_first=settings.scheduling.batching in {"prefill_first", "static"},
+        late=settings.speculation is None,
         tiers=settings.tiers,
         log_size=log_size,
     )
@@ -576,4 +579,5 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
         level_by_batch=whole(plan.levels(m, settings.max_num_batched_tokens) if plan else None, 1),
         rates=whole(plan.rates if plan else None, 2),
         classes=whole(requests.acceptance_class if plan else None, 1),
+        fraction=np.zeros(n, dtype=np.int64),
     )

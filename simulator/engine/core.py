@@ -173,7 +173,7 @@ class State(NamedTuple):
 class Extra(NamedTuple):
     """What goes beyond a plain replica: a record of arrays and flags for each feature.
 
-    Numba compiles ``advance`` twice: without (None) every ``if extra is not None`` vanishes; with it, all features are
+    Where it is None every ``if extra is not None`` vanishes when Numba compiles; where it is not, all features are
     compiled in, and their flags switch them at run time.
     """
 
@@ -190,8 +190,6 @@ class Chunks(NamedTuple):
     tokens: int
     free: int
     preempted: bool
-    unsure: bool
-    """The first of the queue lacks blocks, but decoding may publish one that it can share."""
 
 
 class Price(NamedTuple):

@@ -22,6 +22,7 @@ def new_queue(settings: EngineSettings, requests: Requests) -> queues.Queue:
         longest_chunk=scheduling.long_prefill_token_threshold or settings.max_num_batched_tokens,
         max_partials=scheduling.max_num_partial_prefills,
         margin=math.floor(scheduling.watermark * settings.num_kv_blocks),
+        lookahead=settings.lookahead,
         prompt_weight=scheduling.prompt_weight,
         output_weight=scheduling.output_weight,
         host_step=float(host.step_s),
@@ -62,6 +63,7 @@ def new_queue(settings: EngineSettings, requests: Requests) -> queues.Queue:
     return queues.Queue(
         rules=rules,
         ints=ints,
+        counts=np.zeros(queues.N_COUNTS, dtype=np.int64),
         floats=np.zeros(queues.N_QUEUE_FLOATS),
         row_ints=row_ints,
         row_floats=row_floats,

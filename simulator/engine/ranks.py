@@ -158,9 +158,9 @@ def _schedule_rank(cost: CostTable, limits: Limits, stream: Stream, out: Outcome
     need = rank.residues[residue(-ints[STEP], limits.block_size)]
     short = need > ints[FREE_BLOCKS]
     if short:
-        make_room(cost, limits, out, rank, None)
+        make_room(cost, limits, out, rank)
     free = ints[FREE_BLOCKS] - (0 if short else need)
-    chunks = schedule_chunks(cost, limits, stream, out, rank, None, free, short, in_flight=False)
+    chunks = schedule_chunks(cost, limits, stream, out, rank, free, short, in_flight=False)
     scheduled[N_CHUNKS] = chunks.n
     scheduled[TOKENS] = chunks.tokens
     scheduled[FREE] = chunks.free
@@ -332,9 +332,9 @@ def advance_ranks(
                 if board.scheduled[g, N_CHUNKS] > 0:
                     price = load_price(board.prices, g)
                     n_done += end_chunks(
-                        cost, stream, out, rank, None, board.scheduled[g, N_CHUNKS], price, limits.block_size
+                        cost, stream, out, rank, None, None, board.scheduled[g, N_CHUNKS], price, limits.block_size
                     )
-                n_done += end_decodes(cost, stream, out, rank, None, limits.block_size)
+                n_done += end_decodes(cost, stream, out, rank, None, None, limits.block_size)
         if stream.concurrency > 0:
             for _ in range(n_done):
                 release_next(stream, shared, end)

@@ -69,7 +69,9 @@ from simulator.engine.progressions import (
     steps_to_reach,
     steps_with_blocks,
 )
+from simulator.engine.queues import GONE, RESERVED, Queue, start_counting, stop_counting
 from simulator.engine.records import FINISHED
+from simulator.engine.scheduling import STATIC
 
 
 @compiled
@@ -261,22 +263,46 @@ def count_latencies(out: Outcome, state: State, batch: int, d0: float, q: float,
 
 
 @inlined
-def finish_request(state: State, out: Outcome, extra: Extra | None, slot: int, owned: int) -> None:
-    """Free the ``owned`` blocks and the slot of a request that has left the batch."""
+def finish_request(state: State, out: Outcome, extra: Extra | None, slot: int, owned: int, by_chunk: bool) -> None:
+    """Free the ``owned`` blocks and the slot of a request that has left the batch, or whose last chunk was all it needed."""
     ints = state.ints
     row = state.row[slot]
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
     if extra is not None and extra.cache.on:
-        note_end(extra.cache, slot, row, state.computed[slot], owned, ints[STEP])
+        note_end(extra.cache, slot, row, state.computed[slot], owned, ints[STEP], by_chunk)
         owned = 0
     ints[FREE_BLOCKS] += owned
-    if extra is not None and extra.spec.on:
-        extra.spec.batch.slots[slot, speculation.PROGRESS] = 0
     state.finish_step[slot] = -1
     unlink_running(state, slot)
     state.free_slots[ints[N_FREE_SLOTS]] = slot
     ints[N_FREE_SLOTS] += 1
+
+
+@inlined
+def cut_to_length(stream: Stream, state: State, extra: Extra, slot: int) -> None:
+    """Take from a request that has left the batch what its last pass gave beyond its output."""
+    row = state.row[slot]
+    if state.emitted[slot] >= stream.output[row]:
+        speculation.cut_surplus(extra.spec.batch, slot, stream.output[row])
+        state.emitted[slot] = stream.output[row]
+        state.computed[slot] = stream.prompt[row] + stream.output[row] - 1
+
+
+@inlined
+def reserved_blocks(stream: Stream, row: int, lookahead: int, block_size: int) -> int:
+    """B4: blocks that a static batch keeps for a request."""
+    return int(blocks_for(stream.prompt[row] + stream.max_tokens[row] - 1 + lookahead, block_size))
+
+
+@inlined
+def retire(stream: Stream, state: State, queue: Queue, slot: int, block_size: int) -> None:
+    """Forget what the queue keeps of a running request that ends."""
+    row = state.row[slot]
+    if state.finish_step[slot] >= 0:
+        stop_counting(queue, row, state.ints[STEP])
+    if queue.rules.batching == STATIC:
+        queue.ints[RESERVED] -= reserved_blocks(stream, row, queue.rules.lookahead, block_size)
 
 
 @inlined
@@ -285,12 +311,16 @@ def end_chunks(
     stream: Stream,
     out: Outcome,
     state: State,
+    queue: Queue | None,
     extra: Extra | None,
     chunks: int,
     price: Price,
     block_size: int,
 ) -> int:
-    """R10 to R12 for chunks; return how many requests finish. ``State`` is already at the step's end."""
+    """R10 to R12 for chunks; return how many requests finish. ``State`` is already at the step's end.
+
+    A request whose client has left (L3) is left as it is, even with its last token.
+    """
     ints, floats = state.ints, state.floats
     end = floats[CLOCK]
     plane = price.plane
@@ -345,16 +375,29 @@ def end_chunks(
         state.emitted[slot] += 1
         rest = stream.output[row] - state.emitted[slot]
         if rest == 0:
-            finish_request(state, out, extra, slot, blocks_for(done, block_size))
+            if queue is not None:
+                if queue.row_ints[row, GONE] != 0:
+                    continue
+                retire(stream, state, queue, slot, block_size)
+            finish_request(state, out, extra, slot, blocks_for(done, block_size), True)  # noqa: FBT003 - compiled code takes no keywords here
             n_done += 1
         else:
             start_decoding(cost, stream, state, extra, slot, rest, block_size)
+            if queue is not None:
+                state.last_token[slot] = end
+                start_counting(queue, row, ints[STEP])
     return n_done
 
 
 @inlined
 def end_decodes(
-    cost: CostTable, stream: Stream, out: Outcome, state: State, extra: Extra | None, block_size: int
+    cost: CostTable,
+    stream: Stream,
+    out: Outcome,
+    state: State,
+    queue: Queue | None,
+    extra: Extra | None,
+    block_size: int,
 ) -> int:
     """R10: decoding requests whose last token has come; return how many."""
     ints = state.ints
@@ -364,12 +407,12 @@ def end_decodes(
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
         slot = key & ((1 << SLOT_BITS) - 1)
         if state.finish_step[slot] == key >> SLOT_BITS:
+            if queue is not None:
+                retire(stream, state, queue, slot, block_size)
             leave_batch(cost, state, out, extra, slot, block_size)
             owned = blocks_owned(state, extra, slot, True, block_size)  # noqa: FBT003 - compiled code takes no keywords here
             if extra is not None and extra.spec.on:
-                row = state.row[slot]
-                speculation.cut_surplus(extra.spec.batch, slot, stream.output[row])
-                state.computed[slot] = stream.prompt[row] + stream.output[row] - 1
-            finish_request(state, out, extra, slot, owned)
+                cut_to_length(stream, state, extra, slot)
+            finish_request(state, out, extra, slot, owned, False)  # noqa: FBT003
             n_done += 1
     return n_done

@@ -111,7 +111,8 @@ class Tariff(NamedTuple):
 class Spec(NamedTuple):
     """Speculative decoding of a replica; with ``on`` False all arrays are empty.
 
-    ``level_by_batch``; ``rates`` by class and level; ``classes`` by row, of length 0 if all are 0.
+    ``level_by_batch``; ``rates`` by class and level; ``classes`` by row, of length 0 if all are 0; ``fraction`` [requests] of a token that a
+    preempted request's progress has beyond its emitted ones (P3).
     """
 
     on: bool
@@ -120,6 +121,7 @@ class Spec(NamedTuple):
     level_by_batch: Any
     rates: Any
     classes: Any
+    fraction: Any
 
 
 class DecodeTerms(NamedTuple):
@@ -318,6 +320,18 @@ def emitted_of(batch: Batch, slot: int) -> int:
 
 
 @inlined
+def fraction_of(batch: Batch, slot: int) -> int:
+    """What a settled sequence's progress has beyond its emitted tokens, in units."""
+    return int(batch.slots[slot, PROGRESS] & (UNIT - 1))
+
+
+@inlined
+def start_at(batch: Batch, slot: int, fraction: int) -> None:
+    """Let a request that is admitted start with the fraction of its earlier progress (P3)."""
+    batch.slots[slot, PROGRESS] = fraction
+
+
+@inlined
 def passes_left(batch: Batch, slot: int, output: int) -> int:
     """Passes until a settled sequence has emitted ``output`` tokens."""
     rate = batch.slots[slot, RATE]
@@ -448,6 +462,13 @@ def count_passes(spec: Spec, knots: Any, knot: int, size: int, k: int, per_token
         tariff.floats[SHARE_D1] += draft_slope * (k * since_origin + growth)
     ints[KEYS] += k * ints[RATES]
     ints[SEEN_KEYS] += k * ints[SEEN_RATES]
+
+
+@inlined
+def count_host(spec: Spec, per_token: float) -> None:
+    """H1, P5: a rejected draft wastes its share of the host's work too."""
+    if spec.batch.ints[LEVEL] > 0:
+        spec.tariff.floats[SHARE_V] += per_token
 
 
 @inlined

@@ -184,13 +184,13 @@ def _launch(
     short = need > ints[FREE_BLOCKS]
     passed_over = False
     if short:
-        passed_over = make_room(cost, limits, out, group, None) and held
+        passed_over = make_room(cost, limits, out, group) and held
     if passed_over:
         ints[PARTIAL] = -1
     elif held:  # no victim of the above, but in its place in the order of admission
         _link(group, partial)
     free = ints[FREE_BLOCKS] - (0 if short else need)
-    chunks = schedule_chunks(cost, limits, stream, out, group, None, free, short, held)
+    chunks = schedule_chunks(cost, limits, stream, out, group, free, short, held)
     if chunks.n > 0:
         ints[FREE_BLOCKS] = chunks.free
     elif not short:
@@ -251,9 +251,9 @@ def _complete(
     if flight.chunks[g] > 0:
         for c in range(flight.chunks[g]):
             flight.held[group.chunk_slot[c]] -= 1
-        n_done += end_chunks(cost, stream, out, group, None, flight.chunks[g], price, limits.block_size)
+        n_done += end_chunks(cost, stream, out, group, None, None, flight.chunks[g], price, limits.block_size)
         ints[PARTIAL] = -1
-    n_done += end_decodes(cost, stream, out, group, None, limits.block_size)
+    n_done += end_decodes(cost, stream, out, group, None, None, limits.block_size)
     _hand_over(ints, shared.ints)
     flight.done[g] = math.inf
     flight.last[g] = now

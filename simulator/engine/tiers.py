@@ -25,7 +25,7 @@ CAPACITY, SIZE, STORED, LOADED, ON_WAY, N_COUNTS = range(6)
 # columns of Tiers.times
 BLOCK_S, LATENCY_S, LINK_FREE_S, N_TIMES = range(4)
 # indices into Loads.ints
-N_READY, BLOCKED, STARTED, DECLINED, N_INTS = range(5)
+BLOCKED, STARTED, DECLINED, N_INTS = range(4)
 
 
 class Tiers(NamedTuple):
@@ -59,8 +59,7 @@ class Loads(NamedTuple):
     start_s, end_s
         [requests] when a request began to load, and when its load is there. NaN if it never did. [s]
     ints
-        requests at the head of the queue that have come back from loading; whether the first of the queue lacks blocks and may
-        still ask; counts of loads started and declined.
+        whether the first of the queue could not be admitted and may still ask; counts of loads started and declined.
     """
 
     on: bool
@@ -189,6 +188,21 @@ def start_load(
     loads.ints[STARTED] += 1
     push_arrival(loads.times, loads.rows, n_loading, ready, row)
     return True
+
+
+@compiled
+def drop_load(loads: Loads, n_loading: int, row: int, now: float) -> bool:
+    """M12: a client leaves; return whether its request was loading."""
+    found = False
+    for i in range(n_loading):
+        found = found or loads.rows[i] == row
+    if found:
+        loads.end_s[row] = now
+        kept = 0
+        for i in range(n_loading):
+            if loads.rows[i] != row:
+                kept = push_arrival(loads.times, loads.rows, kept, loads.times[i], loads.rows[i])
+    return found
 
 
 @compiled
