@@ -153,7 +153,7 @@ class Replica:
     def new_request(self, row: int) -> Request:
         """A request as it will arrive."""
         names = ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
-        request = Request(row, *(int(getattr(self.requests, name)[row]) for name in names))
+        request = Request(row, **{name: int(getattr(self.requests, name)[row]) for name in names})
         policy = self.settings.scheduling.policy
         column = {"priority": self.requests.priority, "sjf": self.requests.predicted_tokens}.get(policy)
         request.order = float(column[row]) if column is not None else 0.0
@@ -446,9 +446,7 @@ class Replica:
 
     def note_peaks(self) -> None:
         """Note peaks, those of the whole replica (R13, G6)."""
-        self.pricing.note_peaks(
-            max_running=self.n_running, max_waiting=self.n_waiting, max_kv_blocks=self.used_blocks
-        )
+        self.pricing.note_peaks(max_running=self.n_running, max_waiting=self.n_waiting, max_kv_blocks=self.used_blocks)
 
     def close_piece(self) -> None:
         """Note the state since the last event; called by each event before it changes anything."""

@@ -216,9 +216,7 @@ class Scheduler:
     def may_cut(self, plan: Plan) -> bool:
         """Whether the first of the queue may leave a part of its prompt for later (B2, B6)."""
         scheduling = self.settings.scheduling
-        unfinished = sum(
-            one.in_prefill and one.computed + plan.batch.get(one, 0) < one.known for one in self.running
-        )
+        unfinished = sum(one.in_prefill and one.computed + plan.batch.get(one, 0) < one.known for one in self.running)
         limit = scheduling.max_num_partial_prefills
         return scheduling.batching == "chunked" and not 0 < limit <= unfinished
 

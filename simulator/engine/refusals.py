@@ -57,7 +57,11 @@ LASTING = (
 )
 
 PENDING = (
-    Refusal((*QUEUE, *MEMORY, "speculation"), ("ranks", "stages", "uneven experts"), "the compiled engine does not do this yet"),
+    Refusal(
+        (*QUEUE, *MEMORY, "speculation"),
+        ("ranks", "stages", "uneven experts"),
+        "the compiled engine does not do this yet",
+    ),
     Refusal(("writing through", "warm store"), ("tiers",), "the compiled engine does not do this yet"),
 )
 

@@ -187,7 +187,7 @@ def families(pick: Pick, prompt, output, unit: int, *, covers_output: bool) -> B
 
 def with_cache(draft: Draft) -> None:
     pick, settings, requests = draft.pick, draft.settings, draft.requests
-    blocks = one_of(pick, (1, 2, 3, 4, pick(1, 16)))
+    blocks = one_of(pick, (1, 2, 2, 3, 3) if "tiers" in draft.features else (1, 2, 3, 4, pick(1, 16)))
     if blocks != settings.block_size:
         tokens = settings.num_kv_blocks * settings.block_size
         draft.set(block_size=blocks, num_kv_blocks=max(1, -(-tokens // blocks)))
@@ -213,7 +213,10 @@ def with_tiers(draft: Draft) -> None:
     pick, enough = draft.pick, draft.enough_blocks
     tiers = tuple(
         Tier(
-            one_of(pick, (pick(1, 6), 50 * enough, 50 * enough) if i else (pick(1, 2), pick(1, 3), pick(1, 6), 50 * enough)),
+            one_of(
+                pick,
+                (pick(1, 6), 50 * enough, 50 * enough) if i else (pick(1, 3), pick(1, 6), pick(1, 10), 50 * enough),
+            ),
             block_s=draft.grid_s * one_of(pick, (pick(0, 1), pick(1, 6), pick(1, 60), pick(20, 90))),
             latency_s=draft.grid_s * pick(0, 6),
             name=f"tier {i}",
@@ -248,9 +251,7 @@ def with_speculation(draft: Draft) -> None:
     if pick(0, 2) == 0:  # room for whole batches of the highest level
         seqs = draft.settings.max_num_seqs
         draft.set(
-            max_num_batched_tokens=max(
-                draft.settings.max_num_batched_tokens, seqs * draft.queries[-1] + pick(1, 20)
-            )
+            max_num_batched_tokens=max(draft.settings.max_num_batched_tokens, seqs * draft.queries[-1] + pick(1, 20))
         )
     if pick(0, 1):
         lookahead = -(-(draft.queries[-1] - 1) // draft.settings.block_size)
@@ -303,7 +304,9 @@ def with_costs(draft: Draft) -> StepCost | PipelineCost:
     """The cost table for what the settings let a step be, of one rank and stage or of several."""
     pick, settings, features = draft.pick, draft.settings, draft.features
     budget = settings.max_num_batched_tokens
-    rows = max(budget, settings.max_num_seqs * draft.queries[-1]) if "speculation" in features else settings.max_num_seqs
+    rows = (
+        max(budget, settings.max_num_seqs * draft.queries[-1]) if "speculation" in features else settings.max_num_seqs
+    )
     cost = dyadic_cost(pick, budget, rows, draft.grid_s)
     if features & {"ranks", "uneven experts", "stages"}:
         cost = replace(cost, expert_s=cost.dense_s * one_of(pick, (0.25, 0.5, 1.0)))

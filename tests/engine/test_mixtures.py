@@ -18,9 +18,10 @@ from simulator.engine.refusals import LASTING, NAMES, PENDING
 from simulator.errors import InputError
 from tests.engine.comparing import assert_equal, assert_results_equal, assert_timelines_close
 from tests.engine.mixtures import mixtures, random_mixture
-from tests.engine.situations import MEETINGS, SITUATIONS, watch
+from tests.engine.situations import MEETINGS, SITUATIONS
+from tests.engine.watching import watch
 
-SEEDED_CASES = 60
+SEEDED_CASES = 80
 """Of each feature."""
 MIXTURES = 300
 FEATURES = tuple(NAMES)
