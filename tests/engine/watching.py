@@ -5,7 +5,6 @@ from collections import defaultdict
 from simulator.engine.reference import Replica
 from simulator.engine.reference_cache import BlockPool
 from simulator.engine.reference_scheduler import Scheduler
-from simulator.engine.reference_state import StepRecord
 from tests.engine.situations import (
     of_meetings,
     of_ranks,
@@ -20,7 +19,7 @@ from tests.engine.strategies import Case
 
 def watch(case: Case, interval_s: float | None = None):
     """Run the reference; return its result, its steps, and the names of what it met."""
-    steps: list[StepRecord] = []
+    steps = []
     replica = Replica(*case, steps.append)
     met: set[str] = set()
     for scheduler in replica.schedulers:
