@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 
 from simulator.engine.records import FINISHED, itl_quantiles_s
-from tests.engine.comparing import OWN_TOTALS, SHARES, TIMES, assert_equal, assert_shares_close
+from tests.engine.comparing import (
+    OWN_TOTALS,
+    SHARES,
+    TIMES,
+    assert_equal,
+    assert_results_equal,
+    assert_shares_close,
+    assert_timelines_close,
+)
 from tests.engine.engines import engine
 from tests.engine.strategies import dyadic_cases, observe, random_case, real_case
 from tests.engine.watching import watch
@@ -37,19 +45,19 @@ def test_engines_agree_exactly_on_drawn_cases(case):
     assert_equal(case, None)
 
 
-def test_engines_agree_exactly_on_seeded_cases_with_timelines():
+def test_engines_agree_exactly_on_seeded_cases_in_which_special_situations_are_frequent():
+    counts = Counter()
     for seed in range(SEEDED_CASES):
+        case, interval_s = random_case(seed), (0.125, 1.0, 7.5)[seed % 3]
+        ours = engine("compiled")(*case, timeline_interval_s=interval_s)
+        theirs, _, met = watch(case, ours.timeline_interval_s)
+        counts.update(met)
         try:
-            assert_equal(random_case(seed), (0.125, 1.0, 7.5)[seed % 3])
+            assert_results_equal(ours, theirs)
+            assert_timelines_close(ours, theirs, interval_s)
         except AssertionError as error:
             error.add_note(f"seed {seed}")
             raise
-
-
-def test_special_situations_are_frequent_in_the_seeded_cases():
-    counts = Counter()
-    for seed in range(SEEDED_CASES):
-        counts.update(watch(random_case(seed))[2])
     rare = {name: counts[name] / SEEDED_CASES for name in FREQUENT if counts[name] < 0.05 * SEEDED_CASES}
     assert not rare
 

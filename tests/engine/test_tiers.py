@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.kv_memory import Tier
 from simulator.engine.records import EngineSettings
+from simulator.engine.refusals import PENDING, features_of, why_not
 from simulator.engine.tiers import NEXT, PREVIOUS, SIZE, STORED, move_down, new_tiers
 from simulator.errors import InputError
 from tests.engine.engines import NAMES, engine
@@ -102,6 +103,41 @@ def test_a_small_host_hands_on_to_the_store(name):
     result = engine(name)(*agent("always", tiers))
     assert [result.totals[f"tier{i}_loaded_blocks"] for i in (0, 1)] == [2, 2]
     assert result.load_s[2] == 2.0
+
+
+def run(name, cost, engine_settings, requests):
+    """Serve, unless the engine does not do it yet."""
+    why = why_not(features_of(cost, engine_settings, requests), PENDING)
+    if name == "compiled" and why:
+        pytest.skip(why)
+    return engine(name)(cost, engine_settings, requests)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_computed_is_written_through(name):  # F9
+    """All ten blocks are put when they are computed; what HBM evicts is there already, and the last four come back as before."""
+    result = run(name, *agent("always", (Tier(100, block_s=0.25, latency_s=0.5, write_through=True),)))
+    np.testing.assert_array_equal(result.finish_s, [8.0, 22.0, 33.5])
+    assert (result.totals["tier0_stored_blocks"], result.totals["tier0_loaded_blocks"]) == (10, 4)
+    # In a store behind a host of two blocks: the store has all, the host the two evicted last.
+    tiers = (Tier(2, block_s=0.25), Tier(100, block_s=0.5, latency_s=1.0, write_through=True))
+    result = run(name, *agent("always", tiers))
+    assert [result.totals[f"tier{i}_loaded_blocks"] for i in (0, 1)] == [2, 2]
+    assert result.totals["tier1_stored_blocks"] == 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("stored", "blocks", "finish_s"), [(8, 100, 1.5 + 2), (7, 100, 1.25 + 4), (8, 2, 1.0 + 6), (1, 100, 10.0)]
+)
+def test_a_store_that_outlived_its_server_is_warm(name, stored, blocks, finish_s):  # F10
+    """Of a prompt of 10 tokens in blocks of 2, a token per second, some lie in the store: whole blocks, the first ones if not all fit."""
+    cost, engine_settings, requests = agent("always", (Tier(1, 9.0), Tier(blocks, block_s=0.25, latency_s=0.5)))
+    third = requests.take(slice(2, 3))
+    warm = replace(third, arrival_s=np.zeros(1), stored_tokens=np.array([stored]))
+    result = run(name, cost, engine_settings, warm)
+    assert result.finish_s[0] == finish_s
+    assert result.totals["tier1_stored_blocks"] == 0
 
 
 @pytest.mark.parametrize(
