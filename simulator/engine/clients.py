@@ -9,7 +9,11 @@ import math
 from simulator.engine.batch import blocks_owned, leave_batch, unlink_running
 from simulator.engine.core import (
     CLOCK,
+    COMPUTED,
+    EMITTED,
+    FINISH_STEP,
     FREE_BLOCKS,
+    FREE_SLOT,
     INTERVAL,
     LAST_START,
     MAX_WAITING,
@@ -17,6 +21,7 @@ from simulator.engine.core import (
     N_LOADING,
     N_PENDING,
     NEXT_ROW,
+    SEEN,
     STEP,
     T_WAITING,
     WAITING_INTEGRAL,
@@ -40,15 +45,15 @@ from simulator.engine.queues import (
     CANCEL_S,
     CANCELLATIONS,
     DEADLINE_S,
-    EMITTED,
     GONE,
     GONE_SLOT,
+    KEPT_EMITTED,
+    KEPT_SEEN,
     N_GONE,
     N_QUEUED,
     PUT_BACK_AT,
     RANK,
     RETRIES,
-    SEEN,
     SLOT,
     TIMEOUT_S,
     TIMEOUTS,
@@ -160,8 +165,8 @@ def join(
     """An attempt that was not refused joins the queue, and starts from nothing (L5, M20)."""
     rules = queue.rules
     queue.row_floats[row, ATTEMPT_S] = arrival
-    queue.row_ints[row, EMITTED] = 0
-    queue.row_ints[row, SEEN] = 0
+    queue.row_ints[row, KEPT_EMITTED] = 0
+    queue.row_ints[row, KEPT_SEEN] = 0
     queue.row_ints[row, PUT_BACK_AT] = -1
     out.scheduled[row] = math.nan
     out.first_token[row] = math.nan
@@ -220,11 +225,11 @@ def leave_replica(
     ints = state.ints
     row = state.row[slot]
     bs = limits.block_size
-    decoded = state.finish_step[slot] >= 0
+    decoded = state.slots[slot, FINISH_STEP] >= 0
     retire(stream, state, queue, slot, bs)
     if decoded:
         leave_batch(cost, state, out, extra, slot, bs)
-        state.finish_step[slot] = -1
+        state.slots[slot, FINISH_STEP] = -1
     else:
         drop_partial(queue, slot)
     freed = blocks_owned(state, extra, slot, decoded, bs)
@@ -236,14 +241,88 @@ def leave_replica(
     ints[FREE_BLOCKS] += freed
     unlink_running(state, slot)
     free_slot(state, slot)
-    abandon(stream, out, queue, extra, row, status, max(state.seen[slot], state.computed[slot]), state.emitted[slot])
+    abandon(
+        stream,
+        out,
+        queue,
+        extra,
+        row,
+        status,
+        max(state.slots[slot, SEEN], state.slots[slot, COMPUTED]),
+        state.slots[slot, EMITTED],
+    )
 
 
 @inlined
 def free_slot(state: State, slot: int) -> None:
     """Let a slot be used again."""
-    state.free_slots[state.ints[N_FREE_SLOTS]] = slot
+    state.slots[state.ints[N_FREE_SLOTS], FREE_SLOT] = slot
     state.ints[N_FREE_SLOTS] += 1
+
+
+@compiled
+def departure_of(out: Outcome, queue: Queue, row: int, due: float) -> int:
+    """L1: the status of a client whose time has come, counted; 0 if what it waited for is there."""
+    since = queue.row_floats[row, ATTEMPT_S]
+    status = CANCELLED
+    if since + queue.row_floats[row, TIMEOUT_S] == due or (
+        math.isnan(out.first_token[row]) and since + queue.row_floats[row, TTFT_TIMEOUT_S] == due
+    ):
+        status = TIMED_OUT
+    elif since + queue.row_floats[row, CANCEL_S] != due:
+        add_due(queue, out.status, row, not math.isnan(out.first_token[row]))
+        return 0
+    queue.counts[TIMEOUTS if status == TIMED_OUT else CANCELLATIONS] += 1
+    return status
+
+
+@compiled
+def leave_waiting(
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    shared: State,
+    state: State,
+    queue: Queue,
+    extra: Extra | None,
+    row: int,
+    status: int,
+    due: float,
+) -> None:
+    """L3, M12, M13: let a request go that waits or loads."""
+    loading = False
+    if extra is not None:
+        if extra.loads.on and state.ints[N_LOADING] > 0:
+            loading = drop_load(extra.loads, state.ints[N_LOADING], row, due)
+        if extra.swap.on and extra.swap.saved[row] > 0:
+            forget(extra.swap, row, blocks_for(extra.swap.saved[row], limits.block_size))
+    if loading:
+        state.ints[N_LOADING] -= 1
+    else:
+        leave_queue(queue, row)
+    waited(shared, due, -1.0)
+    abandon(stream, out, queue, extra, row, status, queue.row_ints[row, KEPT_SEEN], queue.row_ints[row, KEPT_EMITTED])
+
+
+@inlined
+def tries_again(queue: Queue, row: int, status: int) -> bool:
+    """L5: whether a client that has left comes back."""
+    return bool(status == TIMED_OUT and queue.row_ints[row, ATTEMPTS] < queue.rules.max_attempts)
+
+
+@compiled
+def try_again(shared: State, queue: Queue, row: int, due: float, left: float) -> None:
+    """L5: a client that gave up at ``due``, and whose attempt ``left`` the replica, arrives again."""
+    again = max(due + queue.waits[queue.row_ints[row, ATTEMPTS] - 1], left)
+    shared.ints[N_PENDING] = push_arrival(shared.pending_time, shared.pending_row, shared.ints[N_PENDING], again, row)
+
+
+@inlined
+def note_gone(queue: Queue, row: int, status: int) -> None:
+    """L3: a client has left whose request is in a step under way."""
+    queue.row_ints[row, GONE] = status
+    queue.slots[queue.ints[N_GONE], GONE_SLOT] = queue.row_ints[row, SLOT]
+    queue.ints[N_GONE] += 1
 
 
 @compiled
@@ -260,43 +339,20 @@ def client_leaves(
     due: float,
     in_step: bool,
 ) -> None:
-    """L1 to L5, M12, M13: a client whose time has come gives up or cancels, unless what it waited for is there."""
-    since = queue.row_floats[row, ATTEMPT_S]
-    status = CANCELLED
-    if since + queue.row_floats[row, TIMEOUT_S] == due or (
-        math.isnan(out.first_token[row]) and since + queue.row_floats[row, TTFT_TIMEOUT_S] == due
-    ):
-        status = TIMED_OUT
-    elif since + queue.row_floats[row, CANCEL_S] != due:
-        add_due(queue, out.status, row, not math.isnan(out.first_token[row]))
+    """L1 to L5: a client whose time has come gives up or cancels, unless what it waited for is there."""
+    status = departure_of(out, queue, row, due)
+    if status == 0:
         return
-    queue.counts[TIMEOUTS if status == TIMED_OUT else CANCELLATIONS] += 1
-    noticed = due
+    left = due
     if out.status[row] == WAITING:
-        loading = False
-        if extra is not None:
-            if extra.loads.on and state.ints[N_LOADING] > 0:
-                loading = drop_load(extra.loads, state.ints[N_LOADING], row, due)
-            if extra.swap.on and extra.swap.saved[row] > 0:
-                forget(extra.swap, row, blocks_for(extra.swap.saved[row], limits.block_size))
-        if loading:
-            state.ints[N_LOADING] -= 1
-        else:
-            leave_queue(queue, row)
-        waited(shared, due, -1.0)
-        abandon(stream, out, queue, extra, row, status, queue.row_ints[row, SEEN], queue.row_ints[row, EMITTED])
+        leave_waiting(limits, stream, out, shared, state, queue, extra, row, status, due)
     elif in_step:
-        noticed = shared.floats[CLOCK]
-        queue.row_ints[row, GONE] = status
-        queue.slots[queue.ints[N_GONE], GONE_SLOT] = queue.row_ints[row, SLOT]
-        queue.ints[N_GONE] += 1
+        left = shared.floats[CLOCK]
+        note_gone(queue, row, status)
     else:
         leave_replica(cost, limits, stream, out, state, queue, extra, queue.row_ints[row, SLOT], status)
-    if status == TIMED_OUT and queue.row_ints[row, ATTEMPTS] < queue.rules.max_attempts:
-        again = max(due + queue.waits[queue.row_ints[row, ATTEMPTS] - 1], noticed)
-        shared.ints[N_PENDING] = push_arrival(
-            shared.pending_time, shared.pending_row, shared.ints[N_PENDING], again, row
-        )
+    if tries_again(queue, row, status):
+        try_again(shared, queue, row, due, left)
     elif stream.concurrency > 0:
         release_next(stream, shared, due)
 

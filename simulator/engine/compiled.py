@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -54,6 +55,10 @@ class Engine:
     InputError
         If the cost table is smaller than the settings ask for.
     """
+
+    _of_parts = False
+    """Whether there are several ranks or stages."""
+    _in_stages = False
 
     def __init__(
         self,
@@ -122,11 +127,11 @@ class Engine:
         self._extra: core.Extra | None = None
         hashes = cache_hashes(settings, requests)
         remembers = hashes is not None or settings.speculation is not None or settings.swap is not None
-        if remembers or needs_queue(settings, clients_leave=requests.clients_may_leave):
-            self._queue = new_queue(settings, requests)
+        if remembers or self._of_parts or needs_queue(settings, clients_leave=requests.clients_may_leave):
+            self._queue = new_queue(settings, requests, counts_by_step=not self._in_stages)
         if remembers:
             self._extra = core.Extra(
-                cache=_new_cache(hashes, settings, n, log_size),
+                cache=_new_cache(hashes, settings, n, log_size, by_epoch=self._in_stages),
                 spec=_new_spec(cost, settings, requests),
                 swap=swap.new_swap(settings.swap, max_num_seqs=m, n=n),
                 loads=tiers.new_loads(settings.load_policy, n, on=bool(settings.tiers)),
@@ -147,13 +152,23 @@ class Engine:
         """End of the last step. [s]"""
         return float(self._state.floats[core.CLOCK])
 
+    def _parts(self) -> Iterable[tuple[core.State, queues.Queue | None, core.Extra | None]]:
+        """State, queue and features of each part that serves requests."""
+        return [(self._state, self._queue, self._extra)]
+
+    def _whole(self) -> core.Extra | None:
+        """The features of all parts, what they count summed up."""
+        return self._extra
+
     @property
     def n_waiting(self) -> int:
-        """Requests in the queue."""
-        if self._queue is not None:
-            return int(self._queue.ints[queues.N_QUEUED])
-        ints = self._state.ints
-        return int(ints[core.N_PREEMPTED] + ints[core.FIFO_TAIL] - ints[core.FIFO_HEAD])
+        """Requests in the queue, without those that load."""
+        found = 0
+        for state, queue, _ in self._parts():
+            ints = state.ints
+            plain = ints[core.N_PREEMPTED] + ints[core.FIFO_TAIL] - ints[core.FIFO_HEAD]
+            found += int(plain if queue is None else queue.ints[queues.N_QUEUED])
+        return found
 
     @property
     def clients_come_and_go(self) -> bool:
@@ -163,9 +178,10 @@ class Engine:
     @property
     def next_load_s(self) -> float:
         """When the next load from the tiers below HBM will be there; infinite if none is on its way. [s]"""
-        if self._extra is None:
-            return math.inf
-        return tiers.next_ready(self._extra.loads, int(self._state.ints[core.N_LOADING]))
+        return min(
+            tiers.next_ready(extra.loads, int(state.ints[core.N_LOADING])) if extra is not None else math.inf
+            for state, _, extra in self._parts()
+        )
 
     @property
     def cache_log(self) -> NDArray[np.int64]:
@@ -199,21 +215,25 @@ class Engine:
     @property
     def decode_keys(self) -> float:
         """Σ S so far: keys that decoding sequences have seen."""
-        if self._extra is not None and self._extra.spec.on:
-            return float(self._extra.spec.tariff.keys[0].sum())
-        return int(self._state.ints[core.DECODE_KEYS])
+        extra = self._whole()
+        if extra is not None and extra.spec.on:
+            return float(extra.spec.tariff.keys[0].sum())
+        return int(self._figures()[0][core.DECODE_KEYS])
 
     def _extra_tokens(self) -> int:
         """Tokens emitted beyond one per pass of speculative decoding, those of sequences not yet settled included."""
-        if self._extra is None or not self._extra.spec.on:
-            return 0
-        batch = self._extra.spec.batch
-        slots = batch.slots[batch.slots[:, speculation.BLOCK_STEP] >= 0]
-        passes = self._state.ints[core.STEP] - slots[:, speculation.SINCE]
-        before = slots[:, speculation.PROGRESS]
-        after = before + passes * slots[:, speculation.RATE]
-        extra = (after >> speculation.UNIT_BITS) - (before >> speculation.UNIT_BITS) - passes
-        return int(batch.ints[speculation.EXTRA_TOKENS] + extra.sum())
+        found = 0
+        for state, _, extra in self._parts():
+            if extra is None or not extra.spec.on:
+                continue
+            batch = extra.spec.batch
+            slots = batch.slots[batch.slots[:, speculation.BLOCK_STEP] >= 0]
+            passes = state.ints[core.STEP] - slots[:, speculation.SINCE]
+            before = slots[:, speculation.PROGRESS]
+            after = before + passes * slots[:, speculation.RATE]
+            together = (after >> speculation.UNIT_BITS) - (before >> speculation.UNIT_BITS) - passes
+            found += int(batch.ints[speculation.EXTRA_TOKENS] + together.sum())
+        return found
 
     def _figures(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Counts and times, as the state keeps them."""
@@ -221,7 +241,7 @@ class Engine:
 
     def result(self) -> EngineResult:
         """What has happened so far; requests still decoding are not yet charged for their latest steps."""
-        (ints, floats), out = self._figures(), self._out
+        (ints, floats), out, whole = self._figures(), self._out, self._whole()
         counts = out.steps_by_tokens
         rows = out.steps_by_rows
         totals = {
@@ -250,8 +270,8 @@ class Engine:
         }
         # Of a plain replica, what it was told; nobody is admitted without it.
         reused = np.where(np.isnan(out.scheduled), 0, self._stream.cached)
-        if self._extra is not None and self._extra.cache.on:
-            cache = self._extra.cache
+        if whole is not None and whole.cache.on:
+            cache = whole.cache
             reused = cache.reused
             totals |= {
                 "cache_queried_tokens": int(cache.ints[prefix_cache.QUERIED]),
@@ -267,7 +287,7 @@ class Engine:
         if self._queue is not None:
             attempts = self._queue.row_ints[:, queues.ATTEMPTS].astype(np.int32)
             wasted, clients = self._queue.row_floats[:, queues.WASTED], self._queue.counts
-            host_s = float(self._queue.floats[queues.HOST])
+            host_s = sum(float(queue.floats[queues.HOST]) for _, queue, _ in self._parts() if queue is not None)
             first_token = first_token + self._settings.host.output_s  # H3
             finish = finish + self._settings.host.output_s
         totals |= {
@@ -279,19 +299,19 @@ class Engine:
             "host_s": host_s,
         }
         swap_s = np.zeros(len(reused))
-        if self._extra is not None and self._extra.swap.on:
-            host = self._extra.swap
+        if whole is not None and whole.swap.on:
+            host = whole.swap
             swap_s = host.charged
             totals |= {
                 "swap_out_blocks": int(host.ints[swap.OUT_BLOCKS]),
                 "swap_in_blocks": int(host.ints[swap.IN_BLOCKS]),
                 "swap_fallbacks": int(host.ints[swap.FALLBACKS]),
-                "max_host_blocks": int(host.ints[swap.MAX_HOST]),
+                "max_host_blocks": max(int(extra.swap.ints[swap.MAX_HOST]) for _, _, extra in self._parts() if extra),
                 "swap_s": float(host.delay[0]),
             }
         load_start_s = load_end_s = np.full(len(reused), np.nan)
-        if self._extra is not None and self._extra.loads.on:
-            loads, counts_by_tier = self._extra.loads, self._extra.cache.tiers.counts
+        if whole is not None and whole.loads.on:
+            loads, counts_by_tier = whole.loads, whole.cache.tiers.counts
             load_start_s, load_end_s = loads.start_s, loads.end_s
             totals |= {"loads": int(loads.ints[tiers.STARTED]), "loads_declined": int(loads.ints[tiers.DECLINED])}
             for i, tier in enumerate(counts_by_tier):
@@ -345,10 +365,11 @@ class Engine:
         )
 
     def _speculation(self) -> SpeculationResult | None:
-        if self._extra is None or not self._extra.spec.on:
+        whole = self._whole()
+        if whole is None or not whole.spec.on:
             return None
         plan = self._settings.speculation
-        batch, tariff = self._extra.spec.batch, self._extra.spec.tariff
+        batch, tariff = whole.spec.batch, whole.spec.tariff
         found = SpeculationResult(
             passes=tariff.passes,
             keys=tariff.keys[0],
@@ -363,9 +384,10 @@ class Engine:
 
     def _decode_drafting_s(self, found: SpeculationResult) -> float:
         plan = self._settings.speculation
-        if plan is None or self._extra is None:
+        whole = self._whole()
+        if plan is None or whole is None:
             return 0.0
-        return fixed_drafting_s(plan.cost, found.passes) + float(self._extra.spec.tariff.floats[speculation.KEYS_DRAFT])
+        return fixed_drafting_s(plan.cost, found.passes) + float(whole.spec.tariff.floats[speculation.KEYS_DRAFT])
 
 
 def simulate(
@@ -457,7 +479,9 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
         raise InputError(f"timeline_interval_s = {timeline_interval_s}: must be positive and finite")
 
 
-def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log_size: int = 0) -> prefix_cache.Cache:
+def _new_cache(
+    hashes: BlockHashes | None, settings: EngineSettings, n: int, log_size: int, *, by_epoch: bool
+) -> prefix_cache.Cache:
     return prefix_cache.new_cache(
         hashes,
         num_blocks=settings.num_kv_blocks,
@@ -467,6 +491,7 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
         radix=settings.prefix_cache == "radix",
         prompts_first=settings.scheduling.batching in {"prefill_first", "static"},
         late=settings.speculation is None,
+        by_epoch=by_epoch,
         tiers=settings.tiers,
         log_size=log_size,
     )
@@ -480,9 +505,9 @@ def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:
     ints[core.N_FREE_SLOTS] = m
     ints[core.STOP_ROW] = np.iinfo(np.int64).max
 
-    def slots() -> NDArray[np.int64]:
-        return np.zeros(m, dtype=np.int64)
-
+    slots = np.zeros((m, core.N_SLOT_COLUMNS), dtype=np.int64)
+    slots[:, [core.FINISH_STEP, core.AFTER, core.BEFORE, core.EVENT_STEP]] = -1
+    slots[:, core.FREE_SLOT] = np.arange(m)[::-1]
     bits = np.zeros(1)
     return core.State(
         ints=ints,
@@ -492,26 +517,11 @@ def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:
         pending_row=np.zeros(n_pending + 1, dtype=np.int64),
         heap=np.zeros(2 * m + 2, dtype=np.int64),
         residues=np.zeros(settings.block_size, dtype=np.int64),
-        stack=slots(),
-        free_slots=np.arange(m, dtype=np.int64)[::-1].copy(),
-        row=slots(),
-        computed=slots(),
-        joined=slots(),
-        emitted=slots(),
-        seen=slots(),
-        finish_step=slots() - 1,
-        after=slots() - 1,
-        before=slots() - 1,
-        w=np.zeros(m),
-        r0=np.zeros(m),
-        r1=np.zeros(m),
-        last_token=np.zeros(m),
+        row=np.zeros(m, dtype=np.int64),
+        slots=slots,
+        sums=np.zeros((m, core.N_SUMS)),
         events=np.zeros(2 * m + 2, dtype=np.int64),
-        event_step=slots() - 1,
-        growing=slots(),
-        chunk_slot=slots(),
-        chunk_size=slots(),
-        chunk_start=slots(),
+        chunks=np.zeros((m, core.N_CHUNK_COLUMNS), dtype=np.int64),
         timeline=np.zeros((5, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),

@@ -9,15 +9,24 @@ from simulator.engine.batch import (
     unlink_running,
 )
 from simulator.engine.core import (
+    AFTER,
     BATCH,
+    CHUNK_SIZE,
+    CHUNK_SLOT,
+    CHUNK_START,
     CLOCK,
+    COMPUTED,
+    EMITTED,
     FIFO_HEAD,
     FIFO_TAIL,
+    FINISH_STEP,
     FIRST,
     FREE_BLOCKS,
+    FREE_SLOT,
     INTERVAL,
     LAST,
     LAST_START,
+    LAST_TOKEN,
     MAX_WAITING,
     N_FREE_SLOTS,
     N_PENDING,
@@ -25,7 +34,9 @@ from simulator.engine.core import (
     N_RUNNING,
     NEXT_ROW,
     PARTIAL,
+    PREEMPTED_SLOT,
     PREEMPTIONS,
+    SEEN,
     T_PREEMPTIONS,
     T_WAITING,
     WAITING_INTEGRAL,
@@ -122,15 +133,15 @@ def preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size: 
         ints[PARTIAL] = -1
     else:
         leave_batch(cost, state, out, None, slot, block_size)
-        state.finish_step[slot] = -1
-        state.last_token[slot] = state.floats[CLOCK]
-    computed = state.computed[slot]
-    state.seen[slot] = max(state.seen[slot], computed)
+        state.slots[slot, FINISH_STEP] = -1
+        state.sums[slot, LAST_TOKEN] = state.floats[CLOCK]
+    computed = state.slots[slot, COMPUTED]
+    state.slots[slot, SEEN] = max(state.slots[slot, SEEN], computed)
     row = state.row[slot]
     ints[FREE_BLOCKS] += blocks_for(computed, block_size)
-    state.computed[slot] = 0
+    state.slots[slot, COMPUTED] = 0
     unlink_running(state, slot)
-    state.stack[ints[N_PREEMPTED]] = slot
+    state.slots[ints[N_PREEMPTED], PREEMPTED_SLOT] = slot
     ints[N_PREEMPTED] += 1
     ints[PREEMPTIONS] += 1
     state.timeline[T_PREEMPTIONS, int(state.floats[CLOCK] / state.floats[INTERVAL])] += 1.0
@@ -157,7 +168,7 @@ def make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> bo
             if gone:
                 return True
             ints[FREE_BLOCKS] -= 1
-        slot = state.after[slot]
+        slot = state.slots[slot, AFTER]
     return False
 
 
@@ -185,8 +196,8 @@ def schedule_chunks(
     slot = ints[PARTIAL]
     if slot >= 0:
         row = state.row[slot]
-        done = state.computed[slot]
-        want = min(stream.prompt[row] + state.emitted[slot] - done, room)
+        done = state.slots[slot, COMPUTED]
+        want = min(stream.prompt[row] + state.slots[slot, EMITTED] - done, room)
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
         if missing > free:
             closed = True
@@ -199,18 +210,18 @@ def schedule_chunks(
             free -= missing
             room -= want
             tokens += want
-            state.chunk_slot[0] = slot
-            state.chunk_size[0] = want
-            state.chunk_start[0] = done
+            state.chunks[0, CHUNK_SLOT] = slot
+            state.chunks[0, CHUNK_SIZE] = want
+            state.chunks[0, CHUNK_START] = done
             chunks = 1
     if not closed:
         waiting = n_waiting(state)
         while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
             resumed = ints[N_PREEMPTED] > 0
             if resumed:
-                slot = state.stack[ints[N_PREEMPTED] - 1]
+                slot = state.slots[ints[N_PREEMPTED] - 1, PREEMPTED_SLOT]
                 row = state.row[slot]
-                known = stream.prompt[row] + state.emitted[slot]
+                known = stream.prompt[row] + state.slots[slot, EMITTED]
             else:
                 row = state.fifo[ints[FIFO_HEAD]]
                 known = stream.prompt[row]
@@ -224,21 +235,21 @@ def schedule_chunks(
             else:
                 ints[FIFO_HEAD] += 1
                 ints[N_FREE_SLOTS] -= 1
-                slot = state.free_slots[ints[N_FREE_SLOTS]]
+                slot = state.slots[ints[N_FREE_SLOTS], FREE_SLOT]
                 state.row[slot] = row
-                state.emitted[slot] = 0
-                state.seen[slot] = 0
+                state.slots[slot, EMITTED] = 0
+                state.slots[slot, SEEN] = 0
                 out.scheduled[row] = state.floats[CLOCK]
             out.status[row] = RUNNING
-            state.computed[slot] = done
+            state.slots[slot, COMPUTED] = done
             append_running(state, slot)
             waiting -= 1
             free -= need
             room -= want
             tokens += want
-            state.chunk_slot[chunks] = slot
-            state.chunk_size[chunks] = want
-            state.chunk_start[chunks] = done
+            state.chunks[chunks, CHUNK_SLOT] = slot
+            state.chunks[chunks, CHUNK_SIZE] = want
+            state.chunks[chunks, CHUNK_START] = done
             chunks += 1
             ints[PARTIAL] = slot
     return Chunks(chunks, tokens, free, preempted)

@@ -20,8 +20,10 @@ from simulator.engine.clients import (
     receive_in_step,
 )
 from simulator.engine.core import (
+    AFTER,
     BATCH,
     CLOCK,
+    FINISH_STEP,
     FIRST,
     FREE_BLOCKS,
     IDLE,
@@ -29,6 +31,7 @@ from simulator.engine.core import (
     ITL_MAX,
     KNOT,
     LAST_START,
+    LAST_TOKEN,
     MAX_BLOCKS,
     MAX_RUNNING,
     MAX_WAITING,
@@ -52,11 +55,11 @@ from simulator.engine.core import (
     Stream,
 )
 from simulator.engine.fcfs import release_next
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.jit import compiled, entry, inlined
 from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
-from simulator.engine.scheduler import Scheduled, schedule
+from simulator.engine.scheduler import Scheduled, published_to, schedule
 from simulator.engine.scheduling import FAIR, FCFS, PREFILL_FIRST, STATIC
 from simulator.engine.segments import (
     count_latencies,
@@ -69,7 +72,7 @@ from simulator.engine.segments import (
     steps_until,
     widen_timeline,
 )
-from simulator.engine.swap import N_MOVED, charge_copies
+from simulator.engine.swap import N_MOVED, charge_copies, delay_of
 from simulator.engine.tiers import BLOCKED
 
 MANY = 1 << 60
@@ -109,7 +112,7 @@ def stop_of(
     if rules.policy != FCFS:
         matters = seat or rules.preempt_lower
     if rules.batching == STATIC:
-        matters = False
+        matters = state.ints[N_RUNNING] == 0  # of ranks one may be empty while others go on
     stop = min(until, next_load(state, extra))
     if matters or rules.policy == FAIR or rules.clients_leave:
         stop = min(stop, next_arrival)
@@ -126,7 +129,7 @@ def longest_segment(limits: Limits, state: State, queue: Queue, extra: Extra | N
         if extra.loads.ints[BLOCKED] == 1:
             return 1
         if scheduled.unsure:
-            return int(steps_to_fill(extra.cache, state.ints[STEP]))
+            return int(steps_to_fill(extra.cache, published_to(state, queue)))
     return MANY
 
 
@@ -203,11 +206,11 @@ def count_latencies_after_stall(out: Outcome, state: State, queue: Queue, end: f
     queue.ints[STALLED] = 0
     slot = state.ints[FIRST]
     while slot >= 0:
-        if state.finish_step[slot] >= 0:
-            gap = end - max(queue.floats[STALL_START], state.last_token[slot])
+        if state.slots[slot, FINISH_STEP] >= 0:
+            gap = end - max(queue.floats[STALL_START], state.sums[slot, LAST_TOKEN])
             count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
             state.floats[ITL_MAX] = max(state.floats[ITL_MAX], gap)
-        slot = state.after[slot]
+        slot = state.slots[slot, AFTER]
 
 
 @inlined
@@ -280,7 +283,7 @@ def wait_for(shared: State, loading: int, wakes: float) -> None:
     floats[CLOCK] = wakes
 
 
-@compiled
+@entry
 def advance(
     cost: CostTable,
     limits: Limits,
@@ -329,7 +332,9 @@ def advance(
         # --- what it costs, and for how many steps: R9, H1 ---
         price = price_step(cost, stream, state, extra, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
         if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
-            price = lengthen(price, charge_copies(extra.swap, out.busy, price.d0))
+            delay = delay_of(extra.swap, price.d0)
+            charge_copies(extra.swap, out.busy, delay)
+            price = lengthen(price, delay)
         longest = longest_segment(limits, state, queue, extra, chunks)
         pace = pace_of(cost, state, rules, extra, price, chunks.n, chunks.tokens, longest)
         d0, q = pace.d0, pace.q

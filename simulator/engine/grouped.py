@@ -4,14 +4,14 @@ The rules are in ``docs/engine-ranks.md``, the algorithms in :mod:`simulator.eng
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import core, parts, ranks, stages
+from simulator.engine import core, parts, prefix_cache, queues, ranks, speculation, stages, swap, tiers
 from simulator.engine.compiled import Engine
 from simulator.engine.records import EngineResult, EngineSettings, Requests, of_the_whole
 from simulator.engine.refusals import check_mixture
@@ -19,11 +19,34 @@ from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
 
-#: Fields of a state that are one for all ranks.
-_ONE = ("pending_time", "pending_row", "timeline", "bits_f", "bits_i")
+#: What each rank has for itself; columns of rows, and what is known of all requests, are one.
+_OF_RANK: dict[type, tuple[str, ...]] = {
+    core.State: tuple(
+        name
+        for name in core.State._fields
+        if name not in {"pending_time", "pending_row", "timeline", "bits_f", "bits_i"}
+    ),
+    queues.Queue: ("ints", "floats", "tenants", "slots", "heap_rank", "heap_entry"),
+    prefix_cache.Cache: ("nodes", "first", "table", "slots", "fills", "n_fills", "ints"),
+    tiers.Tiers: ("rings", "counts", "times"),
+    tiers.Loads: ("times", "rows", "ints"),
+    swap.Swap: ("moves", "ints", "delay"),
+    speculation.Batch: ("ints", "slots", "ring", "events"),
+    speculation.Tariff: ("floats", "v", "passes", "keys", "chunk_steps"),
+}
 
-#: Fields of a state that each micro-batch has for itself.
-_OF_GROUP = ("ints", "floats", "heap", "residues", "events", "chunk_slot", "chunk_size", "chunk_start")
+#: Counts and times of each rank, which are summed for a result.
+_COUNTED: dict[type, tuple[str, ...]] = {
+    prefix_cache.Cache: ("ints",),
+    tiers.Tiers: ("counts",),
+    tiers.Loads: ("ints",),
+    swap.Swap: ("ints", "delay"),
+    speculation.Batch: ("ints",),
+    speculation.Tariff: ("floats", "passes", "keys", "chunk_steps"),
+}
+
+#: What each micro-batch has for itself.
+_OF_GROUP: dict[type, tuple[str, ...]] = {core.State: ("ints", "floats", "heap", "residues", "events", "chunks")}
 
 
 class RankEngine(Engine):
@@ -36,6 +59,8 @@ class RankEngine(Engine):
         of a table without any.
     """
 
+    _of_parts = True
+
     def __init__(
         self, cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
     ) -> None:
@@ -44,15 +69,11 @@ class RankEngine(Engine):
         super().__init__(replace(cost, ranks=1), settings, requests, timeline_interval_s=timeline_interval_s)
         self._ranks = cost.ranks
         self._least_loaded = settings.rank_routing == "least-loaded"
-        one_each = [name for name in self._state._fields if name not in _ONE]
-        self._states = stacked(self._state, cost.ranks + 1, one_each)
-        self._state = part(self._states, cost.ranks, one_each)
-        self._board = ranks.Board(
-            np.zeros((cost.ranks, ranks.N_SCHEDULED), dtype=np.int64),
-            np.zeros((cost.ranks, parts.N_PRICES)),
-            np.zeros(ranks.N_BOARD_FLOATS),
-            np.zeros(1, dtype=np.int64),
-        )
+        self._states = stacked(self._state, cost.ranks + 1, _OF_RANK)
+        self._queues = stacked(self._queue, cost.ranks + 1, _OF_RANK)
+        self._extras = None if self._extra is None else stacked(self._extra, cost.ranks + 1, _OF_RANK)
+        self._state = part(self._states, cost.ranks, _OF_RANK)
+        self._board = ranks.new_board(cost.ranks, len(requests))
         self._experts = ranks.Experts(np.ascontiguousarray(cost.expert_s), settings.expert_skew.excess())
 
     def advance(self, until_s: float = math.inf) -> None:
@@ -65,11 +86,23 @@ class RankEngine(Engine):
                 self._stream,
                 self._out,
                 self._states,
+                self._queues,
+                self._extras,
                 self._board,
                 self._least_loaded,
                 float(until_s),
             )
         )
+
+    def _parts(self) -> Iterable[tuple[core.State, queues.Queue | None, core.Extra | None]]:
+        for g in range(self._ranks):
+            extra = None if self._extras is None else part(self._extras, g, _OF_RANK)
+            yield part(self._states, g, _OF_RANK), part(self._queues, g, _OF_RANK), extra
+
+    def _whole(self) -> core.Extra | None:
+        if self._extras is None:
+            return None
+        return taken(self._extras, _COUNTED, lambda array: array[:-1].sum(axis=0))  # type: ignore[no-any-return]
 
     def _figures(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         return merged(self._states)
@@ -189,23 +222,35 @@ def check_experts(cost: StepCost, settings: EngineSettings) -> None:
         )
 
 
-def stacked(state: core.State, parts: int, names: Collection[str]) -> core.State:
-    """As many states in one set of arrays; only the fields ``names`` are there for each."""
+def stacked(record: Any, parts: int, own: Mapping[type, Collection[str]]) -> Any:
+    """As many records in one set of arrays; only the fields that ``own`` names for a record's type are there for each."""
+    fields = []
+    for name, value in zip(record._fields, record, strict=True):
+        if hasattr(value, "_fields"):
+            fields.append(stacked(value, parts, own))
+        elif name not in own.get(type(record), ()):
+            fields.append(value)
+        elif not value.any():  # of zeros the system gives memory only where it is used
+            fields.append(np.zeros((parts, *value.shape), dtype=value.dtype))
+        else:
+            fields.append(np.stack([value] * parts))
+    return type(record)(*fields)
 
-    def stack(name: str, array: NDArray[Any]) -> NDArray[Any]:
-        if name not in names:
-            return array
-        if not array.any():  # of zeros the system gives memory only where it is used
-            return np.zeros((parts, *array.shape), dtype=array.dtype)
-        return np.stack([array] * parts)
 
-    return core.State(*(stack(name, array) for name, array in zip(state._fields, state, strict=True)))
+def taken(record: Any, own: Mapping[type, Collection[str]], take: Callable[[NDArray[Any]], Any]) -> Any:
+    """One record of the stacked ones: what ``take`` makes of each array that is there for each part."""
+    fields = []
+    for name, value in zip(record._fields, record, strict=True):
+        if hasattr(value, "_fields"):
+            fields.append(taken(value, own, take))
+        else:
+            fields.append(take(value) if name in own.get(type(record), ()) else value)
+    return type(record)(*fields)
 
 
-def part(states: core.State, g: int, names: Collection[str]) -> core.State:
-    """View of one of the stacked states."""
-    fields = zip(states._fields, states, strict=True)
-    return core.State(*(array[g] if name in names else array for name, array in fields))
+def part(record: Any, g: int, own: Mapping[type, Collection[str]]) -> Any:
+    """View of one of the stacked records."""
+    return taken(record, own, lambda array: array[g])
 
 
 def merged(states: core.State) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

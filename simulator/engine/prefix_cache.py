@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.heaps import pop_key, push_key
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
+from simulator.engine.jit import compiled, entry, inlined
 from simulator.engine.kv_memory import Tier
 from simulator.engine.tiers import Tiers, move_down, new_tiers
 
 # columns of Cache.nodes
 NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
 # indices into Cache.ints
-N_NODES, SPARE, BLANK, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, N_INTS = range(11)
+N_NODES, SPARE, BLANK, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, EPOCH, N_INTS = range(12)
 # columns of Cache.slots
 PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, ENDED_KEY, N_COLUMNS = range(9)
 NOBODY = -1
@@ -74,6 +74,7 @@ class Cache(NamedTuple):
     radix: bool
     late: bool
     prompts_first: bool
+    by_epoch: bool
     block_size: int
     nodes: Any
     first: Any
@@ -99,13 +100,14 @@ def new_cache(
     n: int,
     radix: bool = False,
     prompts_first: bool = False,
+    by_epoch: bool = False,
     late: bool = True,
     tiers: tuple[Tier, ...] = (),
     log_size: int = 0,
 ) -> Cache:
     """An empty cache over ``num_blocks`` free blocks, or the stand-in of none if ``hashes`` is None.
 
-    ``prompts_first``: whether a step is prompts or decodes (B3, B4). ``late``: whether blocks that decoding fills are published as they are filled.
+    ``prompts_first``: whether a step is prompts or decodes (B3, B4). ``by_epoch``: whether ``ints[EPOCH]`` orders what is published, because groups count steps each for itself. ``late``: whether blocks that decoding fills are published as they are filled.
     ``log_size``: entries of the record that tests replay.
     """
     on = hashes is not None
@@ -120,6 +122,7 @@ def new_cache(
         radix=radix,
         late=late and hashes.covers_output and not radix,
         prompts_first=prompts_first,
+        by_epoch=by_epoch,
         block_size=block_size,
         nodes=np.zeros((num_blocks + 2, 8), dtype=np.int64),
         first=np.zeros(n_ids, dtype=np.int64),
@@ -194,7 +197,7 @@ def _remove(cache: Cache, node: int) -> None:
     nodes[after, PREVIOUS] = before
 
 
-@compiled
+@entry
 def _append_run(cache: Cache, count: int) -> None:
     """Put ``count`` unpublished blocks at the end of the queue; a tree has them apart."""
     if cache.radix:
@@ -288,7 +291,7 @@ def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int) -> tuple
     ``rows`` are those of the slots.
     """
     if cache.late:
-        _catch_up(cache, rows, step)
+        catch_up(cache, rows, step)
     start = cache.offsets[row]
     longest = min(longest, cache.offsets[row + 1] - start)
     held = 0
@@ -374,7 +377,9 @@ def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
 @inlined
 def moment_of(cache: Cache, step: int, is_chunk: bool) -> int:
     """Moment at which what a chunk, or the decoding, of ``step`` fills is published."""
-    return 2 * step + int(is_chunk != cache.prompts_first)
+    if cache.by_epoch:
+        step = cache.ints[EPOCH]
+    return int(2 * step + int(is_chunk != cache.prompts_first))
 
 
 @compiled
@@ -418,7 +423,8 @@ def watch(cache: Cache, slot: int, row: int, computed: int, step: int) -> None:
         # Not from the keys that still hold: a slot that changed hands may have left the same key several times.
         size = 0
         for other in range(len(cache.slots)):
-            if other != slot and cache.slots[other, FILL_STEP] >= 0:
+            other_step = cache.slots[other, FILL_STEP]
+            if other != slot and other_step >= 0 and other_step >> GROUP_BITS == when >> GROUP_BITS:
                 size = push_key(cache.fills, size, cache.slots[other, FILL_STEP] << SLOT_BITS | other)
         cache.n_fills[0] = size
     cache.n_fills[0] = push_key(cache.fills, cache.n_fills[0], when << SLOT_BITS | slot)
@@ -437,13 +443,13 @@ def next_fill(cache: Cache) -> int:
 
 @compiled
 def steps_to_fill(cache: Cache, step: int) -> int:
-    """Steps from ``step`` on, whose own fills have been published, before another block with an id is filled."""
+    """Steps that may follow ``step``, whose own fills have been published, before R7 may find another block."""
     when = next_fill(cache)
     return int(when - step) if when >= 0 else 1 << SLOT_BITS
 
 
 @compiled
-def _catch_up(cache: Cache, rows: Any, step: int) -> None:
+def catch_up(cache: Cache, rows: Any, step: int) -> None:
     """C3, C4: publish every block that decoding fills in steps up to ``step``."""
     when = next_fill(cache)
     while 0 <= when <= step:

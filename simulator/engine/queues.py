@@ -43,15 +43,15 @@ from simulator.engine.scheduling import FAIR, FCFS
 # indices into Queue.floats
 HOST, STALL_START, N_QUEUE_FLOATS = range(3)
 
-# columns of Queue.row_ints: GONE is the status of one who leaves at the end of the step, EMITTED and SEEN are kept while a
+# columns of Queue.row_ints: GONE is the status of one who leaves at the end of the step, KEPT_EMITTED and KEPT_SEEN are kept while a
 # preempted request waits, PUT_BACK_AT is the try at scheduling of its last preemption (-1: none in this attempt), AFTER and BEFORE link a tenant's list
-TICKET, EMITTED, SEEN, PUT_BACK_AT, SLOT, ATTEMPTS, GONE, AFTER, BEFORE, TENANT = range(10)
+TICKET, KEPT_EMITTED, KEPT_SEEN, PUT_BACK_AT, SLOT, ATTEMPTS, GONE, AFTER, BEFORE, TENANT = range(10)
 # columns of Queue.row_floats: ATTEMPT_S is the arrival of the attempt
-RANK, LAST_TOKEN, WASTED, ATTEMPT_S, DEADLINE_S, TTFT_TIMEOUT_S, TIMEOUT_S, CANCEL_S = range(8)
+RANK, KEPT_LAST_TOKEN, WASTED, ATTEMPT_S, DEADLINE_S, TTFT_TIMEOUT_S, TIMEOUT_S, CANCEL_S = range(8)
 # columns of Queue.tenants: a count is BASE + output_weight · DECODING · step
 FRONT, BACK, BASE, DECODING = range(4)
-# columns of Queue.slots
-PARTIAL_SLOT, CHUNK, HAS_BLOCK, GONE_SLOT = range(4)
+# columns of Queue.slots: HELD counts the chunks that a pipeline has in flight
+PARTIAL_SLOT, CHUNK, HAS_BLOCK, GONE_SLOT, HELD = range(5)
 
 NOBODY, SOME, ALL = range(3)
 """Values of GRANTED: which decoding sequences already own the block of this step's token."""
@@ -82,6 +82,7 @@ class Rules(NamedTuple):
     output_s: float
     max_attempts: int
     clients_leave: bool
+    counts_by_step: bool
 
 
 class Queue(NamedTuple):
@@ -94,7 +95,7 @@ class Queue(NamedTuple):
     row_ints, row_floats
         [n, columns] of requests; columns that nobody will read are left out at the end.
     tenants, slots
-        [tenants, 4], [slots, 4]; PARTIAL_SLOT and GONE_SLOT are lists of slots, in order of admission and of leaving.
+        [tenants, 4], [slots, 5]; PARTIAL_SLOT and GONE_SLOT are lists of slots, in order of admission and of leaving.
     heap_rank, heap_entry
         who waits, but for ``fair``.
     due_time, due_entry
@@ -154,7 +155,7 @@ def count_of(queue: Queue, tenant: int, step: int) -> int:
 @inlined
 def start_counting(queue: Queue, row: int, step: int) -> None:
     """Count a decoding request's tokens from ``step`` on."""
-    if queue.rules.policy == FAIR:
+    if queue.rules.policy == FAIR and queue.rules.counts_by_step:
         tenant = queue.row_ints[row, TENANT]
         queue.tenants[tenant, DECODING] += 1
         queue.tenants[tenant, BASE] -= queue.rules.output_weight * step
@@ -163,7 +164,7 @@ def start_counting(queue: Queue, row: int, step: int) -> None:
 @inlined
 def stop_counting(queue: Queue, row: int, step: int) -> None:
     """Count a decoding request's tokens up to ``step`` and no further."""
-    if queue.rules.policy == FAIR:
+    if queue.rules.policy == FAIR and queue.rules.counts_by_step:
         tenant = queue.row_ints[row, TENANT]
         queue.tenants[tenant, DECODING] -= 1
         queue.tenants[tenant, BASE] += queue.rules.output_weight * step

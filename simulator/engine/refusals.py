@@ -59,7 +59,7 @@ LASTING = (
 PENDING = (
     Refusal(
         (*QUEUE, *MEMORY, "speculation"),
-        ("ranks", "stages", "uneven experts"),
+        ("stages",),
         "the compiled engine does not do this yet",
     ),
     Refusal(("writing through", "warm store"), ("tiers",), "the compiled engine does not do this yet"),

@@ -23,16 +23,29 @@ from simulator.engine.batch import (
 )
 from simulator.engine.clients import free_slot
 from simulator.engine.core import (
+    ADMITTED,
+    AFTER,
     BATCH,
+    BEFORE,
+    CHUNK_SIZE,
+    CHUNK_SLOT,
+    CHUNK_START,
     CLOCK,
+    COMPUTED,
+    EMITTED,
+    FINISH_STEP,
     FIRST,
     FREE_BLOCKS,
+    FREE_SLOT,
     INTERVAL,
     LAST,
+    LAST_TOKEN,
+    N_ADMITTED,
     N_FREE_SLOTS,
     N_LOADING,
     N_RUNNING,
     PREEMPTIONS,
+    SEEN,
     STEP,
     T_PREEMPTIONS,
     CostTable,
@@ -50,11 +63,13 @@ from simulator.engine.queues import (
     BASE,
     CHUNK,
     CHUNK_TOKENS,
-    EMITTED,
     GRANTED,
     HAS_BLOCK,
+    HELD,
     IS_OPEN,
-    LAST_TOKEN,
+    KEPT_EMITTED,
+    KEPT_LAST_TOKEN,
+    KEPT_SEEN,
     N_PARTIALS,
     N_QUEUED,
     NOBODY,
@@ -62,7 +77,6 @@ from simulator.engine.queues import (
     PUT_BACK_AT,
     RANK,
     RESERVED,
-    SEEN,
     SLOT,
     SOME,
     STALL_START,
@@ -86,7 +100,7 @@ from simulator.engine.tiers import BLOCKED, find_run, start_load
 
 
 class Scheduled(NamedTuple):
-    """What a step is made of: the decoding batch, and the chunks in ``State.chunk_slot``.
+    """What a step is made of: the decoding batch, and the chunks in ``State.chunks``.
 
     ``need`` blocks of the decoding sequences are taken, though not yet from the free ones, which a segment does step by step; only where it is a segment.
     ``unsure``: the first of the queue could not be admitted, but decoding may publish a block that it can share.
@@ -104,11 +118,11 @@ def _victim(state: State, queue: Queue) -> int:
     """Q2: who is preempted when blocks are short; somebody must run."""
     slot = state.ints[LAST]
     if FCFS < queue.rules.policy < FAIR:
-        other = state.before[slot]
+        other = state.slots[slot, BEFORE]
         while other >= 0:
             if is_after(queue, state.row[other], state.row[slot]):
                 slot = other
-            other = state.before[other]
+            other = state.slots[other, BEFORE]
     return int(slot)
 
 
@@ -119,33 +133,35 @@ def preempt(
     """R6, Q2, M4: free all blocks, those of this step included, forget the cache, and wait again."""
     ints = state.ints
     row = state.row[slot]
-    if state.finish_step[slot] < 0:
+    if state.slots[slot, FINISH_STEP] < 0:
         ahead = queue.slots[slot, CHUNK]
         queue.slots[slot, CHUNK] = 0
         queue.ints[CHUNK_TOKENS] -= ahead
         drop_partial(queue, slot)
-        owned = blocks_for(state.computed[slot] + ahead, block_size)
+        owned = blocks_for(state.slots[slot, COMPUTED] + ahead, block_size)
     else:
         last_token = state.floats[CLOCK]
         if queue.ints[STALLED] == 1:
-            last_token = max(queue.floats[STALL_START], state.last_token[slot])
-        state.last_token[slot] = last_token
+            last_token = max(queue.floats[STALL_START], state.sums[slot, LAST_TOKEN])
+        state.sums[slot, LAST_TOKEN] = last_token
         granted = queue.ints[GRANTED]
         ahead = 1 if granted == ALL or (granted == SOME and queue.slots[slot, HAS_BLOCK] == 1) else 0
         if extra is not None and extra.spec.on and granted == ALL:
             ahead = blocks_needed(state, extra, slot, block_size)
         stop_counting(queue, row, ints[STEP])
         leave_batch(cost, state, out, extra, slot, block_size)
-        state.finish_step[slot] = -1
-        owned = blocks_for(state.computed[slot] + ahead, block_size)
+        state.slots[slot, FINISH_STEP] = -1
+        owned = blocks_for(state.slots[slot, COMPUTED] + ahead, block_size)
         if extra is not None and extra.spec.on:
             owned = blocks_owned(state, extra, slot, True, block_size)  # noqa: FBT003 - compiled code takes no keywords here
             if granted == ALL:
                 owned += ahead
             extra.spec.fraction[row] = speculation.fraction_of(extra.spec.batch, slot)
             if extra.cache.on and not extra.cache.radix:  # P6
-                publish(extra.cache, slot, row, state.computed[slot] // block_size, publishing_moment(state, extra))
-    computed = state.computed[slot]
+                publish(
+                    extra.cache, slot, row, state.slots[slot, COMPUTED] // block_size, publishing_moment(state, extra)
+                )
+    computed = state.slots[slot, COMPUTED]
     if extra is not None and extra.swap.on:
         copy_out(extra.swap, row, computed, blocks_for(computed, block_size))
     if extra is not None and extra.cache.on:
@@ -157,9 +173,9 @@ def preempt(
     state.timeline[T_PREEMPTIONS, int(state.floats[CLOCK] / state.floats[INTERVAL])] += 1.0
     out.preemptions[row] += 1
     out.status[row] = WAITING
-    queue.row_ints[row, EMITTED] = state.emitted[slot]
-    queue.row_ints[row, SEEN] = max(state.seen[slot], computed)
-    queue.row_floats[row, LAST_TOKEN] = state.last_token[slot]
+    queue.row_ints[row, KEPT_EMITTED] = state.slots[slot, EMITTED]
+    queue.row_ints[row, KEPT_SEEN] = max(state.slots[slot, SEEN], computed)
+    queue.row_floats[row, KEPT_LAST_TOKEN] = state.sums[slot, LAST_TOKEN]
     join_again(queue, out.status, row)
 
 
@@ -171,19 +187,19 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, queu
     slot = ints[FIRST]
     while slot >= 0:
         queue.slots[slot, HAS_BLOCK] = 0
-        slot = state.after[slot]
+        slot = state.slots[slot, AFTER]
     queue.ints[GRANTED] = SOME
     slot = ints[FIRST]
     while slot >= 0:
-        after = state.after[slot]
-        need = blocks_needed(state, extra, slot, bs) if state.finish_step[slot] >= 0 else 0
+        after = state.slots[slot, AFTER]
+        need = blocks_needed(state, extra, slot, bs) if state.slots[slot, FINISH_STEP] >= 0 else 0
         if need > 0:
             gone = False
             while ints[FREE_BLOCKS] < need and not gone:
                 victim = _victim(state, queue)
                 preempt(cost, out, state, queue, extra, victim, bs)
                 gone = victim == slot
-            after = state.after[slot]
+            after = state.slots[slot, AFTER]
             if not gone:
                 ints[FREE_BLOCKS] -= need
                 queue.slots[slot, HAS_BLOCK] = 1
@@ -198,17 +214,18 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, queu
 @inlined
 def _known(stream: Stream, state: State, slot: int) -> int:
     """Tokens known of a running request."""
-    return int(stream.prompt[state.row[slot]] + state.emitted[slot])
+    return int(stream.prompt[state.row[slot]] + state.slots[slot, EMITTED])
 
 
 @compiled
 def _continue_prompts(
     cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, extra: Extra | None
-) -> bool:
-    """R5, B1, B5: give tokens to those in prefill, in order of admission; return whether somebody was preempted."""
+) -> tuple[bool, bool]:
+    """R5, B1, B5: give tokens to those in prefill, in order of admission; return whether somebody was preempted, and whether somebody waits (M22)."""
     ints = state.ints
     bs = limits.block_size
     preempted = False
+    waits = False
     i = 0
     while i < queue.ints[N_PARTIALS]:
         left = limits.budget - ints[BATCH] * tokens_per_sequence(extra) - queue.ints[CHUNK_TOKENS]
@@ -218,9 +235,12 @@ def _continue_prompts(
         i += 1
         if queue.slots[slot, CHUNK] > 0:
             continue
-        done = state.computed[slot]
+        done = state.slots[slot, COMPUTED]
         want = min(_known(stream, state, slot) - done, left, queue.rules.longest_chunk)
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
+        if missing > ints[FREE_BLOCKS] and queue.slots[slot, HELD] > 0:
+            waits = True
+            continue
         gone = False
         while missing > ints[FREE_BLOCKS] and not gone:
             victim = _victim(state, queue)
@@ -234,7 +254,7 @@ def _continue_prompts(
                 take(extra.cache, missing)
             queue.slots[slot, CHUNK] = want
             queue.ints[CHUNK_TOKENS] += want
-    return preempted
+    return preempted, waits
 
 
 @compiled
@@ -243,7 +263,7 @@ def _publish_chunks(limits: Limits, state: State, queue: Queue, extra: Extra) ->
     for i in range(queue.ints[N_PARTIALS]):
         slot = queue.slots[i, PARTIAL_SLOT]
         if queue.slots[slot, CHUNK] > 0:
-            full = (state.computed[slot] + queue.slots[slot, CHUNK]) // limits.block_size
+            full = (state.slots[slot, COMPUTED] + queue.slots[slot, CHUNK]) // limits.block_size
             publish(extra.cache, slot, state.row[slot], full, publishing_moment(state, extra))
 
 
@@ -253,7 +273,7 @@ def _n_unfinished(stream: Stream, state: State, queue: Queue) -> int:
     n = 0
     for i in range(queue.ints[N_PARTIALS]):
         slot = queue.slots[i, PARTIAL_SLOT]
-        if state.computed[slot] + queue.slots[slot, CHUNK] < _known(stream, state, slot):
+        if state.slots[slot, COMPUTED] + queue.slots[slot, CHUNK] < _known(stream, state, slot):
             n += 1
     return n
 
@@ -306,7 +326,7 @@ def _goes_loading(
 
 
 @inlined
-def _published_to(state: State, queue: Queue) -> int:
+def published_to(state: State, queue: Queue) -> int:
     """C4, M7: the last step whose decoding has filled its blocks when R7 looks."""
     later = queue.rules.preempt_lower or queue.rules.batching >= PREFILL_FIRST
     return int(state.ints[STEP] - int(later))
@@ -332,14 +352,16 @@ def _admit_first(
     if is_new:
         out.scheduled[row] = state.floats[CLOCK]
     ints[N_FREE_SLOTS] -= 1
-    slot = state.free_slots[ints[N_FREE_SLOTS]]
+    slot = state.slots[ints[N_FREE_SLOTS], FREE_SLOT]
     queue.row_ints[row, SLOT] = slot
     state.row[slot] = row
-    state.emitted[slot] = queue.row_ints[row, EMITTED]
-    state.seen[slot] = queue.row_ints[row, SEEN]
-    state.last_token[slot] = queue.row_floats[row, LAST_TOKEN]
-    state.computed[slot] = done
+    state.slots[slot, EMITTED] = queue.row_ints[row, KEPT_EMITTED]
+    state.slots[slot, SEEN] = queue.row_ints[row, KEPT_SEEN]
+    state.sums[slot, LAST_TOKEN] = queue.row_floats[row, KEPT_LAST_TOKEN]
+    state.slots[slot, COMPUTED] = done
     out.status[row] = RUNNING
+    state.slots[slot, ADMITTED] = ints[N_ADMITTED]
+    ints[N_ADMITTED] += 1
     append_running(state, slot)
     ints[FREE_BLOCKS] -= blocks_for(done + want, limits.block_size)
     if rules.batching == STATIC:
@@ -371,7 +393,7 @@ def admit_waiting(
         if preempted and queue.row_ints[row, PUT_BACK_AT] == queue.ints[TRIES]:
             break
         seat = ints[N_RUNNING] < limits.max_num_seqs
-        known = stream.prompt[row] + queue.row_ints[row, EMITTED]
+        known = stream.prompt[row] + queue.row_ints[row, KEPT_EMITTED]
         start = stream.cached[row]
         hits = 0
         held = 0
@@ -380,7 +402,7 @@ def admit_waiting(
         may_ask = False
         if extra is not None:
             if extra.cache.on:
-                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, _published_to(state, queue))
+                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, published_to(state, queue))
                 start = max(start, hits * bs)
             if extra.loads.on:
                 may_ask = seat and extra.loads.loaded[row] == 0
@@ -412,7 +434,9 @@ def admit_waiting(
         if extra is not None:
             if extra.cache.on:
                 need = blocks_for(done + want, bs)
-                ints[FREE_BLOCKS] += hits - admit(extra.cache, slot, row, hits, loaded, known, start, state.seen[slot])
+                ints[FREE_BLOCKS] += hits - admit(
+                    extra.cache, slot, row, hits, loaded, known, start, state.slots[slot, SEEN]
+                )
                 take(extra.cache, need - hits)
                 if not extra.cache.radix and not rules.preempt_lower:
                     publish(extra.cache, slot, row, (done + want) // bs, publishing_moment(state, extra))
@@ -432,12 +456,12 @@ def collect_chunks(stream: Stream, state: State, queue: Queue) -> int:
         slot = queue.slots[i, PARTIAL_SLOT]
         size = queue.slots[slot, CHUNK]
         if size > 0:
-            state.chunk_slot[chunks] = slot
-            state.chunk_size[chunks] = size
-            state.chunk_start[chunks] = state.computed[slot]
+            state.chunks[chunks, CHUNK_SLOT] = slot
+            state.chunks[chunks, CHUNK_SIZE] = size
+            state.chunks[chunks, CHUNK_START] = state.slots[slot, COMPUTED]
             chunks += 1
             queue.slots[slot, CHUNK] = 0
-        if state.computed[slot] + size < _known(stream, state, slot):
+        if state.slots[slot, COMPUTED] + size < _known(stream, state, slot):
             queue.slots[kept, PARTIAL_SLOT] = slot
             kept += 1
         elif queue.rules.policy == FAIR:
@@ -481,6 +505,7 @@ def schedule(
     preempted = False
     unsure = False
     admits = True
+    waits = False
     need = 0
     if extra is not None:
         extra.loads.ints[BLOCKED] = 0
@@ -492,11 +517,11 @@ def schedule(
         need = _serve_decodes(cost, limits, stream, out, state, queue, extra)
         preempted = need < 0
         if queue.ints[N_PARTIALS] > 0:
-            if _continue_prompts(cost, limits, stream, out, state, queue, extra):
-                preempted = True
+            lost, waits = _continue_prompts(cost, limits, stream, out, state, queue, extra)
+            preempted = preempted or lost
             if extra is not None and extra.cache.on and not extra.cache.radix and not queue.rules.preempt_lower:
                 _publish_chunks(limits, state, queue, extra)
-        admits = not preempted
+        admits = not preempted and not waits
     if admits and queue.ints[N_QUEUED] > 0:
         preempted, unsure = admit_waiting(cost, limits, stream, out, state, queue, extra)
     if extra is not None and extra.cache.on and not extra.cache.radix and queue.rules.preempt_lower:

@@ -20,14 +20,22 @@ from simulator.engine.batch import (
 from simulator.engine.core import (
     BATCH,
     BLOCKS_INTEGRAL,
+    CHUNK_SIZE,
+    CHUNK_SLOT,
+    CHUNK_START,
     CHUNKS,
     CLOCK,
+    COMPUTED,
+    EMITTED,
+    FINISH_STEP,
     FREE_BLOCKS,
+    FREE_SLOT,
     HEAP_SIZE,
     INTERVAL,
     ITL_MAX,
     KEYS_SUM,
     KNOT,
+    LAST_TOKEN,
     N_EVENTS,
     N_FREE_SLOTS,
     PARTIAL,
@@ -36,6 +44,7 @@ from simulator.engine.core import (
     PREFILL_PAIRS,
     RECOMPUTED,
     RUNNING_INTEGRAL,
+    SEEN,
     SLOT_BITS,
     STEP,
     T_BLOCKS,
@@ -118,16 +127,16 @@ def price_step(
     seen_pairs = 0
     seen_keys = 0
     for c in range(chunks):
-        slot = state.chunk_slot[c]
+        slot = state.chunks[c, CHUNK_SLOT]
         row = state.row[slot]
-        done = state.chunk_start[c]
-        size = state.chunk_size[c]
+        done = state.chunks[c, CHUNK_START]
+        size = state.chunks[c, CHUNK_SIZE]
         pairs += size * done + size * (size + 1) // 2
         keys += done + size
         if cost.window > 0:
             seen_pairs += chunk_pairs(cost, done, size)
             seen_keys += chunk_keys(cost, done, size)
-        if done + size == stream.prompt[row] + state.emitted[slot]:
+        if done + size == stream.prompt[row] + state.slots[slot, EMITTED]:
             rows += 1
     d0 = dense + cost.head[rows]
     slope = 0.0
@@ -208,7 +217,7 @@ def steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | No
     step = ints[STEP]
     while True:
         key = state.heap[0]
-        if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+        if state.slots[key & ((1 << SLOT_BITS) - 1), FINISH_STEP] == key >> SLOT_BITS:
             break
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
     k = (key >> SLOT_BITS) - step
@@ -270,12 +279,12 @@ def finish_request(state: State, out: Outcome, extra: Extra | None, slot: int, o
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
     if extra is not None and extra.cache.on:
-        note_end(extra.cache, slot, row, state.computed[slot], owned, ints[STEP], by_chunk)
+        note_end(extra.cache, slot, row, state.slots[slot, COMPUTED], owned, ints[STEP], by_chunk)
         owned = 0
     ints[FREE_BLOCKS] += owned
-    state.finish_step[slot] = -1
+    state.slots[slot, FINISH_STEP] = -1
     unlink_running(state, slot)
-    state.free_slots[ints[N_FREE_SLOTS]] = slot
+    state.slots[ints[N_FREE_SLOTS], FREE_SLOT] = slot
     ints[N_FREE_SLOTS] += 1
 
 
@@ -283,10 +292,10 @@ def finish_request(state: State, out: Outcome, extra: Extra | None, slot: int, o
 def cut_to_length(stream: Stream, state: State, extra: Extra, slot: int) -> None:
     """Take from a request that has left the batch what its last pass gave beyond its output."""
     row = state.row[slot]
-    if state.emitted[slot] >= stream.output[row]:
+    if state.slots[slot, EMITTED] >= stream.output[row]:
         speculation.cut_surplus(extra.spec.batch, slot, stream.output[row])
-        state.emitted[slot] = stream.output[row]
-        state.computed[slot] = stream.prompt[row] + stream.output[row] - 1
+        state.slots[slot, EMITTED] = stream.output[row]
+        state.slots[slot, COMPUTED] = stream.prompt[row] + stream.output[row] - 1
 
 
 @inlined
@@ -299,7 +308,7 @@ def reserved_blocks(stream: Stream, row: int, lookahead: int, block_size: int) -
 def retire(stream: Stream, state: State, queue: Queue, slot: int, block_size: int) -> None:
     """Forget what the queue keeps of a running request that ends."""
     row = state.row[slot]
-    if state.finish_step[slot] >= 0:
+    if state.slots[slot, FINISH_STEP] >= 0:
         stop_counting(queue, row, state.ints[STEP])
     if queue.rules.batching == STATIC:
         queue.ints[RESERVED] -= reserved_blocks(stream, row, queue.rules.lookahead, block_size)
@@ -333,11 +342,11 @@ def end_chunks(
     floats[PREFILL_ATTENTION] += price.prefill
     ints[PARTIAL] = -1
     for c in range(chunks):
-        slot = state.chunk_slot[c]
-        size = state.chunk_size[c]
+        slot = state.chunks[c, CHUNK_SLOT]
+        size = state.chunks[c, CHUNK_SIZE]
         row = state.row[slot]
-        done = state.chunk_start[c]
-        known = stream.prompt[row] + state.emitted[slot]
+        done = state.chunks[c, CHUNK_START]
+        known = stream.prompt[row] + state.slots[slot, EMITTED]
         pays = (
             price.per_chunk_token * size
             + cost.planes[plane, 0] * (size * done + size * (size + 1) // 2)
@@ -355,25 +364,25 @@ def end_chunks(
             pays += price.per_row
         out.busy[row] += pays
         out.busy_prefill[row] += pays
-        again = min(done + size, state.seen[slot]) - done
+        again = min(done + size, state.slots[slot, SEEN]) - done
         if again > 0:
             out.recompute[row] += pays * again / size
             ints[RECOMPUTED] += again
         done += size
-        state.computed[slot] = max(done, state.computed[slot])  # a later chunk may be in flight already
+        state.slots[slot, COMPUTED] = max(done, state.slots[slot, COMPUTED])  # a later chunk may be in flight already
         if extra is not None and extra.cache.radix:
             ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, publishing_moment(state, extra))
         if done < known:
             ints[PARTIAL] = slot
             continue
-        if state.emitted[slot] == 0:
+        if state.slots[slot, EMITTED] == 0:
             out.first_token[row] = end
         else:
-            gap = end - state.last_token[slot]
+            gap = end - state.sums[slot, LAST_TOKEN]
             count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
             floats[ITL_MAX] = max(floats[ITL_MAX], gap)
-        state.emitted[slot] += 1
-        rest = stream.output[row] - state.emitted[slot]
+        state.slots[slot, EMITTED] += 1
+        rest = stream.output[row] - state.slots[slot, EMITTED]
         if rest == 0:
             if queue is not None:
                 if queue.row_ints[row, GONE] != 0:
@@ -384,7 +393,7 @@ def end_chunks(
         else:
             start_decoding(cost, stream, state, extra, slot, rest, block_size)
             if queue is not None:
-                state.last_token[slot] = end
+                state.sums[slot, LAST_TOKEN] = end
                 start_counting(queue, row, ints[STEP])
     return n_done
 
@@ -406,7 +415,7 @@ def end_decodes(
         key = state.heap[0]
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
         slot = key & ((1 << SLOT_BITS) - 1)
-        if state.finish_step[slot] == key >> SLOT_BITS:
+        if state.slots[slot, FINISH_STEP] == key >> SLOT_BITS:
             if queue is not None:
                 retire(stream, state, queue, slot, block_size)
             leave_batch(cost, state, out, extra, slot, block_size)

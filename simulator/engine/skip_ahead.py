@@ -57,7 +57,7 @@ from simulator.engine.fcfs import (
     release_next,
     schedule_chunks,
 )
-from simulator.engine.jit import compiled
+from simulator.engine.jit import entry
 from simulator.engine.progressions import (
     end_of_steps,
     take_blocks,
@@ -74,7 +74,7 @@ from simulator.engine.segments import (
 )
 
 
-@compiled
+@entry
 def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, until: float) -> bool:
     """Run until no step can start before ``until``; return whether everything is done.
 

@@ -27,7 +27,7 @@ SLOT_BITS = 20
 SLOT_MASK = (1 << SLOT_BITS) - 1
 
 # indices into Batch.ints; contexts and rates are in units of 2**-16 tokens
-LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT, N_SPEC_INTS = range(9)
+LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT, BATCH_SIZE, N_SPEC_INTS = range(10)
 # columns of Batch.slots
 (
     BASE,
@@ -218,6 +218,20 @@ def take_blocks_of_steps(
 
 
 @compiled
+def steps_with_room(batch: Batch, step: int, k: int, free: int) -> int:
+    """Steps, at most k, for which ``free`` blocks certainly are enough; 1 if they are for the first."""
+    # A sequence may begin a block just before the steps, and ends within one.
+    n = batch.ints[BATCH_SIZE]
+    if ((k * batch.ints[RATES]) >> UNIT_BITS) // batch.block_size + 2 * n <= free:
+        return k
+    first = 0
+    while first < k - 1 and batch.ring[RING_NEED, (step + first) & batch.mask] == 0:
+        first += 1
+    need = batch.ring[RING_NEED, (step + first) & batch.mask]
+    return max(1, first + 1 if need <= free else first)
+
+
+@compiled
 def _window_event(batch: Batch, slot: int, step: int) -> None:
     """Set a sequence's windowed keys at ``step``, and note when they stop growing, or start over (P4)."""
     slots, ints = batch.slots, batch.ints
@@ -344,6 +358,7 @@ def _add(batch: Batch, slot: int, step: int, rate: int) -> None:
     batch.slots[slot, RATE] = rate
     batch.ints[KEYS] += _context(batch.slots, slot)
     batch.ints[RATES] += rate
+    batch.ints[BATCH_SIZE] += 1
     if batch.window > 0:
         _window_event(batch, slot, step)
     _ring_place(batch, slot, step)
@@ -365,6 +380,7 @@ def leave(batch: Batch, slot: int) -> None:
     """Take a settled sequence out of the batch; its blocks are the caller's to free."""
     batch.ints[KEYS] -= _context(batch.slots, slot)
     batch.ints[RATES] -= batch.slots[slot, RATE]
+    batch.ints[BATCH_SIZE] -= 1
     if batch.window > 0:
         _forget_window(batch, slot)
     _ring_remove(batch, slot)

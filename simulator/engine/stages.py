@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 from simulator.engine.batch import advance_decodes, append_running, pass_window_events, rebase_sums, unlink_running
 from simulator.engine.core import (
     BATCH,
+    CHUNK_SIZE,
+    CHUNK_SLOT,
     CLOCK,
+    COMPUTED,
+    EMITTED,
     FIFO_HEAD,
     FIFO_TAIL,
     FREE_BLOCKS,
@@ -42,7 +46,7 @@ from simulator.engine.core import (
     Stream,
 )
 from simulator.engine.fcfs import make_room, n_waiting, next_arrival_s, receive, release_next, schedule_chunks
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.jit import entry, inlined
 from simulator.engine.parts import load_price, part_of, store_price
 from simulator.engine.progressions import residue, spread
 from simulator.engine.segments import (
@@ -206,7 +210,7 @@ def _launch(
                 dense += excess * stages.experts[j, chunks.tokens]
         flight.floats[IMBALANCE] += dense - cost.dense[chunks.tokens]
         price = price_step(cost, stream, group, None, chunks.n, chunks.tokens, dense)
-        store_price(flight.prices, g, price, 0.0)
+        store_price(flight.prices, g, price)
         _enter_stages(stages, flight, shared, group, g, price, chunks.tokens, excess)
         shared.ints[STEPS] += 1
         shared.ints[SEGMENTS] += 1
@@ -214,11 +218,11 @@ def _launch(
         out.steps_by_rows[price.rows] += 1
     under_way = ints[PARTIAL]
     for c in range(chunks.n):
-        slot = group.chunk_slot[c]
-        group.computed[slot] += group.chunk_size[c]
+        slot = group.chunks[c, CHUNK_SLOT]
+        group.slots[slot, COMPUTED] += group.chunks[c, CHUNK_SIZE]
         flight.held[slot] += 1
         under_way = slot
-        if group.computed[slot] == stream.prompt[group.row[slot]] + group.emitted[slot]:
+        if group.slots[slot, COMPUTED] == stream.prompt[group.row[slot]] + group.slots[slot, EMITTED]:
             under_way = -1
     if passed_over:
         under_way = partial
@@ -250,7 +254,7 @@ def _complete(
     n_done = 0
     if flight.chunks[g] > 0:
         for c in range(flight.chunks[g]):
-            flight.held[group.chunk_slot[c]] -= 1
+            flight.held[group.chunks[c, CHUNK_SLOT]] -= 1
         n_done += end_chunks(cost, stream, out, group, None, None, flight.chunks[g], price, limits.block_size)
         ints[PARTIAL] = -1
     n_done += end_decodes(cost, stream, out, group, None, None, limits.block_size)
@@ -260,7 +264,7 @@ def _complete(
     return n_done
 
 
-@compiled
+@entry
 def advance_stages(
     cost: CostTable,
     stages: StageTable,

@@ -107,14 +107,21 @@ def forget(swap: Swap, row: int, saved_blocks: int) -> None:
 
 
 @compiled
-def charge_copies(swap: Swap, busy: Any, step_s: float) -> float:
-    """E3, E4: time by which the copies lengthen a step, split by blocks among those whose blocks they are."""
+def delay_of(swap: Swap, step_s: float) -> float:
+    """E3: time by which the copies lengthen a step of ``step_s``."""
     total = 0
     for i in range(swap.ints[N_MOVED]):
         total += swap.moves[i, MOVED_BLOCKS]
     delay = total * swap.block_s
-    if swap.overlapped:
-        delay = max(delay - step_s, 0.0)
+    return float(max(delay - step_s, 0.0) if swap.overlapped else delay)
+
+
+@compiled
+def charge_copies(swap: Swap, busy: Any, delay: float) -> None:
+    """E4: split the ``delay`` of a step by blocks among those whose blocks are copied."""
+    total = 0
+    for i in range(swap.ints[N_MOVED]):
+        total += swap.moves[i, MOVED_BLOCKS]
     for i in range(swap.ints[N_MOVED]):
         row = swap.moves[i, MOVED_ROW]
         share = delay * swap.moves[i, MOVED_BLOCKS] / total
@@ -122,4 +129,3 @@ def charge_copies(swap: Swap, busy: Any, step_s: float) -> float:
         swap.charged[row] += share
     swap.ints[N_MOVED] = 0
     swap.delay[0] += delay
-    return delay

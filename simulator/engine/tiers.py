@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simulator.engine.heaps import push_arrival
-from simulator.engine.jit import compiled
+from simulator.engine.jit import compiled, entry
 from simulator.engine.kv_memory import LOAD_POLICIES, Tier
 
 ALWAYS, NEVER, CHEAPER = range(len(LOAD_POLICIES))
@@ -116,7 +116,7 @@ def _to_front(rings: Any, tier: int, place: int) -> None:
     rings[tier, 0, NEXT] = place
 
 
-@compiled
+@entry
 def move_down(tiers: Tiers, block_id: int) -> None:
     """F2: a block is evicted from HBM; let the tiers keep it, each passing on the one it has not used for longest."""
     rings, counts = tiers.rings, tiers.counts
@@ -205,7 +205,7 @@ def drop_load(loads: Loads, n_loading: int, row: int, now: float) -> bool:
     return found
 
 
-@compiled
+@entry
 def next_ready(loads: Loads, n_loading: int) -> float:
     """When the next load will be there; infinity if none is on its way. [s]"""
     if n_loading > 0:
