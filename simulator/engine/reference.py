@@ -152,13 +152,15 @@ class Replica:
 
     def new_request(self, row: int) -> Request:
         """A request as it will arrive."""
-        names = ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
-        request = Request(row, *(int(getattr(self.requests, name)[row]) for name in names))
+        stream = self.requests
+        lengths = (stream.prompt_tokens, stream.output_tokens, stream.cached_tokens, stream.max_tokens)
+        prompt, output, cached, longest = (int(column[row]) for column in lengths)
+        request = Request(row, prompt, output, cached, longest)
         policy = self.settings.scheduling.policy
-        column = {"priority": self.requests.priority, "sjf": self.requests.predicted_tokens}.get(policy)
+        column = {"priority": stream.priority, "sjf": stream.predicted_tokens}.get(policy)
         request.order = float(column[row]) if column is not None else 0.0
-        if policy == "fair" and self.requests.tenant is not None:
-            request.tenant = int(self.requests.tenant[row])
+        if policy == "fair" and stream.tenant is not None:
+            request.tenant = int(stream.tenant[row])
         return request
 
     def advance(self, until_s: float = inf) -> None:

@@ -84,7 +84,9 @@ class BlockPool:
         self.published: dict[int, list[Block]] = {}
         """Blocks by id, the oldest first (C3)."""
         self.tables: dict[int, list[Block]] = {}
-        self.ids = [hashes.ids[start:stop].tolist() for start, stop in pairwise(hashes.offsets.tolist())]
+        self.ids: list[list[int]] = [
+            hashes.ids[start:stop].tolist() for start, stop in pairwise(hashes.offsets.tolist())
+        ]
         self.counts = dict.fromkeys(
             ("cache_queried_tokens", "cache_hit_tokens", "cache_hit_pairs", "evicted_blocks"), 0
         )

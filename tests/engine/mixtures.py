@@ -81,7 +81,7 @@ def draw_features(pick: Pick, must: Sequence[str], refusals: Sequence[Refusal]) 
     """A random subset that nobody refuses, with ``must`` in it."""
     chosen = with_needs(frozenset(must))
     names = [name for name in NAMES if name not in chosen]
-    few = one_of(pick, (1, 2, 3))
+    few = one_of(pick, (1, 2) if must else (1, 2, 3, 3))
     while names:
         name = names.pop(pick(0, len(names) - 1))
         more = with_needs(chosen | {name})
@@ -96,14 +96,15 @@ def mixture_case(pick: Pick, must: Sequence[str] = (), refusals: Sequence[Refusa
     """A dyadic case with a random set of features."""
     features = draw_features(pick, must, refusals)
     _, settings, requests = dyadic_case(pick)
-    if len(requests) < 9 and pick(0, 2):  # few requests seldom meet
-        _, settings, requests = dyadic_case(pick)
+    for _ in range(2):
+        if len(requests) < 9 and pick(0, 2):  # few requests seldom meet
+            _, settings, requests = dyadic_case(pick)
     draft = Draft(pick, features, settings, requests, one_of(pick, TIME_GRIDS_S))
     for name, switch_on in BEFORE_COSTS.items():
         if name in features:
             switch_on(draft)
-    if pick(0, 2) == 0 or features & {"swap", "tiers"} and pick(0, 3):
-        draft.set(num_kv_blocks=draft.enough_blocks + pick(0, max(1, draft.enough_blocks // 2)), max_model_len=0)
+    if pick(0, 2) == 0 or (features & {"swap", "tiers"} and pick(0, 5)):
+        draft.set(num_kv_blocks=draft.enough_blocks + pick(0, max(1, draft.enough_blocks // 3)), max_model_len=0)
     cost = with_costs(draft)
     for name, switch_on in AFTER_COSTS.items():
         if name in features:
@@ -186,7 +187,7 @@ def families(pick: Pick, prompt, output, unit: int, *, covers_output: bool) -> B
 
 def with_cache(draft: Draft) -> None:
     pick, settings, requests = draft.pick, draft.settings, draft.requests
-    blocks = one_of(pick, (1, 2, 3, 4, pick(1, 16)))
+    blocks = one_of(pick, (1, 2, 2, 3, 3) if "tiers" in draft.features else (1, 2, 3, 4, pick(1, 16)))
     if blocks != settings.block_size:
         tokens = settings.num_kv_blocks * settings.block_size
         draft.set(block_size=blocks, num_kv_blocks=max(1, -(-tokens // blocks)))
@@ -205,19 +206,22 @@ def with_cache(draft: Draft) -> None:
 def with_swap(draft: Draft) -> None:
     pick, enough = draft.pick, draft.enough_blocks
     blocks = one_of(pick, (0, pick(1, enough), 2 * enough, 100 * enough))
-    draft.set(swap=HostSwap(blocks, draft.grid_s * pick(0, 4), overlapped=bool(pick(0, 1))))
+    draft.set(swap=HostSwap(blocks, draft.grid_s * pick(0, 6), overlapped=bool(pick(0, 1))))
 
 
 def with_tiers(draft: Draft) -> None:
     pick, enough = draft.pick, draft.enough_blocks
     tiers = tuple(
         Tier(
-            one_of(pick, (pick(1, 3), pick(1, 6), 50 * enough)),
-            block_s=draft.grid_s * one_of(pick, (0, pick(1, 6), pick(1, 60))),
+            one_of(
+                pick,
+                (pick(1, 6), 50 * enough, 50 * enough) if i else (pick(1, 3), pick(1, 6), pick(1, 10), 50 * enough),
+            ),
+            block_s=draft.grid_s * one_of(pick, (pick(0, 1), pick(1, 6), pick(1, 60), pick(20, 90))),
             latency_s=draft.grid_s * pick(0, 6),
             name=f"tier {i}",
         )
-        for i in range(one_of(pick, (1, 2, 2, 3)))
+        for i in range(one_of(pick, (1, 2, 2, 2, 3)))
     )
     policy = one_of(pick, ("always", "always", "always", "always", "cheaper", "cheaper", "never"))
     draft.set(tiers=tiers, load_policy=policy)
@@ -247,16 +251,15 @@ def with_speculation(draft: Draft) -> None:
     if pick(0, 2) == 0:  # room for whole batches of the highest level
         seqs = draft.settings.max_num_seqs
         draft.set(
-            max_num_batched_tokens=max(
-                draft.settings.max_num_batched_tokens, seqs * draft.queries[-1] + pick(1, 20)
-            )
+            max_num_batched_tokens=max(draft.settings.max_num_batched_tokens, seqs * draft.queries[-1] + pick(1, 20))
         )
     if pick(0, 1):
         lookahead = -(-(draft.queries[-1] - 1) // draft.settings.block_size)
         draft.set(num_kv_blocks=draft.settings.num_kv_blocks + lookahead)
 
 
-def with_prices_of_speculation(draft: Draft, cost: StepCost) -> None:
+def with_prices_of_speculation(draft: Draft, cost: StepCost | PipelineCost) -> None:
+    cost = cost.total if isinstance(cost, PipelineCost) else cost
     pick, queries, seqs = draft.pick, draft.queries, draft.settings.max_num_seqs
     classes = pick(1, 3)
     survival = np.zeros((classes, len(queries), queries[-1] - 1))
@@ -264,7 +267,7 @@ def with_prices_of_speculation(draft: Draft, cost: StepCost) -> None:
         for level, q in enumerate(queries[1:], start=1):
             survival[kind, level, : q - 1] = sorted((pick(0, 16) / 16 for _ in range(q - 1)), reverse=True)
     table = np.array([pick(0, len(queries) - 1) for _ in range(seqs + 1)])
-    if pick(0, 1):
+    if pick(0, 3) == 0:
         table[:] = pick(1, len(queries) - 1)
     draft.set(speculation=Speculation(speculation_cost(draft, cost), survival, table))
     if pick(0, 3):
@@ -301,7 +304,9 @@ def with_costs(draft: Draft) -> StepCost | PipelineCost:
     """The cost table for what the settings let a step be, of one rank and stage or of several."""
     pick, settings, features = draft.pick, draft.settings, draft.features
     budget = settings.max_num_batched_tokens
-    rows = max(budget, settings.max_num_seqs * draft.queries[-1]) if "speculation" in features else settings.max_num_seqs
+    rows = (
+        max(budget, settings.max_num_seqs * draft.queries[-1]) if "speculation" in features else settings.max_num_seqs
+    )
     cost = dyadic_cost(pick, budget, rows, draft.grid_s)
     if features & {"ranks", "uneven experts", "stages"}:
         cost = replace(cost, expert_s=cost.dense_s * one_of(pick, (0.25, 0.5, 1.0)))

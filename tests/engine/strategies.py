@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from simulator.engine.records import EngineSettings, Requests
 from simulator.engine.reference import Replica
-from simulator.engine.reference_state import StepRecord
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
 
@@ -227,7 +226,7 @@ def real_case(seed: int) -> Case:
 
 def observe(case: Case, timeline_interval_s: float | None = None):
     """Run the reference; return its result, its steps, and every inter-token latency."""
-    steps: list[StepRecord] = []
+    steps = []
     replica = Replica(*case, steps.append)
     replica.advance()
     return replica.result(timeline_interval_s), steps, replica.itl_s

@@ -108,6 +108,7 @@ def test_three_requests_step_by_step():
     steps: list[StepRecord] = []
     simulate_reference(**THREE, on_step=steps.append)
     assert steps[2] == StepRecord(
+        rank=0,
         start_s=12.5,
         end_s=19.0,
         n=2,
@@ -121,6 +122,7 @@ def test_three_requests_step_by_step():
         AW=0,
         KW=0,
         host_s=0.0,
+        level=0,
         scheduled={0: 1, 1: 1},
         computed={0: 6, 1: 2},
         blocks={0: 4, 1: 2},
@@ -128,6 +130,7 @@ def test_three_requests_step_by_step():
         admitted=(),
         preempted=(),
         waiting=(2,),
+        loading=(),
         arrived=3,
         finished=0,
         rejected=0,
