@@ -136,6 +136,8 @@ class Engine:
                 swap=swap.new_swap(settings.swap, max_num_seqs=m, n=n),
                 loads=tiers.new_loads(settings.load_policy, n, on=bool(settings.tiers)),
             )
+        if self._extra is not None and settings.tiers and requests.stored_tokens is not None:
+            _warm_store(self._extra.cache, requests)
         floats, ints = self._state.floats, self._state.ints
         last = 0.0 if requests.concurrency or n == 0 else float(requests.arrival_s[-1])
         floats[core.INTERVAL] = timeline_interval_s or max(last / 512, 64 * float(cost.dense_s[1]))
@@ -495,6 +497,16 @@ def _new_cache(
         tiers=settings.tiers,
         log_size=log_size,
     )
+
+
+def _warm_store(cache: prefix_cache.Cache, requests: Requests) -> None:
+    """F10: let the last tier hold the leading prompt blocks that requests say are stored, of each the last first."""
+    if requests.stored_tokens is None:
+        return
+    stored = np.minimum(requests.stored_tokens, requests.prompt_tokens) // cache.block_size
+    blocks = np.minimum(stored, np.diff(cache.offsets))
+    last = np.repeat(cache.offsets[:-1] + blocks - 1, blocks)
+    tiers.warm_up(cache.tiers, cache.ids[last - (np.arange(len(last)) - np.repeat(np.cumsum(blocks) - blocks, blocks))])
 
 
 def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:

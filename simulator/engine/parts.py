@@ -92,6 +92,7 @@ def _tiers_of(tiers: Tiers, g: int) -> Tiers:
     """View of one part's tiers."""
     return Tiers(
         tiers.on,
+        tiers.through,
         _rings_of(tiers.rings, g)[0],
         _table_of(tiers.counts, g)[0],
         _table_of(tiers.times, g)[0],

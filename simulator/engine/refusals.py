@@ -56,7 +56,7 @@ LASTING = (
     Refusal(("ranks",), ("stages",), "a stage is priced as one rank"),
 )
 
-PENDING = (Refusal(("writing through", "warm store"), ("tiers",), "the compiled engine does not do this yet"),)
+PENDING: tuple[Refusal, ...] = ()
 
 
 def features_of(cost: StepCost | PipelineCost, settings: EngineSettings, requests: Requests) -> frozenset[str]:

@@ -81,6 +81,7 @@ from simulator.engine.progressions import (
 from simulator.engine.queues import GONE, RESERVED, Queue, start_counting, stop_counting
 from simulator.engine.records import FINISHED
 from simulator.engine.scheduling import STATIC
+from simulator.engine.tiers import write_through
 
 
 @compiled
@@ -372,6 +373,10 @@ def end_chunks(
         state.slots[slot, COMPUTED] = max(done, state.slots[slot, COMPUTED])  # a later chunk may be in flight already
         if extra is not None and extra.cache.radix:
             ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, publishing_moment(state, extra))
+        if extra is not None and extra.cache.tiers.through:
+            offset = extra.cache.offsets[row]
+            stop = min(min(done, stream.prompt[row]) // block_size, extra.cache.offsets[row + 1] - offset)
+            write_through(extra.cache.tiers, extra.cache.ids, offset + (done - size) // block_size, offset + stop)
         if done < known:
             ints[PARTIAL] = slot
             continue

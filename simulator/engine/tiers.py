@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulator.engine.heaps import push_arrival
 from simulator.engine.jit import compiled, entry
@@ -21,7 +22,7 @@ NEXT, PREVIOUS = range(2)
 ABSENT = -1
 """NEXT of an id that a tier does not hold. Place 0 is the end of its ring, place i + 1 the id i."""
 # columns of Tiers.counts
-CAPACITY, SIZE, STORED, LOADED, ON_WAY, N_COUNTS = range(6)
+CAPACITY, SIZE, STORED, LOADED, ON_WAY, THROUGH, N_COUNTS = range(7)
 # columns of Tiers.times
 BLOCK_S, LATENCY_S, LINK_FREE_S, N_TIMES = range(4)
 # indices into Loads.ints
@@ -29,19 +30,20 @@ BLOCKED, STARTED, DECLINED, N_INTS = range(4)
 
 
 class Tiers(NamedTuple):
-    """What the memory below HBM holds. ``on`` is false where there is none.
+    """What the memory below HBM holds. ``on`` is false where there is none; ``through`` says whether any of it is written through.
 
     Attributes
     ----------
     rings
         [tiers, ids + 1, 2] the rings, see above.
     counts
-        [tiers, 5] capacity, size, blocks stored and loaded so far, and a scratch column.
+        [tiers, 6] capacity, size, blocks stored and loaded so far, a scratch column, and whether what is computed is written through.
     times
         [tiers, 3] time to load a block, latency, and when the tier's link is free. [s]
     """
 
     on: bool
+    through: bool
     rings: Any
     counts: Any
     times: Any
@@ -80,9 +82,21 @@ def new_tiers(tiers: Sequence[Tier], n_ids: int) -> Tiers:
     times = np.zeros((len(tiers), N_TIMES))
     for i, tier in enumerate(tiers):
         counts[i, CAPACITY] = tier.blocks
+        counts[i, THROUGH] = tier.write_through
         times[i, BLOCK_S] = tier.block_s
         times[i, LATENCY_S] = tier.latency_s
-    return Tiers(len(tiers) > 0, rings, counts, times)
+    return Tiers(len(tiers) > 0, any(tier.write_through for tier in tiers), rings, counts, times)
+
+
+def warm_up(tiers: Tiers, ids: NDArray[np.int64]) -> None:
+    """F10: let the last tier, which is empty, hold what has been used in the order of ``ids``."""
+    newest_first = ids[::-1]
+    _, first = np.unique(newest_first, return_index=True)
+    held = newest_first[np.sort(first)][: int(tiers.counts[-1, CAPACITY])]
+    ring = np.concatenate([[0], held + 1])
+    tiers.rings[-1, ring, NEXT] = np.roll(ring, -1)
+    tiers.rings[-1, ring, PREVIOUS] = np.roll(ring, 1)
+    tiers.counts[-1, SIZE] = len(held)
 
 
 def new_loads(policy: str, n: int, *, on: bool) -> Loads:
@@ -116,12 +130,27 @@ def _to_front(rings: Any, tier: int, place: int) -> None:
     rings[tier, 0, NEXT] = place
 
 
+@compiled
+def write_through(tiers: Tiers, ids: Any, first: int, stop: int) -> None:
+    """F9: the blocks ``ids[first:stop]`` have been computed; put them into the tiers that are written through."""
+    for j in range(first, stop):
+        for tier in range(len(tiers.counts)):
+            if tiers.counts[tier, THROUGH] == 1:
+                put(tiers, tier, ids[j])
+
+
 @entry
 def move_down(tiers: Tiers, block_id: int) -> None:
-    """F2: a block is evicted from HBM; let the tiers keep it, each passing on the one it has not used for longest."""
+    """F2: a block is evicted from HBM; let the tiers keep it."""
+    put(tiers, 0, block_id)
+
+
+@compiled
+def put(tiers: Tiers, first: int, block_id: int) -> None:
+    """F2: let a tier keep a block, each passing on the one it has not used for longest."""
     rings, counts = tiers.rings, tiers.counts
     place = block_id + 1
-    for tier in range(len(counts)):
+    for tier in range(first, len(counts)):
         if rings[tier, place, NEXT] != ABSENT:
             _unlink(rings, tier, place)
             _to_front(rings, tier, place)
