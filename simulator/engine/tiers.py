@@ -132,10 +132,10 @@ def _to_front(rings: Any, tier: int, place: int) -> None:
 
 @compiled
 def write_through(tiers: Tiers, ids: Any, first: int, stop: int) -> None:
-    """F9: the blocks ``ids[first:stop]`` have been computed; put them into the tiers that are written through."""
-    for j in range(first, stop):
-        for tier in range(len(tiers.counts)):
-            if tiers.counts[tier, THROUGH] == 1:
+    """F9: the blocks ``ids[first:stop]`` have been computed; put them into the tiers that are written through, one tier after the other."""
+    for tier in range(len(tiers.counts)):
+        if tiers.counts[tier, THROUGH] == 1:
+            for j in range(first, stop):
                 put(tiers, tier, ids[j])
 
 
