@@ -3,6 +3,8 @@
 Nobody in it is visited from step to step; :mod:`simulator.engine.skip_ahead` says how that can be.
 """
 
+from typing import Any
+
 from simulator.engine import speculation
 from simulator.engine.core import (
     AFTER,
@@ -43,7 +45,7 @@ from simulator.engine.core import (
     State,
     Stream,
 )
-from simulator.engine.heaps import pop_key, push_key
+from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.prefix_cache import moment_of, watch
 from simulator.engine.progressions import (
@@ -69,6 +71,21 @@ def chunk_keys(cost: CostTable, done: int, size: int) -> int:
     return min(done + size, size + cost.window - 1)
 
 
+@compiled
+def _rebuilt(state: State, heap: Any, column: int, slot: int) -> int:
+    """Fill a heap of (step, slot) keys anew from a column of steps, without those of ``slot``; return its size.
+
+    Not from the keys that still hold: a slot that changed hands may have left the same key several times.
+    """
+    size = 0
+    group = state.ints[STEP] >> GROUP_BITS
+    for other in range(len(state.slots)):
+        step = state.slots[other, column]
+        if other != slot and step >= 0 and step >> GROUP_BITS == group:
+            size = push_key(heap, size, step << SLOT_BITS | other)
+    return size
+
+
 @inlined
 def push_window_event(cost: CostTable, state: State, slot: int, seen: int) -> None:
     """Note when a sequence that now sees ``seen`` keys stops growing, or starts over; full windows that slide never do."""
@@ -86,12 +103,7 @@ def push_window_event(cost: CostTable, state: State, slot: int, seen: int) -> No
         state.slots[slot, EVENT_STEP] = -1
         return
     if ints[N_EVENTS] == len(state.events):
-        size = 0
-        for i in range(ints[N_EVENTS]):
-            key = state.events[i]
-            if state.slots[key & ((1 << SLOT_BITS) - 1), EVENT_STEP] == key >> SLOT_BITS:
-                size = push_key(state.events, size, key)
-        ints[N_EVENTS] = size
+        ints[N_EVENTS] = _rebuilt(state, state.events, EVENT_STEP, slot)
     ints[N_EVENTS] = push_key(state.events, ints[N_EVENTS], state.slots[slot, EVENT_STEP] << SLOT_BITS | slot)
 
 
@@ -281,18 +293,6 @@ def publishing_moment(state: State, extra: Extra) -> int:
 
 
 @inlined
-def drop_stale_keys(state: State) -> None:
-    """Rebuild the finish heap from the keys that still hold."""
-    ints = state.ints
-    size = 0
-    for i in range(ints[HEAP_SIZE]):
-        key = state.heap[i]
-        if state.slots[key & ((1 << SLOT_BITS) - 1), FINISH_STEP] == key >> SLOT_BITS:
-            size = push_key(state.heap, size, key)
-    ints[HEAP_SIZE] = size
-
-
-@inlined
 def blocks_of_step(state: State, extra: Extra | None, block_size: int) -> int:
     """Blocks that the decoding sequences need in this step."""
     step = state.ints[STEP]
@@ -348,7 +348,7 @@ def start_decoding(
             watch(extra.cache, slot, state.row[slot], done, step)
     state.slots[slot, FINISH_STEP] = step + rest
     if ints[HEAP_SIZE] == len(state.heap):
-        drop_stale_keys(state)
+        ints[HEAP_SIZE] = _rebuilt(state, state.heap, FINISH_STEP, slot)
     ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], (step + rest) << SLOT_BITS | slot)
 
 

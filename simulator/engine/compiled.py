@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from simulator.engine import core, full_loop, jit, prefix_cache, queues, skip_ahead, speculation, swap, tiers
 from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.kv_memory import HostSwap
 from simulator.engine.new_queue import new_queue
 from simulator.engine.records import (
     ITL_BINS,
@@ -427,14 +428,27 @@ def new_engine(
     return RankEngine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
 
 
-def warm_up(*, by_policy: bool = False) -> None:
-    """Compile the engine into the disk cache (about 20 s, once per version) so that later calls start at once.
+def form_of(cost: StepCost | PipelineCost, settings: EngineSettings, *, clients_leave: bool) -> str:
+    """Name of the loop, as it is compiled, that a run takes.
 
-    ``by_policy``: the loop for policies, batching modes, hosts and clients that leave, instead of the plain one.
+    ``plain``; ``policies``, with a queue; ``features``, with all that remembers too; and ``ranks`` and ``stages``, with ``-features`` or without.
     """
+    remembers = settings.prefix_cache != "off" or settings.speculation is not None or settings.swap is not None
+    if isinstance(cost, PipelineCost) and len(cost.stages) > 1:
+        return "stages-features" if remembers else "stages"
+    table = cost.stages[0] if isinstance(cost, PipelineCost) else cost
+    if table.ranks > 1 or settings.expert_skew.on:
+        return "ranks-features" if remembers else "ranks"
+    if remembers:
+        return "features"
+    return "policies" if needs_queue(settings, clients_leave=clients_leave) else "plain"
+
+
+def warm_up(form: str = "plain") -> None:
+    """Compile one of the engine's loops into the disk cache (once per version) so that later calls start at once."""
     one = np.ones(1, dtype=np.int64)
     table = np.array([0.0, 1.0])
-    cost = StepCost(
+    cost: StepCost | PipelineCost = StepCost(
         dense_s=table,
         head_s=table,
         decode_knots=np.zeros(1),
@@ -451,11 +465,19 @@ def warm_up(*, by_policy: bool = False) -> None:
         kv_bytes_per_token=0.0,
         peak_flops_per_s=1.0,
         hbm_bandwidth_bytes_per_s=1.0,
+        ranks=2 if form.startswith("ranks") else 1,
     )
-    scheduling = Scheduling(policy="priority" if by_policy else "fcfs")
-    settings = EngineSettings(max_num_seqs=1, max_num_batched_tokens=1, num_kv_blocks=1, scheduling=scheduling)
+    if isinstance(cost, StepCost) and form.startswith("stages"):
+        cost = PipelineCost((cost, cost), np.zeros((1, 2)))
+    settings = EngineSettings(
+        max_num_seqs=1,
+        max_num_batched_tokens=1,
+        num_kv_blocks=1,
+        scheduling=Scheduling(policy="priority" if form == "policies" else "fcfs"),
+        swap=HostSwap(0) if form.endswith("features") else None,
+    )
     simulate(cost, settings, Requests(np.zeros(1), one, one, one * 0, one, priority=one))
-    jit.mark_warm(by_policy=by_policy)
+    jit.mark_warm(form)
 
 
 def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float | None) -> None:

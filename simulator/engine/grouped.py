@@ -6,7 +6,7 @@ The rules are in ``docs/engine-ranks.md``, the algorithms in :mod:`simulator.eng
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,7 +171,7 @@ class StageEngine(Engine):
                 self._stream,
                 self._out,
                 self._states,
-                self._queue,
+                cast("queues.Queue", self._queue),  # there is one in every replica of parts
                 self._extras,
                 self._flight,
                 float(until_s),

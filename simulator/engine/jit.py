@@ -85,22 +85,18 @@ def is_compiled_mode() -> bool:
     return numba is not None and not numba.config.DISABLE_JIT
 
 
-def is_warm(*, by_policy: bool = False) -> bool:
-    """Whether the machine code is on disk already, so that the next call starts at once.
+def is_warm(form: str = "plain") -> bool:
+    """Whether the machine code of one of the engine's loops is on disk already, so that the next call starts at once.
 
-    ``by_policy``: that of the loop with policies, which is compiled only when it is wanted.
+    ``form``: one of those of :func:`simulator.engine.compiled.form_of`; each is compiled when it is first wanted.
     """
-    return CACHE_FOLDER is not None and (CACHE_FOLDER / _mark(by_policy=by_policy)).exists()
+    return CACHE_FOLDER is not None and (CACHE_FOLDER / f"ready-{form}").exists()
 
 
-def mark_warm(*, by_policy: bool = False) -> None:
+def mark_warm(form: str) -> None:
     """Record that a loop has been compiled into the cache folder."""
     if CACHE_FOLDER is not None:
-        (CACHE_FOLDER / _mark(by_policy=by_policy)).touch()
-
-
-def _mark(*, by_policy: bool) -> str:
-    return "ready-by-policy" if by_policy else "ready"
+        (CACHE_FOLDER / f"ready-{form}").touch()
 
 
 def entry(function: F) -> F:

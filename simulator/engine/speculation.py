@@ -251,11 +251,11 @@ def _window_event(batch: Batch, slot: int, step: int) -> None:
         return
     slots[slot, EVENT_STEP] = step + (ends - seen + rate - 1) // rate
     if ints[N_WINDOW_EVENTS] == len(batch.events):
+        # Not from the keys that still hold: a slot that changed hands may have left the same key several times.
         size = 0
-        for i in range(ints[N_WINDOW_EVENTS]):
-            key = batch.events[i]
-            if slots[key & SLOT_MASK, EVENT_STEP] == key >> SLOT_BITS:
-                size = push_key(batch.events, size, key)
+        for other in range(len(slots)):
+            if other != slot and slots[other, EVENT_STEP] >= 0:
+                size = push_key(batch.events, size, slots[other, EVENT_STEP] << SLOT_BITS | other)
         ints[N_WINDOW_EVENTS] = size
     key = slots[slot, EVENT_STEP] << SLOT_BITS | slot
     ints[N_WINDOW_EVENTS] = push_key(batch.events, ints[N_WINDOW_EVENTS], key)
