@@ -150,11 +150,8 @@ def preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size: 
 
 
 @compiled
-def make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> bool:
-    """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run.
-
-    Return whether one had to preempt itself, which ends R5.
-    """
+def make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> None:
+    """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run."""
     ints = state.ints
     bs = limits.block_size
     slot = ints[FIRST]
@@ -166,10 +163,9 @@ def make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> bo
                 preempt(cost, state, out, victim, bs)
                 gone = victim == slot
             if gone:
-                return True
+                return
             ints[FREE_BLOCKS] -= 1
         slot = state.slots[slot, AFTER]
-    return False
 
 
 @inlined
@@ -181,12 +177,8 @@ def schedule_chunks(
     state: State,
     free: int,
     preempted: bool,
-    in_flight: bool,
 ) -> Chunks:
-    """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach.
-
-    ``in_flight``: the prompt under way has a chunk in flight, so it waits for blocks instead of giving up its own (P3).
-    """
+    """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach."""
     ints = state.ints
     bs = limits.block_size
     chunks = 0
@@ -201,11 +193,10 @@ def schedule_chunks(
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
         if missing > free:
             closed = True
-            if not in_flight:
-                free -= ints[FREE_BLOCKS]
-                preempt(cost, state, out, slot, bs)
-                preempted = True
-                free += ints[FREE_BLOCKS]
+            free -= ints[FREE_BLOCKS]
+            preempt(cost, state, out, slot, bs)
+            preempted = True
+            free += ints[FREE_BLOCKS]
         else:
             free -= missing
             room -= want

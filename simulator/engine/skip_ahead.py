@@ -112,7 +112,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             make_room(cost, limits, out, state)
         batch = ints[BATCH]
         free = ints[FREE_BLOCKS] - (0 if short else need)
-        chunks = schedule_chunks(cost, limits, stream, out, state, free, short, in_flight=False)
+        chunks = schedule_chunks(cost, limits, stream, out, state, free, short)
         waiting = n_waiting(state)
         running = ints[N_RUNNING]
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
