@@ -193,7 +193,7 @@ def test_limits_hold(case):  # R5, R7, B5
 
 @MANY
 @given(ANYTHING)
-def test_nobody_is_admitted_before_someone_with_a_smaller_key(case):  # scheduling, I10
+def test_nobody_is_admitted_before_someone_with_a_smaller_key(case):  # I16
     policy = case.settings.scheduling.policy
     assume(policy in {"priority", "sjf"})
     key = case.requests.priority if policy == "priority" else case.requests.predicted_tokens
@@ -201,6 +201,22 @@ def test_nobody_is_admitted_before_someone_with_a_smaller_key(case):  # scheduli
     for step in steps:
         for row in step.admitted:
             assert all(key[row] <= key[other] for other in step.waiting if other not in step.preempted)
+
+
+@MANY
+@given(mixtures(("policy",), LASTING))
+def test_the_least_served_tenant_is_admitted(case):  # I18
+    scheduling = replace(case.settings.scheduling, policy="fair", preempt_lower=False)
+    replica = Replica(*case._replace(settings=replace(case.settings, scheduling=scheduling)))
+    for scheduler in replica.schedulers:
+        queue = scheduler.queue
+
+        def watched(request, start, *, is_new, queue=queue, take=queue.take):
+            assert all(queue.counts[request.tenant] <= queue.counts[other.tenant] for other in queue)
+            take(request, start, is_new=is_new)
+
+        queue.take = watched
+    replica.advance()
 
 
 @MANY
