@@ -113,7 +113,7 @@ class EngineOptions(Record):
     host_blocks: Annotated[int, Field(ge=0)] | None = None
     """KV blocks of host memory for them; needed by ``swap``."""
     swap_bandwidth_bytes_per_s: PositiveFloat | None = None
-    """Of the whole replica; None: the chips' PCIe links together. [bytes/s]"""
+    """Of the whole replica (of attention ranks: of one rank); None: the chips' PCIe links together. [bytes/s]"""
     swap_overlap: bool = False
     """Whether copies run beside the step's computation."""
     cache_tiers: Annotated[tuple[TierOptions, ...], BeforeValidator(_as_tuple)] = ()
