@@ -194,7 +194,7 @@ class Replica:
                 request.leaving, left_s = status, request.held_until_s
             else:
                 self.let_go(request, status)
-                self.ask()
+            self.ask()  # also who is in flight may have kept others from being scheduled (M21, M22)
             if status == CANCELLED or request.attempts == self.settings.retries.max_attempts:
                 break
             arrival_s = max(due_s + float(self.settings.retries.waits_s()[request.attempts - 1]), left_s)  # L5
