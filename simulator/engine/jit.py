@@ -105,7 +105,7 @@ def entry(function: F) -> F:
     ``fastmath`` stays off: results must not depend on the compiler's freedom to reorder sums. ``error_model="numpy"``
     only drops the zero-division checks; the code guards its divisors.
     """
-    return _compile(function)
+    return _compile(function, no_cfunc_wrapper=True)
 
 
 def compiled(function: F) -> F:

@@ -220,9 +220,9 @@ def take_blocks_of_steps(
 @compiled
 def steps_with_room(batch: Batch, step: int, k: int, free: int) -> int:
     """Steps, at most k, for which ``free`` blocks certainly are enough; 1 if they are for the first."""
-    # A sequence may begin a block just before the steps, and ends within one.
-    n = batch.ints[BATCH_SIZE]
-    if ((k * batch.ints[RATES]) >> UNIT_BITS) // batch.block_size + 2 * n <= free:
+    # A sequence may begin a block just before the steps, ends within one, and has not looked ahead yet if it is new (P2).
+    each = 2 + (batch.lookahead + batch.block_size) // batch.block_size
+    if ((k * batch.ints[RATES]) >> UNIT_BITS) // batch.block_size + each * batch.ints[BATCH_SIZE] <= free:
         return k
     first = 0
     while first < k - 1 and batch.ring[RING_NEED, (step + first) & batch.mask] == 0:
