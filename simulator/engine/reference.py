@@ -36,7 +36,7 @@ from simulator.engine.records import (
     itl_bin,
     of_the_whole,
 )
-from simulator.engine.reference_pricing import Part, Pricing, Work
+from simulator.engine.reference_pricing import Part, Pricing
 from simulator.engine.reference_scheduler import Scheduler, new_pool
 from simulator.engine.reference_speculation import Speculator
 from simulator.engine.reference_state import (
@@ -51,6 +51,7 @@ from simulator.engine.reference_state import (
     Plan,
     Request,
     StepRecord,
+    Work,
 )
 from simulator.engine.refusals import LASTING, check_mixture
 from simulator.errors import InputError
