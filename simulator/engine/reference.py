@@ -36,7 +36,7 @@ from simulator.engine.records import (
     itl_bin,
     of_the_whole,
 )
-from simulator.engine.reference_pricing import Part, Pricing, Work
+from simulator.engine.reference_pricing import Part, Pricing
 from simulator.engine.reference_scheduler import Scheduler, new_pool
 from simulator.engine.reference_speculation import Speculator
 from simulator.engine.reference_state import (
@@ -51,6 +51,7 @@ from simulator.engine.reference_state import (
     Plan,
     Request,
     StepRecord,
+    Work,
 )
 from simulator.engine.refusals import LASTING, check_mixture
 from simulator.errors import InputError
@@ -194,7 +195,7 @@ class Replica:
                 request.leaving, left_s = status, request.held_until_s
             else:
                 self.let_go(request, status)
-                self.ask()
+            self.ask()  # also who is in flight may have kept others from being scheduled (M21, M22)
             if status == CANCELLED or request.attempts == self.settings.retries.max_attempts:
                 break
             arrival_s = max(due_s + float(self.settings.retries.waits_s()[request.attempts - 1]), left_s)  # L5

@@ -6,25 +6,9 @@ from typing import Any
 
 from simulator.engine.records import EngineSettings
 from simulator.engine.reference_speculation import Speculator
-from simulator.engine.reference_state import Plan, Request
+from simulator.engine.reference_state import Plan, Request, Work
 from simulator.engine.reference_swap import HostPool
 from simulator.roofline.step_cost import StepCost, window_keys
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a scheduler's step is to the cost table (R9)."""
-
-    n: int
-    B: int
-    S: float
-    P: int
-    A: int
-    K: int
-    R: int
-    SW: float
-    AW: int
-    KW: int
 
 
 @dataclass(frozen=True)

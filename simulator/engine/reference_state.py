@@ -136,17 +136,9 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """One step of one scheduler, as it was scheduled: what ``on_step`` gets, at the step's start.
+class Work:
+    """What a scheduler's step is to the cost table (R9)."""
 
-    ``host_s`` is what the host adds to the device's time. ``scheduled`` maps rows to tokens; ``computed`` (before the step) and ``blocks`` (for the step) cover all running rows,
-    in the order of admission. ``preempted`` rows are in the order of preemption, ``waiting`` in the order of the queue; ``loading`` wait for a load.
-    Counts from ``arrived`` on are of the whole replica, the rest of scheduler ``rank``.
-    """
-
-    rank: int
-    start_s: float
-    end_s: float
     n: int
     B: int
     S: float
@@ -157,6 +149,20 @@ class StepRecord:
     SW: float
     AW: int
     KW: int
+
+
+@dataclass(frozen=True)
+class StepRecord(Work):
+    """One step of one scheduler, as it was scheduled: what ``on_step`` gets, at the step's start.
+
+    ``host_s`` is what the host adds to the device's time. ``scheduled`` maps rows to tokens; ``computed`` (before the step) and ``blocks`` (for the step) cover all running rows,
+    in the order of admission. ``preempted`` rows are in the order of preemption, ``waiting`` in the order of the queue; ``loading`` wait for a load.
+    Counts from ``arrived`` on are of the whole replica, the rest of scheduler ``rank``.
+    """
+
+    rank: int
+    start_s: float
+    end_s: float
     host_s: float
     level: int
     scheduled: dict[int, int]
