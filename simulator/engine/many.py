@@ -1,0 +1,524 @@
+"""Many replicas as one struct of arrays: advanced together, looked at together, and chosen between in compiled code.
+
+Each replica is the plain one of :mod:`simulator.engine.skip_ahead`, advanced by the same function. What is added is around it:
+
+* all states lie in common arrays, one row per replica (:attr:`Many.states`), so that one call reaches every replica;
+* a replica gets its requests through the heap that a closed loop keeps its clients in (R3), here an *inbox* of (time, row). Rows
+  are those of one stream for all replicas, and their results lie in one set of columns;
+* after each advance a replica's :class:`Board` entry says when its next step can start and what its load is.
+
+A *stage* is a range of replicas, a rule that chooses one of them, and a link over which a request's KV cache gets there
+(:class:`Stage`). ``docs/fleets.md`` has the rules, F1 to F8.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from simulator.engine import skip_ahead
+from simulator.engine.heaps import push_arrival
+from simulator.engine.jit import compiled, inlined
+from simulator.engine.progressions import blocks_for
+from simulator.engine.skip_ahead import (
+    CLOCK,
+    FIFO_HEAD,
+    FIFO_TAIL,
+    FREE_BLOCKS,
+    N_FREE_SLOTS,
+    N_PENDING,
+    N_PREEMPTED,
+    N_RUNNING,
+    CostTable,
+    Limits,
+    Outcome,
+    State,
+    Stream,
+)
+
+# columns of Kinds.ints
+(
+    N_DENSE,
+    N_HEAD,
+    N_KNOTS,
+    N_PLANES,
+    WINDOW,
+    WINDOW_CHUNKED,
+    MAX_SEQS,
+    BUDGET,
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    MAX_MODEL_LEN,
+    RESERVE_FULL,
+    LOOKAHEAD,
+    N_KIND_INTS,
+) = range(14)
+# columns of Kinds.floats
+SEQ, WINDOW_SLOPE, N_KIND_FLOATS = range(3)
+# columns of Board.ints
+KIND, REQUESTS, PROMISED, SEEN_HEAD, N_BOARD_INTS = range(5)
+#: How a stage chooses; with ``GIVEN`` somebody else has.
+GIVEN, LEAST_REQUESTS, LEAST_KV, POWER_OF_TWO, PREFIX = range(5)
+# columns of Links.sums
+BYTES, BUSY, WAITED, TRANSFERS, N_SUMS = range(5)
+
+
+class Kinds(NamedTuple):
+    """Cost tables and limits, one row per kind of replica, filled up to the longest."""
+
+    dense: Any
+    head: Any
+    knots: Any
+    value: Any
+    slope: Any
+    planes: Any
+    floats: Any
+    ints: Any
+
+
+class Board(NamedTuple):
+    """What the router may see of each replica.
+
+    Attributes
+    ----------
+    next_s
+        [replicas] when its next step can start; infinite if it has nothing to do.
+    ints
+        [replicas, 4] its kind, the requests it was given and has not finished, the KV blocks that the prompts among them
+        will take which it has not admitted yet, and the place in its queue up to which they have been counted.
+    """
+
+    next_s: Any
+    ints: Any
+
+
+class Links(NamedTuple):
+    """Links that carry KV caches, first come, first served.
+
+    Attributes
+    ----------
+    free_s
+        [links] when a link has sent what it was given.
+    sums
+        [links, 4] bytes, seconds sending, seconds that transfers waited for the link, transfers.
+    """
+
+    free_s: Any
+    sums: Any
+
+
+class Prefixes(NamedTuple):
+    """Which replica was last sent each block of prompt; empty unless a stage chooses by it."""
+
+    ids: Any
+    offsets: Any
+    owner: Any
+
+
+class Many(NamedTuple):
+    """All replicas of a fleet."""
+
+    kinds: Kinds
+    stream: Stream
+    out: Outcome
+    states: State
+    board: Board
+    links: Links
+    prefixes: Prefixes
+
+
+class Stage(NamedTuple):
+    """Where requests go next, and how they get there.
+
+    Attributes
+    ----------
+    first, last
+        its replicas are first … last − 1.
+    row0
+        row of request 0 in the stream.
+    policy
+        one of ``GIVEN`` … ``PREFIX``.
+    given
+        [n] the replica of each request, counted from ``first``; −1 until it is chosen, where it is not given.
+    draws
+        [n, 2] (of ``POWER_OF_TWO``) two different replicas to choose between, counted from ``first``.
+    match, imbalance, ratio
+        of ``PREFIX``: share of the prompt's blocks that must be known to follow them, and the two thresholds beyond which loads
+        are evened out instead: largest − smallest > imbalance, and largest > ratio × smallest.
+    linked
+        whether KV caches cross a link on the way.
+    bandwidth, latency_s
+        of a link [bytes/s], and the time after a transfer's last byte until it is there. [s]
+    layers
+        0: a transfer starts when the request is sent off. L: it starts as the first layer is ready, and after the last only 1/L of the
+        bytes are left to send.
+    inlet, outlet
+        [replicas] the link by which KV comes to, and leaves, a replica; −1: none.
+    bytes
+        [n] of each request's transfer.
+    sent_s, arrive_s, waited_s
+        [n] filled in: when it was sent off, when it was there, how long it waited for links.
+    """
+
+    first: int
+    last: int
+    row0: int
+    policy: int
+    given: Any
+    draws: Any
+    match: float
+    imbalance: int
+    ratio: float
+    linked: bool
+    bandwidth: float
+    latency_s: float
+    layers: int
+    inlet: Any
+    outlet: Any
+    bytes: Any
+    sent_s: Any
+    arrive_s: Any
+    waited_s: Any
+
+
+@inlined
+def _cost(kinds: Kinds, kind: int) -> CostTable:
+    """Cost table of one kind of replica."""
+    ints = kinds.ints[kind]
+    return CostTable(
+        kinds.dense[kind, : ints[N_DENSE]],
+        kinds.head[kind, : ints[N_HEAD]],
+        kinds.knots[kind, : ints[N_KNOTS]],
+        kinds.value[kind, : ints[N_KNOTS]],
+        kinds.slope[kind, : ints[N_KNOTS]],
+        kinds.floats[kind, SEQ],
+        kinds.planes[kind, : ints[N_PLANES]],
+        ints[WINDOW],
+        ints[WINDOW_CHUNKED] != 0,
+        kinds.floats[kind, WINDOW_SLOPE],
+    )
+
+
+@inlined
+def _limits(kinds: Kinds, kind: int) -> Limits:
+    """Settings of one kind of replica."""
+    ints = kinds.ints[kind]
+    return Limits(
+        ints[MAX_SEQS],
+        ints[BUDGET],
+        ints[BLOCK_SIZE],
+        ints[NUM_BLOCKS],
+        ints[MAX_MODEL_LEN],
+        ints[RESERVE_FULL] != 0,
+        ints[LOOKAHEAD],
+    )
+
+
+@inlined
+def _state(states: State, r: int) -> State:
+    """State of one replica."""
+    return State(
+        states.ints[r],
+        states.floats[r],
+        states.fifo[r],
+        states.pending_time[r],
+        states.pending_row[r],
+        states.heap[r],
+        states.residues[r],
+        states.stack[r],
+        states.free_slots[r],
+        states.row[r],
+        states.computed[r],
+        states.joined[r],
+        states.emitted[r],
+        states.seen[r],
+        states.finish_step[r],
+        states.after[r],
+        states.before[r],
+        states.w[r],
+        states.r0[r],
+        states.r1[r],
+        states.last_token[r],
+        states.events[r],
+        states.event_step[r],
+        states.growing[r],
+        states.chunk_slot[r],
+        states.chunk_size[r],
+        states.chunk_start[r],
+        states.timeline[r],
+        states.bits_f[r],
+        states.bits_i[r],
+    )
+
+
+@inlined
+def _outcome(out: Outcome, r: int) -> Outcome:
+    """Common columns, and the counts of one replica."""
+    return Outcome(
+        out.status,
+        out.arrival,
+        out.scheduled,
+        out.first_token,
+        out.finish,
+        out.preemptions,
+        out.busy,
+        out.busy_prefill,
+        out.busy_cached,
+        out.recompute,
+        out.steps_by_tokens[r],
+        out.steps_by_rows[r],
+        out.itl[r],
+    )
+
+
+@compiled
+def look(many: Many, r: int) -> None:
+    """Bring a replica's entry of the board up to date."""
+    ints, board = many.states.ints[r], many.board
+    waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
+    board.ints[r, REQUESTS] = ints[N_RUNNING] + waiting + ints[N_PENDING]
+    clock = many.states.floats[r, CLOCK]
+    if ints[N_RUNNING] > 0 or waiting > 0:
+        board.next_s[r] = clock
+    elif ints[N_PENDING] > 0:
+        board.next_s[r] = max(clock, many.states.pending_time[r, 0])
+    else:
+        board.next_s[r] = math.inf
+    size = many.kinds.ints[board.ints[r, KIND], BLOCK_SIZE]
+    for place in range(board.ints[r, SEEN_HEAD], ints[FIFO_HEAD]):
+        board.ints[r, PROMISED] -= blocks_for(many.stream.prompt[many.states.fifo[r, place]], size)
+    board.ints[r, SEEN_HEAD] = ints[FIFO_HEAD]
+
+
+@compiled
+def _advance(many: Many, r: int, until: float) -> None:
+    """Run a replica's steps that start before ``until``."""
+    kind = many.board.ints[r, KIND]
+    skip_ahead.advance(
+        _cost(many.kinds, kind),
+        _limits(many.kinds, kind),
+        many.stream,
+        _outcome(many.out, r),
+        _state(many.states, r),
+        None,
+        until,
+    )
+    look(many, r)
+
+
+@compiled
+def advance_all(many: Many, first: int, last: int, until: float) -> None:
+    """Run the steps of replicas ``first`` … ``last`` − 1 that start before ``until``."""
+    for r in range(first, last):
+        if many.board.next_s[r] < until:
+            _advance(many, r, until)
+
+
+@compiled
+def advance_to_finish(many: Many, until: float, rows: Any) -> int:
+    """Run the steps of all replicas, in order of time, that start before ``until`` and before anything finishes.
+
+    Return how many requests finished, in ``rows``; at the earliest of their ``finish`` times the caller may submit more. They may
+    finish later than ``until``. ``rows`` has room for every running request.
+    """
+    n = 0
+    limit = until
+    replicas = len(many.board.next_s)
+    while True:
+        r = 0
+        for other in range(1, replicas):
+            if many.board.next_s[other] < many.board.next_s[r]:
+                r = other
+        start = many.board.next_s[r]
+        if start >= limit:
+            return n
+        ints = many.states.ints[r]
+        free, head = ints[N_FREE_SLOTS], ints[FIFO_HEAD]
+        # Exactly one step: the next one starts after this one's start.
+        _advance(many, r, np.nextafter(start, math.inf))
+        # Slots were taken by those admitted, and given back, on top of the stack, by those that finished.
+        finished = ints[N_FREE_SLOTS] - free + ints[FIFO_HEAD] - head
+        for i in range(finished):
+            slot = many.states.free_slots[r, ints[N_FREE_SLOTS] - 1 - i]
+            rows[n] = many.states.row[r, slot]
+            n += 1
+        if finished > 0:
+            limit = min(limit, many.states.floats[r, CLOCK])
+
+
+@compiled
+def _has_room(many: Many, r: int) -> bool:
+    """Make room for one more request in a replica's queue and inbox; False if its arrays are too short."""
+    ints, fifo, board = many.states.ints[r], many.states.fifo[r], many.board
+    pending = ints[N_PENDING]
+    if pending + 1 >= many.states.pending_time.shape[1]:
+        return False
+    if ints[FIFO_TAIL] + pending + 1 <= len(fifo):
+        return True
+    head = ints[FIFO_HEAD]
+    for place in range(head, ints[FIFO_TAIL]):
+        fifo[place - head] = fifo[place]
+    ints[FIFO_TAIL] -= head
+    ints[FIFO_HEAD] = 0
+    board.ints[r, SEEN_HEAD] = 0
+    return bool(2 * (ints[FIFO_TAIL] + pending + 1) <= len(fifo))
+
+
+@compiled
+def _load(many: Many, r: int, by_kv: bool) -> float:
+    """Load of a replica: its requests, or the share of its KV blocks in use or promised."""
+    board = many.board.ints[r]
+    if not by_kv:
+        return float(board[REQUESTS])
+    blocks = many.kinds.ints[board[KIND], NUM_BLOCKS]
+    return float((blocks - many.states.ints[r, FREE_BLOCKS] + board[PROMISED]) / blocks)
+
+
+@compiled
+def _least(many: Many, stage: Stage, by_kv: bool) -> int:
+    """The first of the replicas with the least load."""
+    best = stage.first
+    least = _load(many, best, by_kv)
+    for r in range(stage.first + 1, stage.last):
+        load = _load(many, r, by_kv)
+        if load < least:
+            least = load
+            best = r
+    return best
+
+
+@compiled
+def _by_prefix(many: Many, stage: Stage, request: int) -> int:
+    """F5: the replica that was last sent the longest known start of this prompt, unless loads are too uneven."""
+    low = _load(many, stage.first, False)  # noqa: FBT003 - compiled code takes no keywords here
+    high = low
+    for r in range(stage.first + 1, stage.last):
+        load = _load(many, r, False)  # noqa: FBT003
+        low = min(low, load)
+        high = max(high, load)
+    ids, offsets, owner = many.prefixes
+    start, stop = offsets[request], offsets[request + 1]
+    found = -1
+    known = 0
+    for place in range(start, stop):
+        who = owner[ids[place]]
+        if who < 0:
+            break
+        found = who
+        known += 1
+    uneven = high - low > stage.imbalance and high > stage.ratio * low
+    if found >= 0 and not uneven and known > stage.match * (stop - start):
+        best = found
+    else:
+        best = _least(many, stage, False)  # noqa: FBT003
+    for place in range(start, stop):
+        owner[ids[place]] = best
+    return best
+
+
+@compiled
+def _choose(many: Many, stage: Stage, request: int) -> int:
+    """F2 to F5: the replica that a request goes to."""
+    if stage.policy == LEAST_REQUESTS:
+        best = _least(many, stage, False)  # noqa: FBT003 - compiled code takes no keywords here
+    elif stage.policy == LEAST_KV:
+        best = _least(many, stage, True)  # noqa: FBT003
+    elif stage.policy == POWER_OF_TWO:
+        best = int(stage.first + stage.draws[request, 0])
+        other = int(stage.first + stage.draws[request, 1])
+        if _load(many, other, False) < _load(many, best, False):  # noqa: FBT003
+            best = other
+    else:
+        best = _by_prefix(many, stage, request)
+    return best
+
+
+@compiled
+def _transfer(links: Links, stage: Stage, request: int, now: float, ready: float, outlet: int, inlet: int) -> float:
+    """F6: send a request's KV cache over its links; return when it is there.
+
+    ``ready`` is when its first layer was; without ``layers`` it is ``now``.
+    """
+    start = ready
+    if outlet >= 0:
+        start = max(start, links.free_s[outlet])
+    if inlet >= 0:
+        start = max(start, links.free_s[inlet])
+    sending = stage.bytes[request] / stage.bandwidth
+    end = start + sending
+    if stage.layers > 0:
+        end = max(end, now + sending / stage.layers)
+    for k in range(2):
+        link = outlet if k == 0 else inlet
+        if link >= 0 and (k == 0 or inlet != outlet):
+            links.free_s[link] = end
+            links.sums[link, BYTES] += stage.bytes[request]
+            links.sums[link, BUSY] += sending
+            links.sums[link, WAITED] += start - ready
+            links.sums[link, TRANSFERS] += 1.0
+    stage.waited_s[request] = start - ready
+    return end + stage.latency_s
+
+
+@compiled
+def accepts(many: Many, r: int, row: int) -> bool:
+    """R4: whether a replica will not reject a request."""
+    kind = many.kinds.ints[many.board.ints[r, KIND]]
+    longest = many.stream.prompt[row] + many.stream.max_tokens[row]
+    if 0 < kind[MAX_MODEL_LEN] < longest:
+        return False
+    return bool(blocks_for(longest - 1 + kind[LOOKAHEAD], kind[BLOCK_SIZE]) <= kind[NUM_BLOCKS])
+
+
+@compiled
+def dispatch(many: Many, stage: Stage, request: int, now: float, since: float, source: int) -> int:
+    """Send a request off at ``now``; replicas have been advanced to it. Return its replica, or −1 if arrays are too short.
+
+    ``since`` is when the KV cache that goes with it began to be computed, ``source`` the replica that did (−1: none).
+    """
+    if stage.given[request] < 0:
+        stage.given[request] = _choose(many, stage, request) - stage.first
+    r = stage.first + stage.given[request]
+    if not _has_room(many, r):  # it will be asked again, and go where it was to go
+        return -1
+    row = stage.row0 + request
+    there = now
+    stage.waited_s[request] = 0.0
+    if stage.linked and stage.bytes[request] > 0:
+        ready = now
+        if stage.layers > 0:
+            ready = now - (1.0 - 1.0 / stage.layers) * (now - since)
+        outlet = stage.outlet[source] if source >= 0 else -1
+        there = _transfer(many.links, stage, request, now, ready, outlet, stage.inlet[r])
+    stage.sent_s[request] = now
+    stage.arrive_s[request] = there
+    ints = many.states.ints[r]
+    ints[N_PENDING] = push_arrival(
+        many.states.pending_time[r], many.states.pending_row[r], ints[N_PENDING], there, row
+    )
+    if accepts(many, r, row):
+        size = many.kinds.ints[many.board.ints[r, KIND], BLOCK_SIZE]
+        many.board.ints[r, PROMISED] += blocks_for(many.stream.prompt[row], size)
+    look(many, r)
+    return int(r)
+
+
+@compiled
+def serve(
+    many: Many, stage: Stage, order: Any, when: Any, since: Any, source: Any, first: int, last: int, until: float
+) -> int:
+    """Send requests ``order[first … last − 1]`` off, each at its time in ``when``, as long as that is before ``until``.
+
+    Between two of them every replica of the stage that has a step before the second is advanced to it, unless nobody looks.
+    Return the place of the first that was not sent: ``last``, or because of ``until``, or because arrays are too short.
+    """
+    for i in range(first, last):
+        request = order[i]
+        now = when[request]
+        if now >= until:
+            return i
+        if stage.policy != GIVEN:
+            advance_all(many, stage.first, stage.last, now)
+        if dispatch(many, stage, request, now, since[request], source[request]) < 0:
+            return i
+    return last

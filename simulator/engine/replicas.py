@@ -1,0 +1,356 @@
+"""Many replicas, seen from Python: sent requests while they run, looked at, advanced together.
+
+The algorithm is in :mod:`simulator.engine.many`. Replicas without features beyond the plain loop are advanced by compiled code, all in
+one call; those with a prefix cache, tiers, swap or speculation one call each, which costs some 20 µs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.engine import many, skip_ahead
+from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.compiled import Engine
+from simulator.engine.records import FINISHED, NOT_ARRIVED, EngineResult, EngineSettings, Requests, needs_queue
+from simulator.errors import InputError
+from simulator.roofline.pipeline_cost import PipelineCost
+from simulator.roofline.step_cost import StepCost
+
+FIRST_ROOM = 64
+"""Requests that a replica's queue and inbox have room for at first; they grow when they must."""
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``count`` equal replicas."""
+
+    cost: StepCost | PipelineCost
+    settings: EngineSettings
+    count: int
+
+
+class _View(Engine):
+    """One of many replicas as an engine: what it shares with the others are views."""
+
+    def __init__(self, like: Engine, stream: skip_ahead.Stream, out: skip_ahead.Outcome, state: skip_ahead.State) -> None:
+        self.__dict__.update(like.__dict__)
+        self._stream, self._out, self._state = stream, out, state
+
+
+class Replicas:
+    """All replicas of a fleet, in the order of ``kinds``.
+
+    Parameters
+    ----------
+    requests
+        all that may ever be sent to any of them. Times of arrival are up to :meth:`dispatch` and :meth:`serve`.
+    links
+        number of links between them.
+    prefixes
+        which prompts start alike, for a router that goes by it; None: no router does.
+    timeline_interval_s
+        length of the first timeline intervals; None: as short as they may be. [s]
+
+    Raises
+    ------
+    InputError
+        If a kind has settings that a replica which is looked at while it runs does not follow.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[Kind],
+        requests: Requests,
+        *,
+        links: int = 0,
+        prefixes: BlockHashes | None = None,
+        timeline_interval_s: float | None = None,
+    ) -> None:
+        self._requests = requests
+        n = len(requests)
+        self.kind_of = np.repeat(np.arange(len(kinds)), [kind.count for kind in kinds])
+        engines = [_engine(kind, requests, timeline_interval_s) for kind in kinds]
+        self._like = engines
+        self._engines: list[Engine | None] = [None] * len(self.kind_of)
+        stream = skip_ahead.Stream(
+            np.zeros(n),
+            *(
+                np.ascontiguousarray(getattr(requests, name), dtype=np.int64)
+                for name in ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
+            ),
+            1,  # a closed loop: requests come by the inbox
+        )
+        out = _outcome_columns(engines, self.kind_of, n)
+        board = many.Board(
+            np.full(len(self.kind_of), np.inf), np.zeros((len(self.kind_of), many.N_BOARD_INTS), dtype=np.int64)
+        )
+        board.ints[:, many.KIND] = self.kind_of
+        hashes = prefixes or BlockHashes(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64), 1)
+        owner = np.full(int(hashes.ids.max(initial=-1)) + 1, -1, dtype=np.int64)
+        self.many = many.Many(
+            _stacked_kinds(engines),
+            stream,
+            out,
+            _stacked_states(engines, self.kind_of, n),
+            board,
+            many.Links(np.zeros(links), np.zeros((links, many.N_SUMS))),
+            many.Prefixes(hashes.ids, hashes.offsets, owner),
+        )
+        for r, kind in enumerate(self.kind_of):
+            if engines[kind]._extra is not None:
+                # Each has caches of its own.
+                self._engines[r] = _View(_engine(kinds[kind], requests, timeline_interval_s), stream, out, self._state(r))
+        self.compiled = not any(self._engines)
+
+    def __len__(self) -> int:
+        """Return the number of replicas."""
+        return len(self.kind_of)
+
+    def advance(self, first: int, last: int, until_s: float = math.inf) -> None:
+        """Run the steps of replicas ``first`` … ``last`` − 1 that start before ``until_s``."""
+        if self.compiled:
+            many.advance_all(self.many, first, last, float(until_s))
+            return
+        for r in range(first, last):
+            if self.many.board.next_s[r] < until_s:
+                self._advance(r, until_s)
+
+    def advance_to_finish(self, until_s: float, rows: Ints) -> int:
+        """Run steps of all replicas that start before ``until_s`` and before anything finishes, in order of time.
+
+        Return how many requests finished, their rows in ``rows``, which needs :attr:`max_running` places. They may finish later than
+        ``until_s``.
+
+        Raises
+        ------
+        InputError
+            If a replica is not a plain one.
+        """
+        if not self.compiled:
+            raise InputError(
+                "agents and whoever else waits for answers: only with engine.prefix_cache, preemption, cache_tiers and "
+                "speculation at their defaults"
+            )
+        return int(many.advance_to_finish(self.many, float(until_s), rows))
+
+    @property
+    def max_running(self) -> int:
+        """Requests that can run at a time."""
+        return int(self.many.kinds.ints[self.kind_of, many.MAX_SEQS].sum())
+
+    def dispatch(self, stage: many.Stage, request: int, now_s: float, since_s: float = math.nan, source: int = -1) -> int:
+        """Send one request off, replicas being advanced to ``now_s``; return its replica."""
+        while True:
+            r = int(many.dispatch(self.many, stage, request, now_s, since_s, source))
+            if r >= 0:
+                return r
+            self._grow()
+
+    def serve(
+        self, stage: many.Stage, order: Ints, when_s: Floats, since_s: Floats, source: Ints, until_s: float, first: int = 0
+    ) -> int:
+        """Send requests ``order[first:]`` off, each at its time in ``when_s``, as far as that is before ``until_s``.
+
+        Return the place of the next one.
+        """
+        place = first
+        while self.compiled:
+            place = int(
+                many.serve(self.many, stage, order, when_s, since_s, source, place, len(order), float(until_s))
+            )
+            if place == len(order) or when_s[order[place]] >= until_s:
+                return place
+            self._grow()
+        for i in range(first, len(order)):
+            request = order[i]
+            now = when_s[request]
+            if now >= until_s:
+                return i
+            if stage.policy != many.GIVEN:
+                self.advance(stage.first, stage.last, now)
+            self.dispatch(stage, request, now, since_s[request], source[request])
+        return len(order)
+
+    def accepts(self, replica: int, row: int) -> bool:
+        """Whether a replica will not reject a row (R4)."""
+        return bool(many.accepts(self.many, replica, row))
+
+    @property
+    def finish_s(self) -> Floats:
+        """[n] when each request finished. [s]"""
+        return np.asarray(self.many.out.finish)
+
+    @property
+    def scheduled_s(self) -> Floats:
+        """[n] when each request's first step started. [s]"""
+        return np.asarray(self.many.out.scheduled)
+
+    @property
+    def done(self) -> NDArray[np.bool_]:
+        """[n] whether each request has finished."""
+        return np.asarray(self.many.out.status == FINISHED)
+
+    def itl_counts(self, first: int, last: int) -> Ints:
+        """Inter-token latencies so far of replicas ``first`` … ``last`` − 1."""
+        counts = self.many.out.itl[first:last].sum(axis=0)
+        for r in range(first, last):
+            engine = self._engines[r]
+            if engine is not None:
+                counts[0] += engine._extra_tokens()
+        return np.asarray(counts)
+
+    @property
+    def link_sums(self) -> Floats:
+        """[links, 4] bytes, seconds sending, seconds that transfers waited, transfers."""
+        return np.asarray(self.many.links.sums)
+
+    def result(self, replica: int, rows: Ints) -> EngineResult:
+        """What a replica has done; per-request columns are those of ``rows``, all its requests among them."""
+        out = self.many.out
+        columns = {name: getattr(out, name)[rows] for name in _COLUMNS}
+        counts = {name: getattr(out, name)[replica].copy() for name in _COUNTS}
+        stream = self.many.stream
+        mine = skip_ahead.Stream(stream.arrival[rows], *(column[rows] for column in stream[1:-1]), stream.concurrency)
+        own = self._engines[replica]
+        like = self._like[self.kind_of[replica]] if own is None else own
+        view = _View(like, mine, skip_ahead.Outcome(**columns, **counts), self._state(replica))
+        return view.result() if own is None else _of_rows(view, own, rows)
+
+    def _state(self, r: int) -> skip_ahead.State:
+        return skip_ahead.State(*(array[r] for array in self.many.states))
+
+    def _advance(self, r: int, until_s: float) -> None:
+        engine = self._engines[r]
+        if engine is None:
+            many.advance_all(self.many, r, r + 1, float(until_s))
+            return
+        engine.advance(until_s)
+        many.look(self.many, r)
+        loading = self.many.states.ints[r, skip_ahead.N_LOADING]
+        if loading:
+            board = self.many.board
+            board.ints[r, many.REQUESTS] += loading
+            board.next_s[r] = min(board.next_s[r], max(engine.next_load_s, engine.clock_s))
+
+    def _grow(self) -> None:
+        """Double the queues and inboxes."""
+        states = self.many.states
+        longer = {
+            name: np.concatenate([array, np.zeros_like(array)], axis=1)
+            for name in ("fifo", "pending_time", "pending_row")
+            for array in [getattr(states, name)]
+        }
+        self.many = self.many._replace(states=states._replace(**longer))
+        for r, engine in enumerate(self._engines):
+            if engine is not None:
+                engine._state = self._state(r)
+
+
+#: Fields of an outcome: one value per request, and counts of a replica.
+_COUNTS = ("steps_by_tokens", "steps_by_rows", "itl")
+_COLUMNS = tuple(name for name in skip_ahead.Outcome._fields if name not in _COUNTS)
+
+
+def _engine(kind: Kind, requests: Requests, timeline_interval_s: float | None) -> Engine:
+    """A replica that all others of its kind are like; it holds no request."""
+    settings = kind.settings
+    if isinstance(kind.cost, PipelineCost) or kind.cost.ranks > 1 or settings.expert_skew.on:
+        raise InputError(
+            "replicas of several ranks or stages, or with uneven experts, cannot be looked at while they run: choose a router "
+            "that does not look at loads (round-robin, random, hash), and traffic that does not wait for answers"
+        )
+    if needs_queue(settings, clients_leave=requests.clients_may_leave):
+        raise InputError(
+            "routers that look at loads, and agents: only with engine.policy, batching, long_prefill_token_threshold and watermark "
+            "at their defaults, a host that costs nothing, and clients that do not leave"
+        )
+    remembers = settings.prefix_cache != "off" or settings.swap is not None or settings.speculation is not None
+    few = requests if remembers else requests.take(slice(0, 0))
+    return Engine(kind.cost, settings, replace(few, concurrency=0), timeline_interval_s=timeline_interval_s)
+
+
+def _of_rows(view: Engine, own: Engine, rows: Ints) -> EngineResult:
+    """Result of a replica with caches, whose columns are of all requests."""
+    extra = own._extra
+    if extra is None:
+        return view.result()
+    speculates = extra.spec.on
+    view._extra = extra._replace(
+        cache=extra.cache._replace(reused=extra.cache.reused[rows] if extra.cache.on else extra.cache.reused),
+        swap=extra.swap._replace(charged=extra.swap.charged[rows]) if extra.swap.on else extra.swap,
+        loads=(
+            extra.loads._replace(start_s=extra.loads.start_s[rows], end_s=extra.loads.end_s[rows])
+            if extra.loads.on
+            else extra.loads
+        ),
+        spec=(
+            extra.spec._replace(tariff=extra.spec.tariff._replace(wasted=extra.spec.tariff.wasted[rows]))
+            if speculates
+            else extra.spec
+        ),
+    )
+    return view.result()
+
+
+def _stacked(arrays: Sequence[NDArray[Any]], fill: float = 0) -> NDArray[Any]:
+    """Arrays of one dtype and number of dimensions in one, each filled up to the largest."""
+    shape = np.max([array.shape for array in arrays], axis=0)
+    found = np.full((len(arrays), *shape), fill, dtype=arrays[0].dtype)
+    for row, array in zip(found, arrays, strict=True):
+        row[tuple(map(slice, array.shape))] = array
+    return found
+
+
+def _stacked_kinds(engines: Sequence[Engine]) -> many.Kinds:
+    costs = [engine._cost for engine in engines]
+    limits = [engine._limits for engine in engines]
+    ints = np.zeros((len(engines), many.N_KIND_INTS), dtype=np.int64)
+    floats = np.zeros((len(engines), many.N_KIND_FLOATS))
+    for row, cost, limit in zip(ints, costs, limits, strict=True):
+        row[many.N_DENSE], row[many.N_HEAD] = len(cost.dense), len(cost.head)
+        row[many.N_KNOTS], row[many.N_PLANES] = len(cost.knots), len(cost.planes)
+        row[many.WINDOW], row[many.WINDOW_CHUNKED] = cost.window, cost.window_chunked
+        row[many.MAX_SEQS : many.LOOKAHEAD + 1] = limit
+    floats[:, many.SEQ] = [cost.seq for cost in costs]
+    floats[:, many.WINDOW_SLOPE] = [cost.window_slope for cost in costs]
+    tables = (_stacked([getattr(cost, name) for cost in costs]) for name in many.Kinds._fields[:6])
+    return many.Kinds(*tables, floats, ints)
+
+
+def _stacked_states(engines: Sequence[Engine], kind_of: Ints, n: int) -> skip_ahead.State:
+    states = [engine._state for engine in engines]
+    replicas = len(kind_of)
+    arrays: dict[str, NDArray[Any]] = {}
+    for name in skip_ahead.State._fields:
+        if name in {"fifo", "pending_time", "pending_row"}:
+            arrays[name] = np.zeros((replicas, FIRST_ROOM), dtype=getattr(states[0], name).dtype)
+            continue
+        common = _stacked([getattr(state, name) for state in states])
+        if common.any():
+            arrays[name] = common[kind_of]
+        else:  # of zeros the system gives memory only where it is used
+            arrays[name] = np.zeros((replicas, *common.shape[1:]), dtype=common.dtype)
+    arrays["bits_i"] = arrays["bits_f"].view(np.int64)  # the same bits
+    arrays["ints"][:, skip_ahead.NEXT_ROW] = n  # nobody is released
+    return skip_ahead.State(**arrays)
+
+
+def _outcome_columns(engines: Sequence[Engine], kind_of: Ints, n: int) -> skip_ahead.Outcome:
+    outs = [engine._out for engine in engines]
+    counts = {
+        name: np.zeros((len(kind_of), max(len(getattr(out, name)) for out in outs)), dtype=np.int64) for name in _COUNTS
+    }
+    columns: dict[str, NDArray[Any]] = {
+        name: np.full(n, np.nan) for name in ("arrival", "scheduled", "first_token", "finish")
+    }
+    columns |= {name: np.zeros(n) for name in ("busy", "busy_prefill", "busy_cached", "recompute")}
+    columns["preemptions"] = np.zeros(n, dtype=np.int32)
+    columns["status"] = np.full(n, NOT_ARRIVED, dtype=np.int8)
+    return skip_ahead.Outcome(**columns, **counts)
