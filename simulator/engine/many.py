@@ -434,11 +434,16 @@ def _choose(many: Many, stage: Stage, request: int) -> int:
 
 
 @compiled
-def _transfer(links: Links, stage: Stage, request: int, now: float, ready: float, outlet: int, inlet: int) -> float:
-    """F6: send a request's KV cache over its links; return when it is there.
+def _transfer(links: Links, stage: Stage, request: int, now: float, since: float, source: int, target: int) -> float:
+    """F6: send a request's KV cache from replica ``source`` (−1: none) to ``target``; return when it is there.
 
-    ``ready`` is when its first layer was; without ``layers`` it is ``now``.
+    ``since`` is when it began to be computed.
     """
+    ready = now
+    if stage.layers > 0:
+        ready = now - (1.0 - 1.0 / stage.layers) * (now - since)
+    outlet = stage.outlet[source] if source >= 0 else -1
+    inlet = stage.inlet[target]
     start = ready
     if outlet >= 0:
         start = max(start, links.free_s[outlet])
@@ -461,6 +466,21 @@ def _transfer(links: Links, stage: Stage, request: int, now: float, ready: float
 
 
 @compiled
+def transfer_in_order(links: Links, stage: Stage, order: Any, when: Any, since: Any, source: Any) -> None:
+    """Send the KV caches of requests ``order``, whose replicas are given, off at their times in ``when``."""
+    for i in range(len(order)):
+        request = order[i]
+        now = when[request]
+        there = now
+        if stage.linked and stage.bytes[request] > 0:
+            there = _transfer(
+                links, stage, request, now, since[request], source[request], stage.first + stage.given[request]
+            )
+        stage.sent_s[request] = now
+        stage.arrive_s[request] = there
+
+
+@compiled
 def accepts(many: Many, r: int, row: int) -> bool:
     """R4: whether a replica will not reject a request."""
     kind = many.kinds.ints[many.board.ints[r, KIND]]
@@ -474,7 +494,7 @@ def accepts(many: Many, r: int, row: int) -> bool:
 def dispatch(many: Many, stage: Stage, request: int, now: float, since: float, source: int) -> int:
     """Send a request off at ``now``; replicas have been advanced to it. Return its replica, or −1 if arrays are too short.
 
-    ``since`` is when the KV cache that goes with it began to be computed, ``source`` the replica that did (−1: none).
+    ``since`` and ``source`` are as in :func:`_transfer`.
     """
     if stage.given[request] < 0:
         stage.given[request] = _choose(many, stage, request) - stage.first
@@ -483,13 +503,8 @@ def dispatch(many: Many, stage: Stage, request: int, now: float, since: float, s
         return -1
     row = stage.row0 + request
     there = now
-    stage.waited_s[request] = 0.0
     if stage.linked and stage.bytes[request] > 0:
-        ready = now
-        if stage.layers > 0:
-            ready = now - (1.0 - 1.0 / stage.layers) * (now - since)
-        outlet = stage.outlet[source] if source >= 0 else -1
-        there = _transfer(many.links, stage, request, now, ready, outlet, stage.inlet[r])
+        there = _transfer(many.links, stage, request, now, since, source, r)
     stage.sent_s[request] = now
     stage.arrive_s[request] = there
     ints = many.states.ints[r]

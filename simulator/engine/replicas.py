@@ -55,8 +55,8 @@ class Replicas:
         number of links between them.
     prefixes
         which prompts start alike, for a router that goes by it; None: no router does.
-    timeline_interval_s
-        length of the first timeline intervals; None: as short as they may be. [s]
+    last_arrival_s
+        about when the last request is sent: sets the length of the timeline's intervals, as in :class:`Engine`. [s]
 
     Raises
     ------
@@ -71,12 +71,12 @@ class Replicas:
         *,
         links: int = 0,
         prefixes: BlockHashes | None = None,
-        timeline_interval_s: float | None = None,
+        last_arrival_s: float = 0.0,
     ) -> None:
         self._requests = requests
         n = len(requests)
         self.kind_of = np.repeat(np.arange(len(kinds)), [kind.count for kind in kinds])
-        engines = [_engine(kind, requests, timeline_interval_s) for kind in kinds]
+        engines = [_engine(kind, requests, last_arrival_s) for kind in kinds]
         self._like = engines
         self._engines: list[Engine | None] = [None] * len(self.kind_of)
         stream = skip_ahead.Stream(
@@ -106,7 +106,7 @@ class Replicas:
         for r, kind in enumerate(self.kind_of):
             if engines[kind]._extra is not None:
                 # Each has caches of its own.
-                self._engines[r] = _View(_engine(kinds[kind], requests, timeline_interval_s), stream, out, self._state(r))
+                self._engines[r] = _View(_engine(kinds[kind], requests, last_arrival_s), stream, out, self._state(r))
         self.compiled = not any(self._engines)
 
     def __len__(self) -> int:
@@ -258,7 +258,7 @@ _COUNTS = ("steps_by_tokens", "steps_by_rows", "itl")
 _COLUMNS = tuple(name for name in skip_ahead.Outcome._fields if name not in _COUNTS)
 
 
-def _engine(kind: Kind, requests: Requests, timeline_interval_s: float | None) -> Engine:
+def _engine(kind: Kind, requests: Requests, last_arrival_s: float) -> Engine:
     """A replica that all others of its kind are like; it holds no request."""
     settings = kind.settings
     if isinstance(kind.cost, PipelineCost) or kind.cost.ranks > 1 or settings.expert_skew.on:
@@ -273,7 +273,8 @@ def _engine(kind: Kind, requests: Requests, timeline_interval_s: float | None) -
         )
     remembers = settings.prefix_cache != "off" or settings.swap is not None or settings.speculation is not None
     few = requests if remembers else requests.take(slice(0, 0))
-    return Engine(kind.cost, settings, replace(few, concurrency=0), timeline_interval_s=timeline_interval_s)
+    interval_s = max(last_arrival_s / 512, 64 * float(kind.cost.dense_s[1]))
+    return Engine(kind.cost, settings, replace(few, concurrency=0), timeline_interval_s=interval_s)
 
 
 def _of_rows(view: Engine, own: Engine, rows: Ints) -> EngineResult:
