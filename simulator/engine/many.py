@@ -56,9 +56,11 @@ from simulator.engine.skip_ahead import (
 # columns of Kinds.floats
 SEQ, WINDOW_SLOPE, N_KIND_FLOATS = range(3)
 # columns of Board.ints
-KIND, REQUESTS, PROMISED, SEEN_HEAD, N_BOARD_INTS = range(5)
+KIND, REQUESTS, PROMISED, SEEN_HEAD, OWNED, BLOCKS, N_BOARD_INTS = range(7)
 #: How a stage chooses; with ``GIVEN`` somebody else has.
 GIVEN, LEAST_REQUESTS, LEAST_KV, POWER_OF_TWO, PREFIX = range(5)
+#: What :func:`run` does.
+SERVE, RANGE, FINISH = range(3)
 # columns of Links.sums
 BYTES, BUSY, WAITED, TRANSFERS, N_SUMS = range(5)
 
@@ -84,8 +86,9 @@ class Board(NamedTuple):
     next_s
         [replicas] when its next step can start; infinite if it has nothing to do.
     ints
-        [replicas, 4] its kind, the requests it was given and has not finished, the KV blocks that the prompts among them
-        will take which it has not admitted yet, and the place in its queue up to which they have been counted.
+        [replicas, 6] its kind, the requests it was given and has not finished, the KV blocks that the prompts among them
+        will take which it has not admitted yet, the place in its queue up to which they have been counted, and its KV blocks, those
+        in use and all.
     """
 
     next_s: Any
@@ -272,86 +275,35 @@ def _outcome(out: Outcome, r: int) -> Outcome:
 
 
 @compiled
-def look(many: Many, r: int) -> None:
-    """Bring a replica's entry of the board up to date."""
-    ints, board = many.states.ints[r], many.board
+def look(board: Board, kinds: Any, prompt: Any, ints: Any, floats: Any, pending_time: Any, fifo: Any, r: int) -> None:
+    """Bring a replica's entry of the board up to date, from ``Kinds.ints``, ``Stream.prompt`` and fields of its state.
+
+    Functions around the engine take the arrays they need: compiling a call with all of :class:`Many` takes seconds.
+    """
+    mine = board.ints[r]
     waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
-    board.ints[r, REQUESTS] = ints[N_RUNNING] + waiting + ints[N_PENDING]
-    clock = many.states.floats[r, CLOCK]
+    mine[REQUESTS] = ints[N_RUNNING] + waiting + ints[N_PENDING]
     if ints[N_RUNNING] > 0 or waiting > 0:
-        board.next_s[r] = clock
+        board.next_s[r] = floats[CLOCK]
     elif ints[N_PENDING] > 0:
-        board.next_s[r] = max(clock, many.states.pending_time[r, 0])
+        board.next_s[r] = max(floats[CLOCK], pending_time[0])
     else:
         board.next_s[r] = math.inf
-    size = many.kinds.ints[board.ints[r, KIND], BLOCK_SIZE]
-    for place in range(board.ints[r, SEEN_HEAD], ints[FIFO_HEAD]):
-        board.ints[r, PROMISED] -= blocks_for(many.stream.prompt[many.states.fifo[r, place]], size)
-    board.ints[r, SEEN_HEAD] = ints[FIFO_HEAD]
+    size = kinds[mine[KIND], BLOCK_SIZE]
+    for place in range(mine[SEEN_HEAD], ints[FIFO_HEAD]):
+        mine[PROMISED] -= blocks_for(prompt[fifo[place]], size)
+    mine[SEEN_HEAD] = ints[FIFO_HEAD]
+    mine[OWNED] = mine[BLOCKS] - ints[FREE_BLOCKS]
 
 
 @compiled
-def _advance(many: Many, r: int, until: float) -> None:
-    """Run a replica's steps that start before ``until``."""
-    kind = many.board.ints[r, KIND]
-    skip_ahead.advance(
-        _cost(many.kinds, kind),
-        _limits(many.kinds, kind),
-        many.stream,
-        _outcome(many.out, r),
-        _state(many.states, r),
-        None,
-        until,
-    )
-    look(many, r)
+def _has_room(ints: Any, fifo: Any, inbox: int, mine: Any) -> bool:
+    """Make room for one more request in a replica's queue and inbox; False if its arrays are too short.
 
-
-@compiled
-def advance_all(many: Many, first: int, last: int, until: float) -> None:
-    """Run the steps of replicas ``first`` … ``last`` − 1 that start before ``until``."""
-    for r in range(first, last):
-        if many.board.next_s[r] < until:
-            _advance(many, r, until)
-
-
-@compiled
-def advance_to_finish(many: Many, until: float, rows: Any) -> int:
-    """Run the steps of all replicas, in order of time, that start before ``until`` and before anything finishes.
-
-    Return how many requests finished, in ``rows``; at the earliest of their ``finish`` times the caller may submit more. They may
-    finish later than ``until``. ``rows`` has room for every running request.
+    ``inbox`` is the length of the inbox, ``mine`` the replica's row of :attr:`Board.ints`.
     """
-    n = 0
-    limit = until
-    replicas = len(many.board.next_s)
-    while True:
-        r = 0
-        for other in range(1, replicas):
-            if many.board.next_s[other] < many.board.next_s[r]:
-                r = other
-        start = many.board.next_s[r]
-        if start >= limit:
-            return n
-        ints = many.states.ints[r]
-        free, head = ints[N_FREE_SLOTS], ints[FIFO_HEAD]
-        # Exactly one step: the next one starts after this one's start.
-        _advance(many, r, np.nextafter(start, math.inf))
-        # Slots were taken by those admitted, and given back, on top of the stack, by those that finished.
-        finished = ints[N_FREE_SLOTS] - free + ints[FIFO_HEAD] - head
-        for i in range(finished):
-            slot = many.states.free_slots[r, ints[N_FREE_SLOTS] - 1 - i]
-            rows[n] = many.states.row[r, slot]
-            n += 1
-        if finished > 0:
-            limit = min(limit, many.states.floats[r, CLOCK])
-
-
-@compiled
-def _has_room(many: Many, r: int) -> bool:
-    """Make room for one more request in a replica's queue and inbox; False if its arrays are too short."""
-    ints, fifo, board = many.states.ints[r], many.states.fifo[r], many.board
     pending = ints[N_PENDING]
-    if pending + 1 >= many.states.pending_time.shape[1]:
+    if pending + 1 >= inbox:
         return False
     if ints[FIFO_TAIL] + pending + 1 <= len(fifo):
         return True
@@ -360,27 +312,25 @@ def _has_room(many: Many, r: int) -> bool:
         fifo[place - head] = fifo[place]
     ints[FIFO_TAIL] -= head
     ints[FIFO_HEAD] = 0
-    board.ints[r, SEEN_HEAD] = 0
+    mine[SEEN_HEAD] = 0
     return bool(2 * (ints[FIFO_TAIL] + pending + 1) <= len(fifo))
 
 
-@compiled
-def _load(many: Many, r: int, by_kv: bool) -> float:
+@inlined
+def _load(board: Board, r: int, by_kv: bool) -> float:
     """Load of a replica: its requests, or the share of its KV blocks in use or promised."""
-    board = many.board.ints[r]
     if not by_kv:
-        return float(board[REQUESTS])
-    blocks = many.kinds.ints[board[KIND], NUM_BLOCKS]
-    return float((blocks - many.states.ints[r, FREE_BLOCKS] + board[PROMISED]) / blocks)
+        return float(board.ints[r, REQUESTS])
+    return float((board.ints[r, OWNED] + board.ints[r, PROMISED]) / board.ints[r, BLOCKS])
 
 
 @compiled
-def _least(many: Many, stage: Stage, by_kv: bool) -> int:
+def _least(board: Board, first: int, last: int, by_kv: bool) -> int:
     """The first of the replicas with the least load."""
-    best = stage.first
-    least = _load(many, best, by_kv)
-    for r in range(stage.first + 1, stage.last):
-        load = _load(many, r, by_kv)
+    best = first
+    least = _load(board, best, by_kv)
+    for r in range(first + 1, last):
+        load = _load(board, r, by_kv)
         if load < least:
             least = load
             best = r
@@ -388,15 +338,14 @@ def _least(many: Many, stage: Stage, by_kv: bool) -> int:
 
 
 @compiled
-def _by_prefix(many: Many, stage: Stage, request: int) -> int:
+def _by_prefix(board: Board, prefixes: Prefixes, stage: Stage, request: int) -> int:
     """F5: the replica that was last sent the longest known start of this prompt, unless loads are too uneven."""
-    low = _load(many, stage.first, False)  # noqa: FBT003 - compiled code takes no keywords here
+    low = board.ints[stage.first, REQUESTS]
     high = low
     for r in range(stage.first + 1, stage.last):
-        load = _load(many, r, False)  # noqa: FBT003
-        low = min(low, load)
-        high = max(high, load)
-    ids, offsets, owner = many.prefixes
+        low = min(low, board.ints[r, REQUESTS])
+        high = max(high, board.ints[r, REQUESTS])
+    ids, offsets, owner = prefixes
     start, stop = offsets[request], offsets[request + 1]
     found = -1
     known = 0
@@ -410,27 +359,24 @@ def _by_prefix(many: Many, stage: Stage, request: int) -> int:
     if found >= 0 and not uneven and known > stage.match * (stop - start):
         best = found
     else:
-        best = _least(many, stage, False)  # noqa: FBT003
+        best = _least(board, stage.first, stage.last, False)  # noqa: FBT003 - compiled code takes no keywords here
     for place in range(start, stop):
         owner[ids[place]] = best
     return best
 
 
 @compiled
-def _choose(many: Many, stage: Stage, request: int) -> int:
-    """F2 to F5: the replica that a request goes to."""
-    if stage.policy == LEAST_REQUESTS:
-        best = _least(many, stage, False)  # noqa: FBT003 - compiled code takes no keywords here
-    elif stage.policy == LEAST_KV:
-        best = _least(many, stage, True)  # noqa: FBT003
-    elif stage.policy == POWER_OF_TWO:
+def _choose(board: Board, prefixes: Prefixes, stage: Stage, request: int) -> int:
+    """F3 to F5: the replica that a request goes to."""
+    if stage.policy == PREFIX:
+        return int(_by_prefix(board, prefixes, stage, request))
+    if stage.policy == POWER_OF_TWO:
         best = int(stage.first + stage.draws[request, 0])
         other = int(stage.first + stage.draws[request, 1])
-        if _load(many, other, False) < _load(many, best, False):  # noqa: FBT003
+        if board.ints[other, REQUESTS] < board.ints[best, REQUESTS]:
             best = other
-    else:
-        best = _by_prefix(many, stage, request)
-    return best
+        return best
+    return int(_least(board, stage.first, stage.last, stage.policy == LEAST_KV))
 
 
 @compiled
@@ -481,59 +427,122 @@ def transfer_in_order(links: Links, stage: Stage, order: Any, when: Any, since: 
 
 
 @compiled
-def accepts(many: Many, r: int, row: int) -> bool:
-    """R4: whether a replica will not reject a request."""
-    kind = many.kinds.ints[many.board.ints[r, KIND]]
-    longest = many.stream.prompt[row] + many.stream.max_tokens[row]
+def accepts(kind: Any, longest: int) -> bool:
+    """R4: whether a replica, of which ``kind`` is the row of ``Kinds.ints``, will not reject a request of ``longest`` tokens."""
     if 0 < kind[MAX_MODEL_LEN] < longest:
         return False
     return bool(blocks_for(longest - 1 + kind[LOOKAHEAD], kind[BLOCK_SIZE]) <= kind[NUM_BLOCKS])
 
 
 @compiled
-def dispatch(many: Many, stage: Stage, request: int, now: float, since: float, source: int) -> int:
-    """Send a request off at ``now``; replicas have been advanced to it. Return its replica, or −1 if arrays are too short.
-
-    ``since`` and ``source`` are as in :func:`_transfer`.
-    """
-    if stage.given[request] < 0:
-        stage.given[request] = _choose(many, stage, request) - stage.first
-    r = stage.first + stage.given[request]
-    if not _has_room(many, r):  # it will be asked again, and go where it was to go
-        return -1
-    row = stage.row0 + request
-    there = now
-    if stage.linked and stage.bytes[request] > 0:
-        there = _transfer(many.links, stage, request, now, since, source, r)
-    stage.sent_s[request] = now
-    stage.arrive_s[request] = there
-    ints = many.states.ints[r]
-    ints[N_PENDING] = push_arrival(
-        many.states.pending_time[r], many.states.pending_row[r], ints[N_PENDING], there, row
-    )
-    if accepts(many, r, row):
-        size = many.kinds.ints[many.board.ints[r, KIND], BLOCK_SIZE]
-        many.board.ints[r, PROMISED] += blocks_for(many.stream.prompt[row], size)
-    look(many, r)
-    return int(r)
-
-
-@compiled
-def serve(
-    many: Many, stage: Stage, order: Any, when: Any, since: Any, source: Any, first: int, last: int, until: float
+def run(
+    many: Many,
+    stage: Stage,
+    mode: int,
+    order: Any,
+    when: Any,
+    since: Any,
+    source: Any,
+    place: int,
+    until: float,
+    rows: Any,
 ) -> int:
-    """Send requests ``order[first … last − 1]`` off, each at its time in ``when``, as long as that is before ``until``.
+    """Send requests off and let replicas run; the one function that has all of :class:`Many`, because each takes long to compile.
 
-    Between two of them every replica of the stage that has a step before the second is advanced to it, unless nobody looks.
-    Return the place of the first that was not sent: ``last``, or because of ``until``, or because arrays are too short.
+    ``SERVE``: send ``order[place:]`` off, each at its time in ``when``, as long as that is before ``until``; every replica of the
+    stage that has a step before then is advanced to it first, unless nobody looks. Return the place of the first that was not sent:
+    the length of ``order``, or because of ``until``, or because arrays are too short.
+
+    ``RANGE``: run the steps of the stage's replicas that start before ``until``; return 0.
+
+    ``FINISH``: send ``order[place:]`` off at once (replicas have been advanced to it), then run the steps of all replicas of the fleet, in order of time, that start before ``until`` and before
+    anything finishes. Return how many requests finished, in ``rows``, which has room for every running request; at the earliest of
+    their ``finish`` times the caller may send more. They may finish later than ``until``. If arrays are too short, return −1 − the
+    place of the first that was not sent.
+
+    ``since`` and ``source``, by request, are as in :func:`_transfer`.
     """
-    for i in range(first, last):
-        request = order[i]
-        now = when[request]
-        if now >= until:
-            return i
-        if stage.policy != GIVEN:
-            advance_all(many, stage.first, stage.last, now)
-        if dispatch(many, stage, request, now, since[request], source[request]) < 0:
-            return i
-    return last
+    board, states, kinds, prompt = many.board, many.states, many.kinds, many.stream.prompt
+    last = stage.last
+    cursor = stage.first
+    limit = until
+    found = 0
+    while True:
+        # --- whom to advance, and until when ---
+        if mode == RANGE:
+            while cursor < last and board.next_s[cursor] >= until:
+                cursor += 1
+            if cursor == last:
+                return 0
+            r = cursor
+            target = until
+        elif place < len(order):
+            request = order[place]
+            now = when[request]
+            if mode == SERVE:
+                if now >= until:
+                    return place
+                if stage.policy == GIVEN:
+                    cursor = last
+                while cursor < last and board.next_s[cursor] >= now:
+                    cursor += 1
+            if mode == SERVE and cursor < last:
+                r = cursor
+                target = now
+            else:
+                # --- nobody: send a request off ---
+                if stage.given[request] < 0:
+                    stage.given[request] = _choose(board, many.prefixes, stage, request) - stage.first
+                r = stage.first + stage.given[request]
+                ints, mine = states.ints[r], board.ints[r]
+                if not _has_room(ints, states.fifo[r], states.pending_time.shape[1], mine):
+                    return place if mode == SERVE else -1 - place  # asked again, it goes where it was to go
+                there = now
+                if stage.linked and stage.bytes[request] > 0:
+                    there = _transfer(many.links, stage, request, now, since[request], source[request], r)
+                stage.sent_s[request] = now
+                stage.arrive_s[request] = there
+                row = stage.row0 + request
+                times = states.pending_time[r]
+                ints[N_PENDING] = push_arrival(times, states.pending_row[r], ints[N_PENDING], there, row)
+                kind = kinds.ints[mine[KIND]]
+                if accepts(kind, prompt[row] + many.stream.max_tokens[row]):
+                    mine[PROMISED] += blocks_for(prompt[row], kind[BLOCK_SIZE])
+                look(board, kinds.ints, prompt, ints, states.floats[r], times, states.fifo[r], r)
+                place += 1
+                cursor = stage.first
+                continue
+        elif mode == SERVE:
+            return place
+        else:
+            r = 0
+            for other in range(1, len(board.next_s)):
+                if board.next_s[other] < board.next_s[r]:
+                    r = other
+            if board.next_s[r] >= limit:
+                return found
+            # Exactly one step: the next one starts after this one's start.
+            target = np.nextafter(board.next_s[r], math.inf)
+
+        # --- let it run ---
+        ints = states.ints[r]
+        free, head = ints[N_FREE_SLOTS], ints[FIFO_HEAD]
+        kind_of = board.ints[r, KIND]
+        skip_ahead.advance(
+            _cost(kinds, kind_of),
+            _limits(kinds, kind_of),
+            many.stream,
+            _outcome(many.out, r),
+            _state(states, r),
+            None,
+            target,
+        )
+        look(board, kinds.ints, prompt, ints, states.floats[r], states.pending_time[r], states.fifo[r], r)
+        if mode == FINISH:
+            # Slots were taken by those admitted, and given back, on top of the stack, by those that finished.
+            finished = ints[N_FREE_SLOTS] - free + ints[FIFO_HEAD] - head
+            for i in range(finished):
+                rows[found] = states.row[r, states.free_slots[r, ints[N_FREE_SLOTS] - 1 - i]]
+                found += 1
+            if finished > 0:
+                limit = min(limit, states.floats[r, CLOCK])

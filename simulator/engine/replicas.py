@@ -50,7 +50,7 @@ class Replicas:
     Parameters
     ----------
     requests
-        all that may ever be sent to any of them. Times of arrival are up to :meth:`dispatch` and :meth:`serve`.
+        all that may ever be sent to any of them. When is up to :meth:`serve` and :meth:`advance_to_finish`.
     links
         number of links between them.
     prefixes
@@ -92,6 +92,7 @@ class Replicas:
             np.full(len(self.kind_of), np.inf), np.zeros((len(self.kind_of), many.N_BOARD_INTS), dtype=np.int64)
         )
         board.ints[:, many.KIND] = self.kind_of
+        board.ints[:, many.BLOCKS] = [engines[kind]._settings.num_kv_blocks for kind in self.kind_of]
         hashes = prefixes or BlockHashes(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64), 1)
         owner = np.full(int(hashes.ids.max(initial=-1)) + 1, -1, dtype=np.int64)
         self.many = many.Many(
@@ -108,25 +109,28 @@ class Replicas:
                 # Each has caches of its own.
                 self._engines[r] = _View(_engine(kinds[kind], requests, last_arrival_s), stream, out, self._state(r))
         self.compiled = not any(self._engines)
+        self._finished = np.zeros(self.max_running, dtype=np.int64)
 
     def __len__(self) -> int:
         """Return the number of replicas."""
         return len(self.kind_of)
 
-    def advance(self, first: int, last: int, until_s: float = math.inf) -> None:
-        """Run the steps of replicas ``first`` … ``last`` − 1 that start before ``until_s``."""
+    def advance(self, stage: many.Stage, until_s: float = math.inf) -> None:
+        """Run the steps of a stage's replicas that start before ``until_s``."""
         if self.compiled:
-            many.advance_all(self.many, first, last, float(until_s))
+            self._run(stage, many.RANGE, _NOBODY, _NEVER, _NEVER, _NOBODY, 0, until_s)
             return
-        for r in range(first, last):
+        for r in range(stage.first, stage.last):
             if self.many.board.next_s[r] < until_s:
-                self._advance(r, until_s)
+                self._advance(stage, r, until_s)
 
-    def advance_to_finish(self, until_s: float, rows: Ints) -> int:
-        """Run steps of all replicas that start before ``until_s`` and before anything finishes, in order of time.
+    def advance_to_finish(
+        self, stage: many.Stage, order: Ints, when_s: Floats, since_s: Floats, source: Ints, until_s: float
+    ) -> Ints:
+        """Send requests ``order`` off, which come now, and run steps, in order of time, until something finishes or ``until_s``.
 
-        Return how many requests finished, their rows in ``rows``, which needs :attr:`max_running` places. They may finish later than
-        ``until_s``.
+        Return the rows of the requests that finished: some, if a step that started before ``until_s`` ended with one. All of them
+        have ``finish_s``, which may be later than ``until_s``; no step that starts at or after the earliest has been run.
 
         Raises
         ------
@@ -138,20 +142,18 @@ class Replicas:
                 "agents and whoever else waits for answers: only with engine.prefix_cache, preemption, cache_tiers and "
                 "speculation at their defaults"
             )
-        return int(many.advance_to_finish(self.many, float(until_s), rows))
+        place = 0
+        while True:
+            found = self._run(stage, many.FINISH, order, when_s, since_s, source, place, until_s)
+            if found >= 0:
+                return self._finished[:found]
+            place = -1 - found
+            self._grow()
 
     @property
     def max_running(self) -> int:
         """Requests that can run at a time."""
         return int(self.many.kinds.ints[self.kind_of, many.MAX_SEQS].sum())
-
-    def dispatch(self, stage: many.Stage, request: int, now_s: float, since_s: float = math.nan, source: int = -1) -> int:
-        """Send one request off, replicas being advanced to ``now_s``; return its replica."""
-        while True:
-            r = int(many.dispatch(self.many, stage, request, now_s, since_s, source))
-            if r >= 0:
-                return r
-            self._grow()
 
     def serve(
         self, stage: many.Stage, order: Ints, when_s: Floats, since_s: Floats, source: Ints, until_s: float, first: int = 0
@@ -161,26 +163,45 @@ class Replicas:
         Return the place of the next one.
         """
         place = first
-        while self.compiled:
-            place = int(
-                many.serve(self.many, stage, order, when_s, since_s, source, place, len(order), float(until_s))
-            )
-            if place == len(order) or when_s[order[place]] >= until_s:
-                return place
-            self._grow()
-        for i in range(first, len(order)):
-            request = order[i]
-            now = when_s[request]
-            if now >= until_s:
-                return i
+        if self.compiled:
+            while True:
+                place = self._run(stage, many.SERVE, order, when_s, since_s, source, place, until_s)
+                if place == len(order) or when_s[order[place]] >= until_s:
+                    return place
+                self._grow()
+        while place < len(order) and when_s[order[place]] < until_s:
+            one = order[place : place + 1]
             if stage.policy != many.GIVEN:
-                self.advance(stage.first, stage.last, now)
-            self.dispatch(stage, request, now, since_s[request], source[request])
-        return len(order)
+                self.advance(stage, when_s[one[0]])
+            self._send(stage, one, when_s, since_s, source)
+            place += 1
+        return place
+
+    def _send(self, stage: many.Stage, order: Ints, when_s: Floats, since_s: Floats, source: Ints) -> None:
+        """Send requests off, replicas being advanced to their times."""
+        while (place := self._run(stage, many.FINISH, order, when_s, since_s, source, 0, -math.inf)) < 0:
+            order = order[-1 - place :]
+            self._grow()
+
+    def _run(
+        self,
+        stage: many.Stage,
+        mode: int,
+        order: Ints,
+        when_s: Floats,
+        since_s: Floats,
+        source: Ints,
+        place: int,
+        until_s: float,
+    ) -> int:
+        return int(
+            many.run(self.many, stage, mode, order, when_s, since_s, source, place, float(until_s), self._finished)
+        )
 
     def accepts(self, replica: int, row: int) -> bool:
         """Whether a replica will not reject a row (R4)."""
-        return bool(many.accepts(self.many, replica, row))
+        stream, kinds = self.many.stream, self.many.kinds
+        return bool(many.accepts(kinds.ints[self.kind_of[replica]], stream.prompt[row] + stream.max_tokens[row]))
 
     @property
     def finish_s(self) -> Floats:
@@ -226,14 +247,16 @@ class Replicas:
     def _state(self, r: int) -> skip_ahead.State:
         return skip_ahead.State(*(array[r] for array in self.many.states))
 
-    def _advance(self, r: int, until_s: float) -> None:
+    def _advance(self, stage: many.Stage, r: int, until_s: float) -> None:
         engine = self._engines[r]
         if engine is None:
-            many.advance_all(self.many, r, r + 1, float(until_s))
+            one = stage._replace(first=r, last=r + 1)
+            self._run(one, many.RANGE, _NOBODY, _NEVER, _NEVER, _NOBODY, 0, until_s)
             return
         engine.advance(until_s)
-        many.look(self.many, r)
-        loading = self.many.states.ints[r, skip_ahead.N_LOADING]
+        kinds, prompt, state = self.many.kinds.ints, self.many.stream.prompt, self._state(r)
+        many.look(self.many.board, kinds, prompt, state.ints, state.floats, state.pending_time, state.fifo, r)
+        loading = state.ints[skip_ahead.N_LOADING]
         if loading:
             board = self.many.board
             board.ints[r, many.REQUESTS] += loading
@@ -252,6 +275,8 @@ class Replicas:
             if engine is not None:
                 engine._state = self._state(r)
 
+
+_NOBODY, _NEVER = np.zeros(0, dtype=np.int64), np.zeros(0)
 
 #: Fields of an outcome: one value per request, and counts of a replica.
 _COUNTS = ("steps_by_tokens", "steps_by_rows", "itl")

@@ -19,9 +19,10 @@ from simulator.engine.records import COLUMNS, Requests
 from simulator.engine.replicas import Kind, Replicas
 from simulator.errors import InputError
 from simulator.fleet.records import Agents, Fleet, Served
-from simulator.fleet.stages import Plan, StageResult, admissible, goes_on, served, stages_of
+from simulator.fleet.stages import Plan, StageResult, admissible, fits, goes_on, served, stages_of
 
 Steps = Iterator[simpy.Event]
+_NOBODY = np.zeros(0, dtype=np.int64)
 
 
 def serve_agents(fleet: Fleet, requests: Requests, agents: Agents, *, seed: int = 1) -> Served:
@@ -80,8 +81,16 @@ class _Path:
             prefixes=prefixes[0],
         )
         self._records = [stage.record(seed, row0=k * self._n) for k, stage in enumerate(self._stages)]
+        self._able = [
+            np.concatenate([np.tile(fits(pool.settings, stage.requests), (pool.replicas, 1)) for pool in stage.pools])
+            for stage in self._stages
+        ]
+        self._when = np.full(self._n, np.nan)
+        self._since = np.full(self._n, np.nan)
+        self._source = np.full(self._n, -1, dtype=np.int64)
         self._clock = _Clock()
         self._waiting: dict[int, simpy.Event] = {}
+        self._sent: list[list[int]] = [[] for _ in self._stages]
         self._refused_at = np.full(self._n, np.nan)
 
     def run(self, agents: Agents) -> Served:
@@ -91,10 +100,8 @@ class _Path:
         tasks = iter(range(len(agents.turns)))
         for _ in range(min(agents.count, len(agents.turns))):
             clock.process(self._work(agents, tasks, first))
-        rows = np.zeros(replicas.max_running, dtype=np.int64)
         while True:
-            found = replicas.advance_to_finish(clock.peek(), rows)
-            done = rows[:found]
+            done = self._run_replicas()
             finish = replicas.finish_s
             for row in done[np.lexsort((done, finish[done]))]:
                 clock.happens(self._waiting.pop(int(row)), float(finish[row]))
@@ -103,6 +110,28 @@ class _Path:
                 return self._served()
             while clock.peek() == now:
                 clock.step()
+
+    def _run_replicas(self) -> NDArray[np.int64]:
+        """Send off what is sent now, and let the replicas run until something happens; return the rows that finished."""
+        replicas, last = self._replicas, len(self._records) - 1
+        for k, record in enumerate(self._records):
+            sent = self._sent[k]
+            order = np.array(sent, dtype=np.int64)
+            sent.clear()
+            sure = bool(self._able[k][:, order].all())
+            if k == last and sure:
+                return replicas.advance_to_finish(
+                    record, order, self._when, self._since, self._source, self._clock.peek()
+                )
+            if len(order):
+                replicas.advance_to_finish(record, order, self._when, self._since, self._source, -np.inf)
+            for request in order[~self._able[k][record.given[order], order]]:  # they are rejected as they come (R4)
+                row = k * self._n + int(request)
+                self._clock.happens(self._waiting.pop(row), float(record.arrive_s[request]))
+                self._goes_on[request] = False
+        return replicas.advance_to_finish(
+            self._records[last], _NOBODY, self._when, self._since, self._source, self._clock.peek()
+        )
 
     def _work(self, agents: Agents, tasks: Iterator[int], first: NDArray[np.int64]) -> Steps:
         """F8: one agent."""
@@ -119,22 +148,20 @@ class _Path:
 
     def _answer(self, request: int) -> Steps:
         """F1: one request, until its last token."""
-        clock, replicas = self._clock, self._replicas
+        clock = self._clock
         if self._refused[request]:
             self._refused_at[request] = clock.now
             return
-        source, since = -1, np.nan
-        for k, record in enumerate(self._records):
+        for k, sent in enumerate(self._sent):
             row = k * self._n + request
-            source = replicas.dispatch(record, request, clock.now, since, source)
-            if not replicas.accepts(source, row):
-                yield clock.happens(clock.event(), float(record.arrive_s[request]))
-                return
-            self._waiting[row] = clock.event()
-            yield self._waiting[row]
+            self._when[request] = clock.now
+            self._waiting[row] = answer = clock.event()
+            sent.append(request)
+            yield answer
             if not self._goes_on[request]:
                 return
-            since = float(replicas.scheduled_s[row])
+            self._since[request] = self._replicas.scheduled_s[row]
+            self._source[request] = self._records[k].first + self._records[k].given[request]
 
     def _served(self) -> Served:
         replicas, found = self._replicas, []

@@ -160,7 +160,7 @@ def _together(
     place, counts = 0, []
     for edge_s in (*(itl_window_s or ()), np.inf):
         place = replicas.serve(record, order, when, since, source, edge_s, place)
-        replicas.advance(0, n, edge_s)
+        replicas.advance(record, edge_s)
         counts.append(replicas.itl_counts(0, n))
     given = record.given[order]
     rows = [order[given == r] for r in range(n)]
