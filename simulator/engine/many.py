@@ -16,11 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulator.engine import skip_ahead
-from simulator.engine.heaps import push_arrival
-from simulator.engine.jit import compiled, inlined
-from simulator.engine.progressions import blocks_for
-from simulator.engine.skip_ahead import (
+from simulator.engine.core import (
     CLOCK,
     FIFO_HEAD,
     FIFO_TAIL,
@@ -35,6 +31,10 @@ from simulator.engine.skip_ahead import (
     State,
     Stream,
 )
+from simulator.engine.heaps import push_arrival
+from simulator.engine.jit import compiled, inlined
+from simulator.engine.progressions import blocks_for
+from simulator.engine.skip_ahead import advance
 
 # columns of Kinds.ints
 (
@@ -528,7 +528,7 @@ def run(
         ints = states.ints[r]
         free, head = ints[N_FREE_SLOTS], ints[FIFO_HEAD]
         kind_of = board.ints[r, KIND]
-        skip_ahead.advance(
+        advance(
             _cost(kinds, kind_of),
             _limits(kinds, kind_of),
             many.stream,

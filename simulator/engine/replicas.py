@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import many, skip_ahead
+from simulator.engine import core, many
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.compiled import Engine
 from simulator.engine.records import FINISHED, NOT_ARRIVED, EngineResult, EngineSettings, Requests, needs_queue
@@ -39,7 +39,7 @@ class Kind:
 class _View(Engine):
     """One of many replicas as an engine: what it shares with the others are views."""
 
-    def __init__(self, like: Engine, stream: skip_ahead.Stream, out: skip_ahead.Outcome, state: skip_ahead.State) -> None:
+    def __init__(self, like: Engine, stream: core.Stream, out: core.Outcome, state: core.State) -> None:
         self.__dict__.update(like.__dict__)
         self._stream, self._out, self._state = stream, out, state
 
@@ -79,7 +79,7 @@ class Replicas:
         engines = [_engine(kind, requests, last_arrival_s) for kind in kinds]
         self._like = engines
         self._engines: list[Engine | None] = [None] * len(self.kind_of)
-        stream = skip_ahead.Stream(
+        stream = core.Stream(
             np.zeros(n),
             *(
                 np.ascontiguousarray(getattr(requests, name), dtype=np.int64)
@@ -238,14 +238,14 @@ class Replicas:
         columns = {name: getattr(out, name)[rows] for name in _COLUMNS}
         counts = {name: getattr(out, name)[replica].copy() for name in _COUNTS}
         stream = self.many.stream
-        mine = skip_ahead.Stream(stream.arrival[rows], *(column[rows] for column in stream[1:-1]), stream.concurrency)
+        mine = core.Stream(stream.arrival[rows], *(column[rows] for column in stream[1:-1]), stream.concurrency)
         own = self._engines[replica]
         like = self._like[self.kind_of[replica]] if own is None else own
-        view = _View(like, mine, skip_ahead.Outcome(**columns, **counts), self._state(replica))
+        view = _View(like, mine, core.Outcome(**columns, **counts), self._state(replica))
         return view.result() if own is None else _of_rows(view, own, rows)
 
-    def _state(self, r: int) -> skip_ahead.State:
-        return skip_ahead.State(*(array[r] for array in self.many.states))
+    def _state(self, r: int) -> core.State:
+        return core.State(*(array[r] for array in self.many.states))
 
     def _advance(self, stage: many.Stage, r: int, until_s: float) -> None:
         engine = self._engines[r]
@@ -256,7 +256,7 @@ class Replicas:
         engine.advance(until_s)
         kinds, prompt, state = self.many.kinds.ints, self.many.stream.prompt, self._state(r)
         many.look(self.many.board, kinds, prompt, state.ints, state.floats, state.pending_time, state.fifo, r)
-        loading = state.ints[skip_ahead.N_LOADING]
+        loading = state.ints[core.N_LOADING]
         if loading:
             board = self.many.board
             board.ints[r, many.REQUESTS] += loading
@@ -280,7 +280,7 @@ _NOBODY, _NEVER = np.zeros(0, dtype=np.int64), np.zeros(0)
 
 #: Fields of an outcome: one value per request, and counts of a replica.
 _COUNTS = ("steps_by_tokens", "steps_by_rows", "itl")
-_COLUMNS = tuple(name for name in skip_ahead.Outcome._fields if name not in _COUNTS)
+_COLUMNS = tuple(name for name in core.Outcome._fields if name not in _COUNTS)
 
 
 def _engine(kind: Kind, requests: Requests, last_arrival_s: float) -> Engine:
@@ -350,11 +350,11 @@ def _stacked_kinds(engines: Sequence[Engine]) -> many.Kinds:
     return many.Kinds(*tables, floats, ints)
 
 
-def _stacked_states(engines: Sequence[Engine], kind_of: Ints, n: int) -> skip_ahead.State:
+def _stacked_states(engines: Sequence[Engine], kind_of: Ints, n: int) -> core.State:
     states = [engine._state for engine in engines]
     replicas = len(kind_of)
     arrays: dict[str, NDArray[Any]] = {}
-    for name in skip_ahead.State._fields:
+    for name in core.State._fields:
         if name in {"fifo", "pending_time", "pending_row"}:
             arrays[name] = np.zeros((replicas, FIRST_ROOM), dtype=getattr(states[0], name).dtype)
             continue
@@ -364,11 +364,11 @@ def _stacked_states(engines: Sequence[Engine], kind_of: Ints, n: int) -> skip_ah
         else:  # of zeros the system gives memory only where it is used
             arrays[name] = np.zeros((replicas, *common.shape[1:]), dtype=common.dtype)
     arrays["bits_i"] = arrays["bits_f"].view(np.int64)  # the same bits
-    arrays["ints"][:, skip_ahead.NEXT_ROW] = n  # nobody is released
-    return skip_ahead.State(**arrays)
+    arrays["ints"][:, core.NEXT_ROW] = n  # nobody is released
+    return core.State(**arrays)
 
 
-def _outcome_columns(engines: Sequence[Engine], kind_of: Ints, n: int) -> skip_ahead.Outcome:
+def _outcome_columns(engines: Sequence[Engine], kind_of: Ints, n: int) -> core.Outcome:
     outs = [engine._out for engine in engines]
     counts = {
         name: np.zeros((len(kind_of), max(len(getattr(out, name)) for out in outs)), dtype=np.int64) for name in _COUNTS
@@ -379,4 +379,4 @@ def _outcome_columns(engines: Sequence[Engine], kind_of: Ints, n: int) -> skip_a
     columns |= {name: np.zeros(n) for name in ("busy", "busy_prefill", "busy_cached", "recompute")}
     columns["preemptions"] = np.zeros(n, dtype=np.int32)
     columns["status"] = np.full(n, NOT_ARRIVED, dtype=np.int8)
-    return skip_ahead.Outcome(**columns, **counts)
+    return core.Outcome(**columns, **counts)

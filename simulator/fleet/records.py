@@ -242,7 +242,7 @@ _OF_NOBODY: dict[str, float] = {
 }
 
 
-def joined(n: int, name: str, rows: Sequence[Ints], results: Sequence[EngineResult]) -> NDArray[Any]:
+def joined(n: int, name: str, rows: Sequence[Ints | slice], results: Sequence[EngineResult]) -> NDArray[Any]:
     """[n] a per-request array of several replicas' results; ``rows`` says whose are whose."""
     parts = [getattr(result, name) for result in results]
     whole = np.full(n, _OF_NOBODY.get(name, 0), dtype=parts[0].dtype)
@@ -289,7 +289,9 @@ class Served:
         from a request's arrival until its cached tokens' KV was there, and from the end of its prefill until its KV was at
         the decode replica: waiting, sending, latency. [s]
     links
-        by ``store`` and ``link``: [links, 4] bytes, seconds sending, seconds that transfers waited, transfers.
+        by ``store`` and ``link``, where there are any: [links, 4] bytes, seconds sending, seconds that transfers waited, transfers.
+    moved, waited_s, moved_bytes
+        likewise: [n] which requests had a KV cache sent; [n] how long it waited; Σ of their bytes, once for each link they held.
     itl_counts
         inter-token latencies of the measured stretch of time, if one was asked for.
     bridge_s
@@ -309,6 +311,9 @@ class Served:
     store_s: Floats
     transfer_s: Floats
     links: dict[str, Floats]
+    moved: dict[str, NDArray[np.bool_]]
+    waited_s: dict[str, Floats]
+    moved_bytes: dict[str, float]
     itl_counts: Ints | None = None
     bridge_s: Floats | None = None
 

@@ -81,6 +81,11 @@ class Plan:
             "both": self.sources + self.replicas,
         }[self.link.per]
 
+    @property
+    def held_twice(self) -> bool:
+        """Whether a transfer holds two links."""
+        return self.link is not None and self.link.per == "both"
+
     def record(self, seed: int, *, row0: int = 0) -> many.Stage:
         """The stage as compiled code takes it; requests' rows start at ``row0``."""
         n = len(self.requests)
@@ -242,6 +247,11 @@ class StageResult:
         return joined(len(self.plan.requests), name, self.rows, self.results)
 
     @property
+    def moved(self) -> NDArray[np.bool_]:
+        """[n] whose KV cache was sent."""
+        return np.asarray(~np.isnan(self.record.sent_s) & (self.plan.bytes > 0))
+
+    @property
     def replica(self) -> Ints:
         """[n] replica of each request, counted over all stages; −1: nobody."""
         sent = ~np.isnan(self.record.sent_s)
@@ -276,6 +286,9 @@ def served(
     refused = ~np.isnan(refused_s)
     arrival[refused] = refused_s[refused]
     status[refused] = REJECTED
+    linked = {
+        name: stage for name, stage in zip(("store", "link"), found, strict=False) if stage.plan.link is not None
+    }
     return Served(
         fleet=fleet,
         requests=requests,
@@ -290,9 +303,13 @@ def served(
         store_s=np.where(sent, first.record.arrive_s - first.record.sent_s, 0.0),
         transfer_s=transfer,
         links={
-            name: links[stage.plan.link0 : stage.plan.link0 + stage.plan.n_links]
-            for name, stage in zip(("store", "link"), found, strict=False)
-            if stage.plan.link is not None
+            name: links[stage.plan.link0 : stage.plan.link0 + stage.plan.n_links] for name, stage in linked.items()
+        },
+        moved={name: stage.moved for name, stage in linked.items()},
+        waited_s={name: stage.record.waited_s for name, stage in linked.items()},
+        moved_bytes={
+            name: float(stage.plan.bytes[stage.moved].sum()) * (2 if stage.plan.held_twice else 1)
+            for name, stage in linked.items()
         },
         itl_counts=itl,
         bridge_s=bridge,
