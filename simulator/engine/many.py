@@ -56,7 +56,7 @@ from simulator.engine.skip_ahead import advance
 # columns of Kinds.floats
 SEQ, WINDOW_SLOPE, N_KIND_FLOATS = range(3)
 # columns of Board.ints
-KIND, REQUESTS, PROMISED, SEEN_HEAD, OWNED, BLOCKS, N_BOARD_INTS = range(7)
+KIND, REQUESTS, PROMISED, SEEN_HEAD, OWNED, BLOCKS, ENDING, ENDING_BLOCKS, N_BOARD_INTS = range(9)
 #: How a stage chooses; with ``GIVEN`` somebody else has.
 GIVEN, LEAST_REQUESTS, LEAST_KV, POWER_OF_TWO, PREFIX = range(5)
 #: What :func:`run` does.
@@ -85,13 +85,17 @@ class Board(NamedTuple):
     ----------
     next_s
         [replicas] when its next step can start; infinite if it has nothing to do.
+    clock_s
+        [replicas] when its last step ends: it may be under way.
     ints
-        [replicas, 6] its kind, the requests it was given and has not finished, the KV blocks that the prompts among them
+        [replicas, 8] its kind, the requests it was given and has not finished, the KV blocks that the prompts among them
         will take which it has not admitted yet, the place in its queue up to which they have been counted, and its KV blocks, those
-        in use and all.
+        in use and all. Then the requests that finish at the end of its last step, and their blocks, which are not in the
+        figures before them: until that end they are there.
     """
 
     next_s: Any
+    clock_s: Any
     ints: Any
 
 
@@ -275,18 +279,32 @@ def _outcome(out: Outcome, r: int) -> Outcome:
 
 
 @compiled
-def look(board: Board, kinds: Any, prompt: Any, ints: Any, floats: Any, pending_time: Any, fifo: Any, r: int) -> None:
-    """Bring a replica's entry of the board up to date, from ``Kinds.ints``, ``Stream.prompt`` and fields of its state.
+def look(
+    board: Board,
+    kinds: Any,
+    prompt: Any,
+    output: Any,
+    finish: Any,
+    ints: Any,
+    floats: Any,
+    pending_time: Any,
+    fifo: Any,
+    free_slots: Any,
+    rows: Any,
+    r: int,
+) -> None:
+    """Bring a replica's entry of the board up to date, from ``Kinds.ints`` and columns of the stream, the outcome and its state.
 
     Functions around the engine take the arrays they need: compiling a call with all of :class:`Many` takes seconds.
     """
     mine = board.ints[r]
+    clock = floats[CLOCK]
     waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
     mine[REQUESTS] = ints[N_RUNNING] + waiting + ints[N_PENDING]
     if ints[N_RUNNING] > 0 or waiting > 0:
-        board.next_s[r] = floats[CLOCK]
+        board.next_s[r] = clock
     elif ints[N_PENDING] > 0:
-        board.next_s[r] = max(floats[CLOCK], pending_time[0])
+        board.next_s[r] = max(clock, pending_time[0])
     else:
         board.next_s[r] = math.inf
     size = kinds[mine[KIND], BLOCK_SIZE]
@@ -294,6 +312,16 @@ def look(board: Board, kinds: Any, prompt: Any, ints: Any, floats: Any, pending_
         mine[PROMISED] -= blocks_for(prompt[fifo[place]], size)
     mine[SEEN_HEAD] = ints[FIFO_HEAD]
     mine[OWNED] = mine[BLOCKS] - ints[FREE_BLOCKS]
+    board.clock_s[r] = clock
+    mine[ENDING] = 0
+    mine[ENDING_BLOCKS] = 0
+    # Who finished last gave back the slots on top of the stack; a slot that nobody ever had is of row −1.
+    for i in range(ints[N_FREE_SLOTS] - 1, -1, -1):
+        row = rows[free_slots[i]]
+        if row < 0 or finish[row] != clock:
+            break
+        mine[ENDING] += 1
+        mine[ENDING_BLOCKS] += blocks_for(prompt[row] + output[row] - 1, size)
 
 
 @compiled
@@ -317,20 +345,29 @@ def _has_room(ints: Any, fifo: Any, inbox: int, mine: Any) -> bool:
 
 
 @inlined
-def _load(board: Board, r: int, by_kv: bool) -> float:
+def _requests(board: Board, r: int, now: float) -> int:
+    """Requests that a replica has at ``now``: those that finish with the step under way among them."""
+    ending = board.ints[r, ENDING] if board.clock_s[r] > now else 0
+    return int(board.ints[r, REQUESTS] + ending)
+
+
+@inlined
+def _load(board: Board, r: int, now: float, by_kv: bool) -> float:
     """Load of a replica: its requests, or the share of its KV blocks in use or promised."""
     if not by_kv:
-        return float(board.ints[r, REQUESTS])
-    return float((board.ints[r, OWNED] + board.ints[r, PROMISED]) / board.ints[r, BLOCKS])
+        return float(_requests(board, r, now))
+    mine = board.ints[r]
+    ending = mine[ENDING_BLOCKS] if board.clock_s[r] > now else 0
+    return float((mine[OWNED] + ending + mine[PROMISED]) / mine[BLOCKS])
 
 
 @compiled
-def _least(board: Board, first: int, last: int, by_kv: bool) -> int:
+def _least(board: Board, first: int, last: int, now: float, by_kv: bool) -> int:
     """The first of the replicas with the least load."""
     best = first
-    least = _load(board, best, by_kv)
+    least = _load(board, best, now, by_kv)
     for r in range(first + 1, last):
-        load = _load(board, r, by_kv)
+        load = _load(board, r, now, by_kv)
         if load < least:
             least = load
             best = r
@@ -338,13 +375,13 @@ def _least(board: Board, first: int, last: int, by_kv: bool) -> int:
 
 
 @compiled
-def _by_prefix(board: Board, prefixes: Prefixes, stage: Stage, request: int) -> int:
+def _by_prefix(board: Board, prefixes: Prefixes, stage: Stage, request: int, now: float) -> int:
     """F5: the replica that was last sent the longest known start of this prompt, unless loads are too uneven."""
-    low = board.ints[stage.first, REQUESTS]
+    low = _requests(board, stage.first, now)
     high = low
     for r in range(stage.first + 1, stage.last):
-        low = min(low, board.ints[r, REQUESTS])
-        high = max(high, board.ints[r, REQUESTS])
+        low = min(low, _requests(board, r, now))
+        high = max(high, _requests(board, r, now))
     ids, offsets, owner = prefixes
     start, stop = offsets[request], offsets[request + 1]
     found = -1
@@ -359,24 +396,24 @@ def _by_prefix(board: Board, prefixes: Prefixes, stage: Stage, request: int) -> 
     if found >= 0 and not uneven and known > stage.match * (stop - start):
         best = found
     else:
-        best = _least(board, stage.first, stage.last, False)  # noqa: FBT003 - compiled code takes no keywords here
+        best = _least(board, stage.first, stage.last, now, False)  # noqa: FBT003 - compiled code takes no keywords here
     for place in range(start, stop):
         owner[ids[place]] = best
     return best
 
 
 @compiled
-def _choose(board: Board, prefixes: Prefixes, stage: Stage, request: int) -> int:
+def _choose(board: Board, prefixes: Prefixes, stage: Stage, request: int, now: float) -> int:
     """F3 to F5: the replica that a request goes to."""
     if stage.policy == PREFIX:
-        return int(_by_prefix(board, prefixes, stage, request))
+        return int(_by_prefix(board, prefixes, stage, request, now))
     if stage.policy == POWER_OF_TWO:
         best = int(stage.first + stage.draws[request, 0])
         other = int(stage.first + stage.draws[request, 1])
-        if board.ints[other, REQUESTS] < board.ints[best, REQUESTS]:
+        if _requests(board, other, now) < _requests(board, best, now):
             best = other
         return best
-    return int(_least(board, stage.first, stage.last, stage.policy == LEAST_KV))
+    return int(_least(board, stage.first, stage.last, now, stage.policy == LEAST_KV))
 
 
 @compiled
@@ -462,7 +499,8 @@ def run(
 
     ``since`` and ``source``, by request, are as in :func:`_transfer`.
     """
-    board, states, kinds, prompt = many.board, many.states, many.kinds, many.stream.prompt
+    board, states, kinds = many.board, many.states, many.kinds
+    prompt, output, finish = many.stream.prompt, many.stream.output, many.out.finish
     last = stage.last
     cursor = stage.first
     limit = until
@@ -492,7 +530,7 @@ def run(
             else:
                 # --- nobody: send a request off ---
                 if stage.given[request] < 0:
-                    stage.given[request] = _choose(board, many.prefixes, stage, request) - stage.first
+                    stage.given[request] = _choose(board, many.prefixes, stage, request, now) - stage.first
                 r = stage.first + stage.given[request]
                 ints, mine = states.ints[r], board.ints[r]
                 if not _has_room(ints, states.fifo[r], states.pending_time.shape[1], mine):
@@ -508,7 +546,8 @@ def run(
                 kind = kinds.ints[mine[KIND]]
                 if accepts(kind, prompt[row] + many.stream.max_tokens[row]):
                     mine[PROMISED] += blocks_for(prompt[row], kind[BLOCK_SIZE])
-                look(board, kinds.ints, prompt, ints, states.floats[r], times, states.fifo[r], r)
+                mine[REQUESTS] += 1
+                board.next_s[r] = max(board.clock_s[r], min(board.next_s[r], there))
                 place += 1
                 cursor = stage.first
                 continue
@@ -537,7 +576,20 @@ def run(
             None,
             target,
         )
-        look(board, kinds.ints, prompt, ints, states.floats[r], states.pending_time[r], states.fifo[r], r)
+        look(
+            board,
+            kinds.ints,
+            prompt,
+            output,
+            finish,
+            ints,
+            states.floats[r],
+            states.pending_time[r],
+            states.fifo[r],
+            states.free_slots[r],
+            states.row[r],
+            r,
+        )
         if mode == FINISH:
             # Slots were taken by those admitted, and given back, on top of the stack, by those that finished.
             finished = ints[N_FREE_SLOTS] - free + ints[FIFO_HEAD] - head

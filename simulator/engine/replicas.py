@@ -89,7 +89,9 @@ class Replicas:
         )
         out = _outcome_columns(engines, self.kind_of, n)
         board = many.Board(
-            np.full(len(self.kind_of), np.inf), np.zeros((len(self.kind_of), many.N_BOARD_INTS), dtype=np.int64)
+            np.full(len(self.kind_of), np.inf),
+            np.zeros(len(self.kind_of)),
+            np.zeros((len(self.kind_of), many.N_BOARD_INTS), dtype=np.int64),
         )
         board.ints[:, many.KIND] = self.kind_of
         board.ints[:, many.BLOCKS] = [engines[kind]._settings.num_kv_blocks for kind in self.kind_of]
@@ -236,11 +238,12 @@ class Replicas:
         """What a replica has done; per-request columns are those of ``rows``, all its requests among them."""
         out = self.many.out
         columns = {name: getattr(out, name)[rows] for name in _COLUMNS}
-        counts = {name: getattr(out, name)[replica].copy() for name in _COUNTS}
-        stream = self.many.stream
-        mine = core.Stream(stream.arrival[rows], *(column[rows] for column in stream[1:-1]), stream.concurrency)
         own = self._engines[replica]
         like = self._like[self.kind_of[replica]] if own is None else own
+        # The common arrays are as long as the longest kind's.
+        counts = {name: getattr(out, name)[replica, : len(getattr(like._out, name))].copy() for name in _COUNTS}
+        stream = self.many.stream
+        mine = core.Stream(stream.arrival[rows], *(column[rows] for column in stream[1:-1]), stream.concurrency)
         view = _View(like, mine, core.Outcome(**columns, **counts), self._state(replica))
         return view.result() if own is None else _of_rows(view, own, rows)
 
@@ -254,8 +257,21 @@ class Replicas:
             self._run(one, many.RANGE, _NOBODY, _NEVER, _NEVER, _NOBODY, 0, until_s)
             return
         engine.advance(until_s)
-        kinds, prompt, state = self.many.kinds.ints, self.many.stream.prompt, self._state(r)
-        many.look(self.many.board, kinds, prompt, state.ints, state.floats, state.pending_time, state.fifo, r)
+        parts, state = self.many, self._state(r)
+        many.look(
+            parts.board,
+            parts.kinds.ints,
+            parts.stream.prompt,
+            parts.stream.output,
+            parts.out.finish,
+            state.ints,
+            state.floats,
+            state.pending_time,
+            state.fifo,
+            state.free_slots,
+            state.row,
+            r,
+        )
         loading = state.ints[core.N_LOADING]
         if loading:
             board = self.many.board
@@ -363,6 +379,7 @@ def _stacked_states(engines: Sequence[Engine], kind_of: Ints, n: int) -> core.St
             arrays[name] = common[kind_of]
         else:  # of zeros the system gives memory only where it is used
             arrays[name] = np.zeros((replicas, *common.shape[1:]), dtype=common.dtype)
+    arrays["row"][:] = -1  # nobody has had a slot yet
     arrays["bits_i"] = arrays["bits_f"].view(np.int64)  # the same bits
     arrays["ints"][:, core.NEXT_ROW] = n  # nobody is released
     return core.State(**arrays)

@@ -121,8 +121,10 @@ def summary_text(summary: Summary, *, sources: bool = True) -> str:
 
 def _heading(s: Summary) -> list[str]:
     d, r, w = s.deployment, s.requests, s.window
-    chips = d.chips_per_replica * d.replicas
-    replicas = "" if d.replicas == 1 else f" × {d.replicas} replicas, round robin"
+    chips = s.ledger.chips
+    # The slices of several pools come with their numbers.
+    replicas = f" × {d.replicas} replicas, {d.router}" if d.replicas > 1 and not s.pools else ""
+    replicas += f", {d.router}" if s.pools else ""
     return [
         f"{s.scenario} · seed {s.seed} · status: {s.status}",
         *wrapped(
@@ -351,6 +353,43 @@ def _throughput(s: Summary) -> list[str]:
         ),
         *wrapped("chip time: " + " · ".join(f"{name.replace('_', ' ')} {percent(f)}" for name, f in shares if f > 0)),
     ]
+
+
+def _fleet(s: Summary) -> list[str]:
+    """Pools, links and agents, where there are any."""
+    lines: list[str] = []
+    if s.pools:
+        rows = [("Pools", "replicas", "chips", "busy", "running", "waiting", "KV", "chip-s/query")]
+        for pool in s.pools:
+            chips = (pool.deployment.chips_per_replica or 0) * pool.deployment.replicas
+            rows.append(
+                (
+                    f"  {pool.name}",
+                    f"{pool.deployment.replicas}",
+                    f"{chips}",
+                    percent(pool.utilisation.busy_fraction),
+                    number(pool.occupancy.mean_running),
+                    number(pool.occupancy.mean_waiting),
+                    percent(pool.occupancy.mean_kv_fraction),
+                    number(pool.busy_chip_s / s.requests.finished),
+                )
+            )
+        lines += [*aligned(rows, indent=0), ""]
+    for link in s.links:
+        lines += wrapped(
+            f"{link.name}: {link.transfers:,} transfers of {format_si(link.moved_bytes / max(link.transfers, 1), 'B')} over "
+            f"{link.links} x {format_si(link.bandwidth_bytes_per_s, 'B/s')}, {percent(link.busy_fraction)} busy; one takes "
+            f"{seconds(link.mean_transfer_s)}, {seconds(link.mean_wait_s)} of it waiting for the link",
+            first="",
+        )
+    if s.agents is not None:
+        a = s.agents
+        lines += wrapped(
+            f"agents: {a.agents} at work, {a.tasks:,} tasks begun, {a.completed:,} completed in time, {a.left:,} left; "
+            f"{number(a.tasks_per_s)} tasks/s, half within {seconds(a.task_s.p50.value)}, 99 % within {seconds(a.task_s.p99.value)}",
+            first="",
+        )
+    return [*lines, ""] if lines and lines[-1] != "" else lines
 
 
 def _cost(s: Summary) -> list[str]:

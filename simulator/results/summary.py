@@ -451,7 +451,7 @@ class LinkUse(Section):
     """Of each."""
     latency_s: float
     transfers: int
-    bytes: float
+    moved_bytes: float
     """That requests moved."""
     busy_fraction: float
     """Share of the run that a link was sending, mean over the links."""

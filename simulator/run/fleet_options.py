@@ -157,6 +157,14 @@ class AgentOptions(Record):
         return self
 
     @property
+    def in_words(self) -> str:
+        """On one line."""
+        stated = self.model_dump(exclude_none=True, exclude_defaults=True, exclude={"count"})
+        if "turns" in stated:
+            stated["turns"] = ", ".join(f"{value}" for value in self.turns.model_dump(exclude={"kind"}).values())
+        return ", ".join([f"{self.count} agents", *(f"{name} = {value}" for name, value in stated.items())])
+
+    @property
     def arrival(self) -> Closed:
         """The closed loop that the traffic is built for."""
         return Closed(concurrency=self.count)

@@ -518,7 +518,7 @@ def _links(served: Served) -> list[LinkUse]:
                 bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
                 latency_s=link.latency_s,
                 transfers=n,
-                bytes=served.moved_bytes[name] / (2 if link.per == "both" else 1),
+                moved_bytes=served.moved_bytes[name] / (2 if link.per == "both" else 1),
                 busy_fraction=float(sums[:, many.BUSY].sum()) / (len(sums) * served.end_s),
                 mean_wait_s=float(served.waited_s[name][moved].mean()) if n else 0.0,
                 mean_transfer_s=float(times[name][moved].mean()) if n else 0.0,

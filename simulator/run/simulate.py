@@ -208,6 +208,8 @@ def _run_fleet(
     say(f"measuring capacity, seed {seed}")
     at_once = serve_fleet(resolved, queued_at_once(requests), None, seed=seed, workers=workers, itl_window_s=None)
     source = _source(stream.source, scenario)
+    if scenario.agents is not None:
+        source = f"{source.rpartition('; arrivals: ')[0]}; {scenario.agents.in_words}"
     about = [
         replace(facts(pool, seed=seed, traffic=source, notes=_notes(stream, scenario)), role=options.role)
         for options, pool in zip(resolved.options, resolved.pools, strict=True)

@@ -37,7 +37,8 @@ def run_page(result: Result, *, step: "StepReport | None" = None) -> Page:
     s = result.summary
     d = s.deployment
     chips = s.ledger.chips
-    replicas = "" if d.replicas == 1 else f" × {d.replicas} replicas"
+    # The slices of several pools come with their numbers.
+    replicas = "" if d.replicas == 1 or s.pools else f" × {d.replicas} replicas"
     return Page(
         title=s.scenario,
         status=s.status.replace("slo_missed", "SLO missed"),
