@@ -109,7 +109,9 @@ class Replicas:
         for r, kind in enumerate(self.kind_of):
             if engines[kind]._extra is not None:
                 # Each has caches of its own.
-                self._engines[r] = _View(_engine(kinds[kind], requests, last_arrival_s), stream, out, self._state(r))
+                own = _engine(kinds[kind], requests, last_arrival_s)
+                counts = {name: getattr(out, name)[r, : len(getattr(own._out, name))] for name in _COUNTS}
+                self._engines[r] = _View(own, stream, out._replace(**counts), self._state(r))
         self.compiled = not any(self._engines)
         self._finished = np.zeros(self.max_running, dtype=np.int64)
 

@@ -103,9 +103,11 @@ def _split(
     edges = np.searchsorted(record.given[arriving][by_replica], np.arange(n + 1))
     rows = [arriving[by_replica[edges[r] : edges[r + 1]]] for r in range(n)]
     kinds = [pool for pool in plan.pools for _ in range(pool.replicas)]
+    # Out of the order of their arrival at the fleet they may come to a replica.
+    requests = plan.requests if closed else replace(plan.requests, arrival_s=np.zeros(len(when)))
 
     def one(r: int) -> tuple[EngineResult, Ints | None]:
-        part = plan.requests.take(rows[r], concurrency=len(range(r, closed, n)))
+        part = requests.take(rows[r], concurrency=len(range(r, closed, n)))
         if not closed:
             part = replace(part, arrival_s=record.arrive_s[rows[r]])
         engine = new_engine(kinds[r].cost, kinds[r].settings, part)

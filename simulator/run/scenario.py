@@ -19,7 +19,7 @@ from simulator.catalog.records import Record
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.engine.scheduling import HostOverheads, Scheduling
-from simulator.errors import InputError
+from simulator.errors import InputError, nearest
 from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
 from simulator.run.clients import ClientOptions
 from simulator.run.fleet_options import (
@@ -404,16 +404,29 @@ _SHORT = {"efficiency": "base", "router": "policy", "traffic.trace": "file"}
 
 
 def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
-    """Put ``value`` into ``data`` at ``path``, making tables on the way."""
+    """Put ``value`` into ``data`` at ``path``, making tables on the way; a table of a list goes by its name or place."""
     for depth, part in enumerate(path[:-1]):
         at = ".".join(path[: depth + 1])
-        inner = data.setdefault(part, {})
+        inner = _item(data[part], path[depth + 1], at) if isinstance(data.get(part), list) else data.setdefault(part, {})
         if isinstance(inner, str) and at in _SHORT:
             inner = data[part] = {_SHORT[at]: inner}
         if not isinstance(inner, dict):
             raise InputError(f"--set {'.'.join(path)}: {at} = {inner!r} is a value, not a table")
+        if isinstance(data.get(part), list):
+            _assign(inner, path[depth + 2 :], value)
+            return
         data = inner
     data[path[-1]] = value
+
+
+def _item(tables: list[Any], which: str, where: str) -> Any:
+    """One of the tables of a list, by its name or its place."""
+    named = {str(table.get("name")): table for table in tables if isinstance(table, dict)}
+    if which in named:
+        return named[which]
+    if which.isdecimal() and int(which) < len(tables):
+        return tables[int(which)]
+    raise InputError(f"--set {where}.{which}: there is no {where} {which!r}{nearest(which, named)}")
 
 
 def _absolute_paths(data: dict[str, Any], base: Path) -> None:
