@@ -283,7 +283,9 @@ def _facts(served: Served, facts: Sequence[Facts]) -> Facts:
     chips = [len(pool.replicas) * pool.pool.chips for pool in served.pools]
     prices = [fact.usd_per_chip_hour for fact in facts]
     price = None
-    if all(p is not None for p in prices):
+    if len(set(prices)) == 1:
+        price = prices[0]
+    elif all(p is not None for p in prices):
         price = sum(c * (p or 0.0) for c, p in zip(chips, prices, strict=True)) / sum(chips)
     assumptions: dict[Assumption, None] = {}
     for fact in facts:

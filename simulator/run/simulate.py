@@ -221,7 +221,7 @@ def _run_summary_only(
     resolved: Resolved, seed: int, workers: int, say: Callable[[str], None]
 ) -> tuple[Summary, Table, Table, Outcome]:
     """As :func:`_run_once`, block by block: the requests table is empty."""
-    from simulator.run.streaming import Fleet, run_streaming  # noqa: PLC0415 - imports the engine, which imports numba
+    from simulator.run.streaming import EqualReplicas, run_streaming  # noqa: PLC0415 - imports the engine, which imports numba
 
     resolved.demand_plain("run.summary_only")
     scenario = resolved.scenario
@@ -239,7 +239,7 @@ def _run_summary_only(
     check_contradictions(scenario, blocks.concurrency)
     if len(blocks) < scenario.replicas:
         raise InputError(f"{scenario.name}: {len(blocks)} requests cannot occupy replicas = {scenario.replicas}")
-    fleet = Fleet(resolved.cost, resolved.settings, scenario.replicas, workers)
+    fleet = EqualReplicas(resolved.cost, resolved.settings, scenario.replicas, workers)
     about = facts(resolved, seed=seed, traffic=_source(blocks.source, scenario), notes=blocks.notes())
     found = run_streaming(fleet, blocks, about, say)
     if found is None:

@@ -71,10 +71,10 @@ def test_one_replica_of_c_slots_is_the_common_queue(fleets):
     assert mean_wait_s(serve(Fleet((pool,)), requests)) == pytest.approx(expected, rel=0.05)
 
 
-def test_power_of_two_choices_has_its_doubly_exponential_tail(fleets):
-    """Many servers: a share λ^(2^k − 1) of them has at least k customers (Mitzenmacher 1996), seen here by arrivals that wait.
+def test_of_two_choices_among_many_servers_both_are_busy_with_probability_of_the_load_squared(fleets):
+    """Of many servers a share λ is busy, whoever chooses, and two drawn ones are nearly independent.
 
-    An arrival waits if both its servers are busy: probability λ². So does one in λ with a single choice.
+    So an arrival waits if both its servers are busy, with probability λ²; with a single choice, λ.
     """
     load, servers = 0.6, 100
     requests = fleets.customers(200_000, servers * load / MEAN_S, MEAN_S, 3)
