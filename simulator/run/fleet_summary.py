@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.economics import ChipPrice
 from simulator.engine import many
 from simulator.engine.records import FINISHED, ITL_BINS, ITL_BINS_PER_OCTAVE, ITL_MIN_EXPONENT
 from simulator.fleet.records import Agents, Link, Served
@@ -258,7 +259,7 @@ def summarise_fleet(
         assumptions=list(whole.assumptions),
     )
     timelines = [
-        timeline_table(p, num_kv_blocks=f.kv_blocks, idle_power_w=f.idle_power_w, busy_power_w=power)
+        timeline_table(p, num_kv_blocks=f.kv_blocks, idle_power_w=f.power.idle_w if f.power else None, busy_power_w=power)
         for p, f, (_, power) in zip(pools, facts, energies, strict=True)
     ]
     first = 0
@@ -280,23 +281,14 @@ def pools_of(served: Served) -> list[Outcome]:
 def _facts(served: Served, facts: Sequence[Facts]) -> Facts:
     """Facts of the whole fleet: those of its last pool, where its answers come from, but for what all pools have a share in."""
     last = facts[-1]
-    chips = [len(pool.replicas) * pool.pool.chips for pool in served.pools]
-    prices = [fact.usd_per_chip_hour for fact in facts]
-    price = None
-    if len(set(prices)) == 1:
-        price = prices[0]
-    elif all(p is not None for p in prices):
-        price = sum(c * (p or 0.0) for c, p in zip(chips, prices, strict=True)) / sum(chips)
     assumptions: dict[Assumption, None] = {}
     for fact in facts:
         assumptions |= dict.fromkeys(fact.assumptions)
     labels = [fact.deployment for fact in facts]
-    sources = list(dict.fromkeys(fact.price_source for fact in facts))
     return replace(
         last,
         deployment=_deployment(served, labels),
-        usd_per_chip_hour=price,
-        price_source=sources[0] if len(sources) == 1 else "mean over chips of: " + "; ".join(sources),
+        price=_mean_price(served, [fact.price for fact in facts]),
         assumptions=tuple(assumptions),
         notes=tuple(dict.fromkeys(note for fact in facts for note in fact.notes)),
     )
@@ -357,17 +349,40 @@ def _ideal_chip_s(served: Served, pools: Sequence[Outcome], facts: Sequence[Fact
     return total
 
 
+def _mean_price(served: Served, prices: Sequence[ChipPrice | None]) -> ChipPrice | None:
+    """What the fleet's mean chip costs; None if some chip has no price."""
+    known = [price for price in prices if price is not None]
+    if len(known) < len(prices):
+        return None
+    if len(set(known)) == 1:
+        return known[0]
+    chips = np.array([len(pool.replicas) * pool.pool.chips for pool in served.pools], dtype=np.float64)
+
+    def mean(name: str) -> float | None:
+        values = [getattr(price, name) for price in known]
+        return None if None in values else float(np.array(values) @ chips / chips.sum())
+
+    same = {name: " + ".join(dict.fromkeys(getattr(p, name) for p in known)) for name in ("chip", "term", "kind")}
+    texts = "; ".join(dict.fromkeys(price.text for price in known))
+    usd = mean("usd_per_chip_hour") or 0.0
+    where = dict.fromkeys(("provider", "region", "date"), "")
+    return ChipPrice(
+        usd_per_chip_hour=usd, low=mean("low"), high=mean("high"), source=f"mean over chips of: {texts}", **same, **where
+    )
+
+
 def _at_one_price(sums: Tally, pools: Sequence[Outcome], facts: Sequence[Facts], whole: Facts) -> Tally:
     """Chip-seconds as if all chips cost what the mean chip does: what they cost stays what it is."""
-    prices = [fact.usd_per_chip_hour for fact in facts]
-    if whole.usd_per_chip_hour is None or len(set(prices)) == 1:
+    prices = [fact.price.usd_per_chip_hour if fact.price else None for fact in facts]
+    if whole.price is None or len(set(prices)) == 1:
         return sums
+    mean_usd = whole.price.usd_per_chip_hour
     busy = {
         name: sum(
             float(p.column(f"{name}_s").sum()) * p.chips_per_replica * (price or 0.0)
             for p, price in zip(pools, prices, strict=True)
         )
-        / whole.usd_per_chip_hour
+        / mean_usd
         for name in ("busy", "recompute")
     }
     entry = [(p, price) for p, price, f in zip(pools, prices, facts, strict=True) if f.role != "decode"]
@@ -375,7 +390,7 @@ def _at_one_price(sums: Tally, pools: Sequence[Outcome], facts: Sequence[Facts],
 
     def cost(name: str, of: Sequence[tuple[Outcome, float | None]]) -> float:
         found = sum(float(p.column(name).sum()) * p.chips_per_replica * (price or 0.0) for p, price in of)
-        return found / (whole.usd_per_chip_hour or 1.0)
+        return found / mean_usd
 
     return replace(
         sums,
@@ -445,12 +460,11 @@ def _all_energies(pools: Sequence[Outcome], each: Sequence[Energy | None]) -> En
         return None if any(v is None for v in values) else sum(values)
 
     sources = dict.fromkeys(e.source for e in known)
-    update = {name: mean(name) for name in ("mean_power_w_per_chip", "idle_power_w", "peak_power_w")}
-    update |= {
-        name: total(name)
-        for name in ("joules_per_query", "joules_per_query_busy", "joules_per_output_token", "usd_per_query")
-    }
-    return known[0].model_copy(update=update | {"source": "; ".join(sources)})
+    watts = ("mean_power_w_per_chip", "idle_power_w", "peak_power_w", "host_power_w")
+    amounts = [name for name in Energy.model_fields if name.endswith(("_per_query", "_per_query_busy", "_per_output_token"))]
+    update = {name: mean(name) for name in watts} | {name: total(name) for name in amounts}
+    # The building and the grid are one for all pools.
+    return known[0].model_copy(update=update | {"grade": max(e.grade for e in known), "source": "; ".join(sources)})
 
 
 def _all_breakdowns(pools: Sequence[Outcome], facts: Sequence[Facts]) -> Breakdown:
