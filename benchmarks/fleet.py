@@ -41,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=100)
     parser.add_argument("--requests", type=int, default=200_000)
-    parser.add_argument("--hour", action="store_true", help="One hour of 10,000 requests/s over 667 replicas, summary only.")
+    parser.add_argument(
+        "--hour", action="store_true", help="One hour of 10,000 requests/s over 667 replicas, summary only."
+    )
     args = parser.parse_args()
     if args.hour:
         hour()

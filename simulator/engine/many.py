@@ -445,7 +445,7 @@ def _transfer(links: Links, stage: Stage, request: int, now: float, since: float
             links.sums[link, WAITED] += start - ready
             links.sums[link, TRANSFERS] += 1.0
     stage.waited_s[request] = start - ready
-    return end + stage.latency_s
+    return float(end + stage.latency_s)
 
 
 @compiled

@@ -7,7 +7,7 @@ one call; those with a prefix cache, tiers, swap or speculation one call each, w
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +36,58 @@ class Kind:
     count: int
 
 
-class _View(Engine):
-    """One of many replicas as an engine: what it shares with the others are views."""
+class _Replica(Engine):
+    """An engine whose parts may be taken out, and replaced by views of what it shares with others."""
 
-    def __init__(self, like: Engine, stream: core.Stream, out: core.Outcome, state: core.State) -> None:
-        self.__dict__.update(like.__dict__)
-        self._stream, self._out, self._state = stream, out, state
+    @property
+    def parts(self) -> "_Parts":
+        return _Parts(self._settings, self._cost, self._limits, self._out, self._state, self._extra)
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens emitted beyond one per pass of speculative decoding."""
+        return self._extra_tokens()
+
+    def sharing(self, stream: core.Stream, out: core.Outcome, state: core.State) -> "_Replica":
+        """The same engine, on these arrays."""
+        found = _Replica.__new__(_Replica)
+        found.__dict__.update(self.__dict__)
+        found._stream, found._out, found._state = stream, out, state  # noqa: SLF001 - of its own class
+        return found
+
+    def move_to(self, state: core.State) -> None:
+        """Go on with another state."""
+        self._state = state
+
+    def of_rows(self, rows: Ints) -> EngineResult:
+        """Result whose columns of caches, which are of all requests, are cut to ``rows``."""
+        extra = self._extra
+        if extra is not None:
+            wasted = extra.spec.tariff.wasted
+            self._extra = extra._replace(
+                cache=extra.cache._replace(reused=extra.cache.reused[rows]) if extra.cache.on else extra.cache,
+                swap=extra.swap._replace(charged=extra.swap.charged[rows]) if extra.swap.on else extra.swap,
+                loads=(
+                    extra.loads._replace(start_s=extra.loads.start_s[rows], end_s=extra.loads.end_s[rows])
+                    if extra.loads.on
+                    else extra.loads
+                ),
+                spec=(
+                    extra.spec._replace(tariff=extra.spec.tariff._replace(wasted=wasted[rows]))
+                    if extra.spec.on
+                    else extra.spec
+                ),
+            )
+        return self.result()
+
+
+class _Parts(NamedTuple):
+    settings: EngineSettings
+    cost: core.CostTable
+    limits: core.Limits
+    out: core.Outcome
+    state: core.State
+    extra: core.Extra | None
 
 
 class Replicas:
@@ -78,14 +124,14 @@ class Replicas:
         self.kind_of = np.repeat(np.arange(len(kinds)), [kind.count for kind in kinds])
         engines = [_engine(kind, requests, last_arrival_s) for kind in kinds]
         self._like = engines
-        self._engines: list[Engine | None] = [None] * len(self.kind_of)
+        self._engines: list[_Replica | None] = [None] * len(self.kind_of)
         stream = core.Stream(
-            np.zeros(n),
-            *(
-                np.ascontiguousarray(getattr(requests, name), dtype=np.int64)
-                for name in ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
-            ),
-            1,  # a closed loop: requests come by the inbox
+            arrival=np.zeros(n),
+            prompt=np.ascontiguousarray(requests.prompt_tokens, dtype=np.int64),
+            output=np.ascontiguousarray(requests.output_tokens, dtype=np.int64),
+            cached=np.ascontiguousarray(requests.cached_tokens, dtype=np.int64),
+            max_tokens=np.ascontiguousarray(requests.max_tokens, dtype=np.int64),
+            concurrency=1,  # a closed loop: requests come by the inbox
         )
         out = _outcome_columns(engines, self.kind_of, n)
         board = many.Board(
@@ -94,7 +140,7 @@ class Replicas:
             np.zeros((len(self.kind_of), many.N_BOARD_INTS), dtype=np.int64),
         )
         board.ints[:, many.KIND] = self.kind_of
-        board.ints[:, many.BLOCKS] = [engines[kind]._settings.num_kv_blocks for kind in self.kind_of]
+        board.ints[:, many.BLOCKS] = [engines[kind].parts.settings.num_kv_blocks for kind in self.kind_of]
         hashes = prefixes or BlockHashes(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64), 1)
         owner = np.full(int(hashes.ids.max(initial=-1)) + 1, -1, dtype=np.int64)
         self.many = many.Many(
@@ -107,11 +153,11 @@ class Replicas:
             many.Prefixes(hashes.ids, hashes.offsets, owner),
         )
         for r, kind in enumerate(self.kind_of):
-            if engines[kind]._extra is not None:
+            if engines[kind].parts.extra is not None:
                 # Each has caches of its own.
-                own = _engine(kinds[kind], requests, last_arrival_s)
-                counts = {name: getattr(out, name)[r, : len(getattr(own._out, name))] for name in _COUNTS}
-                self._engines[r] = _View(own, stream, out._replace(**counts), self._state(r))
+                own = _engine(kinds[int(kind)], requests, last_arrival_s)
+                counts = {name: getattr(out, name)[r, : len(getattr(own.parts.out, name))] for name in _COUNTS}
+                self._engines[r] = own.sharing(stream, out._replace(**counts), self._state(r))
         self.compiled = not any(self._engines)
         self._finished = np.zeros(self.max_running, dtype=np.int64)
 
@@ -160,7 +206,14 @@ class Replicas:
         return int(self.many.kinds.ints[self.kind_of, many.MAX_SEQS].sum())
 
     def serve(
-        self, stage: many.Stage, order: Ints, when_s: Floats, since_s: Floats, source: Ints, until_s: float, first: int = 0
+        self,
+        stage: many.Stage,
+        order: Ints,
+        when_s: Floats,
+        since_s: Floats,
+        source: Ints,
+        until_s: float,
+        first: int = 0,
     ) -> int:
         """Send requests ``order[first:]`` off, each at its time in ``when_s``, as far as that is before ``until_s``.
 
@@ -228,7 +281,7 @@ class Replicas:
         for r in range(first, last):
             engine = self._engines[r]
             if engine is not None:
-                counts[0] += engine._extra_tokens()
+                counts[0] += engine.extra_tokens
         return np.asarray(counts)
 
     @property
@@ -243,11 +296,12 @@ class Replicas:
         own = self._engines[replica]
         like = self._like[self.kind_of[replica]] if own is None else own
         # The common arrays are as long as the longest kind's.
-        counts = {name: getattr(out, name)[replica, : len(getattr(like._out, name))].copy() for name in _COUNTS}
+        counts = {name: getattr(out, name)[replica, : len(getattr(like.parts.out, name))].copy() for name in _COUNTS}
         stream = self.many.stream
-        mine = core.Stream(stream.arrival[rows], *(column[rows] for column in stream[1:-1]), stream.concurrency)
-        view = _View(like, mine, core.Outcome(**columns, **counts), self._state(replica))
-        return view.result() if own is None else _of_rows(view, own, rows)
+        cut = {name: getattr(stream, name)[rows] for name in core.Stream._fields if name != "concurrency"}
+        mine = core.Stream(**cut, concurrency=stream.concurrency)
+        view = like.sharing(mine, core.Outcome(**columns, **counts), self._state(replica))
+        return view.of_rows(rows)
 
     def _state(self, r: int) -> core.State:
         return core.State(*(array[r] for array in self.many.states))
@@ -291,7 +345,7 @@ class Replicas:
         self.many = self.many._replace(states=states._replace(**longer))
         for r, engine in enumerate(self._engines):
             if engine is not None:
-                engine._state = self._state(r)
+                engine.move_to(self._state(r))
 
 
 _NOBODY, _NEVER = np.zeros(0, dtype=np.int64), np.zeros(0)
@@ -301,7 +355,7 @@ _COUNTS = ("steps_by_tokens", "steps_by_rows", "itl")
 _COLUMNS = tuple(name for name in core.Outcome._fields if name not in _COUNTS)
 
 
-def _engine(kind: Kind, requests: Requests, last_arrival_s: float) -> Engine:
+def _engine(kind: Kind, requests: Requests, last_arrival_s: float) -> _Replica:
     """A replica that all others of its kind are like; it holds no request."""
     settings = kind.settings
     if isinstance(kind.cost, PipelineCost) or kind.cost.ranks > 1 or settings.expert_skew.on:
@@ -317,30 +371,7 @@ def _engine(kind: Kind, requests: Requests, last_arrival_s: float) -> Engine:
     remembers = settings.prefix_cache != "off" or settings.swap is not None or settings.speculation is not None
     few = requests if remembers else requests.take(slice(0, 0))
     interval_s = max(last_arrival_s / 512, 64 * float(kind.cost.dense_s[1]))
-    return Engine(kind.cost, settings, replace(few, concurrency=0), timeline_interval_s=interval_s)
-
-
-def _of_rows(view: Engine, own: Engine, rows: Ints) -> EngineResult:
-    """Result of a replica with caches, whose columns are of all requests."""
-    extra = own._extra
-    if extra is None:
-        return view.result()
-    speculates = extra.spec.on
-    view._extra = extra._replace(
-        cache=extra.cache._replace(reused=extra.cache.reused[rows] if extra.cache.on else extra.cache.reused),
-        swap=extra.swap._replace(charged=extra.swap.charged[rows]) if extra.swap.on else extra.swap,
-        loads=(
-            extra.loads._replace(start_s=extra.loads.start_s[rows], end_s=extra.loads.end_s[rows])
-            if extra.loads.on
-            else extra.loads
-        ),
-        spec=(
-            extra.spec._replace(tariff=extra.spec.tariff._replace(wasted=extra.spec.tariff.wasted[rows]))
-            if speculates
-            else extra.spec
-        ),
-    )
-    return view.result()
+    return _Replica(kind.cost, settings, replace(few, concurrency=0), timeline_interval_s=interval_s)
 
 
 def _stacked(arrays: Sequence[NDArray[Any]], fill: float = 0) -> NDArray[Any]:
@@ -352,9 +383,9 @@ def _stacked(arrays: Sequence[NDArray[Any]], fill: float = 0) -> NDArray[Any]:
     return found
 
 
-def _stacked_kinds(engines: Sequence[Engine]) -> many.Kinds:
-    costs = [engine._cost for engine in engines]
-    limits = [engine._limits for engine in engines]
+def _stacked_kinds(engines: Sequence[_Replica]) -> many.Kinds:
+    costs = [engine.parts.cost for engine in engines]
+    limits = [engine.parts.limits for engine in engines]
     ints = np.zeros((len(engines), many.N_KIND_INTS), dtype=np.int64)
     floats = np.zeros((len(engines), many.N_KIND_FLOATS))
     for row, cost, limit in zip(ints, costs, limits, strict=True):
@@ -365,11 +396,12 @@ def _stacked_kinds(engines: Sequence[Engine]) -> many.Kinds:
     floats[:, many.SEQ] = [cost.seq for cost in costs]
     floats[:, many.WINDOW_SLOPE] = [cost.window_slope for cost in costs]
     tables = (_stacked([getattr(cost, name) for cost in costs]) for name in many.Kinds._fields[:6])
-    return many.Kinds(*tables, floats, ints)
+    dense, head, knots, value, slope, planes = tables
+    return many.Kinds(dense, head, knots, value, slope, planes, floats, ints)
 
 
-def _stacked_states(engines: Sequence[Engine], kind_of: Ints, n: int) -> core.State:
-    states = [engine._state for engine in engines]
+def _stacked_states(engines: Sequence[_Replica], kind_of: Ints, n: int) -> core.State:
+    states = [engine.parts.state for engine in engines]
     replicas = len(kind_of)
     arrays: dict[str, NDArray[Any]] = {}
     for name in core.State._fields:
@@ -387,8 +419,8 @@ def _stacked_states(engines: Sequence[Engine], kind_of: Ints, n: int) -> core.St
     return core.State(**arrays)
 
 
-def _outcome_columns(engines: Sequence[Engine], kind_of: Ints, n: int) -> core.Outcome:
-    outs = [engine._out for engine in engines]
+def _outcome_columns(engines: Sequence[_Replica], kind_of: Ints, n: int) -> core.Outcome:
+    outs = [engine.parts.out for engine in engines]
     counts = {
         name: np.zeros((len(kind_of), max(len(getattr(out, name)) for out in outs)), dtype=np.int64) for name in _COUNTS
     }

@@ -4,7 +4,7 @@ A process never looks at a replica. It sends requests off and sleeps; between tw
 of time, until the first of them finishes something that somebody waits for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from heapq import heappush
 from typing import Any
@@ -21,7 +21,7 @@ from simulator.errors import InputError
 from simulator.fleet.records import Agents, Fleet, Served
 from simulator.fleet.stages import Plan, StageResult, admissible, fits, goes_on, served, stages_of
 
-Steps = Iterator[simpy.Event]
+Steps = Generator[simpy.Event, None, None]
 _NOBODY = np.zeros(0, dtype=np.int64)
 
 
@@ -57,7 +57,7 @@ class _Clock(simpy.Environment):
 
     def happens(self, event: simpy.Event, time_s: float) -> simpy.Event:
         """Let ``event`` happen at ``time_s``: adding a delay to the present time would round."""
-        event._ok, event._value = True, None
+        event._ok, event._value = True, None  # noqa: SLF001 - as SimPy's own Timeout does it
         heappush(self._queue, (time_s, NORMAL, next(self._eid), event))
         return event
 
@@ -73,7 +73,9 @@ class _Path:
         self._goes_on = goes_on(fleet, requests)
         prefixes = [stage.prefixes for stage in self._stages]
         if any(prefixes[1:]):
-            raise InputError("decode_router.policy = 'prefix-affinity': only the router that requests enter by goes by prefixes")
+            raise InputError(
+                "decode_router.policy = 'prefix-affinity': only the router that requests enter by goes by prefixes"
+            )
         self._replicas = Replicas(
             [Kind(pool.cost, pool.settings, pool.replicas) for pool in fleet.pools],
             _stacked([stage.requests for stage in self._stages]),

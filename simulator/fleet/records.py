@@ -155,7 +155,7 @@ class Fleet:
     decode_router: Router = field(default_factory=lambda: Router("least-kv"))
     link: Link | None = None
     store: Link | None = None
-    first_token: Literal["prefill", "decode"] = "prefill"
+    first_token: Literal["prefill", "decode"] = "prefill"  # noqa: S105 - a token of text
 
     def __post_init__(self) -> None:
         """Check that the pools make a path.
@@ -177,7 +177,9 @@ class Fleet:
         if self.disaggregated != (self.link is not None):
             raise InputError("link: needed between prefill and decode pools, and only there")
         if self.store is not None and self.store.per in {"source", "both"}:
-            raise InputError(f"store.per = {self.store.per!r}: a store has one link, 'fleet', or one to each replica, 'target'")
+            raise InputError(
+                f"store.per = {self.store.per!r}: a store has one link, 'fleet', or one to each replica, 'target'"
+            )
         carried = self.pools if self.disaggregated else ()
         sizes = {round(pool.kv_bytes_per_token, 6) for pool in carried if pool.replicas}
         if any(size <= 0 for size in sizes):

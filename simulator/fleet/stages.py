@@ -166,7 +166,7 @@ def stages_of(fleet: Fleet, requests: Requests) -> list[Plan]:
     first = Plan(entry, fleet.router, fleet.store, here, bytes_, 0, 0, 0, "router")
     if not fleet.disaggregated:
         return [first]
-    if fleet.first_token == "prefill":
+    if fleet.first_token == "prefill":  # noqa: S105 - a token of text
         # The replica has the KV of the whole prompt, and the first token to compute.
         there = replace(
             requests,
@@ -215,7 +215,7 @@ def goes_on(fleet: Fleet, requests: Requests) -> NDArray[np.bool_]:
     """[n] which requests need a decode replica after their prefill."""
     if not fleet.disaggregated:
         return np.zeros(len(requests), dtype=bool)
-    if fleet.first_token == "decode":
+    if fleet.first_token == "decode":  # noqa: S105 - a token of text
         return np.ones(len(requests), dtype=bool)
     return np.asarray(requests.output_tokens > 1)
 
@@ -279,16 +279,14 @@ def served(
         finish[onward] = last.column("finish_s")[onward]
         replica = np.where(onward, last.replica, replica)
         transfer[onward] = (last.record.arrive_s - last.record.sent_s)[onward]
-        if fleet.first_token == "decode":
+        if fleet.first_token == "decode":  # noqa: S105 - a token of text
             first_token[onward] = last.column("first_token_s")[onward]
         else:
             bridge = np.where(onward, last.column("first_token_s") - first_token, np.nan)
     refused = ~np.isnan(refused_s)
     arrival[refused] = refused_s[refused]
     status[refused] = REJECTED
-    linked = {
-        name: stage for name, stage in zip(("store", "link"), found, strict=False) if stage.plan.link is not None
-    }
+    linked = {name: stage for name, stage in zip(("store", "link"), found, strict=False) if stage.plan.link is not None}
     return Served(
         fleet=fleet,
         requests=requests,
@@ -302,9 +300,7 @@ def served(
         finish_s=finish,
         store_s=np.where(sent, first.record.arrive_s - first.record.sent_s, 0.0),
         transfer_s=transfer,
-        links={
-            name: links[stage.plan.link0 : stage.plan.link0 + stage.plan.n_links] for name, stage in linked.items()
-        },
+        links={name: links[stage.plan.link0 : stage.plan.link0 + stage.plan.n_links] for name, stage in linked.items()},
         moved={name: stage.moved for name, stage in linked.items()},
         waited_s={name: stage.record.waited_s for name, stage in linked.items()},
         moved_bytes={

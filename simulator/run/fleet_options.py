@@ -106,7 +106,7 @@ class LinkOptions(Record):
     """One link for all; one for each replica that sends; that receives; or both, held together."""
     layerwise: bool = False
     """Whether layers are sent while later ones are computed."""
-    first_token: Literal["prefill", "decode"] = "prefill"
+    first_token: Literal["prefill", "decode"] = "prefill"  # noqa: S105 - a token of text
     """Who gives the first token: the prefill replica, or the decode replica, which computes the last prompt token again."""
 
     def link(self, a_slice: "Slice") -> Link:

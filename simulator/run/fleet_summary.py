@@ -34,7 +34,14 @@ from simulator.run.consumption import (
     useful_pairs,
     utilisation,
 )
-from simulator.run.outcome import ConservationError, Outcome, check_conservation, check_order, demand_equal, timeline_table
+from simulator.run.outcome import (
+    ConservationError,
+    Outcome,
+    check_conservation,
+    check_order,
+    demand_equal,
+    timeline_table,
+)
 from simulator.run.statistics import distribution
 from simulator.run.summarise import (
     Facts,
@@ -197,7 +204,12 @@ def check_fleet(served: Served, table: Table, pools: Sequence[Outcome], facts: S
 
 
 def summarise_fleet(
-    served: Served, at_once: Served, facts: Sequence[Facts], *, window_s: tuple[float, float] | None, agents: Agents | None
+    served: Served,
+    at_once: Served,
+    facts: Sequence[Facts],
+    *,
+    window_s: tuple[float, float] | None,
+    agents: Agents | None,
 ) -> tuple[Summary, Table, Table, Path]:
     """Summary, requests table and timeline table of a fleet's run, and its path.
 
@@ -259,7 +271,9 @@ def summarise_fleet(
         assumptions=list(whole.assumptions),
     )
     timelines = [
-        timeline_table(p, num_kv_blocks=f.kv_blocks, idle_power_w=f.power.idle_w if f.power else None, busy_power_w=power)
+        timeline_table(
+            p, num_kv_blocks=f.kv_blocks, idle_power_w=f.power.idle_w if f.power else None, busy_power_w=power
+        )
         for p, f, (_, power) in zip(pools, facts, energies, strict=True)
     ]
     first = 0
@@ -343,9 +357,7 @@ def _ideal_chip_s(served: Served, pools: Sequence[Outcome], facts: Sequence[Fact
             )
         if role != "prefill":
             batch = outcome.total("decode_tokens") / max(outcome.total("steps"), 1)
-            total += float(
-                ideal_decode_chip_seconds(prompt, output, cost=fact.ideal_cost, mean_batch=batch).sum()
-            )
+            total += float(ideal_decode_chip_seconds(prompt, output, cost=fact.ideal_cost, mean_batch=batch).sum())
     return total
 
 
@@ -362,12 +374,21 @@ def _mean_price(served: Served, prices: Sequence[ChipPrice | None]) -> ChipPrice
         values = [getattr(price, name) for price in known]
         return None if None in values else float(np.array(values) @ chips / chips.sum())
 
-    same = {name: " + ".join(dict.fromkeys(getattr(p, name) for p in known)) for name in ("chip", "term", "kind")}
+    def listed(name: str) -> str:
+        return " + ".join(dict.fromkeys(getattr(price, name) for price in known))
+
     texts = "; ".join(dict.fromkeys(price.text for price in known))
-    usd = mean("usd_per_chip_hour") or 0.0
-    where = dict.fromkeys(("provider", "region", "date"), "")
     return ChipPrice(
-        usd_per_chip_hour=usd, low=mean("low"), high=mean("high"), source=f"mean over chips of: {texts}", **same, **where
+        chip=listed("chip"),
+        usd_per_chip_hour=mean("usd_per_chip_hour") or 0.0,
+        low=mean("low"),
+        high=mean("high"),
+        term=listed("term"),
+        provider="",
+        region="",
+        date="",
+        kind=listed("kind"),
+        source=f"mean over chips of: {texts}",
     )
 
 
@@ -426,7 +447,7 @@ def _all_utilisations(pools: Sequence[Outcome], facts: Sequence[Facts], works: S
     hbm_bytes = sum(w.hbm_bytes for w in works)
 
     def peak(name: str, times: Sequence[float]) -> float:
-        return sum(getattr(f.cost, name) * time for f, time in zip(facts, times, strict=True))
+        return float(sum(getattr(f.cost, name) * time for f, time in zip(facts, times, strict=True)))
 
     whole = [p.n_replicas * p.end_s for p in pools]
     busy = [p.busy_s for p in pools]
@@ -461,7 +482,9 @@ def _all_energies(pools: Sequence[Outcome], each: Sequence[Energy | None]) -> En
 
     sources = dict.fromkeys(e.source for e in known)
     watts = ("mean_power_w_per_chip", "idle_power_w", "peak_power_w", "host_power_w")
-    amounts = [name for name in Energy.model_fields if name.endswith(("_per_query", "_per_query_busy", "_per_output_token"))]
+    amounts = [
+        name for name in Energy.model_fields if name.endswith(("_per_query", "_per_query_busy", "_per_output_token"))
+    ]
     update = {name: mean(name) for name in watts} | {name: total(name) for name in amounts}
     # The building and the grid are one for all pools.
     return known[0].model_copy(update=update | {"grade": max(e.grade for e in known), "source": "; ".join(sources)})
@@ -565,7 +588,9 @@ def _agents(served: Served, agents: Agents) -> AgentSummary:
 def _bare(values: Array) -> Any:
     found = distribution(values)
     update = {
-        name: getattr(found, name).model_copy(update={"low": None, "high": None, "reason": "tasks overlap: no interval"})
+        name: getattr(found, name).model_copy(
+            update={"low": None, "high": None, "reason": "tasks overlap: no interval"}
+        )
         for name in ("mean", "p50", "p90", "p95", "p99")
     }
     return found.model_copy(update=update)

@@ -272,7 +272,9 @@ class Scenario(Record):
         if self.agents is not None and self.clients.may_leave:
             raise ValueError("clients: agents wait for their answers; state agents.deadline_s instead of timeouts")
         if self.disaggregated and self.clients.may_leave:
-            raise ValueError("clients: timeouts and cancellations are not followed from one pool to another; leave them out")
+            raise ValueError(
+                "clients: timeouts and cancellations are not followed from one pool to another; leave them out"
+            )
         for pool in self.pool:
             self.of_pool(pool)
         return self
@@ -412,7 +414,9 @@ def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
     """Put ``value`` into ``data`` at ``path``, making tables on the way; a table of a list goes by its name or place."""
     for depth, part in enumerate(path[:-1]):
         at = ".".join(path[: depth + 1])
-        inner = _item(data[part], path[depth + 1], at) if isinstance(data.get(part), list) else data.setdefault(part, {})
+        inner = (
+            _item(data[part], path[depth + 1], at) if isinstance(data.get(part), list) else data.setdefault(part, {})
+        )
         if isinstance(inner, str) and at in _SHORT:
             inner = data[part] = {_SHORT[at]: inner}
         if not isinstance(inner, dict):

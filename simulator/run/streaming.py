@@ -44,10 +44,10 @@ from simulator.traffic import Stream, StreamBlocks
 from simulator.traffic.blocks import BLOCK_ROWS
 
 _NONE = np.zeros(0, dtype=np.int64)
-REPLICA_ROWS = 8_192
+REPLICA_ROWS = 4_096
 """Requests of a block per replica, if there are many replicas: Python spends half a millisecond around each replica's share …"""
-MOST_ROWS = 6_000_000
-"""… and of a block in all: 240 MB."""
+MOST_ROWS = 3_000_000
+"""… and of a block in all: 120 MB."""
 GATHERED_ROWS = 1 << 16
 """Requests counted at a time."""
 

@@ -1,5 +1,7 @@
 """Agents: who waits for answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -72,8 +74,6 @@ def test_a_rejected_request_is_an_answer_too(fleets):
     fleet, requests, agents = crew(fleets, 50)
     prompts = requests.prompt_tokens.copy()
     prompts[[3, 20]] = 900
-    from dataclasses import replace
-
     served = serve_agents(fleet, replace(requests, prompt_tokens=prompts), agents)
     assert np.flatnonzero(served.status == REJECTED).tolist() == [3, 20]
     assert (np.delete(served.status, [3, 20]) == FINISHED).all()
@@ -97,11 +97,9 @@ def test_a_hash_router_keeps_a_task_on_its_replica(fleets):
 
 
 def test_replicas_with_caches_are_refused(fleets):
-    from dataclasses import replace
-
     _, requests, agents = crew(fleets)
     pool = fleets.pool(settings=replace(fleets.settings, prefix_cache="blocks"))
-    with pytest.raises(InputError, match="prefix_cache|hashes"):
+    with pytest.raises(InputError, match=r"prefix_cache|hashes"):
         serve_agents(Fleet((pool,)), requests, agents)
     with pytest.raises(InputError, match="tasks have"):
         Agents(2, np.array([3, 3]), np.zeros(5))

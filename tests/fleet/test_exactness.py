@@ -10,7 +10,7 @@ from simulator.engine.compiled import simulate
 from simulator.engine.records import EngineResult, EngineSettings
 from simulator.fleet import Agents, Fleet, Router, serve, serve_agents
 from simulator.fleet.records import LOAD_BASED, STATE_FREE
-from simulator.fleet.routing import assign
+from simulator.fleet.routing import assign, two_replicas
 from tests.engine.strategies import dyadic_case
 
 COLUMNS = [f.name for f in fields(EngineResult) if f.name.endswith(("_s", "status", "preemptions", "tokens"))]
@@ -73,7 +73,15 @@ def test_looking_at_replicas_changes_nothing_they_do(policy, seed, fleets):
         assert np.array_equal(order, rows)
         for name in ("status", "scheduled_s", "first_token_s", "finish_s", "preemptions"):
             assert np.array_equal(getattr(result, name), getattr(by_itself, name), equal_nan=True), name
-        for name in ("steps", "dense_tokens", "decode_tokens", "decode_keys", "prefill_pairs", "max_running", "max_waiting"):
+        for name in (
+            "steps",
+            "dense_tokens",
+            "decode_tokens",
+            "decode_keys",
+            "prefill_pairs",
+            "max_running",
+            "max_waiting",
+        ):
             assert result.totals[name] == by_itself.totals[name], name
         assert np.array_equal(result.itl_counts, by_itself.itl_counts)
         assert result.busy_s == pytest.approx(by_itself.busy_s, rel=1e-9)
@@ -106,8 +114,6 @@ def test_least_requests_goes_to_the_first_of_the_emptiest(fleets):
 
 
 def test_power_of_two_goes_to_the_emptier_of_two(fleets):
-    from simulator.fleet.routing import two_replicas
-
     requests = fleets.requests(400, rate=150.0)
     served = serve(Fleet((fleets.pool(replicas=4),), Router("power-of-two")), requests, seed=3)
     pairs = two_replicas(3, "router", 400, 4)
@@ -151,7 +157,9 @@ def test_clients_in_a_closed_loop_are_agents_of_one_turn(fleets, seed):
 def test_heterogeneous_pools_keep_their_own_settings(fleets):
     fast = fleets.pool(replicas=2)
     small = EngineSettings(max_num_seqs=4, max_num_batched_tokens=16, block_size=8, num_kv_blocks=50)
-    slow = replace(fleets.pool(replicas=2, cost=fleets.cost(step_s=4e-3, tokens=16, rows=4), settings=small), name="slow")
+    slow = replace(
+        fleets.pool(replicas=2, cost=fleets.cost(step_s=4e-3, tokens=16, rows=4), settings=small), name="slow"
+    )
     requests = fleets.requests(400, rate=100.0)
     served = serve(Fleet((fast, slow), Router("least-requests")), requests)
     assert served.finished.all()
@@ -176,7 +184,7 @@ def test_replicas_with_caches_do_what_they_would_alone(fleets, policy):
     (found,) = served.pools
     hits = 0
     for rows, result in zip(found.rows, found.replicas, strict=True):
-        order, by_itself = alone(pool, requests, rows)
+        _, by_itself = alone(pool, requests, rows)
         assert result.finish_s == pytest.approx(by_itself.finish_s, rel=1e-9)
         assert np.array_equal(result.reused_tokens, by_itself.reused_tokens)
         assert result.totals["cache_hit_tokens"] == by_itself.totals["cache_hit_tokens"]

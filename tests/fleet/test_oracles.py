@@ -2,6 +2,8 @@
 exponential work (the discretisation is below 1 %)."""
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -61,8 +63,6 @@ def test_looking_at_replicas_lies_between_a_common_queue_and_turns(found):
 
 def test_one_replica_of_c_slots_is_the_common_queue(fleets):
     """M/M/c exactly, where a step takes as long for c sequences as for one; the limit of a perfect router."""
-    from dataclasses import replace
-
     pool = fleets.servers(1)
     settings = replace(pool.settings, max_num_seqs=SERVERS, max_num_batched_tokens=SERVERS)
     pool = replace(pool, settings=settings, cost=fleets.cost(1.0, 0.0, 0.0, tokens=SERVERS, rows=SERVERS))
@@ -91,14 +91,16 @@ def test_of_two_choices_among_many_servers_both_are_busy_with_probability_of_the
 
 def test_a_shared_link_is_an_m_d_1_queue(fleets):
     """Prompts of one length, prefilled at once by many idle replicas, arrive at the link as they arrived: W = λD²/(2(1 − ρ))."""
-    from dataclasses import replace
-
     n, sending = 60_000, 0.01
     rng = np.random.default_rng(5)
     requests = fleets.requests(n)
     whole = np.full(n, 4)
     requests = replace(
-        requests, arrival_s=np.cumsum(rng.exponential(sending / 0.7, n)), prompt_tokens=whole, output_tokens=whole, max_tokens=whole
+        requests,
+        arrival_s=np.cumsum(rng.exponential(sending / 0.7, n)),
+        prompt_tokens=whole,
+        output_tokens=whole,
+        max_tokens=whole,
     )
     cost = fleets.cost(step_s=1e-6, token_s=1e-9, key_s=0.0)
     prefill, decode = (fleets.pool(role, 8, cost=cost, kv_block_bytes=1e6) for role in ("prefill", "decode"))
@@ -118,5 +120,5 @@ def test_adding_a_replica_never_lowers_goodput_beyond_noise(fleets):
             ttft = served.first_token_s - served.arrival_s
             met.append(int((ttft <= 0.02).sum()))
         noise = 3 * math.sqrt(len(requests) * 0.25)
-        assert all(more >= less - noise for less, more in zip(met, met[1:], strict=False)), (policy, met)
+        assert all(more >= less - noise for less, more in pairwise(met)), (policy, met)
         assert met[-1] > met[0] + 10 * noise

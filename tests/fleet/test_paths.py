@@ -21,7 +21,9 @@ def disaggregated(fleets, link, *, prefill=2, decode=3, router="least-requests",
     return Fleet(pools, Router(router), Router(decoder), link, **more)
 
 
-@pytest.mark.parametrize("policies", [("round-robin", "random"), ("least-requests", "least-kv"), ("power-of-two", "round-robin")])
+@pytest.mark.parametrize(
+    "policies", [("round-robin", "random"), ("least-requests", "least-kv"), ("power-of-two", "round-robin")]
+)
 @pytest.mark.parametrize("per", PERS)
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_bytes_requests_and_time_are_conserved(fleets, policies, per, layerwise):
@@ -54,21 +56,29 @@ def test_bytes_requests_and_time_are_conserved(fleets, policies, per, layerwise)
 
 def test_no_load_takes_prefill_and_transfer_and_decode_exactly(fleets):
     requests = fleets.requests(1).take(slice(0, 1))
-    requests = replace(requests, arrival_s=np.zeros(1), prompt_tokens=np.array([150]), output_tokens=np.array([9]), max_tokens=np.array([9]))
+    requests = replace(
+        requests,
+        arrival_s=np.zeros(1),
+        prompt_tokens=np.array([150]),
+        output_tokens=np.array([9]),
+        max_tokens=np.array([9]),
+    )
     pool = fleets.pool()
-    for first_token in ("prefill", "decode"):
-        served = serve(disaggregated(fleets, Link(1e8, 1e-4), first_token=first_token), requests)
+    for by in ("prefill", "decode"):
+        served = serve(disaggregated(fleets, Link(1e8, 1e-4), first_token=by), requests)
         one = np.ones(1, dtype=np.int64)
         prefill_s = simulate(pool.cost, pool.settings, replace(requests, output_tokens=one, max_tokens=one)).finish_s[0]
         transfer_s = 38 * 4e4 / 1e8 + 1e-4
-        if first_token == "prefill":
-            rest = replace(requests, prompt_tokens=one * 151, cached_tokens=one * 150, output_tokens=one * 8, max_tokens=one * 8)
+        if by == "prefill":
+            rest = replace(
+                requests, prompt_tokens=one * 151, cached_tokens=one * 150, output_tokens=one * 8, max_tokens=one * 8
+            )
         else:
             rest = replace(requests, cached_tokens=one * 149)
         there = simulate(pool.cost, pool.settings, replace(rest, arrival_s=np.array([prefill_s + transfer_s])))
         assert served.finish_s[0] == there.finish_s[0]
         assert served.transfer_s[0] == pytest.approx(transfer_s, rel=1e-12)
-        assert served.first_token_s[0] == (prefill_s if first_token == "prefill" else there.first_token_s[0])
+        assert served.first_token_s[0] == (prefill_s if by == "prefill" else there.first_token_s[0])
         alone = simulate(pool.cost, pool.settings, replace(rest, arrival_s=np.zeros(1))).finish_s[0]
         assert served.finish_s[0] == pytest.approx(prefill_s + transfer_s + alone, rel=1e-12)
 
@@ -152,7 +162,9 @@ def test_measured_transfers_of_kv_caches_are_latency_and_bandwidth():
         pytest.skip(f"measured transfers are not here: {file}")
     by_model = {}
     for row in csv.DictReader(file.read_text().splitlines()):
-        by_model.setdefault(row["model"], []).append((float(row["kv_bytes_reported"]), float(row["kv_transfer_ms"]) / 1e3))
+        by_model.setdefault(row["model"], []).append(
+            (float(row["kv_bytes_reported"]), float(row["kv_transfer_ms"]) / 1e3)
+        )
     assert len(by_model) == 2
     for rows in by_model.values():
         (small, small_s), (middle, middle_s), (large, large_s) = sorted(rows)

@@ -85,7 +85,9 @@ def test_a_result_runs_again_byte_for_byte_whatever_the_workers(tmp_path, disagg
 def test_one_pool_is_the_scenario_without_pools():
     """The same replicas, once as ``replicas`` and once as a pool: every figure of every request is the same."""
     plain = load_scenario("llama-3-8b-azure-chat", ["replicas=3", *FEW, "traffic.arrival.rate_per_s=45"])
-    pooled = load_scenario("llama-3-8b-azure-chat", [*FEW, "traffic.arrival.rate_per_s=45", 'pool=[{name="p", replicas=3}]'])
+    pooled = load_scenario(
+        "llama-3-8b-azure-chat", [*FEW, "traffic.arrival.rate_per_s=45", 'pool=[{name="p", replicas=3}]']
+    )
     a, b = run_scenario(plain), run_scenario(pooled)
     for name, column in a.result.requests.items():
         assert np.array_equal(column, b.result.requests[name], equal_nan=column.dtype.kind == "f"), name
@@ -126,7 +128,7 @@ def test_agents_work_through_tasks():
     assert store.moved_bytes == pytest.approx(store.transfers * one)
 
 
-def test_growing_contexts_re_send_what_was_said(tmp_path):
+def test_growing_contexts_re_send_what_was_said():
     changes = ["traffic.n_requests=40", "agents.growing=true", "traffic.prompt=100", "traffic.cached_tokens=0"]
     table = run_scenario(load_scenario("web-agent-fleet", [*changes, "agents.turns=4"])).result.requests
     prompt = table["prompt_tokens"].reshape(-1, 4)
@@ -136,9 +138,7 @@ def test_growing_contexts_re_send_what_was_said(tmp_path):
 
 def test_kv_bytes_are_what_a_measured_system_moved():
     """Mooncake's documentation reports 197 MB for 512 tokens of Qwen3-235B-A22B on TP8: each of 4 KV heads is held, and sent, twice."""
-    scenario = load_scenario(
-        "llama-3-8b-azure-chat", ["model=qwen3-235b-a22b", "slice=h200-sxm:8", "precision=bf16"]
-    )
+    scenario = load_scenario("llama-3-8b-azure-chat", ["model=qwen3-235b-a22b", "slice=h200-sxm:8", "precision=bf16"])
     assert kv_block_bytes(resolve(scenario)) * 512 / 16 == pytest.approx(197e6, rel=0.005)
 
 
@@ -167,7 +167,11 @@ def test_latencies_fall_into_the_bins_of_the_engine():
         ("llama-3-8b-azure-chat", ["link.per=fleet"], "prefill and decode pools"),
         ("web-agent-fleet", ['traffic.arrival={process="poisson", rate_per_s=1}'], "leave it out"),
         ("llama-3-8b-azure-chat", [*FEW, "replicas=2", "router=prefix-affinity"], "hash_ids"),
-        ("llama-3-8b-azure-chat", [*FEW, "replicas=2", "router=least-kv", "engine.host.step_s=1e-3"], "routers that look"),
+        (
+            "llama-3-8b-azure-chat",
+            [*FEW, "replicas=2", "router=least-kv", "engine.host.step_s=1e-3"],
+            "routers that look",
+        ),
         ("llama-3-8b-azure-chat", [*FEW, "replicas=2", "router=random", "run.summary_only=true"], "round-robin"),
         (DISAGGREGATED, ["run.summary_only=true"], "one pool"),
     ],
