@@ -6,7 +6,7 @@ import numpy as np
 
 from simulator.engine.records import Requests
 from simulator.errors import InputError
-from simulator.fleet.records import Agents, Fleet, Pool, Router, Served
+from simulator.fleet.records import STATE_FREE, Agents, Fleet, Pool, Router, Served
 from simulator.roofline.memory import memory_fit
 from simulator.run.fleet_options import PoolOptions, growing_context
 from simulator.run.resolve import Resolved, resolve
@@ -28,6 +28,28 @@ def follows_paths(scenario: Scenario) -> bool:
     """Whether a scenario is more than equal replicas that requests come to: then the whole path of each is followed."""
     waits = isinstance(scenario.traffic.arrival, Closed) and scenario.router.policy != "round-robin"
     return bool(scenario.pool) or scenario.store is not None or scenario.agents is not None or waits
+
+
+def looks_at_replicas(scenario: Scenario) -> bool:
+    """Whether somebody looks at replicas while they run."""
+    names = [scenario.router.policy, *([scenario.router.decode] if scenario.disaggregated else [])]
+    return scenario.agents is not None or any(name not in STATE_FREE for name in names)
+
+
+def demand_turns(scenario: Scenario, what: str) -> None:
+    """Refuse what follows only equal replicas whose requests come by turns.
+
+    Raises
+    ------
+    InputError
+        For several pools, a store, agents, or another router.
+    """
+    other = scenario.replicas > 1 and scenario.router.policy != "round-robin"
+    if follows_paths(scenario) or other:
+        raise InputError(
+            f"{scenario.name}: {what} follows equal replicas behind round robin, not pools, stores, agents or router = "
+            f"{scenario.router.policy!r}"
+        )
 
 
 def kv_block_bytes(resolved: Resolved) -> float:

@@ -22,7 +22,15 @@ from simulator.results.store import Result
 from simulator.results.summary import Figure, Replications, Summary
 from simulator.results.tables import Table
 from simulator.run.fleet_options import PoolOptions
-from simulator.run.fleets import ResolvedFleet, agents_of, follows_paths, pool_of, resolve_fleet, serve_fleet
+from simulator.run.fleets import (
+    ResolvedFleet,
+    agents_of,
+    follows_paths,
+    looks_at_replicas,
+    pool_of,
+    resolve_fleet,
+    serve_fleet,
+)
 from simulator.run.outcome import Outcome, requests_table
 from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
 from simulator.run.scenario import Scenario
@@ -103,6 +111,8 @@ def run_scenario(
     resolved = resolve(scenario) if fleet is None else fleet.pools[-1]
     for one in (resolved,) if fleet is None else fleet.pools:
         _prepare_engine(partial(say, 0, total), one)
+    if scenario.all_replicas > 1 and looks_at_replicas(scenario):
+        say(0, total, "loading the engine for fleets (some 25 s the first time)")
     runs = []
     for k in range(n_seeds):
         say(1 + 2 * k, total, f"simulating, seed {first + k}")

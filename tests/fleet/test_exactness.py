@@ -1,6 +1,10 @@
 """A fleet is its replicas: what each does with the requests it was sent is what it would have done alone, to the last bit."""
 
+import os
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +197,31 @@ def test_replicas_with_caches_do_what_they_would_alone(fleets, policy):
     if policy == "prefix-affinity":  # a family stays together, as long as loads allow
         first = [served.replica[family == f][:8] for f in range(5)]
         assert all(len(set(replicas)) == 1 for replicas in first)
+
+
+def test_without_numba_the_same_results():
+    script = """
+import numpy as np
+from tests.fleet.conftest import Fleets
+from simulator.fleet import Agents, Fleet, Link, Router, serve, serve_agents
+requests = Fleets.requests(40, rate=200.0)
+pools = Fleets.pool("prefill", 2), Fleets.pool("decode", 2)
+fleet = Fleet(pools, Router("least-requests"), Router("least-kv"), Link(1e8, 1e-4, "both", layerwise=True))
+agents = Agents(4, np.full(8, 5), np.full(40, 0.01))
+for served in (serve(fleet, requests), serve_agents(fleet, requests, agents), serve(Fleet((Fleets.pool(replicas=3),), Router("power-of-two")), requests)):
+    print(served.finish_s.tolist(), served.replica.tolist(), {name: sums.tolist() for name, sums in served.links.items()})
+"""
+    root = Path(__file__).parents[2]
+
+    def run(**env):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root), **env},
+        )
+        return done.stdout
+
+    assert run(NUMBA_DISABLE_JIT="1") == run()
