@@ -104,6 +104,7 @@ def summary_text(summary: Summary, *, sources: bool = True) -> str:
         "",
         *_throughput(summary),
         "",
+        *_fleet(summary),
         *_cost(summary),
         "",
         "Conservation",
