@@ -45,7 +45,7 @@ class RouterOptions(Record):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in POLICIES:
-            raise ValueError(f"{name!r}{nearest(name, POLICIES)}")
+            raise ValueError(f"no such router{nearest(name, POLICIES)}")
         return name
 
     @field_validator("decode")
