@@ -7,7 +7,7 @@ advanced together from arrival to arrival (:mod:`simulator.engine.many`).
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,20 +59,23 @@ def serve(
     stages = stages_of(fleet, requests)
     refused = ~admissible(fleet, requests, stages)
     links = many.Links(*_links(stages))
-    when = np.where(refused, np.nan, requests.arrival_s)
-    since, source = np.full(len(requests), np.nan), np.full(len(requests), -1, dtype=np.int64)
+    sent = _Sent(
+        when_s=np.where(refused, np.nan, requests.arrival_s),
+        since_s=np.full(len(requests), np.nan),
+        source=np.full(len(requests), -1, dtype=np.int64),
+    )
     found: list[StageResult] = []
     itl: Ints | None = None
     for plan in stages:
-        order = np.lexsort((np.arange(len(when)), when))[: int((~np.isnan(when)).sum())]
-        run = _split if plan.state_free else _together
-        result, counts = run(plan, order, when, since, source, links, seed, workers, itl_window_s)
+        if plan.state_free:
+            result, counts = _split(plan, sent, links, seed, workers, itl_window_s)
+        else:
+            result, counts = _together(plan, sent, links, seed, itl_window_s)
         found.append(result)
         if counts is not None:
             itl = counts if itl is None else itl + counts
         goes = goes_on(fleet, requests) & (result.column("status") == FINISHED)
-        when = np.where(goes, result.column("finish_s"), np.nan)
-        since, source = result.column("scheduled_s"), result.replica
+        sent = _Sent(np.where(goes, result.column("finish_s"), np.nan), result.column("scheduled_s"), result.replica)
     refused_s = np.where(refused, requests.arrival_s, np.nan)
     return served(fleet, requests, found, refused_s, links.sums, itl)
 
@@ -82,20 +85,31 @@ def _links(stages: Sequence[Plan]) -> tuple[Floats, Floats]:
     return np.zeros(n), np.zeros((n, many.N_SUMS))
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """[n] when requests are sent to a stage (NaN: they are not); since when their KV caches are computed, and where."""
+
+    when_s: Floats
+    since_s: Floats
+    source: Ints
+
+    @property
+    def order(self) -> Ints:
+        """Those that are sent, by time, then row."""
+        return np.argsort(self.when_s, kind="stable")[: int((~np.isnan(self.when_s)).sum())]
+
+
 def _split(
     plan: Plan,
-    order: Ints,
-    when: Floats,
-    since: Floats,
-    source: Ints,
+    sent: _Sent,
     links: many.Links,
     seed: int,
     workers: int,
     itl_window_s: tuple[float, float] | None,
 ) -> tuple[StageResult, Ints | None]:
     """Serve a stage whose replicas nobody looks at, each by itself."""
-    record = plan.record(seed)
-    many.transfer_in_order(links, record, order, when, since, source)
+    record, order = plan.record(seed), sent.order
+    many.transfer_in_order(links, record, order, sent.when_s, sent.since_s, sent.source)
     closed, n = plan.requests.concurrency, plan.replicas
     there = np.argsort(record.arrive_s[order], kind="stable") if plan.link is not None else slice(None)
     arriving = order[there]
@@ -104,7 +118,7 @@ def _split(
     rows = [arriving[by_replica[edges[r] : edges[r + 1]]] for r in range(n)]
     kinds = [pool for pool in plan.pools for _ in range(pool.replicas)]
     # Out of the order of their arrival at the fleet they may come to a replica.
-    requests = plan.requests if closed else replace(plan.requests, arrival_s=np.zeros(len(when)))
+    requests = plan.requests if closed else replace(plan.requests, arrival_s=np.zeros(len(sent.when_s)))
 
     def one(r: int) -> tuple[EngineResult, Ints | None]:
         part = requests.take(rows[r], concurrency=len(range(r, closed, n)))
@@ -123,7 +137,7 @@ def _split(
             done = list(pool.map(one, range(n)))
     results, counts = zip(*done, strict=True)
     if closed:  # when they were sent is up to the clients
-        record = record._replace(sent_s=_arrivals(rows, results, len(when)))
+        record = record._replace(sent_s=_arrivals(rows, results, len(sent.when_s)))
         record = record._replace(arrive_s=record.sent_s)
     measured = None if itl_window_s is None else np.asarray(np.sum(counts, axis=0))
     return StageResult(plan, record, rows, results), measured
@@ -137,31 +151,22 @@ def _arrivals(rows: Sequence[Ints], results: Sequence[EngineResult], n: int) -> 
 
 
 def _together(
-    plan: Plan,
-    order: Ints,
-    when: Floats,
-    since: Floats,
-    source: Ints,
-    links: many.Links,
-    seed: int,
-    workers: int,
-    itl_window_s: tuple[float, float] | None,
+    plan: Plan, sent: _Sent, links: many.Links, seed: int, itl_window_s: tuple[float, float] | None
 ) -> tuple[StageResult, Ints | None]:
     """Serve a stage whose router looks at its replicas."""
-    del workers  # who looks at all of them must have all of them
     n = plan.replicas
     at_home = replace(plan, first=0)
-    record = at_home.record(seed)
+    record, order = at_home.record(seed), sent.order
     replicas = Replicas(
         [Kind(pool.cost, pool.settings, pool.replicas) for pool in plan.pools],
         plan.requests,
         prefixes=plan.prefixes,
-        last_arrival_s=float(when[order[-1]]) if len(order) else 0.0,
+        last_arrival_s=float(sent.when_s[order[-1]]) if len(order) else 0.0,
     )
     replicas.many = replicas.many._replace(links=links)
     place, counts = 0, []
     for edge_s in (*(itl_window_s or ()), np.inf):
-        place = replicas.serve(record, order, when, since, source, edge_s, place)
+        place = replicas.serve(record, order, sent.when_s, sent.since_s, sent.source, edge_s, place)
         replicas.advance(record, edge_s)
         counts.append(replicas.itl_counts(0, n))
     given = record.given[order]
