@@ -103,6 +103,8 @@ def path_of(served: Served, pools: Sequence[Outcome], *, window_s: tuple[float, 
     def total(name: str) -> NDArray[Any]:
         return np.asarray(sum(pool.column(name) for pool in pools))
 
+    entry = [p for p, pool in zip(pools, served.pools, strict=True) if pool.pool.role != "decode"]
+    reused = np.asarray(sum(pool.column("reused_tokens") for pool in entry))
     return Path(
         requests=served.requests,
         replicas=tuple(replicas),
@@ -115,6 +117,7 @@ def path_of(served: Served, pools: Sequence[Outcome], *, window_s: tuple[float, 
             "first_token_s": served.first_token_s,
             "finish_s": served.finish_s,
             "preemptions": total("preemptions").astype(np.int32),
+            "reused_tokens": reused,
         },
         pool_chips=tuple(pool.chips_per_replica for pool in pools for _ in pool.replicas),
     )
@@ -166,7 +169,7 @@ def path_table(served: Served, path: Path, pools: Sequence[Outcome]) -> Table:
         "tpot_s": tpot,
         "e2e_s": e2e,
         "prompt_tokens": requests.prompt_tokens,
-        "cached_tokens": sums("reused_tokens", entry),
+        "cached_tokens": path.column("reused_tokens"),
         "output_tokens": requests.output_tokens,
         "priority": np.zeros(n, dtype=np.int64) if requests.priority is None else requests.priority,
         "tenant": np.zeros(n, dtype=np.int64) if requests.tenant is None else requests.tenant,
@@ -210,10 +213,12 @@ def summarise_fleet(
     *,
     window_s: tuple[float, float] | None,
     agents: Agents | None,
+    tasks: bool,
 ) -> tuple[Summary, Table, Table, Path]:
     """Summary, requests table and timeline table of a fleet's run, and its path.
 
     ``facts`` are of each pool; ``at_once`` is a run of the same requests all queued at t = 0, whose throughput is the capacity.
+    ``agents`` are those who sent the requests, if anybody waited; ``tasks`` says whether what they got done is of interest.
 
     Raises
     ------
@@ -261,7 +266,7 @@ def summarise_fleet(
         utilisation=_all_utilisations(pools, facts, works) if several else used[0],
         pools=_pools(served, pools, facts, occupancies, used) if several else [],
         links=_links(served),
-        agents=None if agents is None else _agents(served, agents),
+        agents=_agents(served, agents) if agents is not None and tasks else None,
         chip_seconds_per_query=chip_seconds(path, sums),
         prices=prices_of(path, _at_one_price(sums, pools, facts, whole), whole),
         energy=_all_energies(pools, [e for e, _ in energies]),

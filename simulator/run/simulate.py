@@ -224,7 +224,7 @@ def _run_fleet(
         replace(facts(pool, seed=seed, traffic=source, notes=_notes(stream, scenario)), role=options.role)
         for options, pool in zip(resolved.options, resolved.pools, strict=True)
     ]
-    return summarise_fleet(served, at_once, about, window_s=window, agents=agents if scenario.agents else None)
+    return summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=scenario.agents is not None)
 
 
 def _run_summary_only(

@@ -77,6 +77,21 @@ def test_a_disaggregated_run_adds_up(disaggregated):
     assert s.energy.joules_per_query > 0
 
 
+def test_preempted_decodes_and_waiting_clients():
+    """Little memory for decoding, and clients in a closed loop: no load to exceed, and tokens computed again are waste."""
+    closed = 'traffic.arrival={process="closed", concurrency=40, think_s=0.1}'
+    run = run_scenario(load_scenario(DISAGGREGATED, [*FEW, closed, "pool.decode.engine.num_gpu_blocks_override=1800"]))
+    s = run.summary
+    assert s.requests.finished + s.requests.rejected == 400
+    assert s.requests.preemptions > 0
+    assert s.load.arrival_per_s is None
+    assert s.load.load is None
+    assert not s.load.overloaded
+    assert s.agents is None
+    assert 0 < s.utilisation.recomputed_flops < s.utilisation.model_flops
+    assert s.chip_seconds_per_query.recompute > 0
+
+
 def test_a_result_runs_again_byte_for_byte_whatever_the_workers(tmp_path, disaggregated):
     write_result(disaggregated.result, tmp_path / "a")
     again = run_scenario(load_scenario(str(tmp_path / "a")), workers=3)
