@@ -492,10 +492,10 @@ def run(
 
     ``RANGE``: run the steps of the stage's replicas that start before ``until``; return 0.
 
-    ``FINISH``: send ``order[place:]`` off at once (replicas have been advanced to it), then run the steps of all replicas of the fleet, in order of time, that start before ``until`` and before
-    anything finishes. Return how many requests finished, in ``rows``, which has room for every running request; at the earliest of
-    their ``finish`` times the caller may send more. They may finish later than ``until``. If arrays are too short, return −1 − the
-    place of the first that was not sent.
+    ``FINISH``: send ``order[place:]`` off at once (replicas have been advanced to it), then run the steps of all replicas of the fleet, in
+    order of time, that start before ``until`` and before anything finishes. Return how many requests finished, in ``rows``,
+    which has room for every running request; at the earliest of their ``finish`` times the caller may send more. They may finish
+    later than ``until``. If arrays are too short, return −1 − the place of the first that was not sent.
 
     ``since`` and ``source``, by request, are as in :func:`_transfer`.
     """

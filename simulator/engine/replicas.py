@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from simulator.engine import core, many
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.compiled import Engine
-from simulator.engine.records import FINISHED, NOT_ARRIVED, EngineResult, EngineSettings, Requests, needs_queue
+from simulator.engine.records import NOT_ARRIVED, EngineResult, EngineSettings, Requests, needs_queue
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
@@ -119,7 +119,6 @@ class Replicas:
         prefixes: BlockHashes | None = None,
         last_arrival_s: float = 0.0,
     ) -> None:
-        self._requests = requests
         n = len(requests)
         self.kind_of = np.repeat(np.arange(len(kinds)), [kind.count for kind in kinds])
         engines = [_engine(kind, requests, last_arrival_s) for kind in kinds]
@@ -160,10 +159,6 @@ class Replicas:
                 self._engines[r] = own.sharing(stream, out._replace(**counts), self._state(r))
         self.compiled = not any(self._engines)
         self._finished = np.zeros(self.max_running, dtype=np.int64)
-
-    def __len__(self) -> int:
-        """Return the number of replicas."""
-        return len(self.kind_of)
 
     def advance(self, stage: many.Stage, until_s: float = math.inf) -> None:
         """Run the steps of a stage's replicas that start before ``until_s``."""
@@ -255,11 +250,6 @@ class Replicas:
             many.run(self.many, stage, mode, order, when_s, since_s, source, place, float(until_s), self._finished)
         )
 
-    def accepts(self, replica: int, row: int) -> bool:
-        """Whether a replica will not reject a row (R4)."""
-        stream, kinds = self.many.stream, self.many.kinds
-        return bool(many.accepts(kinds.ints[self.kind_of[replica]], stream.prompt[row] + stream.max_tokens[row]))
-
     @property
     def finish_s(self) -> Floats:
         """[n] when each request finished. [s]"""
@@ -269,11 +259,6 @@ class Replicas:
     def scheduled_s(self) -> Floats:
         """[n] when each request's first step started. [s]"""
         return np.asarray(self.many.out.scheduled)
-
-    @property
-    def done(self) -> NDArray[np.bool_]:
-        """[n] whether each request has finished."""
-        return np.asarray(self.many.out.status == FINISHED)
 
     def itl_counts(self, first: int, last: int) -> Ints:
         """Inter-token latencies so far of replicas ``first`` … ``last`` − 1."""

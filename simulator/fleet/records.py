@@ -180,9 +180,9 @@ class Fleet:
             raise InputError(
                 f"store.per = {self.store.per!r}: a store has one link, 'fleet', or one to each replica, 'target'"
             )
-        carried = self.pools if self.disaggregated else ()
-        sizes = {round(pool.kv_bytes_per_token, 6) for pool in carried if pool.replicas}
-        if any(size <= 0 for size in sizes):
+        if self.store is not None and self.store.layerwise:
+            raise InputError("store.layerwise: a store holds whole caches; nothing is computed while they are sent")
+        if self.disaggregated and any(pool.kv_block_bytes <= 0 for pool in self.pools):
             raise InputError("pools: kv_block_bytes must be positive where KV caches cross a link")
 
     @property

@@ -43,8 +43,10 @@ class Plan:
         its first replica, counted over all stages.
     bytes
         [n] that cross ``link`` for each request; without a link, zeros. [bytes]
-    link0, n_links
-        its links are ``link0`` … of the fleet's.
+    link0
+        the first of its links among the fleet's.
+    sources
+        replicas of the stage before it.
     cause
         of the random numbers of its router.
     """
