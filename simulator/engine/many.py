@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.core import (
     CLOCK,
     FIFO_HEAD,
@@ -120,6 +121,14 @@ class Prefixes(NamedTuple):
     ids: Any
     offsets: Any
     owner: Any
+
+
+def new_prefixes(hashes: BlockHashes | None) -> Prefixes:
+    """Nothing sent yet; ``hashes`` by KV block, None if no router goes by them."""
+    if hashes is None:
+        hashes = BlockHashes(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64), 1)
+    owner = np.full(int(hashes.ids.max(initial=-1)) + 1, -1, dtype=np.int64)
+    return Prefixes(hashes.ids, hashes.offsets, owner)
 
 
 class Many(NamedTuple):
@@ -403,7 +412,7 @@ def _by_prefix(board: Board, prefixes: Prefixes, stage: Stage, request: int, now
 
 
 @compiled
-def _choose(board: Board, prefixes: Prefixes, stage: Stage, request: int, now: float) -> int:
+def choose(board: Board, prefixes: Prefixes, stage: Stage, request: int, now: float) -> int:
     """F3 to F5: the replica that a request goes to."""
     if stage.policy == PREFIX:
         return int(_by_prefix(board, prefixes, stage, request, now))
@@ -530,7 +539,7 @@ def run(
             else:
                 # --- nobody: send a request off ---
                 if stage.given[request] < 0:
-                    stage.given[request] = _choose(board, many.prefixes, stage, request, now) - stage.first
+                    stage.given[request] = choose(board, many.prefixes, stage, request, now) - stage.first
                 r = stage.first + stage.given[request]
                 ints, mine = states.ints[r], board.ints[r]
                 if not _has_room(ints, states.fifo[r], states.pending_time.shape[1], mine):

@@ -1,7 +1,6 @@
 """Many replicas, seen from Python: sent requests while they run, looked at, advanced together.
 
-The algorithm is in :mod:`simulator.engine.many`. Replicas without features beyond the plain loop are advanced by compiled code, all in
-one call; those with a prefix cache, tiers, swap or speculation one call each, which costs some 20 µs.
+The algorithm is in :mod:`simulator.engine.many`. Only plain replicas: the others are advanced by :mod:`simulator.engine.one_by_one`.
 """
 
 import math
@@ -41,12 +40,7 @@ class _Replica(Engine):
 
     @property
     def parts(self) -> "_Parts":
-        return _Parts(self._settings, self._cost, self._limits, self._out, self._state, self._extra)
-
-    @property
-    def extra_tokens(self) -> int:
-        """Tokens emitted beyond one per pass of speculative decoding."""
-        return self._extra_tokens()
+        return _Parts(self._settings, self._cost, self._limits, self._out, self._state)
 
     def sharing(self, stream: core.Stream, out: core.Outcome, state: core.State) -> "_Replica":
         """The same engine, on these arrays."""
@@ -55,31 +49,6 @@ class _Replica(Engine):
         found._stream, found._out, found._state = stream, out, state  # noqa: SLF001 - of its own class
         return found
 
-    def move_to(self, state: core.State) -> None:
-        """Go on with another state."""
-        self._state = state
-
-    def of_rows(self, rows: Ints) -> EngineResult:
-        """Result whose columns of caches, which are of all requests, are cut to ``rows``."""
-        extra = self._extra
-        if extra is not None:
-            wasted = extra.spec.tariff.wasted
-            self._extra = extra._replace(
-                cache=extra.cache._replace(reused=extra.cache.reused[rows]) if extra.cache.on else extra.cache,
-                swap=extra.swap._replace(charged=extra.swap.charged[rows]) if extra.swap.on else extra.swap,
-                loads=(
-                    extra.loads._replace(start_s=extra.loads.start_s[rows], end_s=extra.loads.end_s[rows])
-                    if extra.loads.on
-                    else extra.loads
-                ),
-                spec=(
-                    extra.spec._replace(tariff=extra.spec.tariff._replace(wasted=wasted[rows]))
-                    if extra.spec.on
-                    else extra.spec
-                ),
-            )
-        return self.result()
-
 
 class _Parts(NamedTuple):
     settings: EngineSettings
@@ -87,7 +56,6 @@ class _Parts(NamedTuple):
     limits: core.Limits
     out: core.Outcome
     state: core.State
-    extra: core.Extra | None
 
 
 class Replicas:
@@ -123,7 +91,6 @@ class Replicas:
         self.kind_of = np.repeat(np.arange(len(kinds)), [kind.count for kind in kinds])
         engines = [_engine(kind, requests, last_arrival_s) for kind in kinds]
         self._like = engines
-        self._engines: list[_Replica | None] = [None] * len(self.kind_of)
         stream = core.Stream(
             arrival=np.zeros(n),
             prompt=np.ascontiguousarray(requests.prompt_tokens, dtype=np.int64),
@@ -140,8 +107,6 @@ class Replicas:
         )
         board.ints[:, many.KIND] = self.kind_of
         board.ints[:, many.BLOCKS] = [engines[kind].parts.settings.num_kv_blocks for kind in self.kind_of]
-        hashes = prefixes or BlockHashes(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64), 1)
-        owner = np.full(int(hashes.ids.max(initial=-1)) + 1, -1, dtype=np.int64)
         self.many = many.Many(
             _stacked_kinds(engines),
             stream,
@@ -149,25 +114,13 @@ class Replicas:
             _stacked_states(engines, self.kind_of, n),
             board,
             many.Links(np.zeros(links), np.zeros((links, many.N_SUMS))),
-            many.Prefixes(hashes.ids, hashes.offsets, owner),
+            many.new_prefixes(prefixes),
         )
-        for r, kind in enumerate(self.kind_of):
-            if engines[kind].parts.extra is not None:
-                # Each has caches of its own.
-                own = _engine(kinds[int(kind)], requests, last_arrival_s)
-                counts = {name: getattr(out, name)[r, : len(getattr(own.parts.out, name))] for name in _COUNTS}
-                self._engines[r] = own.sharing(stream, out._replace(**counts), self._state(r))
-        self.compiled = not any(self._engines)
         self._finished = np.zeros(self.max_running, dtype=np.int64)
 
     def advance(self, stage: many.Stage, until_s: float = math.inf) -> None:
         """Run the steps of a stage's replicas that start before ``until_s``."""
-        if self.compiled:
-            self._run(stage, many.RANGE, _NOBODY, _NEVER, _NEVER, _NOBODY, 0, until_s)
-            return
-        for r in range(stage.first, stage.last):
-            if self.many.board.next_s[r] < until_s:
-                self._advance(stage, r, until_s)
+        self._run(stage, many.RANGE, _NOBODY, _NEVER, _NEVER, _NOBODY, 0, until_s)
 
     def advance_to_finish(
         self, stage: many.Stage, order: Ints, when_s: Floats, since_s: Floats, source: Ints, until_s: float
@@ -176,17 +129,7 @@ class Replicas:
 
         Return the rows of the requests that finished: some, if a step that started before ``until_s`` ended with one. All of them
         have ``finish_s``, which may be later than ``until_s``; no step that starts at or after the earliest has been run.
-
-        Raises
-        ------
-        InputError
-            If a replica is not a plain one.
         """
-        if not self.compiled:
-            raise InputError(
-                "agents and whoever else waits for answers: only with engine.prefix_cache, preemption, cache_tiers and "
-                "speculation at their defaults"
-            )
         place = 0
         while True:
             found = self._run(stage, many.FINISH, order, when_s, since_s, source, place, until_s)
@@ -215,24 +158,10 @@ class Replicas:
         Return the place of the next one.
         """
         place = first
-        if self.compiled:
-            while True:
-                place = self._run(stage, many.SERVE, order, when_s, since_s, source, place, until_s)
-                if place == len(order) or when_s[order[place]] >= until_s:
-                    return place
-                self._grow()
-        while place < len(order) and when_s[order[place]] < until_s:
-            one = order[place : place + 1]
-            if stage.policy != many.GIVEN:
-                self.advance(stage, when_s[one[0]])
-            self._send(stage, one, when_s, since_s, source)
-            place += 1
-        return place
-
-    def _send(self, stage: many.Stage, order: Ints, when_s: Floats, since_s: Floats, source: Ints) -> None:
-        """Send requests off, replicas being advanced to their times."""
-        while (place := self._run(stage, many.FINISH, order, when_s, since_s, source, 0, -math.inf)) < 0:
-            order = order[-1 - place :]
+        while True:
+            place = self._run(stage, many.SERVE, order, when_s, since_s, source, place, until_s)
+            if place == len(order) or when_s[order[place]] >= until_s:
+                return place
             self._grow()
 
     def _run(
@@ -260,14 +189,9 @@ class Replicas:
         """[n] when each request's first step started. [s]"""
         return np.asarray(self.many.out.scheduled)
 
-    def itl_counts(self, first: int, last: int) -> Ints:
-        """Inter-token latencies so far of replicas ``first`` … ``last`` − 1."""
-        counts = self.many.out.itl[first:last].sum(axis=0)
-        for r in range(first, last):
-            engine = self._engines[r]
-            if engine is not None:
-                counts[0] += engine.extra_tokens
-        return np.asarray(counts)
+    def itl_counts(self) -> Ints:
+        """Inter-token latencies so far, all replicas."""
+        return np.asarray(self.many.out.itl.sum(axis=0))
 
     @property
     def link_sums(self) -> Floats:
@@ -278,46 +202,18 @@ class Replicas:
         """What a replica has done; per-request columns are those of ``rows``, all its requests among them."""
         out = self.many.out
         columns = {name: getattr(out, name)[rows] for name in _COLUMNS}
-        own = self._engines[replica]
-        like = self._like[self.kind_of[replica]] if own is None else own
+        like = self._like[self.kind_of[replica]]
         # The common arrays are as long as the longest kind's.
         counts = {name: getattr(out, name)[replica, : len(getattr(like.parts.out, name))].copy() for name in _COUNTS}
         stream = self.many.stream
         cut = {name: getattr(stream, name)[rows] for name in core.Stream._fields if name != "concurrency"}
         mine = core.Stream(**cut, concurrency=stream.concurrency)
         view = like.sharing(mine, core.Outcome(**columns, **counts), self._state(replica))
-        return view.of_rows(rows)
+        found: EngineResult = view.result()
+        return found
 
     def _state(self, r: int) -> core.State:
         return core.State(*(array[r] for array in self.many.states))
-
-    def _advance(self, stage: many.Stage, r: int, until_s: float) -> None:
-        engine = self._engines[r]
-        if engine is None:
-            one = stage._replace(first=r, last=r + 1)
-            self._run(one, many.RANGE, _NOBODY, _NEVER, _NEVER, _NOBODY, 0, until_s)
-            return
-        engine.advance(until_s)
-        parts, state = self.many, self._state(r)
-        many.look(
-            parts.board,
-            parts.kinds.ints,
-            parts.stream.prompt,
-            parts.stream.output,
-            parts.out.finish,
-            state.ints,
-            state.floats,
-            state.pending_time,
-            state.fifo,
-            state.free_slots,
-            state.row,
-            r,
-        )
-        loading = state.ints[core.N_LOADING]
-        if loading:
-            board = self.many.board
-            board.ints[r, many.REQUESTS] += loading
-            board.next_s[r] = min(board.next_s[r], max(engine.next_load_s, engine.clock_s))
 
     def _grow(self) -> None:
         """Double the queues and inboxes."""
@@ -328,9 +224,6 @@ class Replicas:
             for array in [getattr(states, name)]
         }
         self.many = self.many._replace(states=states._replace(**longer))
-        for r, engine in enumerate(self._engines):
-            if engine is not None:
-                engine.move_to(self._state(r))
 
 
 _NOBODY, _NEVER = np.zeros(0, dtype=np.int64), np.zeros(0)
@@ -340,23 +233,28 @@ _COUNTS = ("steps_by_tokens", "steps_by_rows", "itl")
 _COLUMNS = tuple(name for name in core.Outcome._fields if name not in _COUNTS)
 
 
-def _engine(kind: Kind, requests: Requests, last_arrival_s: float) -> _Replica:
-    """A replica that all others of its kind are like; it holds no request."""
+def why_not_plain(kind: Kind, requests: Requests) -> str:
+    """What a kind of replica has that :class:`Replicas` do not follow, in words; empty if nothing."""
     settings = kind.settings
     if isinstance(kind.cost, PipelineCost) or kind.cost.ranks > 1 or settings.expert_skew.on:
-        raise InputError(
-            "replicas of several ranks or stages, or with uneven experts, cannot be looked at while they run: choose a router "
-            "that does not look at loads (round-robin, random, hash), and traffic that does not wait for answers"
-        )
+        return "several ranks or stages, or uneven experts"
     if needs_queue(settings, clients_leave=requests.clients_may_leave):
+        return "a policy, batching mode, host that costs time, or clients that leave"
+    if settings.prefix_cache != "off" or settings.swap is not None or settings.speculation is not None:
+        return "a prefix cache, swap or speculation"
+    return ""
+
+
+def _engine(kind: Kind, requests: Requests, last_arrival_s: float) -> _Replica:
+    """A replica that all others of its kind are like; it holds no request."""
+    what = why_not_plain(kind, requests)
+    if what or isinstance(kind.cost, PipelineCost):
         raise InputError(
-            "routers that look at loads, and agents: only with engine.policy, batching, long_prefill_token_threshold and watermark "
-            "at their defaults, a host that costs nothing, and clients that do not leave"
+            f"agents, and clients who wait for a router's choice: only with plain replicas, not with {what}"
         )
-    remembers = settings.prefix_cache != "off" or settings.swap is not None or settings.speculation is not None
-    few = requests if remembers else requests.take(slice(0, 0))
+    few = replace(requests.take(slice(0, 0)), concurrency=0)
     interval_s = max(last_arrival_s / 512, 64 * float(kind.cost.dense_s[1]))
-    return _Replica(kind.cost, settings, replace(few, concurrency=0), timeline_interval_s=interval_s)
+    return _Replica(kind.cost, kind.settings, few, timeline_interval_s=interval_s)
 
 
 def _stacked(arrays: Sequence[NDArray[Any]], fill: float = 0) -> NDArray[Any]:

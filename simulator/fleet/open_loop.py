@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from simulator.engine import many
 from simulator.engine.compiled import new_engine
+from simulator.engine.one_by_one import OneByOne, demand_kv_looks
 from simulator.engine.records import FINISHED, EngineResult, Requests
-from simulator.engine.replicas import Kind, Replicas
+from simulator.engine.replicas import Kind, Replicas, why_not_plain
 from simulator.errors import InputError
 from simulator.fleet.records import Fleet, Served
 from simulator.fleet.stages import Plan, StageResult, admissible, goes_on, served, stages_of
@@ -155,20 +156,26 @@ def _together(
 ) -> tuple[StageResult, Ints | None]:
     """Serve a stage whose router looks at its replicas."""
     n = plan.replicas
-    at_home = replace(plan, first=0)
-    record, order = at_home.record(seed), sent.order
-    replicas = Replicas(
-        [Kind(pool.cost, pool.settings, pool.replicas) for pool in plan.pools],
-        plan.requests,
-        prefixes=plan.prefixes,
-        last_arrival_s=float(sent.when_s[order[-1]]) if len(order) else 0.0,
-    )
-    replicas.many = replicas.many._replace(links=links)
+    record, order = replace(plan, first=0).record(seed), sent.order
+    kinds = [Kind(pool.cost, pool.settings, pool.replicas) for pool in plan.pools]
+    last_s = float(sent.when_s[order[-1]]) if len(order) else 0.0
+    times = order, sent.when_s, sent.since_s, sent.source
     place, counts = 0, []
+    replicas: Replicas | OneByOne
+    if any(why_not_plain(kind, plan.requests) for kind in kinds):
+        if record.policy == many.LEAST_KV:
+            demand_kv_looks(kinds)
+        replicas = OneByOne(kinds, plan.requests, prefixes=plan.prefixes, last_arrival_s=last_s)
+    else:
+        replicas = Replicas(kinds, plan.requests, prefixes=plan.prefixes, last_arrival_s=last_s)
+        replicas.many = replicas.many._replace(links=links)
     for edge_s in (*(itl_window_s or ()), np.inf):
-        place = replicas.serve(record, order, sent.when_s, sent.since_s, sent.source, edge_s, place)
-        replicas.advance(record, edge_s)
-        counts.append(replicas.itl_counts(0, n))
+        if isinstance(replicas, Replicas):
+            place = replicas.serve(record, *times, edge_s, place)
+            replicas.advance(record, edge_s)
+        else:
+            place = replicas.serve(record, links, *times, edge_s, place)
+        counts.append(replicas.itl_counts())
     given = record.given[order]
     rows = [order[given == r] for r in range(n)]
     results = [replicas.result(r, mine) for r, mine in enumerate(rows)]

@@ -54,11 +54,6 @@ class Pool:
         if self.replicas < 1:
             raise InputError(f"pool {self.name}: replicas = {self.replicas}: must be at least 1")
 
-    @property
-    def kv_bytes_per_token(self) -> float:
-        """KV cache of one token on all chips of a replica. [bytes]"""
-        return self.kv_block_bytes / self.settings.block_size
-
     def kv_bytes(self, tokens: Ints) -> Floats:
         """KV cache of that many tokens, in whole blocks. [bytes]"""
         return np.asarray(-(-tokens // self.settings.block_size) * self.kv_block_bytes)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.compiled import simulate
+from simulator.engine.compiled import new_engine, simulate
 from simulator.engine.records import EngineResult, EngineSettings
+from simulator.engine.scheduling import HostOverheads, Retries, Scheduling
 from simulator.fleet import Agents, Fleet, Router, serve, serve_agents
 from simulator.fleet.records import LOAD_BASED, STATE_FREE
 from simulator.fleet.routing import assign, two_replicas
+from simulator.roofline.pipeline_cost import PipelineCost
 from tests.engine.strategies import dyadic_case
 
 COLUMNS = [f.name for f in fields(EngineResult) if f.name.endswith(("_s", "status", "preemptions", "tokens"))]
@@ -197,6 +199,40 @@ def test_replicas_with_caches_do_what_they_would_alone(fleets, policy):
     if policy == "prefix-affinity":  # a family stays together, as long as loads allow
         first = [served.replica[family == f][:8] for f in range(5)]
         assert all(len(set(replicas)) == 1 for replicas in first)
+
+
+def kinds_of_replicas(fleets):
+    """Settings and costs beyond the plain loop, and what their requests need."""
+    plain = fleets.settings
+    cost = fleets.cost()
+    rng = np.random.default_rng(3)
+    yield "host", cost, replace(plain, host=HostOverheads(step_s=5e-4, request_s=1e-3, output_s=2e-3)), {}
+    priority = {"priority": rng.integers(0, 3, 300)}
+    yield "priority", cost, replace(plain, scheduling=Scheduling(policy="priority", preempt_lower=True)), priority
+    leaving = {"timeout_s": rng.uniform(0.02, 0.3, 300)}
+    yield "leaving", cost, replace(plain, retries=Retries(max_attempts=2, backoff_s=0.01)), leaving
+    yield "ranks", replace(cost, ranks=2), plain, {}
+    half = replace(cost, dense_s=cost.dense_s / 2, head_s=cost.head_s / 2)
+    yield "stages", PipelineCost((half, half)), plain, {}
+
+
+@pytest.mark.parametrize("name", ["host", "priority", "leaving", "ranks", "stages"])
+def test_replicas_of_any_kind_do_what_they_would_alone(fleets, name):
+    """Each is advanced by a call of its own, from arrival to arrival, behind a router that looks at it."""
+    _, cost, settings, columns = next(kind for kind in kinds_of_replicas(fleets) if kind[0] == name)
+    requests = replace(fleets.requests(300, rate=150.0), **columns)
+    pool = fleets.pool(replicas=3, cost=cost, settings=settings)
+    (found,) = serve(Fleet((pool,), Router("least-requests")), requests).pools
+    assert min(map(len, found.rows)) > 30
+    for rows, result in zip(found.rows, found.replicas, strict=True):
+        engine = new_engine(cost, settings, requests.take(rows))
+        engine.advance()
+        by_itself = engine.result()
+        assert np.array_equal(result.status, by_itself.status)
+        assert np.array_equal(result.preemptions, by_itself.preemptions)
+        for column in ("scheduled_s", "first_token_s", "finish_s"):
+            assert getattr(result, column) == pytest.approx(getattr(by_itself, column), rel=1e-9, nan_ok=True)
+        assert result.busy_s.sum() == pytest.approx(by_itself.busy_s.sum(), rel=1e-9)
 
 
 def test_without_numba_the_same_results():

@@ -237,9 +237,10 @@ def test_latencies_fall_into_the_bins_of_the_engine():
         ("llama-3-8b-azure-chat", [*FEW, "replicas=2", "router=prefix-affinity"], "hash_ids"),
         (
             "llama-3-8b-azure-chat",
-            [*FEW, "replicas=2", "router=least-kv", "engine.host.step_s=1e-3"],
-            "routers that look",
+            [*FEW, "replicas=2", "router=least-kv", "slice=h100-sxm:2", "sharding.tp=1", "sharding.pp=2"],
+            "several KV caches",
         ),
+        ("web-agent-fleet", ["engine.host.step_s=1e-3"], "only with plain replicas"),
         ("llama-3-8b-azure-chat", [*FEW, "replicas=2", "router=random", "run.summary_only=true"], "round-robin"),
         (DISAGGREGATED, ["run.summary_only=true"], "one pool"),
     ],
