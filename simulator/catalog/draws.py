@@ -9,8 +9,8 @@ Four sources, each with causes of its own in :mod:`simulator.randomness`, so tha
 ``profile``
     the engine's fitted parameters, normal with their covariance, cut off at 0.
 ``assumed``
-    efficiency constants that a file states with low … high: triangular between them with the mode at the value, in the logarithm where
-    low is above 0, because such ranges span factors.
+    efficiency constants that a file states with low … high: triangular between them, with peak and median at the value, in the
+    logarithm where low is above 0, because such ranges span factors.
 ``residual``
     what rows of left-out groups show beyond the others: a factor on every step and one on the first token.
 
@@ -138,9 +138,15 @@ def normal_scores(u: Array) -> Array:
     return np.array([_NORMAL.inv_cdf(float(x)) for x in u])
 
 
-def probabilities(z: Array) -> Array:
-    """Inverse of :func:`normal_scores`."""
-    return np.array([_NORMAL.cdf(float(x)) for x in z])
+def interval_of(values: Array, level: float, axis: int = -1) -> Array:
+    """[2, …] ends of the central interval that holds ``level`` (a share) of draws, along ``axis``.
+
+    Quantiles by Hazen's rule, which takes each draw for the middle of its stratum.
+
+    >>> interval_of(np.arange(10.0), 0.8).tolist()
+    [0.5, 8.5]
+    """
+    return np.asarray(np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=axis, method="hazen"))
 
 
 def student_quantile(u: Array, tail: int) -> Array:
@@ -164,24 +170,22 @@ def student_quantile(u: Array, tail: int) -> Array:
             raise InputError(f"tail = {tail}: Student's t with 2 or 4 degrees of freedom, or 0 for a normal")
 
 
-def triangular(u: Array, low: float, mode: float, high: float) -> Array:
-    """Quantiles of the triangular distribution; in the logarithm where ``low`` is above 0.
+def triangular(u: Array, low: float, value: float, high: float) -> Array:
+    """Quantiles of a triangle with its peak at ``value`` and half of the probability on either side, so that it is the median too.
 
-    >>> triangular(np.array([0.0, 0.5, 1.0]), 0.0, 1.0, 2.0).tolist()
-    [0.0, 1.0, 2.0]
+    In the logarithm where ``low`` is above 0.
+
+    >>> triangular(np.array([0.0, 0.5, 1.0]), 0.0, 1.0, 3.0).tolist()
+    [0.0, 1.0, 3.0]
     """
-    if low == high:
-        return np.full_like(u, mode)
     if low > 0:
-        return np.asarray(np.exp(_triangular(u, np.log(low), np.log(mode), np.log(high))))
-    return _triangular(u, low, mode, high)
+        return np.asarray(np.exp(_triangular(u, np.log(low), np.log(value), np.log(high))))
+    return _triangular(u, low, value, high)
 
 
-def _triangular(u: Array, low: float, mode: float, high: float) -> Array:
-    split = (mode - low) / (high - low)
-    rising = low + np.sqrt(u * (high - low) * (mode - low))
-    falling = high - np.sqrt((1 - u) * (high - low) * (high - mode))
-    return np.asarray(np.where(u < split, rising, falling))
+def _triangular(u: Array, low: float, value: float, high: float) -> Array:
+    out = 1 - np.sqrt(1 - np.abs(2 * u - 1))  # 0 at the peak, 1 at either end
+    return np.asarray(value + out * np.where(u < 0.5, low - value, high - value))
 
 
 # Efficiencies ---------------------------------------------------------------------------------------------------------
@@ -202,6 +206,8 @@ def drawn_efficiencies(
     InputError
         If the chip's calibration cannot be read.
     """
+    if not draws.sources & {"kernels", "assumed"}:
+        return [efficiency] * draws.n
     constants = _drawn_constants(chip, efficiency, draws, held) if "assumed" in draws.sources else {}
     curves: Sequence[KernelCurves | None] = [efficiency.curves] * draws.n
     if efficiency.curves is not None and "kernels" in draws.sources:
@@ -229,13 +235,18 @@ def _drawn_constants(
 
 
 def _drawn_curves(chip: ChipSpec, curves: KernelCurves, draws: Draws) -> list[KernelCurves]:
-    fits = {(f.op, f.dtype, f.kv_dtype, f.chips): f for f in preferred_fits(read_calibration(chip.calibration))}
+    fits = _fits(chip.calibration)
     spreads = {} if curves.chip == chip.name else chip_spreads(_links(chip))
     columns = {
         key: _drawn_curve(curve, fits[key], "/".join(map(str, (curves.chip, *key))), draws, spreads)
         for key, curve in curves.curves.items()
     }
     return [replace(curves, curves={key: column[k] for key, column in columns.items()}) for k in range(draws.n)]
+
+
+@cache
+def _fits(calibration: str) -> dict[tuple[str, str, str, int], KernelFit]:
+    return {(f.op, f.dtype, f.kv_dtype, f.chips): f for f in preferred_fits(read_calibration(calibration))}
 
 
 def _drawn_curve(
@@ -312,7 +323,7 @@ def chip_spreads(links: str) -> dict[tuple[str, str], float]:
     alike = [name for name, chip in measured.items() if _links(chip) == links]
     values: dict[tuple[Any, ...], list[float]] = {}
     for name in alike if len(alike) > 1 else measured:
-        for fit in preferred_fits(read_calibration(name)):
+        for fit in _fits(name).values():
             for field in _LEADING[_curve_type(fit)]:
                 key = (fit.op, field, fit.dtype, fit.kv_dtype, fit.chips)
                 values.setdefault(key, []).append(float(np.log(fit.parameters[field])))
@@ -372,8 +383,8 @@ def _stated_values(spec: EngineSpec, draws: Draws) -> dict[str, Array]:
     found = {}
     for path, quantity in spec.quantities().items():
         if quantity.low is not None and quantity.high is not None and quantity.value is not None:
-            low, mode, high = (to_si(v, quantity.unit) for v in (quantity.low, quantity.value, quantity.high))
-            found[field_of(path)] = triangular(draws.uniform(f"assumed/{spec.name}/{path}"), low, mode, high)
+            low, value, high = (to_si(v, quantity.unit) for v in (quantity.low, quantity.value, quantity.high))
+            found[field_of(path)] = triangular(draws.uniform(f"assumed/{spec.name}/{path}"), low, value, high)
     return found
 
 
