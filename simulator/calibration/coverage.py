@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.calibration.harness import KernelDraw, predict
 from simulator.calibration.measurements import Measurement
+from simulator.calibration.profiles import place
 from simulator.calibration.serving import SPREADS, Fit, Simulators, fit_serving, profiles_at, with_rates
 from simulator.catalog.architecture import MoEFFN
 from simulator.catalog.draws import (
@@ -31,7 +33,7 @@ from simulator.catalog.draws import (
     root_of,
     student_quantile,
 )
-from simulator.catalog.engines import EngineProfile, LeftOut, ModelKind, Tail
+from simulator.catalog.engines import EngineProfile, FitErrors, LeftOut, ModelKind, Tail
 from simulator.catalog.models import load_model
 from simulator.errors import ChipsecondsError
 
@@ -316,7 +318,7 @@ def measure_coverage(
     some = draws or Draws(DRAWS)
     groups = np.array([" · ".join(m.group) for m in rows])
     names = list(dict.fromkeys(groups.tolist()))
-    kinds = {name: kind_of(rows[int(np.argmax(groups == name))].model) for name in names}
+    kinds = {str(name): kind_of(m.model) for name, m in zip(groups, rows, strict=True)}
     alone = {name: _without(rows, full, simulators, groups, {name}) for name in names}
     say(f"intervals: {len(names)} groups left out one by one")
     profiles = {f"{name}|{e}": ps for name, fit in alone.items() for e, ps in fitted_profiles(fit, some).items()}
@@ -338,7 +340,7 @@ def measure_coverage(
         if not chosen.any():
             continue
         left_out = estimate_left_out(Residual(groups, seen, every.moves).of(chosen), some)
-        for r in np.flatnonzero(groups == name):
+        for r in np.flatnonzero(groups == name).tolist():
             factors[r] = _log_factors(left_out, some, rows[r])
         say(f"intervals: residual for {name} ({i + 1} of {len(names)})")
     final = {
@@ -347,7 +349,9 @@ def measure_coverage(
     }
     with_residual = _with_rates(rows, _add(drawn, factors))
     found = {"": _covered(with_residual)} | {n: _covered(with_residual[groups == n]) for n in names}
-    other_chips, tables = _unfitted(others, full, {m.chip for m in rows}, final, some, workers)
+    fewer = Draws(max(16, some.n // 2), some.seed)
+    other_chips, tables = _unfitted(others, full, {m.chip for m in rows}, final, fewer, workers)
+    say(f"intervals: {len(others)} rows that were not fitted drawn {fewer.n} times")
     return Coverage(some.n, found, _covered(_with_rates(rows, drawn)), final, other_chips, tables)
 
 
@@ -410,29 +414,86 @@ def _unfitted(
     workers: int,
 ) -> tuple[LeftOut | None, dict[str, list[Covered]]]:
     """Residual of chips outside the fit, and coverage of tables that were not fitted."""
-    drawn_profiles = fitted_profiles(full, draws)
-    known = [m for m in rows if m.engine in drawn_profiles]
+    profiles = fitted_profiles(full, draws)
+    known = [m for m in rows if m.engine in profiles]
     if not known:
         return None, {}
     names = [m.engine for m in known]
-    drawn = drawn_log_ratios(known, drawn_profiles, names, draws, workers=workers)
+    drawn = drawn_log_ratios(known, profiles, names, draws, workers=workers)
     undrawn = {engine: [profile] for engine, profile in full.profiles.items()}
-    nothing = Draws(1, draws.seed, frozenset())
-    point = drawn_log_ratios(known, undrawn, names, nothing, workers=workers)[..., 0]
-    groups = np.array([" · ".join(m.group) for m in known])
-    moves = drawn - point[..., None]
+    point = drawn_log_ratios(known, undrawn, names, Draws(1, draws.seed, frozenset()), workers=workers)[..., 0]
+    moves, steps = drawn - point[..., None], point.copy()
     # A queue's rate is its steps' time upside down.
     rate = METRICS.index("output_tokens_per_s")
     queued = ~np.isfinite(point[:, _TPOT])
-    point[queued, _TPOT], moves[queued, _TPOT] = -point[queued, rate], -moves[queued, rate]
+    steps[queued, _TPOT], moves[queued, _TPOT] = -point[queued, rate], -moves[queued, rate]
+    groups = np.array([" · ".join(m.group) for m in known])
+    every = Residual(groups, steps, moves)
     elsewhere = np.array([m.chip not in chips for m in known])
-    other = None
-    if elsewhere.any():
-        other = estimate_left_out(Residual(groups, point, moves).of(elsewhere), draws)
-    residuals = [
-        (left_out.get(kind_of(m.model)) if m.chip in chips else other) for m in known
-    ]
-    factors = np.stack([_log_factors(one, draws, m) for one, m in zip(residuals, known, strict=True)])
+    factors = np.full((len(known), 2, draws.n), np.nan)
+    for name in np.unique(groups):
+        inside, mates = groups == name, elsewhere & (groups != name)
+        own = [known[i] for i in np.flatnonzero(inside).tolist()]
+        one = left_out.get(kind_of(own[0].model))
+        if own[0].chip not in chips:  # from the other groups: rows are not to vouch for themselves
+            one = estimate_left_out(every.of(mates), draws) if mates.any() else None
+        factors[inside] = np.stack([_log_factors(one, draws, m) for m in own])
     whole = _with_rates(known, _add(drawn, factors))
     tables = np.array([m.table + ("" if m.chip in chips else ", other chips") for m in known])
-    return other, {str(name): _covered(whole[tables == name]) for name in np.unique(tables)}
+    found = {str(name): _covered(whole[tables == name]) for name in np.unique(tables)}
+    return estimate_left_out(every.of(elsewhere), draws) if elsewhere.any() else None, found
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def fit_errors(
+    fit: Fit, engine: str, base: FitErrors | None, *, chips: set[str], coverage: Coverage | None
+) -> FitErrors:
+    """``[errors]`` of one engine's profile: its parameters inside their bounds, and the residual.
+
+    Parameters
+    ----------
+    base
+        of the profile the fit started from, whose residual stands where none was measured.
+    chips
+        of the fitted rows.
+    """
+    covariance = free_covariance(fit)
+    own = [i for i, p in enumerate(fit.parameters) if p.engine in {None, engine} and covariance[i, i] > 0]
+    sigma = np.sqrt(np.diag(covariance))[own]
+    correlation = covariance[np.ix_(own, own)] / np.outer(sigma, sigma)
+    residual = {} if base is None else {"left_out": base.left_out, "other_chips": base.other_chips}
+    if coverage is not None:
+        residual = {"left_out": coverage.left_out, "other_chips": coverage.other_chips}
+    return FitErrors(
+        parameters=tuple(".".join(place(fit.parameters[i].field)) for i in own),
+        standard_errors=tuple(float(f"{s:.3g}") for s in sigma),
+        correlation=tuple(tuple(round(float(c), 2) + 0.0 for c in row[: i + 1]) for i, row in enumerate(correlation)),
+        chips=tuple(sorted(chips)),
+        **residual,
+    )
+
+
+def coverage_document(found: Coverage) -> dict[str, Any]:
+    """Figures for ``accuracy.json``: nothing of the measurements themselves."""
+
+    def plain(rows: Sequence[Covered]) -> dict[str, Any]:
+        return {
+            c.metric: {
+                "rows": c.rows,
+                "covered": {f"{100 * level:g}": share for level, share in c.shares.items()},
+                "half_width": c.half_width,
+            }
+            for c in rows
+        }
+
+    return {
+        "draws": found.draws,
+        "all": plain(found.groups[""]),
+        "parameters_only": plain(found.parameters_only),
+        "groups": {name: plain(rows) for name, rows in found.groups.items() if name},
+        "tables": {name: plain(rows) for name, rows in found.tables.items()},
+        "left_out": {kind: one.model_dump(mode="json") for kind, one in found.left_out.items()},
+        "other_chips": None if found.other_chips is None else found.other_chips.model_dump(mode="json"),
+    }

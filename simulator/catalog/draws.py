@@ -218,9 +218,7 @@ def drawn_efficiencies(
     ]
 
 
-def _drawn_constants(
-    chip: ChipSpec, efficiency: Efficiency, draws: Draws, held: Collection[str]
-) -> dict[str, Array]:
+def _drawn_constants(chip: ChipSpec, efficiency: Efficiency, draws: Draws, held: Collection[str]) -> dict[str, Array]:
     found = {}
     own = chip.efficiency.constants
     for name, value in efficiency.constants.items():
@@ -264,7 +262,9 @@ def _drawn_curve(
             logs[field] = logs.get(field, 0.0) + spread * draws.normal(f"kernels/{name}/chip/{field}")
         logs[field] = logs.get(field, 0.0) + (-1 if field in curve.fractions else 1) * slower[side]
     values = {field: _inside(curve, field, getattr(curve, field) * np.exp(log)) for field, log in logs.items()}
-    return [replace(curve, **{field: float(column[k]) for field, column in values.items()}) for k in range(draws.n)]
+    kind: type[Any] = type(curve)
+    own = {item.name: getattr(curve, item.name) for item in fields(curve)}
+    return [kind(**own | {field: float(column[k]) for field, column in values.items()}) for k in range(draws.n)]
 
 
 def _inside(curve: Curve, field: str, values: Array) -> Array:

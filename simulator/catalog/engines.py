@@ -132,7 +132,7 @@ class FitErrors(Record):
     """Lower triangle, the diagonal included."""
     chips: tuple[str, ...] = ()
     """Chips of the rows that were fitted."""
-    left_out: dict[ModelKind, LeftOut] = {}
+    left_out: dict[ModelKind, LeftOut] = Field(default_factory=dict)
     """By kind of model; from groups left out of the fit, on these chips."""
     other_chips: LeftOut | None = None
     """On chips that no row of the fit has, from rows that were not fitted."""

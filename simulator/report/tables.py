@@ -2,10 +2,21 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from simulator.results.compare import Comparison, Difference
-from simulator.results.summary import Distribution, Estimate, Latency, Load, Prices, Slo, Summary, TokenPrices
+from simulator.results.summary import (
+    Distribution,
+    Estimate,
+    Intervals,
+    Latency,
+    Load,
+    ParameterInterval,
+    Prices,
+    Slo,
+    Summary,
+    TokenPrices,
+)
 from simulator.units import format_si
 
 WIDTH = 100
@@ -99,6 +110,8 @@ def summary_text(summary: Summary, *, sources: bool = True) -> str:
     ]
     if summary.replications:
         lines += ["", *_replications(summary)]
+    if summary.intervals:
+        lines += ["", *_intervals(summary.intervals)]
     if summary.warnings:
         lines += ["", "Warnings"]
         for warning in summary.warnings:
@@ -406,8 +419,10 @@ _HEADLINES = (
     ("load", "load.load", number),
     ("goodput /s", "slo.goodput_per_s", number),
     ("chip-s busy", "chip_seconds_per_query.busy", number),
+    ("output tokens/s", "throughput.output_tokens_per_s", number),
     ("chip-s provisioned", "chip_seconds_per_query.provisioned", number),
     ("$ per query, allocation", "prices.allocation.per_query_usd", usd),
+    ("J per query", "energy.joules_per_query", number),
 )
 
 
@@ -423,6 +438,36 @@ def _replications(s: Summary) -> list[str]:
             span = _DASH if figure.low is None else f"[{form(figure.low)} … {form(figure.high)}]"
             rows.append([f"  {label}", form(figure.mean), span])
     return [*aligned(rows, indent=0), *wrapped(f"status: {statuses}")]
+
+
+def _intervals(found: Intervals) -> list[str]:
+    """Intervals of the parameters, each with its sources' shares of the variance."""
+    level = f"{100 * found.level:g} %"
+    rows = [[f"Parameters, {found.draws} draws", "run", f"{level} interval", *found.sources]]
+    for label, path, form in _HEADLINES:
+        figure = found.figures.get(path)
+        if figure is not None:
+            shares = [f"{figure.shares[s]:.0%}" if s in figure.shares else _DASH for s in found.sources]
+            rows.append([f"  {label}", form(figure.value), _span(figure, form), *shares])
+    lines = aligned(rows, indent=0)
+    sources = ", ".join(found.sources)
+    notes = [f"shares of the variance from {sources}; sampling intervals above are apart from these", *found.notes]
+    if found.overloaded_fraction:
+        unsteady = f"{percent(found.overloaded_fraction)} of the draws have no steady state"
+        if found.infeasible_fraction:
+            unsteady += f" ({percent(found.infeasible_fraction)} do not fit)"
+        notes.insert(0, f"{unsteady}: their latencies are without bound")
+    for note in notes:
+        lines += wrapped(note)
+    return lines
+
+
+def _span(figure: ParameterInterval, form: Callable[[float | None], str]) -> str:
+    """The interval; ∞ where the draws beyond that end have no bound."""
+    if figure.low is None and figure.median is None and not figure.reason.endswith("steady state"):
+        return _DASH
+    low, high = (("∞" if end is None else form(end)) for end in (figure.low, figure.high))
+    return f"[{low} … {high}]"
 
 
 def _assumptions(s: Summary) -> list[str]:
@@ -452,7 +497,7 @@ def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everyth
         lines += ["", *aligned(rows, indent=0)]
         if len(shown) < len(numeric):
             lines.append(f"  … and {len(numeric) - len(shown)} more; --all lists them")
-    other = [d for d in figures if d.absolute is None]
+    other = [d for d in figures if d.absolute is None and (everything or not d.path.startswith("intervals."))]
     if other:
         shown_other = other if everything else other[:12]
         lines += ["", "Other entries"]
@@ -460,6 +505,7 @@ def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everyth
             lines += wrapped(f"{d.path}: {_value(d.a)} → {_value(d.b)}", rest="      ")
         if len(shown_other) < len(other):
             lines.append(f"  … and {len(other) - len(shown_other)} more; --all lists them")
+    lines += _compared_intervals(comparison)
     if comparison.rows_a != comparison.rows_b:
         lines += ["", f"Requests: {comparison.rows_a:,} in a, {comparison.rows_b:,} in b; the common ones are compared"]
     if comparison.requests:
@@ -470,6 +516,20 @@ def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everyth
         ]
         lines += ["", *aligned(rows, indent=0)]
     return "\n".join(lines) + "\n"
+
+
+def _compared_intervals(comparison: Comparison) -> list[str]:
+    """Headline intervals of the parameters side by side, where both results have them."""
+    forms = {path: (label, form) for label, path, form in _HEADLINES}
+    rows = [["Parameter intervals", "a", "b", ""]]
+    for path, a, b in comparison.intervals:
+        if path in forms:
+            label, form = forms[path]
+            apart = (a.high is not None and b.low is not None and a.high < b.low) or (
+                b.high is not None and a.low is not None and b.high < a.low
+            )
+            rows.append([f"  {label}", _span(a, form), _span(b, form), "apart" if apart else "overlap"])
+    return ["", *aligned(rows, indent=0)] if len(rows) > 1 else []
 
 
 #: Figures a reader looks for first; the others follow.

@@ -28,7 +28,9 @@ def slowed_step(cost: StepCost, factor: float, bound: StepCost) -> StepCost:
     dense = np.maximum(factor * cost.dense_s, bound.dense_s)
     part = np.divide(dense, cost.dense_s, out=np.ones_like(dense), where=cost.dense_s > 0)
     slope = np.maximum(factor * cost.decode_slope_s, bound.decode_slope_s[-1])
-    value = factor * cost.decode_value_s[0] + np.concatenate([[0.0], np.cumsum(slope[:-1] * np.diff(cost.decode_knots))])
+    value = factor * cost.decode_value_s[0] + np.concatenate(
+        [[0.0], np.cumsum(slope[:-1] * np.diff(cost.decode_knots))]
+    )
     planes = factor * cost.prefill_planes
     if factor < 1:  # the largest of both sets of planes is never below either
         planes = np.concatenate([planes, bound.prefill_planes])

@@ -5,7 +5,6 @@ draw replays the same requests, so that sampling noise cancels in its difference
 """
 
 import math
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,6 @@ from simulator.catalog.draws import (
     Source,
     drawn_efficiencies,
     drawn_profiles,
-    interval_of,
     residual_factors,
     residual_of,
     triangular,
@@ -29,7 +27,15 @@ from simulator.catalog.engines import EngineProfile, EngineSpec, LeftOut, load_e
 from simulator.economics.energy import IDLE_FRACTION, IDLE_FRACTION_HIGH, IDLE_FRACTION_LOW
 from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InfeasibleError, InputError
-from simulator.results.summary import Estimate, Intervals, ParameterInterval, Summary
+from simulator.results.summary import Estimate, Intervals, Summary
+from simulator.roofline.intervals import (
+    DRAWS,
+    check_level,
+    drawn_interval,
+    draws_per_source,
+    kernel_notes,
+    variance_shares,
+)
 from simulator.roofline.residual import slowed_step
 from simulator.roofline.step_cost import StepCost
 from simulator.run.outcome import Outcome
@@ -39,10 +45,11 @@ from simulator.run.summarise import Facts, summarise
 
 Array = NDArray[np.float64]
 
-DRAWS = 64
-MIN_PER_SOURCE = 16
-
-_LATENCIES = [f"latency.{name}.{q}" for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s") for q in ("mean", "p50", "p90", "p95", "p99")]
+_LATENCIES = [
+    f"latency.{name}.{q}"
+    for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s")
+    for q in ("mean", "p50", "p90", "p95", "p99")
+]
 _SERVED = ["slo.met_fraction", "slo.goodput_per_s"]
 HEADLINES = (
     *_LATENCIES,
@@ -101,7 +108,7 @@ class ParameterDraw:
         if self.step == 1:
             return changed
         if not isinstance(changed.engine_cost, StepCost):
-            raise AssertionError("profiles, and so residuals, are of replicas of one part")
+            raise TypeError("profiles, and so residuals, are of replicas of one part")
         cost = slowed_step(changed.engine_cost, self.step, resolved.ideal_cost)
         return replace(changed, engine_cost=cost, cost=cost)
 
@@ -134,9 +141,9 @@ def parameter_draws(resolved: Resolved, draws: Draws) -> list[ParameterDraw]:
     scenario, chip = resolved.scenario, resolved.slice.chip
     spec = _spec(resolved)
     efficiencies = drawn_efficiencies(chip, resolved.deployment.eff, draws, held=tuple(scenario.efficiency.overrides))
-    profiles: Sequence[EngineProfile | None] = [None] * draws.n
+    profiles: list[EngineProfile | None] = [None] * draws.n
     if spec is not None and resolved.profile is not None:
-        profiles = drawn_profiles(spec, resolved.profile, draws)
+        profiles = list(drawn_profiles(spec, resolved.profile, draws))
     d = resolved.deployment
     residual = residual_factors(
         _left_out(resolved),
@@ -144,12 +151,10 @@ def parameter_draws(resolved: Resolved, draws: Draws) -> list[ParameterDraw]:
         group=" · ".join((d.architecture.name, chip.name, spec.name if spec else "", d.precision.name)),
         run=resolved.slice.spec,
     )
-    idle: Sequence[float | None] = [None] * draws.n
+    idle: list[float | None] = [None] * draws.n
     if "assumed" in draws.sources and _assumes_idle_power(resolved):
-        values = triangular(
-            draws.uniform("assumed/idle power"), IDLE_FRACTION_LOW, IDLE_FRACTION, IDLE_FRACTION_HIGH
-        )
-        idle = values.tolist()
+        values = triangular(draws.uniform("assumed/idle power"), IDLE_FRACTION_LOW, IDLE_FRACTION, IDLE_FRACTION_HIGH)
+        idle = [float(value) for value in values]
     return [
         ParameterDraw(efficiencies[k], profiles[k], float(residual.step[k]), float(residual.first_token[k]), idle[k])
         for k in range(draws.n)
@@ -229,12 +234,11 @@ def parameter_intervals(
     InputError
         See :func:`check`; or for a level outside (0, 100).
     """
-    if not 0 < level < 100:
-        raise InputError(f"interval = {level:g}: must lie between 0 and 100 percent, both excluded")
+    check_level(level)
     check(resolved)
     every = Draws(n, seed)
     active = _active_sources(resolved, every)
-    fewer = max(MIN_PER_SOURCE, n // 4)
+    fewer = draws_per_source(n)
     alone = [every.only(source, fewer) for source in active] if len(active) > 1 else []
     batches = [parameter_draws(resolved, draws) for draws in (every, *alone)]
     flat = [draw for batch in batches for draw in batch]
@@ -252,13 +256,10 @@ def parameter_intervals(
     by_source = {source: rest[i * fewer : (i + 1) * fewer] for i, source in enumerate(active)} if alone else {}
     figures = {}
     for path, value in headline_figures(summary).items():
-        found = _interval(path, value, [_column(r, path) for r in main], level / 100)
-        variances = {
-            source: _log_variance([_column(r, path) for r in draws]) for source, draws in by_source.items()
-        } or dict.fromkeys(active, _log_variance([_column(r, path) for r in main]))
-        total = sum(variances.values())
-        shares = {source: variance / total for source, variance in variances.items()} if total > 0 else {}
-        figures[path] = found.model_copy(update={"shares": shares})
+        found = drawn_interval(value, [_column(r, path) for r in main], level / 100)
+        columns = {source: [_column(r, path) for r in draws] for source, draws in by_source.items()}
+        one_source = {source: [_column(r, path) for r in main] for source in active if not by_source}
+        figures[path] = found.model_copy(update={"shares": variance_shares(columns or one_source)})
     unsteady = [r is None or "overloaded" in r for r in main]
     return Intervals(
         level=level / 100,
@@ -322,31 +323,6 @@ def _column(figures: dict[str, float] | None, path: str) -> float:
     return 0.0 if unsteady and path in _SERVED else math.nan
 
 
-_FAR = 1e290
-
-
-def _interval(path: str, value: float, values: Sequence[float], level: float) -> ParameterInterval:
-    column = np.array(values)
-    known = column[~np.isnan(column)]
-    if len(known) < len(column) / 2:
-        return ParameterInterval(
-            value=value, low=None, median=None, high=None, reason=f"defined in {len(known)} of {len(column)} draws only"
-        )
-    finite = np.minimum(known, _FAR)
-    low, high = interval_of(finite, level)
-    median = float(np.median(finite))
-    unbounded = float((known >= _FAR).mean())
-    reason = f"{unbounded:.0%} of the draws have no steady state" if unbounded else ""
-    ends = [None if x > _FAR / 1e10 else float(x) for x in (low, median, high)]
-    return ParameterInterval(value=value, low=ends[0], median=ends[1], high=ends[2], reason=reason)
-
-
-def _log_variance(values: Sequence[float]) -> float:
-    column = np.array(values)
-    usable = column[np.isfinite(column) & (column > 0)]
-    return float(np.log(usable).var()) if len(usable) > 1 else 0.0
-
-
 def _active_sources(resolved: Resolved, draws: Draws) -> list[Source]:
     """Sources that move anything, in their usual order."""
     nominal = parameter_draws(resolved, Draws(1, draws.seed, frozenset()))[0]
@@ -356,12 +332,8 @@ def _active_sources(resolved: Resolved, draws: Draws) -> list[Source]:
 
 def _notes(resolved: Resolved) -> list[str]:
     """What a reader must know of what was and was not drawn."""
-    chip, spec, curves = resolved.slice.chip, _spec(resolved), resolved.deployment.eff.curves
-    found = []
-    if curves is None:
-        found.append(f"no kernel of {chip.name} was measured: its efficiencies are drawn from the ranges of its file")
-    elif curves.chip != chip.name:
-        found.append(f"kernels of {chip.name} are those of {curves.chip}: how much they change from chip to chip is drawn too")
+    chip, spec = resolved.slice.chip, _spec(resolved)
+    found = kernel_notes(resolved.deployment)
     left_out = _left_out(resolved)
     if spec is None:
         found.append(
@@ -369,10 +341,10 @@ def _notes(resolved: Resolved) -> list[str]:
             "overheads, and how far predictions are from servers is not in these intervals"
         )
     elif left_out is None:
-        found.append(f"profile {spec.name} does not say how far it is off on rows it has not seen: no residual is drawn")
+        found.append(
+            f"profile {spec.name} does not say how far it is off on rows it has not seen: no residual is drawn"
+        )
     elif spec.errors is not None and chip.name not in spec.errors.chips:
         found.append(f"no serving run that {spec.name}'s profile was fitted to is on {chip.name}")
     found.append("traffic, prices, datasheet rates and settings are taken as they stand")
     return found
-
-

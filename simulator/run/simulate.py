@@ -22,6 +22,7 @@ from simulator.errors import InfeasibleError, InputError
 from simulator.results.store import Result
 from simulator.results.summary import Figure, Replications, Summary
 from simulator.results.tables import Table
+from simulator.roofline.intervals import DRAWS, check_level
 from simulator.run.options import RunOptions
 from simulator.run.outcome import Outcome, requests_table, split
 from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
@@ -92,8 +93,8 @@ def run_scenario(
             raise InputError(f"{name} = {value}: must be at least {least}")
     if workers < 1:
         raise InputError(f"workers = {workers}: must be at least 1")
-    if interval is not None and not 0 < interval < 100:
-        raise InputError(f"interval = {interval:g}: must lie between 0 and 100 percent, both excluded")
+    if interval is not None:
+        check_level(interval)
     stated = {
         "seed": seed,
         "seeds": seeds,
@@ -137,7 +138,7 @@ def run_scenario(
 def _changed(options: RunOptions, changes: Mapping[str, Any]) -> RunOptions:
     """Options with some changed, checked again."""
     try:
-        return RunOptions.model_validate(options.model_dump() | changes)
+        return RunOptions.model_validate({**options.model_dump(), **changes})
     except ValidationError as error:
         item = error.errors()[0]
         raise InputError(f"run.{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']}") from None
@@ -193,7 +194,7 @@ def _run_once(
     about = facts(resolved, seed=seed, traffic=_source(stream.source, scenario), notes=notes)
     summary, table, timeline = summarise(outcome, at_once, about)
     if scenario.run.interval is not None and seed == scenario.run.seed:
-        from simulator.run.intervals import DRAWS, parameter_intervals  # noqa: PLC0415 - imports this module
+        from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
 
         n = scenario.run.interval_draws or DRAWS
         say(f"drawing parameters {n} times")
