@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.catalog.chips import IDEAL
 from simulator.catalog.draws import SOURCES, Draws, Source, drawn_efficiencies, interval_of
 from simulator.errors import InputError
 from simulator.results.summary import ParameterInterval
@@ -120,16 +121,18 @@ def step_intervals(report: StepReport, *, level: float, n: int = DRAWS, seed: in
     Raises
     ------
     InputError
-        For a level outside (0, 100), or a deployment at the bare datasheet, where nothing is uncertain.
+        For a level outside (0, 100), or a deployment at the bare datasheet.
     """
     check_level(level)
     d = report.deployment
+    if d.eff == IDEAL:
+        raise InputError(
+            "an interval at efficiency ideal: the datasheet is taken as it stands, so there is nothing to draw"
+        )
     every = Draws(n, seed)
     times = _step_times(report, every)
     fewer = draws_per_source(n)
     sources: list[Source] = [s for s in SOURCES if np.ptp(_step_times(report, every.only(s, fewer))) > 0]
-    if not sources:
-        raise InputError("--interval: nothing about this step is uncertain: the datasheet is taken as it stands")
     shares = variance_shares({s: list(_step_times(report, every.only(s, fewer))) for s in sources})
 
     def interval(value: float, factor: Array) -> ParameterInterval:

@@ -38,7 +38,7 @@ from simulator.roofline.intervals import (
 )
 from simulator.roofline.residual import slowed_step
 from simulator.roofline.step_cost import StepCost
-from simulator.run.outcome import Outcome
+from simulator.run.outcome import Outcome, check_conservation
 from simulator.run.resolve import Resolved, redraw
 from simulator.run.simulate import queued_at_once, simulate_fleet
 from simulator.run.summarise import Facts, summarise
@@ -115,7 +115,9 @@ class ParameterDraw:
     def delay(self, outcome: Outcome) -> Outcome:
         """An outcome with first tokens later, or earlier, by the draw's factor, and all of a request's later tokens with it.
 
-        Chips and other requests do not wait for it: it is the part of a first token's time that the residual of steps does not explain.
+        Chips and other requests do not wait for it: it is the part of a first token's time that the residual of steps does not
+        explain. A factor below 1 may move a first token before the request's first step, as it does in the measured means
+        that it was estimated from; figures over many requests are what it is for.
         """
         if self.first_token == 1:
             return outcome
@@ -308,7 +310,8 @@ def _figures_of(
     if draw.idle_power_fraction is not None and facts.peak_power_w is not None:
         idle_w = draw.idle_power_fraction * facts.peak_power_w
     about = replace(facts, cost=changed.cost, settings=changed.settings, idle_power_w=idle_w)
-    summary = summarise(draw.delay(outcome), at_once, about)[0]
+    check_conservation(outcome, changed.cost)
+    summary = summarise(draw.delay(outcome), at_once, about, checked=True)[0]
     found = headline_figures(summary)
     return found | {"overloaded": 1.0} if summary.load.overloaded else found
 
