@@ -102,12 +102,12 @@ def _resolve(
 ) -> Resolved:
     """Resolve at the scenario's efficiencies, or at others; ``like`` has what does not depend on them."""
     engine = scenario.engine
-    a_slice = resolve_slice(scenario.slice)
+    a_slice = resolve_slice(scenario.slice) if like is None else like.slice
     sharding = _sharding(scenario, a_slice)
     lay = partial(
         _lay,
         sharding,
-        load_model(scenario.model),
+        load_model(scenario.model) if like is None else like.deployment.architecture,
         a_slice,
         precision=parse_precision(scenario.precision, quantize_head=scenario.quantize_head),
         max_num_seqs=engine.max_num_seqs,
