@@ -24,7 +24,7 @@ from simulator.catalog.draws import (
     triangular,
 )
 from simulator.catalog.engines import EngineProfile, EngineSpec, LeftOut, load_engine
-from simulator.economics.energy import IDLE_FRACTION, IDLE_FRACTION_HIGH, IDLE_FRACTION_LOW
+from simulator.economics import PowerModel
 from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InfeasibleError, InputError
 from simulator.results.summary import Estimate, Intervals, Summary
@@ -71,7 +71,9 @@ HEADLINES = (
             "per_million_tokens",
         )
     ),
-    *(f"energy.{name}" for name in ("joules_per_query", "joules_per_query_busy", "joules_per_output_token")),
+    *(f"energy.{name}_per_query" for name in ("joules", "facility_joules", "gco2")),
+    "energy.joules_per_query_busy",
+    "energy.joules_per_output_token",
 )
 """Figures of a summary that get an interval."""
 
@@ -86,15 +88,15 @@ class ParameterDraw:
         kernels and constants, and what the engine adds to them.
     step, first_token
         residual: factors on the time of every step, and on the time to the first token besides.
-    idle_power_fraction
-        share of TDP drawn between steps; None: as the run has it.
+    power
+        of a chip; None where it is not published.
     """
 
     efficiency: Efficiency
     profile: EngineProfile | None
     step: float = 1.0
     first_token: float = 1.0
-    idle_power_fraction: float | None = None
+    power: PowerModel | None = None
 
     def apply(self, resolved: Resolved) -> Resolved:
         """The deployment in this draw, compiled.
@@ -153,12 +155,9 @@ def parameter_draws(resolved: Resolved, draws: Draws) -> list[ParameterDraw]:
         group=" · ".join((d.architecture.name, chip.name, spec.name if spec else "", d.precision.name)),
         run=resolved.slice.spec,
     )
-    idle: list[float | None] = [None] * draws.n
-    if "assumed" in draws.sources and _assumes_idle_power(resolved):
-        values = triangular(draws.uniform("assumed/idle power"), IDLE_FRACTION_LOW, IDLE_FRACTION, IDLE_FRACTION_HIGH)
-        idle = [float(value) for value in values]
+    powers = _drawn_powers(resolved.power, draws)
     return [
-        ParameterDraw(efficiencies[k], profiles[k], float(residual.step[k]), float(residual.first_token[k]), idle[k])
+        ParameterDraw(efficiencies[k], profiles[k], float(residual.step[k]), float(residual.first_token[k]), powers[k])
         for k in range(draws.n)
     ]
 
@@ -202,10 +201,18 @@ def _left_out(resolved: Resolved) -> LeftOut | None:
     return residual_of(spec, resolved.slice.chip.name, experts=experts)
 
 
-def _assumes_idle_power(resolved: Resolved) -> bool:
-    idle = resolved.slice.chip.power.idle
-    stated = idle is not None and idle.value is not None
-    return not stated and resolved.scenario.prices.idle_power_fraction == IDLE_FRACTION
+def _drawn_powers(power: PowerModel | None, draws: Draws) -> list[PowerModel | None]:
+    """Both ends of the line between idle and peak power, inside their ranges."""
+    if power is None or "assumed" not in draws.sources:
+        return [power] * draws.n
+    ends = {
+        end: triangular(
+            draws.uniform(f"assumed/power/{end}"),
+            *(getattr(power, f"{end}{part}_w") for part in ("_low", "", "_high")),
+        )
+        for end in ("idle", "peak")
+    }
+    return [replace(power, idle_w=float(i), peak_w=float(p)) for i, p in zip(ends["idle"], ends["peak"], strict=True)]
 
 
 def parameter_intervals(
@@ -306,10 +313,7 @@ def _figures_of(
     at_once = outcome
     if requests.concurrency or float(requests.arrival_s[-1]) > 0:
         at_once = simulate_fleet(changed, queued_at_once(requests))
-    idle_w = facts.idle_power_w
-    if draw.idle_power_fraction is not None and facts.peak_power_w is not None:
-        idle_w = draw.idle_power_fraction * facts.peak_power_w
-    about = replace(facts, cost=changed.cost, settings=changed.settings, idle_power_w=idle_w)
+    about = replace(facts, cost=changed.cost, settings=changed.settings, power=draw.power)
     check_conservation(outcome, changed.cost)
     summary = summarise(draw.delay(outcome), at_once, about, checked=True)[0]
     found = headline_figures(summary)
