@@ -178,6 +178,8 @@ def triangular(u: Array, low: float, value: float, high: float) -> Array:
     >>> triangular(np.array([0.0, 0.5, 1.0]), 0.0, 1.0, 3.0).tolist()
     [0.0, 1.0, 3.0]
     """
+    if low == high:
+        return np.full_like(u, value)
     if low > 0:
         return np.asarray(np.exp(_triangular(u, np.log(low), np.log(value), np.log(high))))
     return _triangular(u, low, value, high)

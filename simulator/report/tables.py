@@ -10,10 +10,8 @@ from simulator.results.summary import (
     Distribution,
     Energy,
     Estimate,
-    Intervals,
     Latency,
     Load,
-    ParameterInterval,
     Prices,
     Slo,
     Summary,
@@ -114,7 +112,9 @@ def summary_text(summary: Summary, *, sources: bool = True) -> str:
     if summary.replications:
         lines += ["", *_replications(summary)]
     if summary.intervals:
-        lines += ["", *_intervals(summary.intervals)]
+        from simulator.report.intervals import interval_lines  # it uses this module's forms
+
+        lines += ["", *interval_lines(summary.intervals)]
     if summary.warnings:
         lines += ["", "Warnings"]
         for warning in summary.warnings:
@@ -471,36 +471,6 @@ def _replications(s: Summary) -> list[str]:
     return [*aligned(rows, indent=0), *wrapped(f"status: {statuses}")]
 
 
-def _intervals(found: Intervals) -> list[str]:
-    """Intervals of the parameters, each with its sources' shares of the variance."""
-    level = f"{100 * found.level:g} %"
-    rows = [[f"Parameters, {found.draws} draws", "run", f"{level} interval", *found.sources]]
-    for label, path, form in HEADLINES:
-        figure = found.figures.get(path)
-        if figure is not None:
-            shares = [f"{figure.shares[s]:.0%}" if s in figure.shares else _DASH for s in found.sources]
-            rows.append([f"  {label}", form(figure.value), _span(figure, form), *shares])
-    lines = aligned(rows, indent=0)
-    sources = ", ".join(found.sources)
-    notes = [f"shares of the variance from {sources}; sampling intervals above are apart from these", *found.notes]
-    if found.overloaded_fraction:
-        unsteady = f"{percent(found.overloaded_fraction)} of the draws have no steady state"
-        if found.infeasible_fraction:
-            unsteady += f" ({percent(found.infeasible_fraction)} do not fit)"
-        notes.insert(0, f"{unsteady}: their latencies are without bound")
-    for note in notes:
-        lines += wrapped(note)
-    return lines
-
-
-def _span(figure: ParameterInterval, form: Callable[[float | None], str]) -> str:
-    """The interval; ∞ where the draws beyond that end have no bound."""
-    if figure.low is None and figure.median is None and not figure.reason.endswith("steady state"):
-        return _DASH
-    low, high = (("∞" if end is None else form(end)) for end in (figure.low, figure.high))
-    return f"[{low} … {high}]"
-
-
 def by_grade(assumptions: Sequence[Assumption]) -> list[Assumption]:
     """Inputs, weakest grade first."""
     order = {"assumed": 0, "recalled": 1, "derived": 2, "measured": 3, "datasheet": 4}
@@ -541,7 +511,10 @@ def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everyth
             lines += wrapped(f"{d.path}: {_value(d.a)} → {_value(d.b)}", rest="      ")
         if len(shown_other) < len(other):
             lines.append(f"  … and {len(other) - len(shown_other)} more; --all lists them")
-    lines += _compared_intervals(comparison)
+    if comparison.intervals:
+        from simulator.report.intervals import compared_lines  # as above
+
+        lines += ["", *compared_lines(comparison)]
     if comparison.rows_a != comparison.rows_b:
         lines += ["", f"Requests: {comparison.rows_a:,} in a, {comparison.rows_b:,} in b; the common ones are compared"]
     if comparison.requests:
@@ -552,20 +525,6 @@ def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everyth
         ]
         lines += ["", *aligned(rows, indent=0)]
     return "\n".join(lines) + "\n"
-
-
-def _compared_intervals(comparison: Comparison) -> list[str]:
-    """Headline intervals of the parameters side by side, where both results have them."""
-    forms = {path: (label, form) for label, path, form in HEADLINES}
-    rows = [["Parameter intervals", "a", "b", ""]]
-    for path, a, b in comparison.intervals:
-        if path in forms:
-            label, form = forms[path]
-            apart = (a.high is not None and b.low is not None and a.high < b.low) or (
-                b.high is not None and a.low is not None and b.high < a.low
-            )
-            rows.append([f"  {label}", _span(a, form), _span(b, form), "apart" if apart else "overlap"])
-    return ["", *aligned(rows, indent=0)] if len(rows) > 1 else []
 
 
 #: Figures a reader looks for first; the others follow.
