@@ -41,11 +41,11 @@ def _span(figure: ParameterInterval, form: Callable[[float | None], str]) -> str
 
 def compared_lines(comparison: Comparison) -> list[str]:
     """Headline intervals of the parameters side by side, where both results have them."""
-    forms = {path: (label, form) for label, path, form in HEADLINES}
+    both = {path: (a, b) for path, a, b in comparison.intervals}
     rows = [["Parameter intervals", "a", "b", ""]]
-    for path, a, b in comparison.intervals:
-        if path in forms:
-            label, form = forms[path]
+    for label, path, form in HEADLINES:
+        if path in both:
+            a, b = both[path]
             apart = (a.high is not None and b.low is not None and a.high < b.low) or (
                 b.high is not None and a.low is not None and b.high < a.low
             )

@@ -141,7 +141,8 @@ def _changed(options: RunOptions, changes: Mapping[str, Any]) -> RunOptions:
         return RunOptions.model_validate({**options.model_dump(), **changes})
     except ValidationError as error:
         item = error.errors()[0]
-        raise InputError(f"run.{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']}") from None
+        where = ".".join(("run", *map(str, item["loc"])))
+        raise InputError(f"{where}: {item['msg'].removeprefix('Value error, ')}") from None
 
 
 def _silent(done: int, total: int, what: str) -> None:
