@@ -17,8 +17,8 @@ from simulator.roofline.deployment import Deployment
 Array = NDArray[np.float64]
 
 DRAWS = 64
-MIN_PER_SOURCE = 16
-"""Draws of one source alone, at least: enough for a share of the variance within a few percent."""
+MIN_PER_SOURCE = 12
+"""Draws of one source alone, at least: stratified, so enough to tell which sources matter."""
 _FAR = 1e290
 
 
@@ -36,7 +36,7 @@ def check_level(level: float) -> None:
 
 def draws_per_source(n: int) -> int:
     """Draws of one source alone beside ``n`` of all together."""
-    return max(MIN_PER_SOURCE, n // 4)
+    return max(MIN_PER_SOURCE, n // 8)
 
 
 def drawn_interval(value: float, values: Sequence[float], level: float) -> ParameterInterval:
