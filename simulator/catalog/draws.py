@@ -38,6 +38,7 @@ from simulator.catalog.kernel_curves import (
     KernelCurves,
     KernelFit,
     PrefillCurve,
+    VectorCurve,
     calibration_names,
     preferred_fits,
     read_calibration,
@@ -73,6 +74,7 @@ _ORDER: dict[type, tuple[str, ...]] = {
 #: Parameters by the calls whose time they set, small or large; the others shape what lies between.
 _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
     GemmCurve: {"launch_s": "small", "hbm": "small", "quantise": "small", "peak": "large", "split_s": "large"},
+    VectorCurve: {"launch_s": "small", "hbm": "large"},
     GroupedCurve: {"launch_s": "small", "hbm": "small", "traffic": "small", "peak": "large"},
     PrefillCurve: {"launch_s": "small", "traffic": "small", "serial": "large", "peak": "large"},
     DecodeCurve: {
@@ -89,6 +91,7 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
 #: What carries over least from one chip to the next of each side: the parameter that sets the time of its plainest calls.
 _LEADING: dict[type, tuple[str, str]] = {
     GemmCurve: ("hbm", "peak"),
+    VectorCurve: ("launch_s", "hbm"),
     GroupedCurve: ("hbm", "peak"),
     PrefillCurve: ("launch_s", "peak"),
     DecodeCurve: ("launch_s", "hbm"),
