@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from simulator import __version__
 from simulator.engine.block_hashes import BlockHashes
@@ -21,6 +22,7 @@ from simulator.fleet.records import Fleet, Router
 from simulator.results.store import Result
 from simulator.results.summary import Figure, Replications, Summary
 from simulator.results.tables import Table
+from simulator.roofline.intervals import DRAWS, check_level
 from simulator.run.fleet_options import PoolOptions
 from simulator.run.fleets import (
     ResolvedFleet,
@@ -31,6 +33,7 @@ from simulator.run.fleets import (
     resolve_fleet,
     serve_fleet,
 )
+from simulator.run.options import RunOptions
 from simulator.run.outcome import Outcome, requests_table
 from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
 from simulator.run.scenario import Scenario
@@ -68,6 +71,8 @@ def run_scenario(
     seed: int | None = None,
     seeds: int | None = None,
     summary_only: bool | None = None,
+    interval: float | None = None,
+    interval_draws: int | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Run:
@@ -80,8 +85,11 @@ def run_scenario(
         figures are of the first, and the summary gets between-seed intervals of every figure.
     summary_only
         instead of the scenario's own: serve the requests block by block and keep none of them.
+    interval, interval_draws
+        instead of the scenario's own: percent of draws of the calibrated parameters that an interval of each headline
+        figure holds, and how many draws. Of the first seed.
     workers
-        replicas simulated at the same time. The result does not depend on it.
+        replicas, or draws, simulated at the same time. The result does not depend on it.
 
     Raises
     ------
@@ -95,9 +103,17 @@ def run_scenario(
             raise InputError(f"{name} = {value}: must be at least {least}")
     if workers < 1:
         raise InputError(f"workers = {workers}: must be at least 1")
-    stated = {"seed": seed, "seeds": seeds, "summary_only": summary_only}
+    if interval is not None:
+        check_level(interval)
+    stated = {
+        "seed": seed,
+        "seeds": seeds,
+        "summary_only": summary_only,
+        "interval": interval,
+        "interval_draws": interval_draws,
+    }
     changes = {name: value for name, value in stated.items() if value is not None}
-    scenario = scenario.model_copy(update={"run": scenario.run.model_copy(update=changes)})
+    scenario = scenario.model_copy(update={"run": _changed(scenario.run, changes)})
     first, n_seeds = scenario.run.seed, scenario.run.seeds
     say = progress or _silent
     total = 2 * n_seeds + 1
@@ -109,6 +125,14 @@ def run_scenario(
             "requests (summary_only = false)"
         )
     resolved = resolve(scenario) if fleet is None else fleet.pools[-1]
+    if scenario.run.interval is not None:
+        from simulator.run.intervals import check  # noqa: PLC0415 - imports this module
+
+        if fleet is not None:
+            raise InputError(
+                f"{scenario.name}: run.interval draws the parameters of one pool of equal replicas; leave pools, store and agents out"
+            )
+        check(resolved)
     for one in (resolved,) if fleet is None else fleet.pools:
         _prepare_engine(partial(say, 0, total), one)
     if scenario.all_replicas > 1 and looks_at_replicas(scenario):
@@ -137,6 +161,16 @@ def run_scenario(
         inputs=_input_digests(scenario),
     )
     return Run(result=result, resolved=resolved, outcome=outcome)
+
+
+def _changed(options: RunOptions, changes: Mapping[str, Any]) -> RunOptions:
+    """Options with some changed, checked again."""
+    try:
+        return RunOptions.model_validate({**options.model_dump(), **changes})
+    except ValidationError as error:
+        item = error.errors()[0]
+        where = ".".join(("run", *map(str, item["loc"])))
+        raise InputError(f"{where}: {item['msg'].removeprefix('Value error, ')}") from None
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -187,7 +221,25 @@ def _run_once(
         router = entry if entry.state_free else Router()
         at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers, router=router, seed=seed)
     about = facts(resolved, seed=seed, traffic=_source(stream.source, scenario), notes=_notes(stream, scenario))
-    return (*summarise(outcome, at_once, about), outcome)
+    summary, table, timeline = summarise(outcome, at_once, about)
+    if scenario.run.interval is not None and seed == scenario.run.seed:
+        from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
+
+        n = scenario.run.interval_draws or DRAWS
+        say(f"drawing parameters {n} times")
+        intervals = parameter_intervals(
+            resolved,
+            requests,
+            about,
+            summary,
+            level=scenario.run.interval,
+            itl_window_s=window,
+            n=n,
+            seed=seed,
+            workers=workers,
+        )
+        summary = summary.model_copy(update={"intervals": intervals})
+    return summary, table, timeline, outcome
 
 
 def _notes(stream: Stream, scenario: Scenario) -> tuple[str, ...]:
