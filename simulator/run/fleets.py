@@ -102,6 +102,13 @@ def resolve_fleet(scenario: Scenario) -> ResolvedFleet:
                 f"{scenario.name}: pools hold KV caches as {', '.join(sorted(map(str, formats)))}: a cache is decoded as it was written; "
                 "give them one precision for KV"
             )
+    drafting = [resolved.scenario.engine.speculation for resolved in pools]
+    differ = any(other != drafting[0] for other in drafting)
+    prefills = [o.role == "prefill" and r.speculation is not None for o, r in zip(options, pools, strict=True)]
+    if any(prefills) or (differ and not scenario.disaggregated):
+        raise InputError(
+            f"{scenario.name}: engine.speculation: the same for all unified pools, or of decode pools alone: a prefill replica decodes nothing"
+        )
     carried = scenario.disaggregated or scenario.store is not None
     fleet = Fleet(
         pools=tuple(pool_of(o, r, carried=carried) for o, r in zip(options, pools, strict=True)),

@@ -262,7 +262,8 @@ def _run_fleet(
     stream = build_stream(traffic, seed, base_folder=Path.cwd())
     if len(stream) == 0:
         raise InputError(f"{scenario.name}: the traffic has no requests")
-    agents, requests = agents_of(scenario, scenario_requests(scenario, stream, seed), seed)
+    # Where answers are decoded says what the scheduler and the drafts must know of each request.
+    agents, requests = agents_of(scenario, scenario_requests(resolved.pools[-1].scenario, stream, seed), seed)
     window = None if agents is not None else _itl_window_s(requests, scenario)
     served = serve_fleet(resolved, requests, agents, seed=seed, workers=workers, itl_window_s=window)
     if not served.finished.any():

@@ -92,6 +92,20 @@ def test_preempted_decodes_and_waiting_clients():
     assert s.chip_seconds_per_query.recompute > 0
 
 
+def test_a_decode_pool_may_speculate_and_a_prefill_pool_may_not():
+    drafts = 'engine.speculation={method="ngram", num_speculative_tokens=3, acceptance_rate=0.6, acceptance_spread=0.1}'
+    run = run_scenario(load_scenario(DISAGGREGATED, ["traffic.n_requests=150", f"pool.decode.{drafts}"]))
+    s = run.summary
+    assert s.requests.finished == 150
+    assert s.speculation.method == "ngram"
+    assert s.speculation.tokens_per_pass > 1.5
+    assert s.utilisation.speculative_flops > 0
+    assert run.outcome.itl_counts.sum() == (run.result.requests["output_tokens"] - 1).sum()
+    for changes in ([f"pool.prefill.{drafts}"], [drafts]):
+        with pytest.raises(InputError, match="prefill replica decodes nothing"):
+            run_scenario(load_scenario(DISAGGREGATED, changes))
+
+
 def test_a_result_runs_again_byte_for_byte_whatever_the_workers(tmp_path, disaggregated):
     write_result(disaggregated.result, tmp_path / "a")
     again = run_scenario(load_scenario(str(tmp_path / "a")), workers=3)
