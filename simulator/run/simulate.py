@@ -28,6 +28,7 @@ from simulator.run.fleets import (
     ResolvedFleet,
     agents_of,
     follows_paths,
+    link_assumptions,
     looks_at_replicas,
     pool_of,
     resolve_fleet,
@@ -277,6 +278,7 @@ def _run_fleet(
         replace(facts(pool, seed=seed, traffic=source, notes=_notes(stream, scenario)), role=options.role)
         for options, pool in zip(resolved.options, resolved.pools, strict=True)
     ]
+    about[-1] = replace(about[-1], assumptions=(*about[-1].assumptions, *link_assumptions(resolved)))
     return summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=scenario.agents is not None)
 
 

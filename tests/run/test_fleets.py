@@ -63,6 +63,9 @@ def test_a_disaggregated_run_adds_up(disaggregated):
     assert c.busy == pytest.approx(c.prefill + c.decode)
     # Prompts are computed in one pool and answers in the other.
     assert c.prefill == pytest.approx(s.pools[0].busy_chip_s / 400)
+    kinds = {a.what: (a.kind, a.value) for a in s.assumptions}
+    assert kinds["link bandwidth"] == ("datasheet", "200 GB/s per link")
+    assert kinds["link latency"][0] == "datasheet"
     (link,) = s.links
     assert link.name == "link"
     assert link.moved_bytes > 0
@@ -153,6 +156,7 @@ def test_agents_work_through_tasks():
     assert s.agents.completed + s.agents.left <= 12
     assert s.load.load is None
     assert {link.name for link in s.links} == {"store", "link"}
+    assert {a.what: a.kind for a in s.assumptions}["store bandwidth"] == "assumed"
     assert (table["load_s"] > 0).all()
     # 128 x 1024 tokens in 4 bits and their scales, from the store: all of them, every time.
     store = next(link for link in s.links if link.name == "store")
