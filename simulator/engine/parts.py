@@ -61,7 +61,7 @@ def part_of(states: State, g: int) -> State:
         _table_of(states.sums, g)[0],
         _of(states.events, g)[0],
         _table_of(states.chunks, g)[0],
-        states.timeline,
+        _table_of(states.timeline, g)[0],
         _of(states.bits_f, g)[0],
         _of(states.bits_i, g)[0],
     )
