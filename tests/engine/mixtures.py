@@ -125,6 +125,11 @@ def mixtures(draw: st.DrawFn, must: Sequence[str] = (), refusals: Sequence[Refus
     return mixture_case(lambda low, high: draw(st.integers(low, high)), must, refusals)
 
 
+def seeded_mixtures(must: Sequence[str] = (), refusals: Sequence[Refusal] = BOTH) -> st.SearchStrategy[Case]:
+    """Mixtures of drawn seeds: they do not shrink, but are larger than hypothesis likes to draw and so meet more."""
+    return st.integers(0, 10**9).map(lambda seed: random_mixture(seed, must, refusals))
+
+
 # The queue and the batch
 
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import assume, given, settings
 
 from tests.engine.engines import NAMES, engine
-from tests.engine.mixtures import mixtures
+from tests.engine.mixtures import seeded_mixtures
 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=40, deadline=None)
-@given(case=mixtures(("prefix cache",)))
+@given(case=seeded_mixtures(("prefix cache",)))
 def test_ids_that_nobody_shares_change_nothing(name, case):
     alone = replace(case.requests.hashes, ids=np.arange(len(case.requests.hashes.ids)))
     requests = replace(case.requests, hashes=alone)

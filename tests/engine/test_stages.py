@@ -17,7 +17,7 @@ from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
 from tests.engine.comparing import TIMES, assert_counts_equal
 from tests.engine.engines import engine
-from tests.engine.mixtures import mixtures
+from tests.engine.mixtures import seeded_mixtures
 from tests.engine.strategies import Case, real_case, requests_of, step_cost
 
 
@@ -108,7 +108,7 @@ def test_two_equal_stages_nearly_double_a_full_pipeline():
 
 
 @settings(max_examples=50, deadline=None)
-@given(mixtures(("stages",), LASTING), st.data())
+@given(seeded_mixtures(("stages",), LASTING), st.data())
 def test_the_total_is_the_sum_of_the_stages(case, data):
     names = {"B": 30, "S": 400, "P": 9, "A": 500, "K": 300, "SW": 200, "AW": 300, "KW": 200}
     total = case.cost.total

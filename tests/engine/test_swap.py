@@ -11,12 +11,12 @@ from simulator.engine.records import EngineSettings
 from simulator.engine.refusals import LASTING
 from simulator.errors import InputError
 from tests.engine.engines import NAMES, engine
-from tests.engine.mixtures import mixtures
+from tests.engine.mixtures import seeded_mixtures
 from tests.engine.strategies import observe, requests_of, step_cost
 
 
 @settings(max_examples=60, deadline=None)
-@given(mixtures(("swap",), LASTING))
+@given(seeded_mixtures(("swap",), LASTING))
 def test_what_is_copied_adds_up(case):  # E4, E5, I4
     result, _, _ = observe(case)
     assert result.totals["swap_in_blocks"] <= result.totals["swap_out_blocks"]
@@ -28,7 +28,7 @@ def test_what_is_copied_adds_up(case):  # E4, E5, I4
 
 
 @settings(max_examples=60, deadline=None)
-@given(mixtures(("swap",), LASTING))
+@given(seeded_mixtures(("swap",), LASTING))
 def test_with_room_in_the_host_nothing_is_computed_twice(case):
     room = HostSwap(1 << 30, block_s=case.settings.swap.block_s)
     result, _, _ = observe(case._replace(settings=replace(case.settings, swap=room)))
@@ -36,7 +36,7 @@ def test_with_room_in_the_host_nothing_is_computed_twice(case):
 
 
 @settings(max_examples=60, deadline=None)
-@given(mixtures(("swap",)))
+@given(seeded_mixtures(("swap",)))
 def test_without_host_memory_it_is_recomputation(case):
     none = HostSwap(0, block_s=case.settings.swap.block_s)
     for name in NAMES:

@@ -15,7 +15,7 @@ from simulator.engine.refusals import PENDING, features_of, why_not
 from simulator.engine.tiers import NEXT, PREVIOUS, SIZE, STORED, move_down, new_tiers
 from simulator.errors import InputError
 from tests.engine.engines import NAMES, engine
-from tests.engine.mixtures import mixtures
+from tests.engine.mixtures import seeded_mixtures
 from tests.engine.strategies import requests_of, step_cost
 
 
@@ -50,7 +50,7 @@ def test_rings_are_ordered_dictionaries(capacities, moves):
 
 
 @settings(max_examples=40, deadline=None)
-@given(mixtures(("tiers",)))
+@given(seeded_mixtures(("tiers",)))
 def test_tiers_that_are_never_asked_change_nothing(case):
     for name in NAMES:
         asked = replace(case.settings, load_policy="never")
