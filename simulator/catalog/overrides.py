@@ -1,0 +1,56 @@
+"""``--set path=value``: changes to what a TOML file says, before it is validated."""
+
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from simulator.errors import InputError
+
+
+def parse_override(text: str, *, example: str) -> tuple[list[str], Any]:
+    """Read ``path=value``: a path of fields, and a value in TOML's syntax, in which a word that is no TOML value is a string.
+
+    >>> parse_override("engine.max_num_seqs=64", example="a.b=1")
+    (['engine', 'max_num_seqs'], 64)
+
+    Raises
+    ------
+    InputError
+        If there is no ``=`` or a field of the path has no name.
+    """
+    name, equals, written = text.partition("=")
+    path = [part.strip() for part in name.split(".")]
+    if not equals or not all(path):
+        raise InputError(f"--set {text!r}: write path=value, e.g. {example}")
+    return path, parse_value(written.strip())
+
+
+def parse_value(written: str) -> Any:
+    """A TOML value, or the text itself."""
+    if "\n" not in written:
+        try:
+            return tomllib.loads(f"value = {written}")["value"]
+        except tomllib.TOMLDecodeError:
+            pass
+    return written
+
+
+def assign(data: dict[str, Any], path: list[str], value: Any, *, short: Mapping[str, str] | None = None) -> None:
+    """Put ``value`` into ``data`` at ``path``, making tables on the way.
+
+    ``short`` names tables that a file may write as one word, and the field that the word is short for.
+
+    Raises
+    ------
+    InputError
+        If the path goes through a value.
+    """
+    for depth, part in enumerate(path[:-1]):
+        at = ".".join(path[: depth + 1])
+        inner = data.setdefault(part, {})
+        if isinstance(inner, str) and short and at in short:
+            inner = data[part] = {short[at]: inner}
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {'.'.join(path)}: {at} = {inner!r} is a value, not a table")
+        data = inner
+    data[path[-1]] = value
