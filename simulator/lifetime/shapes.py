@@ -3,7 +3,7 @@
 A loss law knows N; a serving cost needs layers, heads and widths. The rule ``llama-3`` makes decoders of the kind of Llama 3: heads
 of 128, eight key-value heads, a gated feed-forward of 3.5 widths, untied embeddings of 128,256 words, and 120 columns of
 width per layer. Llama 3's own members have 102 to 130 (8B: 128, 70B: 102, 405B: 130); the 8B comes out exactly. Widths are
-multiples of 1,024 (of 512 below 2,048), so that eight or four chips share the heads evenly; the number of layers makes up the rest.
+multiples of 1,024, so that eight chips share the heads evenly; the number of layers makes up the rest.
 """
 
 import math
@@ -16,7 +16,7 @@ from simulator.errors import InputError, nearest
 _WIDTH_PER_LAYER = 120
 _VOCABULARY = 128_256
 _HEAD = 128
-_WIDTHS = (512, 1024, 1536, *range(2048, 65537, 1024))
+_WIDTHS = (512, 1024, *range(2048, 65537, 1024))
 
 ShapeRule = Callable[[float], Architecture]
 
