@@ -150,7 +150,9 @@ class DemandOptions(Record):
             raise ValueError("state forecasts or spread, not both")
         chances = [f.probability for f in self.forecasts if f.probability is not None]
         if chances and (len(chances) < len(self.forecasts) or abs(sum(chances) - 1) > 1e-9):
-            raise ValueError(f"probabilities of the forecasts sum to {sum(chances):g}: all of them, summing to 1, or none")
+            raise ValueError(
+                f"probabilities of the forecasts sum to {sum(chances):g}: all of them, summing to 1, or none"
+            )
         return self
 
 

@@ -191,5 +191,6 @@ def planned_server(
 
 def _in_words(fleet: "PlannedFleet") -> str:
     return " + ".join(
-        f"{pool.replicas:,} × {pool.slice} {pool.sharding} {pool.precision}, batch {pool.max_num_seqs}" for pool in fleet.pools
+        f"{pool.replicas:,} × {pool.slice} {pool.sharding} {pool.precision}, batch {pool.max_num_seqs}"
+        for pool in fleet.pools
     )

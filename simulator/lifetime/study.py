@@ -30,7 +30,7 @@ MOST_TRAINING = 30.0
 #: Sizes drawn for a formula, which is smooth.
 _FORMULA_SIZES = 161
 #: What a forecast may be wrong by, where the scenario names none.
-_WHAT_IF = (("a tenth of it", 0.1), ("as forecast", 1.0), ("ten times", 10.0))
+_WHAT_IF = (("a tenth", 0.1), ("a third", 1 / 3), ("as forecast", 1.0), ("three times", 3.0), ("ten times", 10.0))
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -75,6 +75,7 @@ def resolve_demand(options: DemandOptions) -> Demand:
         price_decline=o.price_decline,
         elasticity=o.elasticity,
     )
+    forecasts: tuple[tuple[str, float, float | None], ...]
     if o.spread is not None:
         shape = NormalDist(0.0, o.spread)
         forecasts = tuple((f"{q:.0%} quantile", math.exp(shape.inv_cdf(q)), None) for q in _QUANTILES)
@@ -119,6 +120,9 @@ class _Problem:
             deployment=served.deployment,
             extrapolated=list(point.extrapolated),
         )
+
+    def cheapest(self, sizes: Sequence[Size], times: float) -> Size:
+        return min(sizes, key=lambda size: self.total(size, times))
 
     def total(self, size: Size, times: float) -> float:
         return size.training_usd + size.usd_per_query * self.demand.valued * times
@@ -225,7 +229,7 @@ def _quality(options: QualityOptions, the_law: LossLaw) -> _Quality:
 def _price(chip: ChipSpec, by_hand: float | None) -> tuple[float, str]:
     if by_hand is not None:
         return by_hand, "scenario"
-    quote = chip.default_price()
+    quote = chip.default_price
     return quote.usd_per_hour, f"{quote.provider}, {quote.term}, {quote.date} ({quote.kind}, {quote.source})"
 
 
@@ -314,7 +318,7 @@ def _by_plan(
         known = sorted({*sizes, *refused})
         wanted = []
         for times in {problem.demand.mean_times, *(t for _, t, _ in problem.demand.forecasts)}:
-            best = min(sizes.values(), key=lambda s: problem.total(s, times)).parameters
+            best = problem.cheapest(list(sizes.values()), times).parameters
             i = known.index(best)
             wanted += [math.sqrt(best * known[j]) for j in (i - 1, i + 1) if 0 <= j < len(known)]
         try_sizes(wanted)
@@ -334,7 +338,7 @@ def _by_plan(
 
 
 def serving_slope(sizes: Sequence[Size], at: float) -> float | None:
-    """d ln(cost of a query)/d ln N by least squares over sizes within a factor of two; None with fewer than three."""
+    """Elasticity of the cost of a query in N, d ln c/d ln N, by least squares over sizes within a factor of two; None with fewer than three."""
     near = [s for s in sizes if 0.5 <= s.parameters / at <= 2]
     if len(near) < 3:
         return None
@@ -350,7 +354,7 @@ def _elastic_on_grid(problem: _Problem, sizes: Sequence[Size], base: Size, elast
         return problem.demand.mean_times * (size.usd_per_query / base.usd_per_query) ** -elasticity
 
     def gap(size: Size) -> float:
-        best = min(sizes, key=lambda s: problem.total(s, times(size)))
+        best = problem.cheapest(sizes, times(size))
         return abs(math.log(best.parameters / size.parameters))
 
     found = min(sizes, key=gap)
@@ -389,7 +393,7 @@ def _optimum(
 ) -> Optimum:
     demand = problem.demand
     best = min(sizes, key=lambda s: s.total_usd)
-    bests = [min(sizes, key=lambda s, t=times: problem.total(s, t)) for _, times, _ in demand.forecasts]
+    bests = [problem.cheapest(sizes, times) for _, times, _ in demand.forecasts]
     costs = [problem.total(s, times) for s, (_, times, _) in zip(bests, demand.forecasts, strict=True)]
     rows = [
         ForecastRow(name=name, times=times, probability=p, parameters=s.parameters, tokens=s.tokens, total_usd=cost)
@@ -474,7 +478,13 @@ def _warnings(optima: Sequence[Optimum], the_law: LossLaw) -> list[str]:
     if the_law.caution:
         found.append(f"{the_law.name}: {the_law.caution}")
     for o in optima:
-        if o.best is not None and len(o.sizes) > 1 and o.best.parameters in {o.sizes[0].parameters, o.sizes[-1].parameters}:
+        if (
+            o.best is not None
+            and len(o.sizes) > 1
+            and o.best.parameters in {o.sizes[0].parameters, o.sizes[-1].parameters}
+        ):
             which = "smallest" if o.best.parameters == o.sizes[0].parameters else "largest"
-            found.append(f"the optimum is the {which} size tried, {o.best.parameters:.4g} parameters: the true one may lie beyond")
+            found.append(
+                f"the optimum is the {which} size tried, {o.best.parameters:.4g} parameters: the true one may lie beyond"
+            )
     return found

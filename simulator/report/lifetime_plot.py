@@ -63,7 +63,7 @@ def draw_costs(axes: "Axes", optima: Sequence[Optimum]) -> None:
         axes.axvline(chinchilla.parameters / 1e9, color=MUTED, linewidth=1, linestyle=":")
         axes.annotate(
             "compute-optimal",
-            (chinchilla.parameters / 1e9, 0.97),
+            (chinchilla.parameters / 1e9, 0.62),
             xycoords=("data", "axes fraction"),
             xytext=(-4, 0),
             textcoords="offset points",
@@ -78,20 +78,21 @@ def draw_costs(axes: "Axes", optima: Sequence[Optimum]) -> None:
     axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     axes.tick_params(which="minor", colors=MUTED)
     cheapest = min(o.best.total_usd for o in drawn if o.best is not None)
-    axes.set_ylim(0, min(4 * max(o.best.total_usd for o in drawn if o.best is not None), 1.06 * _largest(drawn)) / scale)
+    axes.set_ylim(
+        0, min(4 * max(o.best.total_usd for o in drawn if o.best is not None), 1.06 * _largest(drawn)) / scale
+    )
     if cheapest <= 0:
         axes.set_ylim(0)
     axes.set_xlabel("parameters [billion]", color=MUTED)
     axes.set_ylabel(f"cost over the life [{unit}]", color=MUTED)
-    axes.legend(frameon=False, fontsize=9, loc="upper center", ncols=3)
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
 
 
 def draw_regret(axes: "Axes", optimum: Optimum) -> None:
     """Cost over that of the best size, for demands that may come true: a line for each choice."""
     tidy(axes)
     x = [row.times for row in optimum.forecasts]
-    seen: set[float] = set()
-    choices = [c for c in optimum.choices if not (c.parameters in seen or seen.add(c.parameters))]  # type: ignore[func-returns-value]
+    choices = list({c.parameters: c for c in reversed(optimum.choices)}.values())[::-1]
     for choice, colour in zip(choices, (*LINES, GREY), strict=False):
         label = f"{choice.parameters / 1e9:.3g}B: {choice.reason.removeprefix('best for: ')}"
         axes.plot(x, choice.regret, color=colour, linewidth=1.8, marker="o", markersize=4, label=label)

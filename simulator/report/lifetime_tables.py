@@ -60,10 +60,11 @@ def verdict(optimum: Optimum) -> list[str]:
     best, chinchilla = optimum.best, optimum.chinchilla
     if best is None:
         return ["No size that reaches the quality can be served within the limit."]
-    found = [
+    answer = (
         f"{billions(best.parameters)} parameters trained on {tokens(best.tokens)} tokens cost least: {money(best.training_usd)} of "
         f"training and {money(best.serving_usd)} of serving, {money(best.total_usd)} together."
-    ]
+    )
+    found = [answer]
     if best.deployment:
         found.append(f"Served on {best.deployment}.")
     if chinchilla is not None and optimum.saving is not None and best.parameters != chinchilla.parameters:
@@ -88,7 +89,7 @@ def verdict(optimum: Optimum) -> list[str]:
 def size_rows(sizes: list[Size]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows of a table of sizes."""
     columns = ("parameters", "tokens", "training", "serving", "together", "per query", "chip-s/query", "served on")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             billions(s.parameters),
             tokens(s.tokens),
@@ -106,7 +107,14 @@ def size_rows(sizes: list[Size]) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 
 def choice_rows(optimum: Optimum) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows of the regret table."""
-    columns = ("choice", "parameters", "tokens", *(f"×{row.times:.3g}" for row in optimum.forecasts), "worst", "expected")
+    columns = (
+        "choice",
+        "parameters",
+        "tokens",
+        *(f"×{row.times:.3g}" for row in optimum.forecasts),
+        "worst",
+        "expected",
+    )
     rows = [
         (
             c.reason,
@@ -136,11 +144,8 @@ def _optimum(optimum: Optimum) -> list[str]:
     if optimum.best is None:
         return lines + [line for r in optimum.refused[:3] for line in wrapped(f"{billions(r.parameters)}: {r.reason}")]
     columns, rows = size_rows(thinned(optimum.sizes, 9))
-    drop = [i for i, column in enumerate(columns) if column not in {"chip-s/query", "served on"} or rows[0][i] not in {"–", ""}]
-    narrow = [i for i in drop if columns[i] != "served on"]
-    table = [[("* " if row == "best" else "") + columns[i] for i in narrow] for row in [""]]
-    table += [[row[i] for i in narrow] for row in rows]
-    lines += ["", *aligned(table, left=1)]
+    shown = [i for i, name in enumerate(columns) if name != "served on" and any(row[i] != "–" for row in rows)]
+    lines += ["", *aligned([[row[i] for i in shown] for row in (columns, *rows)], left=1)]
     columns, rows = choice_rows(optimum)
     lines += [
         "",

@@ -33,7 +33,7 @@ class Size(Section):
     """Of the fleet at the mean rate of the first year."""
     deployment: str = ""
     """Where it is served, in words."""
-    extrapolated: list[str] = []
+    extrapolated: list[str] = Field(default_factory=list)
     """What lies outside the runs behind the loss law."""
 
 
@@ -121,10 +121,10 @@ class Lifetime(Section):
     training_usd_per_flop: float
     serving: str
     optima: list[Optimum]
-    warnings: list[str] = []
-    assumptions: list[Assumption] = []
-    sources: list[str] = []
-    resolved: dict[str, Any] = {}
+    warnings: list[str] = Field(default_factory=list)
+    assumptions: list[Assumption] = Field(default_factory=list)
+    sources: list[str] = Field(default_factory=list)
+    resolved: dict[str, Any] = Field(default_factory=dict)
     """The scenario, every default stated."""
 
 

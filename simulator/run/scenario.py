@@ -19,7 +19,6 @@ from simulator.catalog.records import Record
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.engine.scheduling import HostOverheads, Scheduling
-from simulator.errors import InputError
 from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
 from simulator.run.clients import ClientOptions
 from simulator.run.kv_memory import TierOptions
