@@ -351,7 +351,7 @@ def _elastic_on_grid(problem: _Problem, sizes: Sequence[Size], base: Size, elast
     """The size that is the best for the demand that its own price brings, or comes nearest to that."""
 
     def times(size: Size) -> float:
-        return problem.demand.mean_times * (size.usd_per_query / base.usd_per_query) ** -elasticity
+        return float(problem.demand.mean_times * (size.usd_per_query / base.usd_per_query) ** -elasticity)
 
     def gap(size: Size) -> float:
         best = problem.cheapest(sizes, times(size))

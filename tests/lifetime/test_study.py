@@ -215,6 +215,5 @@ def test_command_and_page(run_cli, tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "20.5B" in page
     assert "cost of a choice" in page
-    assert (
-        "no such" in run_cli("lifetime", "sardana-23b", "--out", str(tmp_path / "x" / "s.json"), code=2).stderr or True
-    )
+    refused = run_cli("lifetime", "sardana-23b", "--out", str(tmp_path / "missing" / "s.json"), code=2)
+    assert "a folder that exists" in refused.stderr
