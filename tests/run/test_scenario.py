@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from simulator.catalog.overrides import parse_value
 from simulator.errors import InfeasibleError, InputError
 from simulator.results import toml
 from simulator.run import Scenario, load_scenario, run_scenario, scenario_names
 from simulator.run.resolve import resolve
-from simulator.catalog.overrides import parse_value
 
 NAME = "llama-3-8b-azure-chat"
 
