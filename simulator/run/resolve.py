@@ -1,7 +1,8 @@
 """A scenario turned into what the engine and the summary need: cost tables, settings, prices, and their sources."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from simulator.catalog.architecture import Architecture
@@ -47,8 +48,13 @@ class Resolved:
     cost: StepCost
     """The same as one table: of a pipeline, the sum of its stages."""
     speculation: ResolvedSpeculation | None
-    ideal_cost: StepCost
-    """The same deployment with every efficiency at 1 and no overheads."""
+    lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]
+    """Lays the model on the slice again, with other settings."""
+
+    @cached_property
+    def ideal_cost(self) -> StepCost:
+        """The same deployment with every efficiency at 1 and no overheads."""
+        return _one_table(_compile(*self.lay(efficiency=IDEAL)))
 
     def demand_plain(self, what: str) -> None:
         """Refuse what only a replica of one part can do.
@@ -63,8 +69,13 @@ class Resolved:
             raise InputError(f"{self.scenario.name}: {what} follows replicas of one part with even experts, not {text}")
 
 
-def resolve(scenario: Scenario) -> Resolved:
+def resolve(scenario: Scenario, *, architecture: Architecture | None = None) -> Resolved:
     """Load, check and compile a scenario's deployment.
+
+    Parameters
+    ----------
+    architecture
+        the model itself, in place of the one that ``scenario.model`` names.
 
     Raises
     ------
@@ -81,7 +92,7 @@ def resolve(scenario: Scenario) -> Resolved:
     lay = partial(
         _lay,
         sharding,
-        load_model(scenario.model),
+        load_model(scenario.model) if architecture is None else architecture,
         a_slice,
         precision=parse_precision(scenario.precision, quantize_head=scenario.quantize_head),
         max_num_seqs=engine.max_num_seqs,
@@ -99,28 +110,13 @@ def resolve(scenario: Scenario) -> Resolved:
         dequantization_flops=scenario.deployment.dequantization_flops,
     )
     deployment, sharded = lay(efficiency=_efficiency(scenario.efficiency, a_slice.chip))
-    override = engine.num_gpu_blocks_override
     profile = _profile(engine)
     if profile is not None and sharded is not None:
         raise InputError(
             f"{scenario.name}: engine.profile = {engine.profile!r} with sharding {sharding}: profiles describe replicas of one "
             "part; leave one of them out"
         )
-    if override is not None:
-        # vLLM's count includes the null block, which no request gets.
-        blocks = override - 1
-    elif sharded is not None:
-        blocks = require_sharded_fit(sharded).kv_blocks
-    elif profile is None:
-        blocks = require_fit(deployment).kv_blocks
-    else:
-        require_fit(deployment)
-        blocks = profile_kv_blocks(deployment, profile)
-        if blocks < 1:
-            raise InfeasibleError(
-                f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
-                f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
-            )
+    blocks = _kv_blocks(scenario, deployment, sharded)
     cost = _compile(deployment, sharded) if profile is None else apply_profile(kernel_cost(deployment), profile)
     drafting = None
     if engine.speculation is not None:
@@ -134,9 +130,9 @@ def resolve(scenario: Scenario) -> Resolved:
                 f"{scenario.name}: engine.speculation and engine.profile = {profile.name!r}: what an engine adds to a step was "
                 "measured without drafts; leave one of them out"
             )
-        drafting = resolve_speculation(engine.speculation, deployment, cost, check_memory=override is None)
+        drafting = resolve_speculation(engine.speculation, deployment, cost, check_memory=engine.num_gpu_blocks_override is None)
         cost = drafting.with_other_slice(cost)
-        blocks = drafting.fit.kv_blocks if override is None else blocks
+        blocks = drafting.fit.kv_blocks if engine.num_gpu_blocks_override is None else blocks
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
     settings = EngineSettings(
         max_num_seqs=engine.max_num_seqs,
@@ -157,7 +153,6 @@ def resolve(scenario: Scenario) -> Resolved:
         tiers=tuple(cache_tier(deployment, tier) for tier in engine.cache_tiers),
         load_policy=engine.load_policy,
     )
-    ideal = _compile(*lay(efficiency=IDEAL))
     return Resolved(
         scenario=scenario,
         slice=a_slice,
@@ -167,8 +162,56 @@ def resolve(scenario: Scenario) -> Resolved:
         engine_cost=cost,
         cost=_one_table(cost),
         speculation=drafting,
-        ideal_cost=_one_table(ideal),
+        lay=lay,
     )
+
+
+def with_limits(resolved: Resolved, scenario: Scenario) -> Resolved:
+    """The deployment of ``scenario``, which differs from ``resolved`` in its batch limits, and has none that are larger.
+
+    The tables, which cover more steps than it takes, are kept; memory is looked at again.
+
+    Raises
+    ------
+    InputError
+        If a limit is larger than those of ``resolved``, or with speculative decoding, whose plan depends on the limits.
+    InfeasibleError
+        If the model does not fit on the slice.
+    """
+    engine, had = scenario.engine, resolved.settings
+    if engine.max_num_seqs > had.max_num_seqs or engine.max_num_batched_tokens > had.max_num_batched_tokens:
+        raise InputError(
+            f"{scenario.name}: limits of {engine.max_num_seqs} sequences and {engine.max_num_batched_tokens} tokens are beyond "
+            f"the tables of {had.max_num_seqs} and {had.max_num_batched_tokens}"
+        )
+    if resolved.speculation is not None:
+        raise InputError(f"{scenario.name}: engine.speculation: resolve the scenario anew for other batch limits")
+    changes = {"max_num_seqs": engine.max_num_seqs, "max_num_batched_tokens": engine.max_num_batched_tokens}
+    lay = partial(resolved.lay, **changes)
+    deployment, sharded = lay(efficiency=resolved.deployment.efficiency)
+    blocks = _kv_blocks(scenario, deployment, sharded)
+    settings = replace(had, **changes, num_kv_blocks=blocks)
+    return replace(resolved, scenario=scenario, deployment=deployment, settings=settings, lay=lay)
+
+
+def _kv_blocks(scenario: Scenario, deployment: Deployment, sharded: ShardedDeployment | None) -> int:
+    """KV blocks of a replica that must fit, without the null block, which no request gets."""
+    engine = scenario.engine
+    if engine.num_gpu_blocks_override is not None:
+        return engine.num_gpu_blocks_override - 1
+    if sharded is not None:
+        return require_sharded_fit(sharded).kv_blocks
+    profile = _profile(engine)
+    if profile is None:
+        return require_fit(deployment).kv_blocks
+    require_fit(deployment)
+    blocks = profile_kv_blocks(deployment, profile)
+    if blocks < 1:
+        raise InfeasibleError(
+            f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
+            f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
+        )
+    return blocks
 
 
 def _sharding(scenario: Scenario, a_slice: Slice) -> Sharding:

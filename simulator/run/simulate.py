@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator import __version__
+from simulator.catalog.architecture import Architecture
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.records import FINISHED, EngineResult, Requests, needs_queue
 from simulator.errors import InfeasibleError, InputError
@@ -55,6 +56,7 @@ class Run:
 def run_scenario(
     scenario: Scenario,
     *,
+    architecture: Architecture | None = None,
     seed: int | None = None,
     seeds: int | None = None,
     summary_only: bool | None = None,
@@ -65,6 +67,8 @@ def run_scenario(
 
     Parameters
     ----------
+    architecture
+        the model itself, in place of the one that ``scenario.model`` names.
     seed, seeds
         instead of the scenario's own; the resolved scenario of the result carries them. With several seeds, tables and
         figures are of the first, and the summary gets between-seed intervals of every figure.
@@ -92,8 +96,8 @@ def run_scenario(
     say = progress or _silent
     total = 2 * n_seeds + 1
     say(0, total, "compiling step costs")
-    resolved = resolve(scenario)
-    _prepare_engine(partial(say, 0, total), resolved)
+    resolved = resolve(scenario, architecture=architecture)
+    prepare_engine(partial(say, 0, total), resolved)
     runs = []
     for k in range(n_seeds):
         say(1 + 2 * k, total, f"simulating, seed {first + k}")
@@ -119,7 +123,7 @@ def _silent(done: int, total: int, what: str) -> None:
     del done, total, what
 
 
-def _prepare_engine(say: Callable[[str], None], resolved: Resolved) -> None:
+def prepare_engine(say: Callable[[str], None], resolved: Resolved) -> None:
     """Compile what the run needs, and say so."""
     from simulator.engine import compiled, jit  # noqa: PLC0415 - numba takes a while to import
 

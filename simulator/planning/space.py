@@ -1,0 +1,118 @@
+"""The deployments a plan chooses from: slices, shardings, layouts, precisions and batch limits of one chip."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from simulator.catalog.architecture import Architecture, MoEFFN
+from simulator.catalog.chips import DomainScaleUp, load_chip
+from simulator.catalog.slices import Slice, legal_slices, resolve_slice
+from simulator.errors import InputError
+from simulator.planning.options import PlanOptions
+from simulator.roofline.precision import parse_precision
+from simulator.roofline.search import layouts, shardings
+from simulator.roofline.sharding import Sharding
+from simulator.run.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how the model lies: everything about a deployment but its batch limits."""
+
+    slice: str
+    sharding: Sharding
+    precision: str
+    layout: str = "1d"
+
+    def scenario(self, template: Scenario, *, max_num_seqs: int, max_num_batched_tokens: int) -> Scenario:
+        """A scenario of one replica here; what a plan does not vary is the template's."""
+        s = self.sharding
+        sharding = template.sharding.model_copy(
+            update={"tp": s.tp, "pp": s.pp, "dp": s.dp, "ep": s.ep, "layout": self.layout}
+        )
+        engine = template.engine.model_copy(
+            update={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        )
+        changes = {"slice": self.slice, "precision": self.precision, "sharding": sharding, "engine": engine, "replicas": 1}
+        return template.model_copy(update=changes)
+
+
+def slices_of(chip: str, options: PlanOptions) -> list[Slice]:
+    """Slices of a chip, smallest first: those of one scale-up domain, and powers of two of full domains.
+
+    Raises
+    ------
+    InputError
+        If a slice asked for does not exist.
+    """
+    if options.slices:
+        asked = [resolve_slice(spec) for spec in options.slices]
+        return [s for s in asked if s.spec.rpartition(":")[0] == chip]
+    specs = legal_slices(chip)
+    found = [s for s in map(resolve_slice, specs) if s.n_chips <= options.max_chips]
+    spec = load_chip(chip)
+    if spec.scale_out is not None and isinstance(spec.scale_up, DomainScaleUp) and found:
+        most = max(spec.scale_up.sizes)
+        nodes = 2
+        while nodes * most <= options.max_chips:
+            found.append(resolve_slice(f"{chip}:{nodes}x{most}"))
+            nodes *= 2
+    return found
+
+
+def places(architecture: Architecture, chip: str, template: Scenario, options: PlanOptions) -> Iterator[Place]:
+    """Every place on slices of a chip that the engines can run; whether it is legal and fits shows when it is resolved."""
+    experts = any(isinstance(group.ffn, MoEFFN) for group in architecture.layers)
+    precisions = options.precisions or (template.precision,)
+    for a_slice in slices_of(chip, options):
+        for sharding in shardings(a_slice.n_chips, experts=experts):
+            if not _wanted(sharding, options):
+                continue
+            settings = {} if template.sharding.layout == "1d" else {"layout": template.sharding.layout}
+            tokens = template.engine.max_num_batched_tokens
+            try:
+                laid = layouts(architecture, a_slice, sharding, tokens, settings, decodes=False)
+            except InputError:
+                laid = [{}]
+            for how in laid:
+                layout = how.get("layout", template.sharding.layout)
+                yield from (Place(a_slice.spec, sharding, precision, layout) for precision in precisions)
+
+
+def _wanted(s: Sharding, options: PlanOptions) -> bool:
+    """Whether a sharding is of a kind asked for, and no mere copies: those are replicas on smaller slices."""
+    if s.dp > 1 and s.ep == 1:
+        return False
+    if s.ep > 1:
+        return "ep" in options.shardings and s.pp == 1
+    if s.pp > 1:
+        return "pp" in options.shardings
+    return "tp" in options.shardings
+
+
+def limits(template: Scenario, options: PlanOptions) -> list[tuple[int, int]]:
+    """Pairs of ``max_num_seqs`` and ``max_num_batched_tokens`` to try, the largest first.
+
+    Raises
+    ------
+    InputError
+        If no budget covers a batch.
+    """
+    engine = template.engine
+    seqs = sorted({*options.batch_limits, engine.max_num_seqs}, reverse=True)
+    budgets = sorted({*options.token_budgets, engine.max_num_batched_tokens}, reverse=True)
+    found = [(b, t) for b in seqs for t in budgets if b <= t]
+    if not found:
+        raise InputError(f"plan: no token budget of {budgets} covers a batch limit of {seqs}")
+    return found
+
+
+def check_precisions(options: PlanOptions) -> None:
+    """Refuse unknown precisions before anything is searched.
+
+    Raises
+    ------
+    InputError
+        With the nearest names.
+    """
+    for text in options.precisions:
+        parse_precision(text)
