@@ -219,10 +219,10 @@ def _quality(options: QualityOptions, the_law: LossLaw) -> _Quality:
     parameters = like.parameters or float(count(load_model(like.model or "")).total)
     if like.tokens is None:
         point = the_law.optimum_for_parameters(parameters, extrapolate=options.extrapolate)
-        words = f"as good as {parameters / 1e9:.3g}B parameters trained compute-optimally ({point.tokens:.3g} tokens)"
+        words = f"as good as {parameters / 1e9:.3g}B parameters trained compute-optimally ({point.tokens / 1e12:.4g}T tokens)"
     else:
         point = the_law.point(parameters, like.tokens, extrapolate=options.extrapolate)
-        words = f"as good as {like.model or f'{parameters / 1e9:.3g}B parameters'} on {like.tokens:.3g} tokens"
+        words = f"as good as {like.model or f'{parameters / 1e9:.3g}B parameters'} on {like.tokens / 1e12:.4g}T tokens"
     return _Quality(point.loss, words, point, like.model)
 
 

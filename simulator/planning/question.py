@@ -173,7 +173,9 @@ class _Question:
             template = Scenario(schema_version=1, name="plan", model=name, slice=f"{chips[0]}:1", traffic=traffic)
         template = template.model_copy(update={"model": name, "traffic": traffic, "replicas": 1})
         if template.clients.may_leave:
-            raise InputError(f"{template.name}: a plan is made for clients who wait; leave the timeouts of [clients] out")
+            raise InputError(
+                f"{template.name}: a plan is made for clients who wait; leave the timeouts of [clients] out"
+            )
         return cls(
             architecture=architecture,
             targets=targets,
@@ -417,7 +419,9 @@ class _Question:
                 ranked = other._ranked(other._search(self.chips, workers, _quiet))
                 if ranked:
                     changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
-                    found.append(Alternative(what=f"relax to {changed}", targets=relaxed, fleet=other._fleet(ranked[0])))
+                    found.append(
+                        Alternative(what=f"relax to {changed}", targets=relaxed, fleet=other._fleet(ranked[0]))
+                    )
             break
         if self.options.look_elsewhere and not self.options.slices:
             others = [name for name in chip_names() if name not in self.chips]
@@ -433,7 +437,12 @@ class _Question:
     def _own_assumptions(self) -> list[Assumption]:
         p = self.provisioning
         return [
-            Assumption(what=what, value=value, kind="assumed", source=f"plan: {'asked' if name in self.options.model_fields_set else 'default'}")
+            Assumption(
+                what=what,
+                value=value,
+                kind="assumed",
+                source=f"plan: {'asked' if name in self.options.model_fields_set else 'default'}",
+            )
             for name, what, value in (
                 ("peak_to_mean", "daily peak ÷ mean", f"{p.peak_to_mean:g}"),
                 ("headroom", "safety margin below the rate within the targets", f"{p.headroom_fraction:g}"),
@@ -495,7 +504,9 @@ def _shortfall(targets: Targets, one: _OnChip) -> str:
     metrics = min(finite, key=lambda m: (len(m), finite[m]))
     if finite[metrics] <= 1:
         return "kept only by a replica that is nearly always idle: no rate on the grid does"
-    names = " and ".join(f"{t.limit_s * finite[metrics]:.3g} s of {t.metric}" for t in targets.limits if t.metric in metrics)
+    names = " and ".join(
+        f"{t.limit_s * finite[metrics]:.3g} s of {t.metric}" for t in targets.limits if t.metric in metrics
+    )
     return f"even idle, the best deployment takes {names}, {finite[metrics]:.2f} times the limit"
 
 

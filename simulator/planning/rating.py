@@ -68,7 +68,8 @@ class Sample:
         found = [
             f"{t.metric} p{t.percentile:g}"
             for t in targets.limits
-            if t.percentile is not None and not enough(float(self.keeps(t).mean()) if self.n else 0.0, t.percentile / 100)
+            if t.percentile is not None
+            and not enough(float(self.keeps(t).mean()) if self.n else 0.0, t.percentile / 100)
         ]
         share = targets.joint_fraction
         if share is not None and not enough(self.kept_fraction(targets), share):
@@ -95,7 +96,9 @@ class Sample:
             ratio = np.zeros(self.n)
             for t in targets.limits:
                 values = np.nan_to_num(self.latency[t.metric], nan=0.0, posinf=np.inf)
-                ratio = np.maximum(ratio, values / t.limit_s if t.metric in metrics else np.where(self.keeps(t), 0, np.inf))
+                ratio = np.maximum(
+                    ratio, values / t.limit_s if t.metric in metrics else np.where(self.keeps(t), 0, np.inf)
+                )
             scale = max(scale, quantile(np.sort(ratio), targets.joint_fraction))
         return float(scale)
 
@@ -211,7 +214,11 @@ class Bench:
     def rate(self, targets: Targets, *, at_least_per_s: float = 0.0) -> Rated | None:
         """Largest rate within the targets; None as soon as it is known to lie below ``at_least_per_s``."""
         if not self.saturated_per_s:
-            return None if at_least_per_s > 0 else Rated(0.0, 0.0, ("memory",), Sample(dict.fromkeys(LATENCIES, np.zeros(0))))
+            return (
+                None
+                if at_least_per_s > 0
+                else Rated(0.0, 0.0, ("memory",), Sample(dict.fromkeys(LATENCIES, np.zeros(0))))
+            )
         low, high = LOWEST, 0
         if self.rate_per_s(high) < at_least_per_s:
             return None
@@ -220,7 +227,9 @@ class Bench:
             return Rated(self.saturated_per_s, self.saturated_per_s, ("capacity",), top)
         lowest = self.sample(low)
         if not lowest.holds(targets):
-            return Rated(self.saturated_per_s, 0.0, tuple(lowest.missed(targets)), lowest) if at_least_per_s <= 0 else None
+            return (
+                Rated(self.saturated_per_s, 0.0, tuple(lowest.missed(targets)), lowest) if at_least_per_s <= 0 else None
+            )
         while high - low > 1:
             if self.rate_per_s(high) < at_least_per_s:
                 return None

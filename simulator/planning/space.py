@@ -32,7 +32,13 @@ class Place:
         engine = template.engine.model_copy(
             update={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         )
-        changes = {"slice": self.slice, "precision": self.precision, "sharding": sharding, "engine": engine, "replicas": 1}
+        changes = {
+            "slice": self.slice,
+            "precision": self.precision,
+            "sharding": sharding,
+            "engine": engine,
+            "replicas": 1,
+        }
         return template.model_copy(update=changes)
 
 
