@@ -40,30 +40,24 @@ def draw_costs(axes: "Axes", optima: Sequence[Optimum]) -> None:
         x = [s.parameters / 1e9 for s in optimum.sizes]
         few = "o" if len(x) < 60 else ""
         total = [s.total_usd / scale for s in optimum.sizes]
-        name = "both" if len(drawn) == 1 else f"E2E ≤ {optimum.slo_limit_s:g} s"
+        answer = f"{best.parameters / 1e9:.3g}B on {best.tokens / 1e12:.3g}T tokens"
+        name = "both" if len(drawn) == 1 else f"E2E ≤ {optimum.slo_limit_s:g} s: {answer}"
         axes.plot(x, total, color=colour, linewidth=2.2, marker=few, markersize=3.5, label=name)
         if len(drawn) == 1:
             training = [s.training_usd / scale for s in optimum.sizes]
             serving = [s.serving_usd / scale for s in optimum.sizes]
+            axes.set_title(f"least: {answer}", loc="left", fontsize=10, color=INK)
             axes.plot(x, training, color=GREY, linewidth=1.4, label="training")
             axes.plot(x, serving, color=GREEN, linewidth=1.4, marker=few, markersize=3, label="serving")
         at = (best.parameters / 1e9, best.total_usd / scale)
         axes.plot(*at, "o", color=INK, markersize=6, zorder=5)
-        axes.annotate(
-            f"{at[0]:.3g}B on {best.tokens / 1e12:.3g}T tokens",
-            at,
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            color=INK,
-        )
     if len(drawn) == 1 and drawn[0].chinchilla is not None:
         chinchilla = drawn[0].chinchilla
         axes.axvline(chinchilla.parameters / 1e9, color=MUTED, linewidth=1, linestyle=":")
         axes.annotate(
             "compute-optimal",
-            (chinchilla.parameters / 1e9, 0.62),
+            annotation_clip=True,
+            xy=(chinchilla.parameters / 1e9, 0.62),
             xycoords=("data", "axes fraction"),
             xytext=(-4, 0),
             textcoords="offset points",
@@ -73,16 +67,14 @@ def draw_costs(axes: "Axes", optima: Sequence[Optimum]) -> None:
             rotation=90,
             color=MUTED,
         )
+    top = 4 * max(o.best.total_usd for o in drawn if o.best is not None)
+    shown = [s.parameters / 1e9 for o in drawn for s in o.sizes if s.total_usd <= top]
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-    axes.tick_params(which="minor", colors=MUTED)
-    cheapest = min(o.best.total_usd for o in drawn if o.best is not None)
-    axes.set_ylim(
-        0, min(4 * max(o.best.total_usd for o in drawn if o.best is not None), 1.06 * _largest(drawn)) / scale
-    )
-    if cheapest <= 0:
-        axes.set_ylim(0)
+    ticks = [n * 10.0**e for e in range(-2, 6) for n in (1, 1.5, 2, 3, 5, 7)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(0.9 * min(shown), 1.1 * max(shown))
+    axes.set_ylim(0, min(top, 1.06 * _largest(drawn)) / scale)
     axes.set_xlabel("parameters [billion]", color=MUTED)
     axes.set_ylabel(f"cost over the life [{unit}]", color=MUTED)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
@@ -92,16 +84,16 @@ def draw_regret(axes: "Axes", optimum: Optimum) -> None:
     """Cost over that of the best size, for demands that may come true: a line for each choice."""
     tidy(axes)
     x = [row.times for row in optimum.forecasts]
-    choices = list({c.parameters: c for c in reversed(optimum.choices)}.values())[::-1]
+    choices = sorted({c.parameters: c for c in reversed(optimum.choices)}.values(), key=lambda c: c.parameters)
     for choice, colour in zip(choices, (*LINES, GREY), strict=False):
         label = f"{choice.parameters / 1e9:.3g}B: {choice.reason.removeprefix('best for: ')}"
         axes.plot(x, choice.regret, color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
     axes.axhline(1.0, color=MUTED, linewidth=0.8)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"×{value:g}")
-    axes.xaxis.set_minor_formatter("")
+    axes.set_xticks(x, [f"×{times:.3g}" for times in x], minor=False)
+    axes.set_xticks([], minor=True)
     worst = max(c.worst_regret for c in choices)
-    axes.set_ylim(0.97, min(3.0, 1.04 * worst))
+    axes.set_ylim(0.97, min(2.5, 1.04 * worst))
     axes.set_xlabel("demand that comes true ÷ forecast", color=MUTED)
     axes.set_ylabel("cost ÷ least possible", color=MUTED)
     axes.legend(frameon=False, fontsize=8.5)
