@@ -66,7 +66,9 @@ class TrainingOptions(Record):
     overhead: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     """Chip time paid ÷ chip time trained: restarts, evaluation, failed runs."""
     usd_per_chip_hour: PositiveFloat | None = None
-    """None: the chip's own first quote."""
+    """None: the chip's price under ``term``."""
+    term: str | None = None
+    """Of the price book: ``on-demand``, ``spot``, ``owned`` …; None: the chip's first quote."""
 
 
 class FormulaServing(Record):
@@ -78,6 +80,7 @@ class FormulaServing(Record):
     mfu_input: Fraction = 0.5
     mfu_output: Fraction = 0.5
     usd_per_chip_hour: PositiveFloat | None = None
+    term: str | None = None
     input_tokens: Annotated[float, Field(ge=0)]
     """Of a query."""
     output_tokens: Annotated[float, Field(ge=0)]

@@ -11,12 +11,21 @@ from simulator.catalog.chips import ChipSpec, load_chip
 from simulator.catalog.models import load_model
 from simulator.catalog.parameters import count
 from simulator.catalog.slices import resolve_slice
+from simulator.economics import ChipPrice, chip_price, price_by_hand
 from simulator.errors import InfeasibleError
 from simulator.lifetime.demand import elastic_optimum, lifetime_tokens, present_value
 from simulator.lifetime.optimum import sardana_optimum
-from simulator.lifetime.scenario import DemandOptions, FormulaServing, LifetimeScenario, PlanServing, QualityOptions
+from simulator.lifetime.scenario import (
+    DemandOptions,
+    FormulaServing,
+    LifetimeScenario,
+    PlanServing,
+    QualityOptions,
+    TrainingOptions,
+)
 from simulator.lifetime.serving import FormulaServer, PlannedServer, Served, Server, formula_server, planned_server
 from simulator.lifetime.shapes import distinct_shapes, shape_rule
+from simulator.lifetime.training_bill import training_bill
 from simulator.results.lifetime import Choice, ForecastRow, Lifetime, Optimum, Refusal, Size
 from simulator.results.summary import Assumption
 from simulator.scaling.laws import LossLaw, TrainingPoint, law
@@ -145,26 +154,27 @@ def study(scenario: LifetimeScenario, *, workers: int = 1, progress: Progress | 
     training = scenario.training
     a_slice = resolve_slice(training.slice)
     setup = TrainingSetup(a_slice, mfu=training.mfu, dtype=training.dtype, overhead=training.overhead)
-    train_price, train_source = _price(a_slice.chip, training.usd_per_chip_hour)
-    usd_per_flop = train_price / 3600 / setup.flops_per_chip_s
+    train_price = _price(a_slice.chip, training)
     demand = resolve_demand(scenario.demand)
+    least = the_law.cheapest(quality.loss, extrapolate=True)
+    usd_per_flop = training_bill(least.parameters, least.tokens, setup, train_price).usd_per_flop
     problem = _Problem(the_law, quality.loss, usd_per_flop, demand, scenario.quality.extrapolate)
-    problem.point(the_law.cheapest(quality.loss, extrapolate=True).parameters)  # refuse early what lies outside
+    problem.point(least.parameters)  # refuse early what lies outside
     serving = scenario.serving
     assumptions = [
-        _assumption("training price", f"{train_price:g} USD per chip-hour", train_source),
+        *_priced("training", train_price),
         Assumption(what="training.mfu", value=f"{training.mfu:g}", kind="assumed", source="scenario"),
         Assumption(what="training.overhead", value=f"{training.overhead:g}", kind="assumed", source="scenario"),
     ]
     optima = []
     if isinstance(serving, FormulaServing):
-        price, source = _price(load_chip(serving.chip), serving.usd_per_chip_hour)
-        assumptions.append(_assumption("serving price", f"{price:g} USD per chip-hour", source))
-        server = formula_server(serving, price)
+        price = _price(load_chip(serving.chip), serving)
+        assumptions += _priced("serving", price)
+        server = formula_server(serving, price.usd_per_chip_hour)
         optima.append(_by_formula(problem, server, quality, scenario.demand.elasticity))
         words = (
             f"2N FLOPs a token on {serving.chip}, {serving.dtype}: {serving.input_tokens:g} tokens in at MFU "
-            f"{serving.mfu_input:g}, {serving.output_tokens:g} out at {serving.mfu_output:g}, ${price:g} per chip-hour"
+            f"{serving.mfu_input:g}, {serving.output_tokens:g} out at {serving.mfu_output:g}, ${price.usd_per_chip_hour:g} per chip-hour"
         )
     else:
         for limit in serving.slo_limits_s or (None,):
@@ -192,7 +202,7 @@ def study(scenario: LifetimeScenario, *, workers: int = 1, progress: Progress | 
         valued_queries=demand.valued,
         queries_per_s=demand.queries_per_s,
         years=scenario.demand.years,
-        training=f"{training.slice} in {training.dtype} at MFU {training.mfu:g}, ${train_price:g} per chip-hour",
+        training=f"{training.slice} in {training.dtype} at MFU {training.mfu:g}, ${train_price.usd_per_chip_hour:g} per chip-hour",
         training_usd_per_flop=usd_per_flop,
         serving=words,
         optima=optima,
@@ -226,15 +236,14 @@ def _quality(options: QualityOptions, the_law: LossLaw) -> _Quality:
     return _Quality(point.loss, words, point, like.model)
 
 
-def _price(chip: ChipSpec, by_hand: float | None) -> tuple[float, str]:
-    if by_hand is not None:
-        return by_hand, "scenario"
-    quote = chip.default_price
-    return quote.usd_per_hour, f"{quote.provider}, {quote.term}, {quote.date} ({quote.kind}, {quote.source})"
+def _price(chip: ChipSpec, options: TrainingOptions | FormulaServing) -> ChipPrice:
+    if options.usd_per_chip_hour is not None:
+        return price_by_hand(chip.name, options.usd_per_chip_hour)
+    return chip_price(chip, term=options.term)
 
 
-def _assumption(what: str, value: str, source: str) -> Assumption:
-    return Assumption(what=what, value=value, kind="assumed" if source == "scenario" else "recalled", source=source)
+def _priced(what: str, price: ChipPrice) -> list[Assumption]:
+    return [a.model_copy(update={"what": f"{what}.{a.what}"}) for a in price.inputs]
 
 
 def size_range(the_law: LossLaw, loss: float) -> tuple[float, float]:

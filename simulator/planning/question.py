@@ -19,7 +19,7 @@ from simulator.planning.fleet import planned_fleet, pool, price_of, waterfall
 from simulator.planning.loads import Loads, at_rate
 from simulator.planning.options import PlanOptions
 from simulator.planning.rating import Sample
-from simulator.planning.search import Answer, ChipSearch, Found, least, needed_replicas, with_spares
+from simulator.planning.search import Answer, ChipSearch, Found, least, with_spares
 from simulator.planning.space import check_precisions
 from simulator.results.plan import (
     Alternative,

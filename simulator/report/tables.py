@@ -8,6 +8,7 @@ from simulator.results.compare import Comparison, Difference
 from simulator.results.summary import (
     Assumption,
     Distribution,
+    Energy,
     Estimate,
     Latency,
     Load,
@@ -371,16 +372,26 @@ def _cost(s: Summary) -> list[str]:
         "",
     ]
     lines += _prices(s.prices) if s.prices else ["Price: none known; set prices.usd_per_chip_hour"]
-    if s.energy:
-        e = s.energy
-        facility = f" ({usd(e.usd_per_query)} of electricity at PUE {e.pue:g})" if e.usd_per_query is not None else ""
-        lines += wrapped(
-            f"Energy: {number(e.joules_per_query)} J per query{facility}, {number(e.joules_per_output_token)} J per output "
-            f"token, {number(e.mean_power_w_per_chip)} W per chip; chips only, {e.source}",
-            first="",
-            rest="  ",
-        )
-    return lines
+    return lines + (_energy(s.energy) if s.energy else [])
+
+
+def _energy(e: Energy) -> list[str]:
+    chips = (
+        f"Energy: {number(e.joules_per_query)} J per query at the chips ({number(e.low_joules_per_query)} to "
+        f"{number(e.high_joules_per_query)}), {number(e.joules_per_output_token)} J per output token, "
+        f"{number(e.mean_power_w_per_chip)} W per chip; grade {e.grade}: {e.source}"
+    )
+    return [*wrapped(chips, first="", rest="  "), *wrapped(facility_text(e))]
+
+
+def facility_text(e: Energy) -> str:
+    """Energy with servers and building, the electricity bill, and carbon."""
+    bill = f"; {usd(e.usd_per_query)} of electricity" if e.usd_per_query is not None else ""
+    return (
+        f"with servers ({number(e.host_power_w)} W per chip) and the building (PUE {e.pue:g}, {e.operator}): "
+        f"{number(e.facility_joules_per_query)} J per query{bill}; {number(e.gco2_per_query)} g CO2e per query at "
+        f"{e.gco2_per_kwh:g} g/kWh ({e.region})"
+    )
 
 
 def _prices(p: Prices) -> list[str]:
@@ -396,7 +407,17 @@ def _prices(p: Prices) -> list[str]:
 
     header = ["Price", "query", "M input", "M cached", "M output", "M tokens"]
     rows = [header, row("  usage (busy time)", p.usage), row("  allocation (idle included)", p.allocation)]
-    return [*aligned(rows, indent=0), *wrapped(f"at {usd(p.usd_per_chip_hour)} per chip-hour: {p.source}")]
+    return [*aligned(rows, indent=0), *wrapped(price_text(p))]
+
+
+def price_text(p: Prices) -> str:
+    """Price of a chip-hour with its range, an owned chip's parts, and its source."""
+    spread = parts = ""
+    if p.low_usd_per_chip_hour is not None and p.high_usd_per_chip_hour is not None:
+        spread = f" ({usd(p.low_usd_per_chip_hour)} to {usd(p.high_usd_per_chip_hour)})"
+    if p.owned:
+        parts = " = " + " + ".join(f"{usd(v)} {name.removesuffix('_usd')}" for name, v in p.owned.items())
+    return f"at {usd(p.usd_per_chip_hour)} per chip-hour{spread}{parts}: {p.source}"
 
 
 def conservation_lines(s: Summary) -> list[str]:

@@ -15,6 +15,7 @@ from simulator.report.tables import (
     number,
     overload_sentence,
     percent,
+    price_text,
     range_text,
     seconds,
     slo_sentence,
@@ -121,7 +122,10 @@ def _cards(s: Summary) -> tuple[Card, ...]:
             Card(
                 "energy per query",
                 f"{number(s.energy.joules_per_query)} J",
-                (f"{number(s.energy.joules_per_output_token)} J per output token, chips only",),
+                (
+                    f"{number(s.energy.joules_per_output_token)} J per output token, chips only, grade {s.energy.grade}",
+                    f"{number(s.energy.gco2_per_query)} g CO2e with servers and building, grid: {s.energy.region}",
+                ),
             )
         )
     return tuple(cards)
@@ -241,7 +245,7 @@ def _cost_blocks(s: Summary) -> tuple[Prose | Grid | Bars, ...]:
 
         columns = ("price", "query", "M input", "M cached", "M output", "M tokens")
         rows = (row("usage: busy time", p.usage), row("allocation: idle included", p.allocation))
-        blocks.append(Grid(columns, rows, caption=f"at {usd(p.usd_per_chip_hour)} per chip-hour: {p.source}"))
+        blocks.append(Grid(columns, rows, caption=price_text(p)))
     blocks.append(_fleet_sizes(s, ledger.chips // ledger.replicas))
     return tuple(blocks)
 
