@@ -18,7 +18,7 @@ from simulator.cli.output import json_option, note, print_json
 def lifetime(
     scenario: str, overrides: tuple[str, ...], plot: Path | None, out: Path | None, workers: int | None, as_json: bool
 ) -> None:
-    r"""Which size, trained on how many tokens, reaches a quality at the least cost of training and serving.
+    """Which size, trained on how many tokens, reaches a quality at the least cost of training and serving.
 
     \b
     chipseconds lifetime sardana-23b
