@@ -12,10 +12,8 @@ from simulator.cli.output import json_option, note, print_json, print_table
 from simulator.errors import InfeasibleError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from simulator.planning import PlanOptions
-    from simulator.results.plan import Percentiles, Plan, PlannedFleet, Targets
+    from simulator.results.plan import Plan, PlannedFleet, Targets
     from simulator.run import Scenario
 
 _EXAMPLES = """\b
@@ -46,7 +44,9 @@ _METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 @click.option("--token-budgets", help="max_num_batched_tokens to try, by commas. Default: 512,2048,8192.")
 @click.option("--peak", type=float, help="Rate of the busiest hour ÷ mean rate of the day. Default: 1.")
 @click.option("--profile", help="Rates of the hours of a day, by commas, in any unit; instead of --peak.")
-@click.option("--headroom", type=float, help="Part of the rate within the targets left free at the peak. Default: 0.05.")
+@click.option(
+    "--headroom", type=float, help="Part of the rate within the targets left free at the peak. Default: 0.05."
+)
 @click.option("--spare", type=click.IntRange(0), help="Replicas of each pool beyond those needed (N + k). Default: 0.")
 @click.option("--failed-share", type=float, help="Share of the slices that may be down at the peak. Default: 0.")
 @click.option("--price", "prices", multiple=True, metavar="CHIP=USD", help="USD per chip-hour; may be repeated.")
@@ -111,7 +111,9 @@ def targets(scenario: "Scenario", options: dict[str, Any]) -> "Targets":
     if not stated:
         limits = [{"metric": name, "limit_s": limit} for name, limit in scenario.slo.limits.items()]
         if not limits:
-            raise InputError("--goodput-share: state limits to keep with --ttft, --tpot or --e2e; the scenario has none")
+            raise InputError(
+                "--goodput-share: state limits to keep with --ttft, --tpot or --e2e; the scenario has none"
+            )
     else:
         default = None if share is not None else scenario.slo.percentile
         limits = [_limit(name, text, default) for name, text in stated.items()]
@@ -121,14 +123,14 @@ def targets(scenario: "Scenario", options: dict[str, Any]) -> "Targets":
 def _limit(name: str, text: str, default: float | None) -> dict[str, Any]:
     limit, at, percentile = text.partition("@")
     try:
-        found = {"metric": _METRICS[name], "limit_s": float(limit), "percentile": float(percentile) if at else default}
+        limit_s, share = float(limit), float(percentile) if at else default
     except ValueError:
         raise InputError(f"--{name} {text!r}: write SECONDS or SECONDS@PERCENT, e.g. 0.5@95") from None
-    if not 0 < found["limit_s"] < math.inf:
+    if not 0 < limit_s < math.inf:
         raise InputError(f"--{name} {text!r}: the limit must be positive and finite")
-    if at and not 0 < found["percentile"] <= 100:
+    if share is not None and not 0 < share <= 100:
         raise InputError(f"--{name} {text!r}: the percentile must be above 0 and at most 100")
-    return found
+    return {"metric": _METRICS[name], "limit_s": limit_s, "percentile": share}
 
 
 def chips(scenario: "Scenario", text: str | None) -> list[str]:
@@ -225,7 +227,11 @@ def _money(usd: float | None, digits: int = 0) -> str:
 
 def _row(fleet: "PlannedFleet") -> "list[str]":
     first = fleet.pools[0]
-    binding = "; ".join(first.binding) if len(fleet.pools) == 1 else "; ".join(f"{p.role}: {p.binding[0]}" for p in fleet.pools)
+    binding = (
+        "; ".join(first.binding)
+        if len(fleet.pools) == 1
+        else "; ".join(f"{p.role}: {p.binding[0]}" for p in fleet.pools)
+    )
     return [
         " + ".join(p.slice for p in fleet.pools),
         " + ".join(p.sharding + ("" if p.layout == "1d" else f" {p.layout}") for p in fleet.pools),
@@ -240,7 +246,18 @@ def _row(fleet: "PlannedFleet") -> "list[str]":
     ]
 
 
-_COLUMNS = ["slice", "sharding", "precision", "seqs/tokens", "replicas", "chips", "chip-s/query", "USD/h", "USD/1000 q", "binding"]
+_COLUMNS = [
+    "slice",
+    "sharding",
+    "precision",
+    "seqs/tokens",
+    "replicas",
+    "chips",
+    "chip-s/query",
+    "USD/h",
+    "USD/1000 q",
+    "binding",
+]
 
 
 def _print(found: "Plan") -> None:
@@ -283,7 +300,10 @@ def _print_best(found: "Plan", best: "PlannedFleet") -> None:
         )
         latency = verified.latency
         cells = [
-            [name.removesuffix("_s").upper(), *(_seconds(getattr(getattr(latency, name), q).value) for q in ("p50", "p95", "p99"))]
+            [
+                name.removesuffix("_s").upper(),
+                *(_seconds(getattr(getattr(latency, name), q).value) for q in ("p50", "p95", "p99")),
+            ]
             for name in ("ttft_s", "tpot_s", "e2e_s")
             if latency is not None
         ]
@@ -297,7 +317,11 @@ def _print_best(found: "Plan", best: "PlannedFleet") -> None:
         print_table("\nrunners-up among those simulated", _COLUMNS, [_row(f) for f in found.runners_up])
     if found.front:
         cells = [
-            [f"{p.scale:g}×", *(_row(p.fleet) if p.fleet else ["–"] * len(_COLUMNS)), "" if p.on_front else "no cheaper"]
+            [
+                f"{p.scale:g}×",
+                *(_row(p.fleet) if p.fleet else ["–"] * len(_COLUMNS)),
+                "" if p.on_front else "no cheaper",
+            ]
             for p in found.front
         ]
         keep = [0, 1, 2, 4, 6, 8, 10, 11]
@@ -323,16 +347,17 @@ def _print_chips(found: "Plan") -> None:
 
 def _print_infeasible(found: "Plan") -> None:
     click.echo("\nno fleet of the chips asked keeps these targets")
-    if found.idle_latency:
-        click.echo("the least that any deployment reaches, one request at a time:")
-        cells = [[name.removesuffix("_s").upper(), *_percentiles(values)] for name, values in found.idle_latency.items()]
-        print_table("", ["s", "p50", "p95", "p99"], cells)
+    for name, value in found.idle_latency_s.items():
+        limit = next(t for t in found.targets.limits if t.metric == name)
+        percentile = limit.percentile or 100 * (found.targets.joint_fraction or 1)
+        click.echo(
+            f"{name.removesuffix('_s').upper()} p{percentile:g} of the best deployment, one request at a time: {value:.4g} s, "
+            f"{value / limit.limit_s:.3g} times the limit of {limit.limit_s:g} s"
+        )
     if found.nearest:
-        print_table("\nnearest that is feasible", ["change", *_COLUMNS], [[n.what, *_row(n.fleet)] for n in found.nearest])
-
-
-def _percentiles(values: "Percentiles") -> "Sequence[str]":
-    return [_seconds(getattr(values, q)) for q in ("p50", "p95", "p99")]
+        print_table(
+            "\nnearest that is feasible", ["change", *_COLUMNS], [[n.what, *_row(n.fleet)] for n in found.nearest]
+        )
 
 
 def _seconds(value: float | None) -> str:

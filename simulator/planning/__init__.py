@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 __all__ = ["PlanOptions", "plan", "rate_within_targets", "targets_of"]
 
-_LATE = {"plan": "simulator.planning.question", "targets_of": "simulator.planning.question", "rate_within_targets": "simulator.planning.rating"}
+_LATE = {
+    "plan": "simulator.planning.question",
+    "targets_of": "simulator.planning.question",
+    "rate_within_targets": "simulator.planning.rating",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -53,7 +53,9 @@ def floors(cost: StepCost | PipelineCost, settings: EngineSettings, requests: Re
     """Bounds of one replica for a stream of requests."""
     accepted = fitting(settings, requests)
     n = len(requests)
-    plain = settings.speculation is None and settings.prefix_cache == "off" and settings.scheduling.batching == "chunked"
+    plain = (
+        settings.speculation is None and settings.prefix_cache == "off" and settings.scheduling.batching == "chunked"
+    )
     if not plain:
         nothing = np.zeros(n)
         return Floors(accepted, nothing, np.where(requests.output_tokens > 1, 0.0, np.nan), nothing, np.inf)
@@ -143,9 +145,7 @@ def _key_line(cost: StepCost) -> tuple[float, float]:
     return slope, max(0.0, float((cost.decode_value_s - slope * cost.decode_knots).min()))
 
 
-def _stream_s(
-    cost: StepCost, settings: EngineSettings, requests: Requests, accepted: NDArray[np.bool_]
-) -> float:
+def _stream_s(cost: StepCost, settings: EngineSettings, requests: Requests, accepted: NDArray[np.bool_]) -> float:
     """Least time of one stage, or of ranks in lock-step, for all accepted requests together. [s]"""
     prompt, output = requests.prompt_tokens[accepted], requests.output_tokens[accepted]
     new, decodes = prompt - requests.cached_tokens[accepted], output - 1

@@ -20,8 +20,10 @@ class PlanOptions(Record):
     """Chips of one replica at most."""
     shardings: tuple[ShardingKind, ...] = ("tp", "pp", "ep")
     """``tp``: all chips of the slice; ``pp``: pipeline stages of them; ``ep``: attention ranks that share experts."""
+    max_stages: PositiveInt = 4
+    """Pipeline stages at most."""
     batch_limits: tuple[PositiveInt, ...] = (8, 16, 32, 64, 128, 256)
-    """``max_num_seqs`` of a replica, the template's own besides."""
+    """``max_num_seqs`` of a replica, the template's own besides; of those far beyond what the KV cache holds, only the first."""
     token_budgets: tuple[PositiveInt, ...] = (512, 2048, 8192)
     """``max_num_batched_tokens``, the template's own besides."""
     peak_to_mean: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0

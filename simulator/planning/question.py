@@ -13,20 +13,19 @@ import numpy as np
 from simulator.catalog.architecture import Architecture
 from simulator.catalog.chips import chip_names, load_chip
 from simulator.catalog.models import load_model
-from simulator.engine.records import FINISHED
+from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InputError, UnpriceableError
 from simulator.planning.fleet import planned_fleet, pool, price_of, waterfall
 from simulator.planning.loads import Loads, at_rate
 from simulator.planning.options import PlanOptions
 from simulator.planning.rating import Sample
-from simulator.planning.search import Answer, ChipSearch, Found, least, needed_replicas, with_spares
+from simulator.planning.search import Answer, ChipSearch, Found, with_spares
 from simulator.planning.space import check_precisions
 from simulator.results.plan import (
     Alternative,
     ChipOutcome,
     Consumption,
     FrontPoint,
-    Percentiles,
     Plan,
     PlannedFleet,
     Provisioning,
@@ -39,7 +38,6 @@ from simulator.results.summary import Assumption
 from simulator.roofline.sweep import pareto_front
 from simulator.run.consumption import ideal_chip_seconds
 from simulator.run.options import SloOptions
-from simulator.run.outcome import Outcome
 from simulator.run.resolve import Resolved
 from simulator.run.scenario import Scenario
 from simulator.run.simulate import Run, prepare_engine, queued_at_once, run_scenario, simulate_fleet
@@ -59,7 +57,7 @@ GROWTHS = 10
 
 def targets_of(slo: SloOptions) -> Targets:
     """What a scenario's ``[slo]`` asks: ``percentile`` percent of the requests keep all its limits."""
-    limits = tuple(Target(metric=name, limit_s=limit) for name, limit in slo.limits.items())  # type: ignore[arg-type]
+    limits = tuple(Target(metric=name, limit_s=limit) for name, limit in slo.limits.items())
     return Targets(limits=limits, joint_fraction=slo.percentile / 100 if limits else None)
 
 
@@ -123,8 +121,12 @@ class _OnChip:
     why_not: str
     unpriceable: bool
     any_fits: bool
-    idle: dict[str, Percentiles] = field(default_factory=dict)
     scales: dict[tuple[str, ...], float] = field(default_factory=dict)
+    """If nothing was found: least factor on some limits that lets an idle deployment keep them."""
+    idle_s: dict[str, float] = field(default_factory=dict)
+    """Then also the least of each latency."""
+    searcher: ChipSearch | None = None
+    """Then also the search itself, for other targets."""
 
     @property
     def best(self) -> Found | None:
@@ -143,6 +145,8 @@ class _Question:
     options: PlanOptions
     template: Scenario
     loads: Loads
+    explain: bool = True
+    """Whether to find out how far a chip is from targets that it cannot keep."""
 
     @classmethod
     def ask(
@@ -173,7 +177,9 @@ class _Question:
             template = Scenario(schema_version=1, name="plan", model=name, slice=f"{chips[0]}:1", traffic=traffic)
         template = template.model_copy(update={"model": name, "traffic": traffic, "replicas": 1})
         if template.clients.may_leave:
-            raise InputError(f"{template.name}: a plan is made for clients who wait; leave the timeouts of [clients] out")
+            raise InputError(
+                f"{template.name}: a plan is made for clients who wait; leave the timeouts of [clients] out"
+            )
         return cls(
             architecture=architecture,
             targets=targets,
@@ -191,8 +197,9 @@ class _Question:
         )
 
     def answer(self, workers: int, say: Progress) -> Plan:
+        """Search, rank, verify; or find what is nearest."""
         total = len(self.chips) + 2
-        on_chip = self._search(self.chips, workers, lambda i, what: say(i, total, what))
+        on_chip = self.search(self.chips, workers, lambda i, what: say(i, total, what))
         ranked = self._ranked(on_chip)
         by_chip = [self._outcome(one) for one in on_chip]
         by_chip.sort(key=lambda outcome: self._order(outcome.fleet))
@@ -218,7 +225,7 @@ class _Question:
             say(total - 2, total, "looking for what is feasible")
             idle, nearest = self._nearest(on_chip, workers)
             say(total, total, "done")
-            return Plan(best=None, idle_latency=idle, nearest=nearest, **common)
+            return Plan(best=None, idle_latency_s=idle, nearest=nearest, **common)
         say(total - 2, total, "verifying the best fleet")
         found, fleet, verification, run = self._verified(ranked[0])
         say(total - 1, total, "a day's mean load")
@@ -238,7 +245,9 @@ class _Question:
             **common,
         )
 
-    def _search(self, chips: Sequence[str], workers: int, say: Callable[[int, str], None]) -> list[_OnChip]:
+    def search(self, chips: Sequence[str], workers: int, say: Callable[[int, str], None]) -> list[_OnChip]:
+        """Search some chips, several at a time."""
+
         def one(numbered: tuple[int, str]) -> _OnChip:
             index, chip = numbered
             say(index, f"searching {chip}")
@@ -269,12 +278,16 @@ class _Question:
         for scale in self.options.front:
             if scale not in found and self.targets.limits:
                 found[scale] = searcher.search(self.targets.scaled(scale)).found[:1]
-        idle: dict[str, Percentiles] = {}
         scales: dict[tuple[str, ...], float] = {}
-        if not answer.found and searcher.sites:
-            idle = searcher.idle()
+        idle_s: dict[str, float] = {}
+        if self.explain and not answer.found and searcher.sites:
             for metrics in _subsets([t.metric for t in self.targets.limits]):
                 scales[metrics] = searcher.least_scale(self.targets, metrics)
+            share = self.targets.joint_fraction
+            for t in self.targets.limits:
+                percentile = t.percentile or 100 * (share or 1)
+                alone = Targets(limits=(t.model_copy(update={"percentile": percentile}),))
+                idle_s[t.metric] = t.limit_s * searcher.least_scale(alone, (t.metric,))
         return _OnChip(
             chip=chip,
             found=found,
@@ -283,8 +296,9 @@ class _Question:
             why_not=searcher.why_not(),
             unpriceable=bool(searcher.unpriceable) and not searcher.sites,
             any_fits=bool(searcher.sites),
-            idle=idle,
             scales=scales,
+            idle_s={name: value for name, value in idle_s.items() if math.isfinite(value)},
+            searcher=searcher if scales else None,
         )
 
     def _fleet(self, found: Found, *, needed: int | None = None) -> PlannedFleet:
@@ -303,7 +317,10 @@ class _Question:
 
     def _ranked(self, on_chip: Iterable[_OnChip]) -> list[Found]:
         """Fleets that may win, best first: by cost, only those with a price."""
-        found = [(self._order(self._fleet(f)), f) for one in on_chip for f in one.answer.found]
+        return self._ranked_of(f for one in on_chip for f in one.answer.found)
+
+    def _ranked_of(self, fleets: Iterable[Found]) -> list[Found]:
+        found = [(self._order(self._fleet(f)), f) for f in fleets]
         kept = [item for item in found if not item[0][1]]
         kept.sort(key=lambda item: (item[0], item[1].rank[1:]))
         return [f for _, f in kept]
@@ -384,10 +401,10 @@ class _Question:
 
     def _front(self, on_chip: Sequence[_OnChip]) -> list[FrontPoint]:
         """The cheapest fleet of any chip at each scale of the limits."""
-        if not self.targets.limits:
+        if not self.targets.limits or not self.options.front:
             return []
         points = []
-        for scale in sorted({*self.options.front, 1.0}) if self.options.front else []:
+        for scale in sorted({*self.options.front, 1.0}):
             found = [self._fleet(f) for one in on_chip for f in one.found.get(scale, ())[:1]]
             fleets = [f for f in found if not self._order(f)[1]]
             best = min(fleets, key=self._order, default=None)
@@ -395,35 +412,36 @@ class _Question:
         costs = [math.inf if f is None else float(f.usd_per_hour or f.chips) for _, f in points]
         if self.options.rank_by == "chips":
             costs = [math.inf if f is None else float(f.chips) for _, f in points]
-        front = pareto_front([scale for scale, _ in points], [-c for c in costs]) if points else []
+        front = pareto_front([scale for scale, _ in points], [-c for c in costs])
         return [
             FrontPoint(scale=s, targets=self.targets.scaled(s), fleet=f, on_front=bool(kept) and f is not None)
             for (s, f), kept in zip(points, front, strict=True)
         ]
 
-    def _nearest(self, on_chip: Sequence[_OnChip], workers: int) -> tuple[dict[str, Percentiles], list[Alternative]]:
+    def _nearest(self, on_chip: Sequence[_OnChip], workers: int) -> tuple[dict[str, float], list[Alternative]]:
         """What no deployment undercuts, limits that would do, and chips that keep them as they are."""
-        idle: dict[str, Percentiles] = {}
+        idle: dict[str, float] = {}
         for one in on_chip:
-            idle = least(idle, one.idle)
+            idle |= {name: min(value, idle.get(name, math.inf)) for name, value in one.idle_s.items()}
         found: list[Alternative] = []
+        searchers = [one.searcher for one in on_chip if one.searcher is not None]
         for metrics in _subsets([t.metric for t in self.targets.limits]):
             scale = min((one.scales.get(metrics, math.inf) for one in on_chip), default=math.inf)
             if not math.isfinite(scale):
                 continue
             for beyond in RELAXATIONS:
-                relaxed = self.targets.scaled(max(scale, 1.0) * beyond, metrics)
-                other = replace(self, targets=relaxed, options=self.options.model_copy(update={"front": ()}))
-                ranked = other._ranked(other._search(self.chips, workers, _quiet))
+                relaxed = self.targets.scaled(_round_up(max(scale, 1.0) * beyond), metrics)
+                ranked = self._ranked_of(f for searcher in searchers for f in searcher.search(relaxed).found[:1])
                 if ranked:
                     changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
-                    found.append(Alternative(what=f"relax to {changed}", targets=relaxed, fleet=other._fleet(ranked[0])))
+                    fleet = self._fleet(ranked[0])
+                    found.append(Alternative(what=f"relax to {changed}", targets=relaxed, fleet=fleet))
             break
         if self.options.look_elsewhere and not self.options.slices:
-            others = [name for name in chip_names() if name not in self.chips]
-            plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=tuple(others))
-            elsewhere = [self._fleet(one.best) for one in plain._search(others, workers, _quiet) if one.best]
-            elsewhere.sort(key=lambda fleet: (fleet.usd_per_hour is None, fleet.usd_per_hour or 0.0, fleet.chips))
+            others = tuple(name for name in chip_names() if name not in self.chips)
+            plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=others, explain=False)
+            best = [one.best for one in plain.search(others, workers, _quiet)]
+            elsewhere = sorted((self._fleet(f) for f in best if f is not None), key=self._order)
             found += [
                 Alternative(what=f"on {fleet.pools[0].chip}, as asked", targets=self.targets, fleet=fleet)
                 for fleet in elsewhere[:3]
@@ -433,7 +451,12 @@ class _Question:
     def _own_assumptions(self) -> list[Assumption]:
         p = self.provisioning
         return [
-            Assumption(what=what, value=value, kind="assumed", source=f"plan: {'asked' if name in self.options.model_fields_set else 'default'}")
+            Assumption(
+                what=what,
+                value=value,
+                kind="assumed",
+                source=f"plan: {'asked' if name in self.options.model_fields_set else 'default'}",
+            )
             for name, what, value in (
                 ("peak_to_mean", "daily peak ÷ mean", f"{p.peak_to_mean:g}"),
                 ("headroom", "safety margin below the rate within the targets", f"{p.headroom_fraction:g}"),
@@ -443,9 +466,9 @@ class _Question:
         ]
 
 
-def ideal_chip_s(resolved: Resolved, requests: Any) -> float:
+def ideal_chip_s(resolved: Resolved, requests: Requests) -> float:
     """Mean ideal chip-seconds of a query, its decode steps shared as in a saturated replica. [chip-s]"""
-    outcome: Outcome = simulate_fleet(resolved, queued_at_once(requests))
+    outcome = simulate_fleet(resolved, queued_at_once(requests))
     done = outcome.column("status") == FINISHED
     each = ideal_chip_seconds(
         requests.prompt_tokens[done],
@@ -460,6 +483,16 @@ def ideal_chip_s(resolved: Resolved, requests: Any) -> float:
 
 def _silent(done: int, total: int, what: str) -> None:
     del done, total, what
+
+
+def _round_up(scale: float) -> float:
+    """To two digits, so that a limit reads well.
+
+    >>> _round_up(3.38311)
+    3.4
+    """
+    digits = 10.0 ** (math.floor(math.log10(scale)) - 1)
+    return float(f"{math.ceil(scale / digits - 1e-9) * digits:.6g}")
 
 
 def _quiet(index: int, what: str) -> None:
@@ -495,7 +528,9 @@ def _shortfall(targets: Targets, one: _OnChip) -> str:
     metrics = min(finite, key=lambda m: (len(m), finite[m]))
     if finite[metrics] <= 1:
         return "kept only by a replica that is nearly always idle: no rate on the grid does"
-    names = " and ".join(f"{t.limit_s * finite[metrics]:.3g} s of {t.metric}" for t in targets.limits if t.metric in metrics)
+    names = " and ".join(
+        f"{t.limit_s * finite[metrics]:.3g} s of {t.metric}" for t in targets.limits if t.metric in metrics
+    )
     return f"even idle, the best deployment takes {names}, {finite[metrics]:.2f} times the limit"
 
 

@@ -1,5 +1,6 @@
 """The deployments a plan chooses from: slices, shardings, layouts, precisions and batch limits of one chip."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,7 +33,13 @@ class Place:
         engine = template.engine.model_copy(
             update={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         )
-        changes = {"slice": self.slice, "precision": self.precision, "sharding": sharding, "engine": engine, "replicas": 1}
+        changes = {
+            "slice": self.slice,
+            "precision": self.precision,
+            "sharding": sharding,
+            "engine": engine,
+            "replicas": 1,
+        }
         return template.model_copy(update=changes)
 
 
@@ -85,7 +92,7 @@ def _wanted(s: Sharding, options: PlanOptions) -> bool:
     if s.ep > 1:
         return "ep" in options.shardings and s.pp == 1
     if s.pp > 1:
-        return "pp" in options.shardings
+        return "pp" in options.shardings and s.pp <= options.max_stages
     return "tp" in options.shardings
 
 
@@ -104,6 +111,17 @@ def limits(template: Scenario, options: PlanOptions) -> list[tuple[int, int]]:
     if not found:
         raise InputError(f"plan: no token budget of {budgets} covers a batch limit of {seqs}")
     return found
+
+
+def reachable(pairs: list[tuple[int, int]], sequences: float) -> list[tuple[int, int]]:
+    """Of some limits those that a KV cache of ``sequences`` mean requests comes near: the first batch beyond twice that is the last.
+
+    >>> reachable([(64, 512), (32, 512), (16, 512), (8, 512)], 3.5)
+    [(8, 512)]
+    """
+    enough = [b for b, _ in pairs if b >= 2 * sequences]
+    most = min(enough, default=math.inf)
+    return [(b, t) for b, t in pairs if b <= most]
 
 
 def check_precisions(options: PlanOptions) -> None:

@@ -130,7 +130,9 @@ def resolve(scenario: Scenario, *, architecture: Architecture | None = None) -> 
                 f"{scenario.name}: engine.speculation and engine.profile = {profile.name!r}: what an engine adds to a step was "
                 "measured without drafts; leave one of them out"
             )
-        drafting = resolve_speculation(engine.speculation, deployment, cost, check_memory=engine.num_gpu_blocks_override is None)
+        drafting = resolve_speculation(
+            engine.speculation, deployment, cost, check_memory=engine.num_gpu_blocks_override is None
+        )
         cost = drafting.with_other_slice(cost)
         blocks = drafting.fit.kv_blocks if engine.num_gpu_blocks_override is None else blocks
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
@@ -186,7 +188,10 @@ def with_limits(resolved: Resolved, scenario: Scenario) -> Resolved:
         )
     if resolved.speculation is not None:
         raise InputError(f"{scenario.name}: engine.speculation: resolve the scenario anew for other batch limits")
-    changes = {"max_num_seqs": engine.max_num_seqs, "max_num_batched_tokens": engine.max_num_batched_tokens}
+    changes: dict[str, Any] = {
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+    }
     lay = partial(resolved.lay, **changes)
     deployment, sharded = lay(efficiency=resolved.deployment.efficiency)
     blocks = _kv_blocks(scenario, deployment, sharded)
