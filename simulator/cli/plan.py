@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from simulator.cli.costs import price_options, price_overrides
 from simulator.cli.output import json_option, note, print_json, print_table
 from simulator.errors import InfeasibleError, InputError
 
@@ -49,7 +50,8 @@ _METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 )
 @click.option("--spare", type=click.IntRange(0), help="Replicas of each pool beyond those needed (N + k). Default: 0.")
 @click.option("--failed-share", type=float, help="Share of the slices that may be down at the peak. Default: 0.")
-@click.option("--price", "prices", multiple=True, metavar="CHIP=USD", help="USD per chip-hour; may be repeated.")
+@price_options
+@click.option("--price", "by_hand", multiple=True, metavar="CHIP=USD", help="USD per chip-hour; may be repeated.")
 @click.option("--rank", type=click.Choice(["cost", "chips"]), default="cost", show_default=True, help="What decides.")
 @click.option("--requests", type=click.IntRange(200), help="Requests of a simulation, at least. Default: 3000.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
@@ -75,7 +77,7 @@ def plan(
 
     if out is not None and not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: folder {str(out.parent)!r} does not exist")
-    loaded = load_scenario(scenario, overrides)
+    loaded = load_scenario(scenario, (*overrides, *price_overrides(options["price_file"], options["term"])))
     found = make_plan(
         loaded.model,
         loaded.traffic,
@@ -171,8 +173,8 @@ def plan_options(scenario: "Scenario", options: dict[str, Any]) -> "PlanOptions"
         if max(hours) <= 0:
             raise InputError(f"--profile {options['profile']!r}: at least one rate must be above 0")
         data["peak_to_mean"] = max(hours) / (sum(hours) / len(hours))
-    if options["prices"]:
-        data["usd_per_chip_hour"] = dict(_price(text) for text in options["prices"])
+    if options["by_hand"]:
+        data["usd_per_chip_hour"] = dict(_price(text) for text in options["by_hand"])
     return parse(PlanOptions, data, "plan")
 
 
@@ -284,6 +286,10 @@ def _print(found: "Plan") -> None:
 
 def _print_best(found: "Plan", best: "PlannedFleet") -> None:
     print_table("\nthe plan" if found.rank_by == "cost" else "\nthe plan, by chips", _COLUMNS, [_row(best)])
+    if best.usd_per_hour is not None:
+        low, high = best.low_usd_per_hour, best.high_usd_per_hour
+        spread = "" if low == high else f" ({_money(low)} … {_money(high)} over the range of the price)"
+        click.echo(f"price: {best.usd_per_chip_hour:g} USD per chip-hour, {best.price_source}{spread}")
     consumed, verified = found.consumption, found.verification
     if consumed is not None:
         joules = "" if consumed.joules_per_query is None else f"; {consumed.joules_per_query:,.4g} J per query"

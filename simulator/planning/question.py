@@ -346,8 +346,10 @@ class _Question:
             share = min((t.percentile / 100 for t in self.targets.limits if t.percentile), default=0.99)
         slo = SloOptions(**limits, percentile=100 * share)
         chip = found.resolved.slice.chip
-        price, _ = price_of(chip, found.place.slice.rpartition(":")[0], self.template, self.options)
-        prices = self.template.prices.model_copy(update={"usd_per_chip_hour": price})
+        price = price_of(chip, found.place.slice.rpartition(":")[0], self.template, self.options)
+        by_hand = price is not None and price.term == "by hand"
+        prices = found.resolved.scenario.prices if price is None else self.template.prices
+        prices = prices.model_copy(update={"usd_per_chip_hour": price.usd_per_chip_hour if price and by_hand else None})
         run = self.template.run.model_copy(update={"seed": self.options.seed + 1, "seeds": 1, "summary_only": False})
         changes = {"traffic": traffic, "slo": slo, "prices": prices, "run": run}
         return found.resolved.scenario.model_copy(update=changes)
@@ -390,12 +392,15 @@ class _Question:
             run, _ = self._simulate(found, rate)
         energy = run.summary.energy
         provisioned = fleet.chips / self.provisioning.qps
+        # The run's own rate is its sample's, and its last requests are served by a replica that empties.
+        scale = provisioned / run.summary.chip_seconds_per_query.provisioned
         return Consumption(
             rate_per_s=rate,
             ideal_chip_s=ideal_chip_s(found.resolved, found.load.requests),
             busy_chip_s=provisioned * run.summary.utilisation.busy_fraction,
             provisioned_chip_s=provisioned,
-            joules_per_query=None if energy is None else energy.mean_power_w_per_chip * provisioned,
+            joules_per_query=None if energy is None else scale * energy.joules_per_query,
+            facility_joules_per_query=None if energy is None else scale * energy.facility_joules_per_query,
             energy=energy,
         )
 

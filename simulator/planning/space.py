@@ -33,11 +33,14 @@ class Place:
         engine = template.engine.model_copy(
             update={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         )
+        # A chip without a price under the term asked for can still be counted.
+        prices = template.prices.model_copy(update={"usd_per_chip_hour": None, "term": None, "provider": None})
         changes = {
             "slice": self.slice,
             "precision": self.precision,
             "sharding": sharding,
             "engine": engine,
+            "prices": prices,
             "replicas": 1,
         }
         return template.model_copy(update=changes)

@@ -149,6 +149,9 @@ class PlannedFleet(Section):
     usd_per_chip_hour: float | None
     """Of the first pool's chip; null without a price."""
     usd_per_hour: float | None
+    low_usd_per_hour: float | None
+    """At the low end of the prices, where they state one."""
+    high_usd_per_hour: float | None
     usd_per_query: float | None
     price_source: str = ""
 
@@ -213,6 +216,8 @@ class Consumption(Section):
     """chips ÷ qps. [chip-s]"""
     joules_per_query: float | None
     """Energy at the chips, idle included; null where the power is not published. [J]"""
+    facility_joules_per_query: float | None
+    """With servers and the building. [J]"""
     energy: Energy | None
 
 

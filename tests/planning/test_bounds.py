@@ -16,7 +16,12 @@ N = 400
 #: pipeline stages, uneven chunks, narrow weights.
 DEPLOYMENTS = {
     "plain": ["model=llama-3-8b", "slice=h100-sxm:1"],
-    "small batch, small budget": ["model=llama-3-8b", "slice=l4:1", "engine.max_num_seqs=4", "engine.max_num_batched_tokens=100"],
+    "small batch, small budget": [
+        "model=llama-3-8b",
+        "slice=l4:1",
+        "engine.max_num_seqs=4",
+        "engine.max_num_batched_tokens=100",
+    ],
     "torus": ["model=llama-3-70b", "slice=tpu-v5e:4x4", "precision=w8a16kv8"],
     "sliding window": ["model=gemma-2-9b", "slice=a100-80-sxm:1"],
     "chunked window": ["model=llama-4-scout", "slice=h200-sxm:8"],
@@ -29,7 +34,13 @@ DEPLOYMENTS = {
         "sharding.ep=4",
         "engine.max_num_seqs=16",
     ],
-    "stages": ["model=llama-3-8b", "slice=l40s:4", "sharding.tp=2", "sharding.pp=2", "engine.max_num_batched_tokens=512"],
+    "stages": [
+        "model=llama-3-8b",
+        "slice=l40s:4",
+        "sharding.tp=2",
+        "sharding.pp=2",
+        "engine.max_num_batched_tokens=512",
+    ],
     "recurrent": ["model=nemotron-h-8b", "slice=h100-sxm:1"],
     "engine profile": ["model=llama-3-8b", "slice=h100-sxm:1", "engine.profile=vllm"],
     "host": ["model=llama-3-8b", "slice=h100-sxm:1", "engine.host.step_s=0.001", "engine.host.request_s=0.01"],
@@ -94,7 +105,8 @@ def test_where_they_may_not_hold_there_are_none(changes):
 
 def test_rejections_are_those_of_the_engine():
     scenario = load_scenario(
-        "llama-3-8b-azure-chat", ["engine.num_gpu_blocks_override=60", "engine.max_model_len=1000", "traffic.max_tokens=300"]
+        "llama-3-8b-azure-chat",
+        ["engine.num_gpu_blocks_override=60", "engine.max_model_len=1000", "traffic.max_tokens=300"],
     )
     resolved, load = resolve(scenario), Loads(scenario, 1, N).first(N)
     accepted = fitting(resolved.settings, load.requests)
