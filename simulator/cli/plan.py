@@ -182,7 +182,7 @@ def _words(option: str, text: str) -> list[str]:
     found = [word.strip() for word in text.split(",")]
     if not all(found):
         raise InputError(f"{option} {text!r}: an empty name; write names by commas")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
@@ -316,8 +316,8 @@ def _print_best(found: "Plan", best: "PlannedFleet") -> None:
         print_table("", ["s", "p50", "p95", "p99"], cells)
     print_table(
         "\nfrom the roofline to the bill",
-        ["step", "factor", "chip-s/query", "what it is"],
-        [[s.name, f"{s.factor:.3f}", f"{s.chip_s_per_query:.4g}", s.meaning] for s in found.waterfall],
+        ["step", "factor", "chip-s/query"],
+        [[f"{s.name}: {s.meaning}", f"{s.factor:.3f}", f"{s.chip_s_per_query:.4g}"] for s in found.waterfall],
     )
     if found.runners_up:
         print_table("\nrunners-up among those simulated", _COLUMNS, [_row(f) for f in found.runners_up])

@@ -145,8 +145,6 @@ class _Question:
     options: PlanOptions
     template: Scenario
     loads: Loads
-    explain: bool = True
-    """Whether to find out how far a chip is from targets that it cannot keep."""
 
     @classmethod
     def ask(
@@ -280,7 +278,7 @@ class _Question:
                 found[scale] = searcher.search(self.targets.scaled(scale)).found[:1]
         scales: dict[tuple[str, ...], float] = {}
         idle_s: dict[str, float] = {}
-        if self.explain and not answer.found and searcher.sites:
+        if not answer.found and searcher.sites:
             for metrics in _subsets([t.metric for t in self.targets.limits]):
                 scales[metrics] = searcher.least_scale(self.targets, metrics)
             share = self.targets.joint_fraction
@@ -443,15 +441,33 @@ class _Question:
                     found.append(Alternative(what=f"relax to {changed}", targets=relaxed, fleet=fleet))
             break
         if self.options.look_elsewhere and not self.options.slices:
-            others = tuple(name for name in chip_names() if name not in self.chips)
-            plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=others, explain=False)
-            best = [one.best for one in plain.search(others, workers, _quiet)]
-            elsewhere = sorted((self._fleet(f) for f in best if f is not None), key=self._order)
-            found += [
-                Alternative(what=f"on {fleet.pools[0].chip}, as asked", targets=self.targets, fleet=fleet)
-                for fleet in elsewhere[:3]
-            ]
+            found += self._elsewhere(workers)
         return idle, found
+
+    def _elsewhere(self, workers: int) -> list[Alternative]:
+        """Fleets of other chips of the catalogue that keep the targets; if there are none, of the one that comes nearest."""
+        others = tuple(name for name in chip_names() if name not in self.chips)
+        plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=others)
+        on_chip = plain.search(others, workers, _quiet)
+        fleets = sorted((self._fleet(one.best) for one in on_chip if one.best is not None), key=self._order)
+        if fleets:
+            return [
+                Alternative(what=f"on {fleet.pools[0].chip}, as asked", targets=self.targets, fleet=fleet)
+                for fleet in fleets[:3]
+            ]
+        for metrics in _subsets([t.metric for t in self.targets.limits]):
+            near = [one for one in on_chip if math.isfinite(one.scales.get(metrics, math.inf))]
+            if not near:
+                continue
+            one = min(near, key=lambda one: one.scales[metrics])
+            relaxed = self.targets.scaled(_round_up(max(one.scales[metrics], 1.0) * RELAXATIONS[0]), metrics)
+            best = one.searcher.search(relaxed).found[:1] if one.searcher is not None else ()
+            changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
+            return [
+                Alternative(what=f"on {one.chip}, relaxed to {changed}", targets=relaxed, fleet=self._fleet(f))
+                for f in best
+            ]
+        return []
 
     def _own_assumptions(self) -> list[Assumption]:
         p = self.provisioning
