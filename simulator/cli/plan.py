@@ -41,7 +41,7 @@ _METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 @click.option("--precisions", help="By commas: bf16,w8a16kv8. Default: the scenario's.")
 @click.option("--max-chips", type=click.IntRange(1), help="Chips of one replica at most. Default: 64.")
 @click.option("--shardings", help="Kinds, by commas: tp, pp, ep. Default: all.")
-@click.option("--batch-limits", help="max_num_seqs to try, by commas. Default: 8,16,32,64,128,256.")
+@click.option("--batch-limits", help="max_num_seqs to try, by commas. Default: 16,32,64,128,256.")
 @click.option("--token-budgets", help="max_num_batched_tokens to try, by commas. Default: 512,2048,8192.")
 @click.option("--peak", type=float, help="Rate of the busiest hour ÷ mean rate of the day. Default: 1.")
 @click.option("--profile", help="Rates of the hours of a day, by commas, in any unit; instead of --peak.")

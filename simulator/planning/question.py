@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,9 @@ from simulator.run.scenario import Scenario
 from simulator.run.simulate import Run, prepare_engine, queued_at_once, run_scenario, simulate_fleet
 from simulator.run.window import measured_window
 from simulator.traffic import TrafficSpec
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 #: Called with (steps done, steps in all, what is done now).
 Progress = Callable[[int, int, str], None]
@@ -112,10 +115,9 @@ def plan(
 
 @dataclass(frozen=True)
 class _OnChip:
-    """What the search of one chip leaves behind: fleets by the scale of the limits, best first."""
+    """What the search of one chip leaves behind."""
 
     chip: str
-    found: dict[float, tuple[Found, ...]]
     answer: Answer
     counts: dict[str, int]
     why_not: str
@@ -126,7 +128,7 @@ class _OnChip:
     idle_s: dict[str, float] = field(default_factory=dict)
     """Then also the least of each latency."""
     searcher: ChipSearch | None = None
-    """Then also the search itself, for other targets."""
+    """The search itself, for other targets; None: it was let go, because its tables take memory."""
 
     @property
     def best(self) -> Found | None:
@@ -236,7 +238,7 @@ class _Question:
             verification=verification,
             consumption=consumption,
             runners_up=[self._fleet(f) for f in _unlike(ranked[1:], ranked[0])][: self.options.runners_up],
-            front=self._front(on_chip),
+            front=self._front(on_chip, workers),
             assumptions=[*summary.assumptions, *self._own_assumptions()],
             warnings=_warnings(summary.warnings, verification),
             scenario=run.result.scenario,
@@ -251,13 +253,13 @@ class _Question:
             say(index, f"searching {chip}")
             return self._search_chip(chip, partial(say, index))
 
-        if workers == 1 or len(chips) == 1:
-            return [one(item) for item in enumerate(chips)]
-        with ThreadPoolExecutor(max_workers=min(workers, len(chips))) as threads:
-            return list(threads.map(one, enumerate(chips)))
+        return _in_threads(one, list(enumerate(chips)), workers)
+
+    def _searcher(self, chip: str) -> ChipSearch:
+        return ChipSearch(self.architecture, chip, self.template, self.options, self.loads, self.provisioning)
 
     def _search_chip(self, chip: str, say: Callable[[str], None]) -> _OnChip:
-        searcher = ChipSearch(self.architecture, chip, self.template, self.options, self.loads, self.provisioning)
+        searcher = self._searcher(chip)
         for site in searcher.sites[:1]:
             if site.base.cost.parts == 1 and not site.base.settings.expert_skew.on:
                 prepare_engine(say, site.base)
@@ -272,10 +274,6 @@ class _Question:
             "simulated": sum(bench.simulations > 0 for bench in benches),
             "simulations": sum(bench.simulations for bench in benches),
         }
-        found = {1.0: answer.found}
-        for scale in self.options.front:
-            if scale not in found and self.targets.limits:
-                found[scale] = searcher.search(self.targets.scaled(scale)).found[:1]
         scales: dict[tuple[str, ...], float] = {}
         idle_s: dict[str, float] = {}
         if not answer.found and searcher.sites:
@@ -288,7 +286,6 @@ class _Question:
                 idle_s[t.metric] = t.limit_s * searcher.least_scale(alone, (t.metric,))
         return _OnChip(
             chip=chip,
-            found=found,
             answer=answer,
             counts=counts,
             why_not=searcher.why_not(),
@@ -296,7 +293,7 @@ class _Question:
             any_fits=bool(searcher.sites),
             scales=scales,
             idle_s={name: value for name, value in idle_s.items() if math.isfinite(value)},
-            searcher=searcher if scales else None,
+            searcher=searcher if scales or len(self.chips) <= self.options.front_chips else None,
         )
 
     def _fleet(self, found: Found, *, needed: int | None = None) -> PlannedFleet:
@@ -402,16 +399,24 @@ class _Question:
             energy=energy,
         )
 
-    def _front(self, on_chip: Sequence[_OnChip]) -> list[FrontPoint]:
-        """The cheapest fleet of any chip at each scale of the limits."""
+    def _front(self, on_chip: Sequence[_OnChip], workers: int) -> list[FrontPoint]:
+        """The cheapest fleet at each scale of the limits, on the chips that are cheapest at 1."""
         if not self.targets.limits or not self.options.front:
             return []
-        points = []
-        for scale in sorted({*self.options.front, 1.0}):
-            found = [self._fleet(f) for one in on_chip for f in one.found.get(scale, ())[:1]]
-            fleets = [f for f in found if not self._order(f)[1]]
-            best = min(fleets, key=self._order, default=None)
-            points.append((scale, best))
+        scales = sorted({*self.options.front, 1.0})
+        cheapest = [one for one in on_chip if one.best is not None and not self._order(self._fleet(one.best))[1]]
+        cheapest.sort(key=lambda one: self._order(None if one.best is None else self._fleet(one.best)))
+
+        def of_chip(one: _OnChip) -> dict[float, PlannedFleet]:
+            searcher = one.searcher or self._searcher(one.chip)
+            found = {scale: searcher.search(self.targets.scaled(scale)).found for scale in scales}
+            return {scale: self._fleet(fleets[0]) for scale, fleets in found.items() if fleets}
+
+        by_chip = _in_threads(of_chip, cheapest[: self.options.front_chips], workers)
+        points = [
+            (scale, min((found[scale] for found in by_chip if scale in found), key=self._order, default=None))
+            for scale in scales
+        ]
         costs = [math.inf if f is None else float(f.usd_per_hour or f.chips) for _, f in points]
         if self.options.rank_by == "chips":
             costs = [math.inf if f is None else float(f.chips) for _, f in points]
@@ -500,6 +505,14 @@ def ideal_chip_s(resolved: Resolved, requests: Requests) -> float:
         mean_batch=outcome.total("decode_tokens") / outcome.total("steps"),
     )
     return float(np.mean(each))
+
+
+def _in_threads(work: Callable[[A], B], items: Sequence[A], workers: int) -> list[B]:
+    """Results in the order of the items, several made at a time."""
+    if workers == 1 or len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(max_workers=min(workers, len(items))) as threads:
+        return list(threads.map(work, items))
 
 
 def _silent(done: int, total: int, what: str) -> None:

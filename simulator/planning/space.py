@@ -70,21 +70,25 @@ def slices_of(chip: str, options: PlanOptions) -> list[Slice]:
 
 
 def places(architecture: Architecture, chip: str, template: Scenario, options: PlanOptions) -> Iterator[Place]:
-    """Every place on slices of a chip that the engines can run; whether it is legal and fits shows when it is resolved."""
+    """Every place on slices of a chip that the engines can run; whether it is legal and fits shows when it is resolved.
+
+    On a torus, two-dimensional and gathered layouts are among them, without pipeline stages.
+    """
     experts = any(isinstance(group.ffn, MoEFFN) for group in architecture.layers)
     precisions = options.precisions or (template.precision,)
     for a_slice in slices_of(chip, options):
         for sharding in shardings(a_slice.n_chips, experts=experts):
             if not _wanted(sharding, options):
                 continue
-            settings = {} if template.sharding.layout == "1d" else {"layout": template.sharding.layout}
+            own = template.sharding.layout
+            settings = {} if own == "1d" and sharding.pp == 1 else {"layout": own}
             tokens = template.engine.max_num_batched_tokens
             try:
                 laid = layouts(architecture, a_slice, sharding, tokens, settings, decodes=False)
             except InputError:
                 laid = [{}]
             for how in laid:
-                layout = how.get("layout", template.sharding.layout)
+                layout = how.get("layout", own)
                 yield from (Place(a_slice.spec, sharding, precision, layout) for precision in precisions)
 
 
