@@ -101,7 +101,7 @@ def resolve(scenario: Scenario, *, architecture: Architecture | None = None) -> 
     """
     engine = scenario.engine
     a_slice = resolve_slice(scenario.slice)
-    site = _site(scenario)
+    site = site_of(scenario)
     price = _price(scenario, a_slice.chip, site)
     sharding = _sharding(scenario, a_slice)
     lay = partial(
@@ -359,7 +359,8 @@ def _power(scenario: Scenario, chip: ChipSpec) -> PowerModel | None:
     return power_model(chip, idle_share=prices.idle_power_fraction, host_share=prices.host_power_fraction)
 
 
-def _site(scenario: Scenario) -> Site:
+def site_of(scenario: Scenario) -> Site:
+    """Where a scenario's chips stand."""
     prices = scenario.prices
     return resolve_site(
         prices.region,
