@@ -124,7 +124,7 @@ class _OnChip:
     unpriceable: bool
     any_fits: bool
     scales: dict[tuple[str, ...], float] = field(default_factory=dict)
-    """If nothing was found: least factor on some limits that lets an idle deployment keep them."""
+    """If nothing was found: least factor on some limits that lets an idle deployment keep them, or a bound of it."""
     idle_s: dict[str, float] = field(default_factory=dict)
     """Then also the least of each latency."""
     searcher: ChipSearch | None = None
@@ -147,6 +147,8 @@ class _Question:
     options: PlanOptions
     template: Scenario
     loads: Loads
+    explain: bool = True
+    """Whether to simulate how far a chip is from targets that it cannot keep, or only to bound it."""
 
     @classmethod
     def ask(
@@ -277,8 +279,11 @@ class _Question:
         scales: dict[tuple[str, ...], float] = {}
         idle_s: dict[str, float] = {}
         if not answer.found and searcher.sites:
+            how = searcher.least_scale if self.explain else searcher.floor_scale
             for metrics in _subsets([t.metric for t in self.targets.limits]):
-                scales[metrics] = searcher.least_scale(self.targets, metrics)
+                if all(math.isinf(scale) for known, scale in scales.items() if len(known) < len(metrics)):
+                    scales[metrics] = how(self.targets, metrics)
+        if scales and self.explain:
             share = self.targets.joint_fraction
             for t in self.targets.limits:
                 percentile = t.percentile or 100 * (share or 1)
@@ -293,7 +298,7 @@ class _Question:
             any_fits=bool(searcher.sites),
             scales=scales,
             idle_s={name: value for name, value in idle_s.items() if math.isfinite(value)},
-            searcher=searcher if scales or len(self.chips) <= self.options.front_chips else None,
+            searcher=searcher if (scales and self.explain) or len(self.chips) <= self.options.front_chips else None,
         )
 
     def _fleet(self, found: Found, *, needed: int | None = None) -> PlannedFleet:
@@ -452,7 +457,7 @@ class _Question:
     def _elsewhere(self, workers: int) -> list[Alternative]:
         """Fleets of other chips of the catalogue that keep the targets; if there are none, of the one that comes nearest."""
         others = tuple(name for name in chip_names() if name not in self.chips)
-        plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=others)
+        plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=others, explain=False)
         on_chip = plain.search(others, workers, _quiet)
         fleets = sorted((self._fleet(one.best) for one in on_chip if one.best is not None), key=self._order)
         if fleets:
@@ -461,16 +466,22 @@ class _Question:
                 for fleet in fleets[:3]
             ]
         for metrics in _subsets([t.metric for t in self.targets.limits]):
-            near = [one for one in on_chip if math.isfinite(one.scales.get(metrics, math.inf))]
-            if not near:
+            bounds = sorted((one.scales.get(metrics, math.inf), one.chip) for one in on_chip)
+            nearest, scale = None, math.inf
+            for bound, chip in bounds:
+                if bound >= scale:
+                    break
+                searcher = self._searcher(chip)
+                exact = searcher.least_scale(self.targets, metrics)
+                if exact < scale:
+                    nearest, scale = searcher, exact
+            if nearest is None:
                 continue
-            one = min(near, key=lambda one: one.scales[metrics])
-            relaxed = self.targets.scaled(_round_up(max(one.scales[metrics], 1.0) * RELAXATIONS[0]), metrics)
-            best = one.searcher.search(relaxed).found[:1] if one.searcher is not None else ()
+            relaxed = self.targets.scaled(_round_up(max(scale, 1.0) * RELAXATIONS[0]), metrics)
             changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
             return [
-                Alternative(what=f"on {one.chip}, relaxed to {changed}", targets=relaxed, fleet=self._fleet(f))
-                for f in best
+                Alternative(what=f"on {nearest.chip}, relaxed to {changed}", targets=relaxed, fleet=self._fleet(f))
+                for f in nearest.search(relaxed).found[:1]
             ]
         return []
 
