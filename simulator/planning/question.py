@@ -442,13 +442,12 @@ class _Question:
             scale = min((one.scales.get(metrics, math.inf) for one in on_chip), default=math.inf)
             if not math.isfinite(scale):
                 continue
-            for beyond in RELAXATIONS:
-                relaxed = self.targets.scaled(_round_up(max(scale, 1.0) * beyond), metrics)
+            for beyond in (*RELAXATIONS, math.inf):
+                relaxed = _relaxed(self.targets, max(scale, 1.0) * beyond, metrics)
                 ranked = self._ranked_of(f for searcher in searchers for f in searcher.search(relaxed).found[:1])
                 if ranked:
-                    changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
-                    fleet = self._fleet(ranked[0])
-                    found.append(Alternative(what=f"relax to {changed}", targets=relaxed, fleet=fleet))
+                    what = _change(relaxed, metrics)
+                    found.append(Alternative(what=what, targets=relaxed, fleet=self._fleet(ranked[0])))
             break
         if self.options.look_elsewhere and not self.options.slices:
             found += self._elsewhere(workers)
@@ -477,11 +476,10 @@ class _Question:
                     nearest, scale = searcher, exact
             if nearest is None:
                 continue
-            relaxed = self.targets.scaled(_round_up(max(scale, 1.0) * RELAXATIONS[0]), metrics)
-            changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
+            relaxed = _relaxed(self.targets, max(scale, 1.0) * RELAXATIONS[0], metrics)
+            what = f"on {nearest.chip}, {_change(relaxed, metrics)}"
             return [
-                Alternative(what=f"on {nearest.chip}, relaxed to {changed}", targets=relaxed, fleet=self._fleet(f))
-                for f in nearest.search(relaxed).found[:1]
+                Alternative(what=what, targets=relaxed, fleet=self._fleet(f)) for f in nearest.search(relaxed).found[:1]
             ]
         return []
 
@@ -528,6 +526,22 @@ def _in_threads(work: Callable[[A], B], items: Sequence[A], workers: int) -> lis
 
 def _silent(done: int, total: int, what: str) -> None:
     del done, total, what
+
+
+def _relaxed(targets: Targets, scale: float, metrics: Sequence[str]) -> Targets:
+    """Some limits longer by a factor, rounded up; left out if it is infinite."""
+    if math.isfinite(scale):
+        return targets.scaled(_round_up(scale), tuple(metrics))
+    limits = tuple(t for t in targets.limits if t.metric not in metrics)
+    return Targets(limits=limits, joint_fraction=targets.joint_fraction if limits else None)
+
+
+def _change(relaxed: Targets, metrics: Sequence[str]) -> str:
+    """What was done to the limits, in words."""
+    changed = [str(t) for t in relaxed.limits if t.metric in metrics]
+    if changed:
+        return f"relax to {', '.join(changed)}"
+    return f"no limit on {' and '.join(m.removesuffix('_s').upper() for m in metrics)}"
 
 
 def _round_up(scale: float) -> float:
