@@ -498,6 +498,8 @@ class Pool(Section):
     deployment: Deployment
     occupancy: Occupancy
     utilisation: Utilisation
+    prefix_cache: PrefixCache | None = None
+    """Null without one."""
     busy_chip_s: float
     idle_chip_s: float
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +48,13 @@ from simulator.run.summarise import (
     breakdown,
     chip_seconds,
     energy,
+    kv_memory_of,
     latency_of,
     occupancy,
+    prefix_cache_of,
     prices_of,
     slo_of,
+    speculation_of,
     status_of,
     throughput,
     warnings_of,
@@ -60,6 +63,7 @@ from simulator.run.tally import Tally, tally
 from simulator.run.window import Arrivals, Capacity, measure_load, measured_window
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -241,10 +245,7 @@ def summarise_fleet(
     arrivals = Arrivals(sums.accepted, sums.first_accepted_s, sums.last_accepted_s)
     capacity = Capacity.of(path_of(at_once, pools_of(at_once), window_s=None))
     load = measure_load(path, measured, arrivals, capacity)
-    works = [
-        total_work(p, f.cost, useful_pairs(p, f.cost) if computed_in_vain(p) else None)
-        for p, f in zip(pools, facts, strict=True)
-    ]
+    works = [_work(p, f) for p, f in zip(pools, facts, strict=True)]
     latency = None if load.overloaded else latency_of(path, sums, measured)
     slo = None if load.overloaded else slo_of(sums, measured, whole.slo)
     energies = [energy(p, w, sums, f) for p, w, f in zip(pools, works, facts, strict=True)]
@@ -264,6 +265,9 @@ def summarise_fleet(
         throughput=throughput(path, sums, measured),
         occupancy=_all_occupancies(pools, occupancies) if several else occupancies[0],
         utilisation=_all_utilisations(pools, facts, works) if several else used[0],
+        prefix_cache=_only([prefix_cache_of(p, f) for p, f in zip(pools, facts, strict=True)]),
+        speculation=_only([speculation_of(p, sums, f) for p, f in zip(pools, facts, strict=True)]),
+        kv_memory=_only([kv_memory_of(p, f) for p, f in zip(pools, facts, strict=True)]),
         pools=_pools(served, pools, facts, occupancies, used) if several else [],
         links=_links(served),
         agents=_agents(served, agents) if agents is not None and tasks else None,
@@ -287,6 +291,18 @@ def summarise_fleet(
         first += p.n_replicas
     joined = {name: np.concatenate([timeline[name] for timeline in timelines]) for name in timelines[0]}
     return summary, table, joined, path
+
+
+def _work(pool: Outcome, facts: Facts) -> Work:
+    plan = facts.settings.speculation
+    useful = useful_pairs(pool, facts.cost) if computed_in_vain(pool) else None
+    return total_work(pool, facts.cost, useful, plan.cost if plan else None)
+
+
+def _only(found: Sequence[T | None]) -> T | None:
+    """The one there is; None if there is none, or several: the pools' sections say which is which."""
+    known = [one for one in found if one is not None]
+    return known[0] if len(known) == 1 else None
 
 
 def pools_of(served: Served) -> list[Outcome]:
@@ -538,6 +554,7 @@ def _pools(
                 deployment=f.deployment,
                 occupancy=o,
                 utilisation=u,
+                prefix_cache=prefix_cache_of(p, f),
                 busy_chip_s=p.busy_s * p.chips_per_replica,
                 idle_chip_s=p.idle_s * p.chips_per_replica,
             )

@@ -4,15 +4,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+<<<<<<< HEAD
 from simulator.catalog.architecture import Architecture
+=======
+from simulator.catalog.records import Quantity
+>>>>>>> main
 from simulator.engine.records import Requests
 from simulator.errors import InputError
 from simulator.fleet.records import STATE_FREE, Agents, Fleet, Pool, Router, Served
+from simulator.results.summary import Assumption
 from simulator.roofline.memory import memory_fit
 from simulator.run.fleet_options import PoolOptions, growing_context
 from simulator.run.resolve import Resolved, resolve
 from simulator.run.scenario import Scenario
 from simulator.traffic.arrivals import Closed
+from simulator.units import format_si
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,13 @@ def resolve_fleet(scenario: Scenario, *, architecture: Architecture | None = Non
                 f"{scenario.name}: pools hold KV caches as {', '.join(sorted(map(str, formats)))}: a cache is decoded as it was written; "
                 "give them one precision for KV"
             )
+    drafting = [resolved.scenario.engine.speculation for resolved in pools]
+    differ = any(other != drafting[0] for other in drafting)
+    prefills = [o.role == "prefill" and r.speculation is not None for o, r in zip(options, pools, strict=True)]
+    if any(prefills) or (differ and not scenario.disaggregated):
+        raise InputError(
+            f"{scenario.name}: engine.speculation: the same for all unified pools, or of decode pools alone: a prefill replica decodes nothing"
+        )
     carried = scenario.disaggregated or scenario.store is not None
     fleet = Fleet(
         pools=tuple(pool_of(o, r, carried=carried) for o, r in zip(options, pools, strict=True)),
@@ -118,6 +131,31 @@ def resolve_fleet(scenario: Scenario, *, architecture: Architecture | None = Non
         first_token="prefill" if scenario.link is None else scenario.link.first_token,
     )
     return ResolvedFleet(scenario, options, pools, fleet)
+
+
+def link_assumptions(resolved: ResolvedFleet) -> list[Assumption]:
+    """Where bandwidths and latencies of links come from: the scenario, or the chips' network."""
+    scenario, found = resolved.scenario, []
+    chip = resolved.pools[0].slice.chip
+
+    def note(what: str, value: str, quantity: Quantity | None) -> None:
+        if quantity is None:
+            found.append(Assumption(what=what, value=value, kind="assumed", source="scenario"))
+            return
+        source = f"{quantity.source}, {quantity.locator}" if quantity.locator else quantity.source
+        found.append(Assumption(what=what, value=value, kind=quantity.kind, source=source))
+
+    stated, link, network = scenario.link, resolved.fleet.link, chip.scale_out
+    if stated is not None and link is not None:
+        own = stated.bandwidth_bytes_per_s is None and network is not None
+        rate = format_si(link.bandwidth_bytes_per_s, "B/s")
+        note("link bandwidth", f"{rate} per link", network.bandwidth if own and network else None)
+        own = stated.latency_s is None and network is not None
+        note("link latency", format_si(link.latency_s, "s"), network.latency if own and network else None)
+    if resolved.fleet.store is not None:
+        note("store bandwidth", f"{format_si(resolved.fleet.store.bandwidth_bytes_per_s, 'B/s')} per link", None)
+        note("store latency", format_si(resolved.fleet.store.latency_s, "s"), None)
+    return found
 
 
 def agents_of(scenario: Scenario, requests: Requests, seed: int) -> tuple[Agents | None, Requests]:

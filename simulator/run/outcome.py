@@ -104,7 +104,7 @@ class Outcome:
         parts = [replica.speculation for replica in self.replicas if replica.speculation is not None]
         if not parts:
             return None
-        wasted = np.empty(len(self.requests))
+        wasted = np.zeros(len(self.requests))
         for rows, part in zip(self.own_rows, parts, strict=True):
             wasted[rows] = part.wasted_s
         return SpeculationResult(

@@ -29,6 +29,7 @@ from simulator.run.fleets import (
     ResolvedFleet,
     agents_of,
     follows_paths,
+    link_assumptions,
     looks_at_replicas,
     pool_of,
     resolve_fleet,
@@ -266,7 +267,8 @@ def _run_fleet(
     stream = build_stream(traffic, seed, base_folder=Path.cwd())
     if len(stream) == 0:
         raise InputError(f"{scenario.name}: the traffic has no requests")
-    agents, requests = agents_of(scenario, scenario_requests(scenario, stream, seed), seed)
+    # Where answers are decoded says what the scheduler and the drafts must know of each request.
+    agents, requests = agents_of(scenario, scenario_requests(resolved.pools[-1].scenario, stream, seed), seed)
     window = None if agents is not None else _itl_window_s(requests, scenario)
     served = serve_fleet(resolved, requests, agents, seed=seed, workers=workers, itl_window_s=window)
     if not served.finished.any():
@@ -280,6 +282,7 @@ def _run_fleet(
         replace(facts(pool, seed=seed, traffic=source, notes=_notes(stream, scenario)), role=options.role)
         for options, pool in zip(resolved.options, resolved.pools, strict=True)
     ]
+    about[-1] = replace(about[-1], assumptions=(*about[-1].assumptions, *link_assumptions(resolved)))
     return summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=scenario.agents is not None)
 
 

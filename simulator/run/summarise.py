@@ -153,9 +153,9 @@ def compose(
         throughput=throughput(outcome, sums, measured),
         occupancy=occupancy(outcome, measured, facts),
         utilisation=utilisation(outcome, cost, work),
-        prefix_cache=_prefix_cache(outcome, facts),
-        speculation=_speculation(outcome, sums, facts),
-        kv_memory=_kv_memory(outcome, facts),
+        prefix_cache=prefix_cache_of(outcome, facts),
+        speculation=speculation_of(outcome, sums, facts),
+        kv_memory=kv_memory_of(outcome, facts),
         chip_seconds_per_query=chip_seconds(outcome, sums),
         prices=prices_of(outcome, sums, facts),
         energy=used,
@@ -294,7 +294,8 @@ def occupancy(outcome: Outcome, measured: Measured, facts: Facts) -> Occupancy:
     )
 
 
-def _prefix_cache(outcome: Outcome, facts: Facts) -> PrefixCache | None:
+def prefix_cache_of(outcome: Outcome, facts: Facts) -> PrefixCache | None:
+    """What the prefix cache found; None without one."""
     if facts.settings.prefix_cache == "off":
         return None
     queried, hit = int(outcome.total("cache_queried_tokens")), int(outcome.total("cache_hit_tokens"))
@@ -311,7 +312,8 @@ def _prefix_cache(outcome: Outcome, facts: Facts) -> PrefixCache | None:
     )
 
 
-def _speculation(outcome: Outcome, sums: Tally, facts: Facts) -> Speculation | None:
+def speculation_of(outcome: Outcome, sums: Tally, facts: Facts) -> Speculation | None:
+    """What speculative decoding did; None without it."""
     found, plan = outcome.speculation, facts.settings.speculation
     if found is None or plan is None:
         return None
@@ -331,7 +333,8 @@ def _speculation(outcome: Outcome, sums: Tally, facts: Facts) -> Speculation | N
     )
 
 
-def _kv_memory(outcome: Outcome, facts: Facts) -> KvMemory | None:
+def kv_memory_of(outcome: Outcome, facts: Facts) -> KvMemory | None:
+    """What happened to KV blocks outside of HBM; None where they stay there."""
     settings, bytes_ = facts.settings, facts.kv_block_bytes
     if settings.swap is None and not settings.tiers:
         return None

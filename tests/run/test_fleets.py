@@ -63,6 +63,9 @@ def test_a_disaggregated_run_adds_up(disaggregated):
     assert c.busy == pytest.approx(c.prefill + c.decode)
     # Prompts are computed in one pool and answers in the other.
     assert c.prefill == pytest.approx(s.pools[0].busy_chip_s / 400)
+    kinds = {a.what: (a.kind, a.value) for a in s.assumptions}
+    assert kinds["link bandwidth"] == ("datasheet", "200 GB/s per link")
+    assert kinds["link latency"][0] == "datasheet"
     (link,) = s.links
     assert link.name == "link"
     assert link.moved_bytes > 0
@@ -90,6 +93,20 @@ def test_preempted_decodes_and_waiting_clients():
     assert s.agents is None
     assert 0 < s.utilisation.recomputed_flops < s.utilisation.model_flops
     assert s.chip_seconds_per_query.recompute > 0
+
+
+def test_a_decode_pool_may_speculate_and_a_prefill_pool_may_not():
+    drafts = 'engine.speculation={method="ngram", num_speculative_tokens=3, acceptance_rate=0.6, acceptance_spread=0.1}'
+    run = run_scenario(load_scenario(DISAGGREGATED, ["traffic.n_requests=150", f"pool.decode.{drafts}"]))
+    s = run.summary
+    assert s.requests.finished == 150
+    assert s.speculation.method == "ngram"
+    assert s.speculation.tokens_per_pass > 1.5
+    assert s.utilisation.speculative_flops > 0
+    assert run.outcome.itl_counts.sum() == (run.result.requests["output_tokens"] - 1).sum()
+    for changes in ([f"pool.prefill.{drafts}"], [drafts]):
+        with pytest.raises(InputError, match="prefill replica decodes nothing"):
+            run_scenario(load_scenario(DISAGGREGATED, changes))
 
 
 def test_a_result_runs_again_byte_for_byte_whatever_the_workers(tmp_path, disaggregated):
@@ -139,6 +156,7 @@ def test_agents_work_through_tasks():
     assert s.agents.completed + s.agents.left <= 12
     assert s.load.load is None
     assert {link.name for link in s.links} == {"store", "link"}
+    assert {a.what: a.kind for a in s.assumptions}["store bandwidth"] == "assumed"
     assert (table["load_s"] > 0).all()
     # 128 x 1024 tokens in 4 bits and their scales, from the store: all of them, every time.
     store = next(link for link in s.links if link.name == "store")
