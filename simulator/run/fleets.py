@@ -4,11 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-<<<<<<< HEAD
 from simulator.catalog.architecture import Architecture
-=======
 from simulator.catalog.records import Quantity
->>>>>>> main
 from simulator.engine.records import Requests
 from simulator.errors import InputError
 from simulator.fleet.records import STATE_FREE, Agents, Fleet, Pool, Router, Served
