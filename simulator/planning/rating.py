@@ -8,6 +8,7 @@ whatever the targets: looser targets then never give a smaller rate, even where 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,8 @@ from simulator.run.window import cut_window
 
 Array = NDArray[np.float64]
 
-#: Steps of the grid per factor of two: 0.27 % apart.
-GRID = 256
+#: Steps of the grid per factor of two: 0.5 % apart.
+GRID = 128
 #: Lowest rate tried, in octaves below saturation: there a request is nearly always alone.
 OCTAVES = 8
 LOWEST = -OCTAVES * GRID
@@ -75,6 +76,8 @@ class Sample:
         if share is not None and not enough(self.kept_fraction(targets), share):
             worst = min(targets.limits, key=lambda t: float(self.keeps(t).mean()) if self.n else 0.0)
             found.append(f"{worst.metric} within the joint share")
+        if not targets.limits and not np.isfinite(self.latency["e2e_s"]).all():
+            found.append("requests are rejected")
         return found
 
     def holds(self, targets: Targets) -> bool:
@@ -131,12 +134,16 @@ class Load:
         as they arrive at ``rate_per_s``, which is the process's own mean rate. [1/s]
     warm_up_fraction, drain_fraction
         shares of the arrival span that are left out of the statistics.
+    before_s, transfer_s
+        [n] time between a query's arrival and its request's here, and the part of it after its first token; None: none. [s]
     """
 
     requests: Requests
     rate_per_s: float
     warm_up_fraction: float = 0.1
     drain_fraction: float = 0.05
+    before_s: Array | None = None
+    transfer_s: Array | None = None
 
     @cached_property
     def measured(self) -> NDArray[np.int64]:
@@ -159,7 +166,21 @@ class Load:
 
     def first(self, n: int) -> "Load":
         """The first ``n`` requests."""
-        return self if n >= len(self.requests) else replace(self, requests=self.requests.take(slice(0, n)))
+        if n >= len(self.requests):
+            return self
+        parts: dict[str, Any] = {
+            name: None if (x := getattr(self, name)) is None else x[:n] for name in ("before_s", "transfer_s")
+        }
+        return replace(self, requests=self.requests.take(slice(0, n)), **parts)
+
+    def seen(self, sample: Sample) -> Sample:
+        """Latencies of the measured requests as users see them, of what this replica's clock says."""
+        if self.before_s is None or self.transfer_s is None:
+            return sample
+        rows = self.measured
+        e2e_s = sample.latency["e2e_s"]
+        tpot_s = (e2e_s + self.transfer_s[rows]) / self.requests.output_tokens[rows]
+        return Sample(dict(sample.latency) | {"tpot_s": tpot_s, "e2e_s": e2e_s + self.before_s[rows]})
 
 
 @dataclass(frozen=True)
@@ -208,44 +229,36 @@ class Bench:
         if step not in self._samples:
             self.simulations += 1
             outcome = simulate_fleet(self.resolved, self.load.at(self.rate_per_s(step)))
-            self._samples[step] = Sample.of(requests_table(outcome), self.load.measured)
+            self._samples[step] = self.load.seen(Sample.of(requests_table(outcome), self.load.measured))
         return self._samples[step]
 
     def rate(self, targets: Targets, *, at_least_per_s: float = 0.0) -> Rated | None:
         """Largest rate within the targets; None as soon as it is known to lie below ``at_least_per_s``."""
-        if not self.saturated_per_s:
-            return (
-                None
-                if at_least_per_s > 0
-                else Rated(0.0, 0.0, ("memory",), Sample(dict.fromkeys(LATENCIES, np.zeros(0))))
-            )
-        low, high = LOWEST, 0
-        if self.rate_per_s(high) < at_least_per_s:
+        saturated = self.saturated_per_s
+        if not saturated:
+            nobody = Sample(dict.fromkeys(LATENCIES, np.zeros(0)))
+            return None if at_least_per_s > 0 else Rated(0.0, 0.0, ("memory",), nobody)
+        if saturated < at_least_per_s:
             return None
-        top = self.sample(high)
-        if top.holds(targets):
-            return Rated(self.saturated_per_s, self.saturated_per_s, ("capacity",), top)
-        lowest = self.sample(low)
+        lowest = self.sample(LOWEST)
         if not lowest.holds(targets):
-            return (
-                Rated(self.saturated_per_s, 0.0, tuple(lowest.missed(targets)), lowest) if at_least_per_s <= 0 else None
-            )
+            return None if at_least_per_s > 0 else Rated(saturated, 0.0, tuple(lowest.missed(targets)), lowest)
+        # The targets hold at ``low`` and not at ``high``, which stands for every rate above saturation until it falls.
+        low, high = LOWEST, 1
         while high - low > 1:
-            if self.rate_per_s(high) < at_least_per_s:
-                return None
             middle = (low + high) // 2
             if self.sample(middle).holds(targets):
                 low = middle
             else:
                 high = middle
-        rate = self.rate_per_s(low)
-        if rate < at_least_per_s:
-            return None
-        return Rated(self.saturated_per_s, rate, tuple(self.sample(high).missed(targets)), self.sample(low))
+            if self.rate_per_s(high - 1) < at_least_per_s:
+                return None
+        binding = ("capacity",) if high > 0 else tuple(self.sample(high).missed(targets))
+        return Rated(saturated, self.rate_per_s(low), binding, self.sample(low))
 
 
 def rate_within_targets(resolved: Resolved, load: Load, targets: Targets) -> Rated:
-    """Largest rate of one replica within the targets, to 0.3 %.
+    """Largest rate of one replica within the targets, to 0.5 %.
 
     ``resolved`` may have parameters drawn from their distribution: the load, and with it the randomness, stays.
     """

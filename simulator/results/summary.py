@@ -416,6 +416,43 @@ class Replications(Section):
     """Summary path to figure."""
 
 
+class ParameterInterval(Section):
+    """One figure over draws of what calibration leaves uncertain; every draw serves the same requests."""
+
+    value: float
+    """The run's own figure, at the parameters as fitted or stated."""
+    low: float | None
+    """Lower end of the central interval."""
+    median: float | None
+    """Of the draws."""
+    high: float | None
+    """Upper end."""
+    reason: str = ""
+    """Why an end is missing."""
+    shares: dict[str, float] = {}
+    """Source to its share of the variance of the figure's logarithm, each drawn alone; empty where nothing moves."""
+
+
+class Intervals(Section):
+    """Uncertainty of the model's parameters, apart from the sampling intervals of ``latency``."""
+
+    level: float
+    """Share of draws inside each interval, as a fraction."""
+    draws: int
+    draws_per_source: int
+    """Draws of one source alone, for ``shares``."""
+    sources: list[str]
+    """What was drawn: kernels, profile, assumed, residual (docs/intervals.md)."""
+    overloaded_fraction: float
+    """Share of draws without a steady state; their latencies count as unbounded, their goodput as none."""
+    infeasible_fraction: float
+    """Share of draws in which the model or its requests did not fit; they count as overloaded."""
+    figures: dict[str, ParameterInterval]
+    """Summary path to interval."""
+    notes: list[str]
+    """What the intervals do not hold."""
+
+
 class Assumption(Section):
     """An input that is not a measurement of this deployment."""
 
@@ -431,16 +468,76 @@ class Deployment(Section):
 
     model: str
     slice: str
+    """Of several pools, each with its number of replicas."""
     chip: str
-    chips_per_replica: int
+    chips_per_replica: int | None
+    """Null, as the other numbers, where pools differ in it."""
     replicas: int
+    """Of all pools."""
+    router: str = "round-robin"
+    """Who chose a replica; where pools are disaggregated, for prefill and for decode."""
     precision: str
     sharding: str
-    num_kv_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    num_kv_blocks: int | None
+    block_size: int | None
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
     traffic: str
+
+
+class Pool(Section):
+    """One pool of a fleet of several: what it is, and how it was used."""
+
+    name: str
+    role: str
+    """unified, prefill or decode."""
+    first_replica: int
+    """Its replicas are numbered from here."""
+    requests: int
+    """That it finished its part of."""
+    deployment: Deployment
+    occupancy: Occupancy
+    utilisation: Utilisation
+    prefix_cache: PrefixCache | None = None
+    """Null without one."""
+    busy_chip_s: float
+    idle_chip_s: float
+
+
+class LinkUse(Section):
+    """Links of one kind, over the whole run."""
+
+    name: str
+    """link: from prefill to decode replicas; store: from the store of cached KV."""
+    links: int
+    bandwidth_bytes_per_s: float
+    """Of each."""
+    latency_s: float
+    transfers: int
+    moved_bytes: float
+    """That requests moved."""
+    busy_fraction: float
+    """Share of the run that a link was sending, mean over the links."""
+    mean_wait_s: float
+    """Time a transfer waited for its links."""
+    mean_transfer_s: float
+    """Waiting, sending and latency together."""
+
+
+class Agents(Section):
+    """What agents got done."""
+
+    agents: int
+    tasks: int
+    """Started."""
+    completed: int
+    """All turns of which were answered, within the deadline if there is one."""
+    left: int
+    """Whose rest was left because the deadline had passed."""
+    tasks_per_s: float
+    """Completed, over the whole run."""
+    task_s: Distribution
+    """From a completed task's first request to its last answer; over the whole run, without intervals."""
 
 
 class Summary(Section):
@@ -469,6 +566,12 @@ class Summary(Section):
     """Null without speculative decoding."""
     kv_memory: KvMemory | None = None
     """Null where KV blocks live in HBM alone."""
+    pools: list[Pool] = []
+    """Empty where there is but one, of unified replicas."""
+    links: list[LinkUse] = []
+    """Empty where KV caches cross none."""
+    agents: Agents | None = None
+    """Null without agents."""
     chip_seconds_per_query: ChipSeconds
     prices: Prices | None
     """Null when the chip has no price and the scenario sets none."""
@@ -477,5 +580,7 @@ class Summary(Section):
     breakdown: Breakdown
     ledger: Ledger
     replications: Replications | None = None
+    intervals: Intervals | None = None
+    """Null unless asked for (``run.interval``)."""
     warnings: list[str] = []
     assumptions: list[Assumption] = []
