@@ -3,7 +3,11 @@
 *Closed loop.* ``clients`` keep one request each in flight until ``n_requests`` are done; the burst at the start counts, as in
 the published means. A client sees its first token ``request_s`` later than the engine had it, and neither a chip nor the next
 request waits for that: delays between a finish and the next request, of more than a step, would bunch runs of fixed lengths as
-no measurement shows. Where the scheduler looks for new requests only every ``poll_steps`` steps, a request waits for a uniform share of that many mean steps.
+no measurement shows. Where the scheduler looks for new requests only every ``poll_steps`` steps, a request waits for a uniform share of
+that many mean steps; where it holds prompts back for company, for all ``hold_steps``.
+
+*Admission.* Engines that reserve a request's whole length before they admit it (``reserve_output``) run at most as many requests as
+fit at their mean length, prompt and output, and so never preempt.
 
 *Layouts.* Tensor-parallel engines run as they are. Three layouts are approximated by one engine that stands for its
 equals:
@@ -28,6 +32,7 @@ from numpy.typing import NDArray
 
 from simulator.calibration.measurements import Measurement, Pool
 from simulator.calibration.tables import latency_metrics
+from simulator.catalog.architecture import MoEFFN
 from simulator.catalog.chips import ChipSpec, load_chip
 from simulator.catalog.engines import EngineProfile, engine_profile
 from simulator.catalog.models import load_model
@@ -75,8 +80,8 @@ class Replica:
     max_num_seqs: int
     max_num_batched_tokens: int
 
-    def settings(self, profile: EngineProfile) -> EngineSettings:
-        """Scheduler limits and KV blocks under a profile.
+    def settings(self, profile: EngineProfile, requests: Requests) -> EngineSettings:
+        """Scheduler limits and KV blocks under a profile, for some requests.
 
         Raises
         ------
@@ -89,7 +94,11 @@ class Replica:
                 f"the model does not fit: weights take {self.fit.weights_bytes / 1e9:.1f} GB of the "
                 f"{self.fit.capacity_bytes / 1e9:.1f} GB of a chip, and nothing is left for the KV cache"
             )
-        return EngineSettings(self.max_num_seqs, self.max_num_batched_tokens, BLOCK_SIZE, blocks)
+        seats = self.max_num_seqs
+        if profile.reserve_output:
+            whole = float(np.ceil((requests.prompt_tokens + requests.output_tokens) / BLOCK_SIZE).mean())
+            seats = max(1, min(seats, int(blocks / whole)))
+        return EngineSettings(seats, self.max_num_batched_tokens, BLOCK_SIZE, blocks)
 
 
 def replica(m: Measurement, pool: Pool, profile: EngineProfile) -> Replica:
@@ -103,15 +112,22 @@ def replica(m: Measurement, pool: Pool, profile: EngineProfile) -> Replica:
     sequences = pool.max_num_seqs or profile.max_num_seqs
     tokens = max(pool.max_num_batched_tokens or profile.max_num_batched_tokens, sequences)
     layout = replace(pool, max_num_seqs=None, max_num_batched_tokens=None, workers=1)
+    skew = profile.routing_skew if _has_experts(m.model) else 0.0
     # Tables are made for round sizes, so that runs with nearly the same limits share one.
     room = TABLE_STEP * -(-tokens // TABLE_STEP)
-    found = _replica(m.model, m.chip, m.precision, layout, pool.workers, sequences, room)
+    found = _replica(m.model, m.chip, m.precision, layout, pool.workers, sequences, room, skew)
     return found if room == tokens else replace(found, max_num_batched_tokens=tokens)
+
+
+@lru_cache(maxsize=256)
+def _has_experts(model: str) -> bool:
+    return any(isinstance(group.ffn, MoEFFN) for group in load_model(model).layers)
 
 
 @lru_cache(maxsize=1024)
 def _replica(
-    model: str, chip: str, precision: str, pool: Pool, workers: int, max_num_seqs: int, max_num_batched_tokens: int
+    model: str, chip: str, precision: str, pool: Pool, workers: int, max_num_seqs: int, max_num_batched_tokens: int,
+    routing_skew: float,
 ) -> Replica:
     architecture, formats = load_model(model), parse_precision(precision)
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "block_size": BLOCK_SIZE}
@@ -126,7 +142,7 @@ def _replica(
     if pool.pp > 1:
         one = replace(one, architecture=architecture, stage=(1, 1))
     return Replica(
-        kernels=kernel_cost(one, equal_ranks=True),
+        kernels=kernel_cost(one, routing_skew=routing_skew, equal_ranks=True),
         fit=whole.memory,
         equals=workers * pool.pp * pool.dp,
         micro_batches=pool.pp,
@@ -213,12 +229,14 @@ def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
 
     one = replica(m, m.pools[0], profile)
     requests = requests_of(m, one.equals, profile)
-    cost, settings = _cost(one.kernels, profile), one.settings(profile)
+    kept = profile if m.memory_fraction is None else profile.with_values(memory_fraction=m.memory_fraction)
+    cost, settings = _cost(one.kernels, profile), one.settings(kept, requests)
     result = simulate(cost, settings, requests, timeline_interval_s=TIMELINE_S)
     waits = np.zeros(len(requests))
-    if m.poll_steps:
+    if m.poll_steps or m.hold_steps:
         step_s = (result.end_s - result.idle_s) / max(1.0, result.totals["steps"])
         waits = uniform(0, f"{m.model}/{m.clients}/poll", 0, len(requests)) * (m.poll_steps * step_s)
+        waits += m.hold_steps * step_s
         requests = replace(requests, arrival_s=requests.arrival_s + waits)
         result = simulate(cost, settings, requests, timeline_interval_s=TIMELINE_S)
     served = result.status == FINISHED
@@ -287,7 +305,7 @@ def _dealt(one: Replica, profile: EngineProfile, requests: Requests) -> tuple[ND
     """
     from simulator.engine.compiled import simulate  # noqa: PLC0415  # numba takes a while to import
 
-    cost, settings = _cost(one.kernels, profile), one.settings(profile)
+    cost, settings = _cost(one.kernels, profile), one.settings(profile, requests)
     engines = min(one.equals, requests.concurrency or one.equals, len(requests))
     arrival, finish = np.empty(len(requests)), np.empty(len(requests))
     for k in range(engines):

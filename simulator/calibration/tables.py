@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from simulator.calibration.measurements import Measurement, Pool, chip_name, model_name
+from simulator.calibration.recipes import launched
 from simulator.catalog.engines import engine_names
 from simulator.catalog.files import parse, read_toml
 from simulator.catalog.records import Record
@@ -46,10 +47,6 @@ PROMPTS_PER_CLIENT = 10
 ON_DEFAULTS = "nvidia_internal_gap_analysis"
 """Subset of the published dump that was measured on the engines' defaults, with fixed lengths for these models."""
 FIXED_LENGTHS = {"llama-3-8b", "llama-3-70b", "qwen3-32b", "qwen3-235b-a22b"}
-
-SGLANG_POLL_STEPS = 30
-"""Steps between two looks for new requests in published SGLang recipes (scheduler-recv-interval), from 16 clients on; a third of that
-below. Recalled, and borne out by TTFTs that grow with the time of 30 steps."""
 
 #: Engine profile by the engine's name in tables.
 ENGINES = {"trtllm": "tensorrt-llm", "vllm-tpu": "vllm", "tensorrt": "tensorrt-llm"}
@@ -243,7 +240,7 @@ def _aggregated(identity: str, table: str, row: Row) -> Measurement:
     if fixed and engine == "tensorrt-llm":
         # Its TTFT grows with the output length, which no steady server does: start-up requests weigh in.
         del measured["ttft_s"], measured["output_tokens_per_s"]
-    return Measurement(
+    run = Measurement(
         id=identity,
         table=table,
         model=model,
@@ -259,9 +256,9 @@ def _aggregated(identity: str, table: str, row: Row) -> Measurement:
         output_tokens=_count(row, "osl"),
         range_ratio=1.0 if fixed else RANGE_RATIO,
         n_requests=PROMPTS_PER_CLIENT * clients,
-        poll_steps=(0 if engine != "sglang" else SGLANG_POLL_STEPS if clients >= 16 else SGLANG_POLL_STEPS // 3),
         measured=measured,
     )
+    return run if fixed else launched(run)
 
 
 def with_throughput(measured: Mapping[str, float], clients: int, output_tokens: int) -> dict[str, float]:

@@ -95,6 +95,8 @@ class SchedulerTable(Record):
     max_num_seqs: PositiveInt
     max_num_batched_tokens: PositiveInt
     prefix_caching: bool
+    reserve_output: bool = False
+    """Whether a request is admitted only once KV blocks for its whole length, prompt and output, can be set aside."""
     source: str
     note: str = ""
 
@@ -145,6 +147,7 @@ class EngineSpec(Record):
             max_num_seqs=self.scheduler.max_num_seqs,
             max_num_batched_tokens=self.scheduler.max_num_batched_tokens,
             prefix_caching=self.scheduler.prefix_caching,
+            reserve_output=self.scheduler.reserve_output,
             **values,
         )
 
@@ -161,6 +164,7 @@ class EngineProfile:
     sequence_s: float = 0.0
     chunk_s: float = 0.0
     token_s: float = 0.0
+    routing_skew: float = 0.0
     request_s: float = 0.0
     layer_s: float = 0.0
     collective_s: float = 0.0
@@ -178,6 +182,7 @@ class EngineProfile:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     prefix_caching: bool = True
+    reserve_output: bool = False
 
     def __post_init__(self) -> None:
         """Refuse times below 0, and factors that are none."""

@@ -52,8 +52,12 @@ class KernelCost:
     reductions: int
 
 
-def kernel_cost(d: Deployment, *, equal_ranks: bool = False) -> KernelCost:
-    """Compile a deployment for profiles; ``equal_ranks`` as in :func:`~simulator.roofline.compile.compile_step_cost`."""
+def kernel_cost(d: Deployment, *, routing_skew: float = 0.0, equal_ranks: bool = False) -> KernelCost:
+    """Compile a deployment for profiles of one ``routing_skew``.
+
+    ``equal_ranks`` as in :func:`~simulator.roofline.compile.compile_step_cost`.
+    """
+    d = replace(d, routing_skew=routing_skew)
     bare = replace(d, efficiency=replace(d.eff, step_overhead_s=0.0, row_overhead_s=0.0))
     bound = replace(d, efficiency=IDEAL)
     n, rows = (np.arange(m + 1, dtype=np.float64) for m in (d.max_num_batched_tokens, d.max_num_seqs))

@@ -121,7 +121,9 @@ def resolve(scenario: Scenario) -> Resolved:
                 f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
                 f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
             )
-    cost = _compile(deployment, sharded) if profile is None else apply_profile(kernel_cost(deployment), profile)
+    cost = _compile(deployment, sharded) if profile is None else apply_profile(
+        kernel_cost(deployment, routing_skew=profile.routing_skew), profile
+    )
     drafting = None
     if engine.speculation is not None:
         if sharded is not None or isinstance(cost, PipelineCost):
