@@ -245,7 +245,9 @@ def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
     output = requests.output_tokens
     sent = result.arrival_s - waits
     # A batch queued inside the engine, or an engine's own log, has no client at the other end of a connection.
-    client_s = profile.request_s if m.load in {"closed", "poisson"} else 0.0
+    client_s = (
+        profile.request_s + profile.request_token_s * requests.prompt_tokens if m.load in {"closed", "poisson"} else 0.0
+    )
     ttft, e2e = (time_s - sent + client_s for time_s in (result.first_token_s, result.finish_s))
     several = output > 1
     tpot = (result.finish_s - result.first_token_s)[several] / (output - 1)[several]

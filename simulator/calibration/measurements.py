@@ -83,6 +83,8 @@ class Measurement:
         steps between two looks of the scheduler for new requests, where the recipe sets it; 0: every step.
     hold_steps
         steps for which the scheduler holds a prompt back for company, where the recipe sets it.
+    unclear
+        what the table leaves open about the run, in words: such a run is predicted but not fitted to. Empty: nothing.
     memory_fraction
         of the engine's rule for its memory, where the recipe sets it; None: the engine profile's.
     replay
@@ -109,6 +111,7 @@ class Measurement:
     poll_steps: int = 0
     hold_steps: int = 0
     memory_fraction: float | None = None
+    unclear: str = ""
     replay: Requests | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -66,6 +66,8 @@ class Recipe(Record):
     """Steps between two looks for new requests."""
     hold_steps: NonNegativeInt = 0
     """Steps for which a prompt is held back for company."""
+    unclear: str = ""
+    """A setting that the table lacks and that two recipes for the same runs differ in: the runs are predicted as recorded, not fitted to."""
     unrecorded: str = ""
     """A setting that the table lacks and the result depends on: the runs cannot be simulated."""
     note: str = ""
@@ -141,6 +143,7 @@ def launched(m: Measurement) -> Measurement:
         memory_fraction=recipe.memory_fraction,
         poll_steps=recipe.poll_steps,
         hold_steps=recipe.hold_steps,
+        unclear=recipe.unclear,
     )
 
 

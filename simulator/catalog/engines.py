@@ -51,16 +51,23 @@ class HostTable(Record):
     token: Time
     """Per token of a step."""
     request: Time
-    """What a client waits for its first token beyond the engine's steps: tokenising, routing, opening the stream. No chip waits for it."""
+    """What a client waits for its first token beyond the engine's steps: routing, opening the stream. No chip waits for it."""
+    request_token: Time
+    """The same per token of its prompt: reading and tokenising it."""
 
 
 class LaunchTable(Record):
-    """``[launch]``: fixed times that the layers of one step add to the kernels' own."""
+    """``[launch]``: fixed times of a step's kernels."""
 
-    layer: Time
-    """Per layer."""
-    collective: Time
-    """Per all-reduce."""
+    kernel: Time
+    """Per kernel, collectives apart: what is left of a launch in a captured graph, and the time of the smallest kernel."""
+
+
+class RoutingTable(Record):
+    """``[routing]``: how tokens choose routed experts. Of models and texts more than of engines, but measured with them."""
+
+    skew: Annotated[Quantity, _between("1", 0.0, 2)]
+    """Exponent of the popularity of experts by rank; 0: all alike."""
 
 
 class SlowdownTable(Record):
@@ -112,13 +119,14 @@ class EngineSpec(Record):
     note: str = ""
     host: HostTable
     launch: LaunchTable
+    routing: RoutingTable
     slowdown: SlowdownTable
     memory: MemoryTable
     scheduler: SchedulerTable
 
     def quantities(self) -> dict[str, Quantity]:
         """Every sourced number by its dotted path, e.g. ``host.step``."""
-        tables = {"host": self.host, "launch": self.launch, "slowdown": self.slowdown, "memory": self.memory}
+        tables = {"host": self.host, "launch": self.launch, "routing": self.routing, "slowdown": self.slowdown, "memory": self.memory}
         return {
             f"{name}.{key}": value
             for name, table in tables.items()
@@ -136,6 +144,7 @@ class EngineSpec(Record):
             for name in (
                 path.replace("host.", "").replace("launch.", "") + "_s",
                 path.replace("slowdown.", "") + "_slowdown",
+                path.replace("routing.", "routing_"),
             )
         }
         values = {f.name: si[names[f.name]] for f in fields(EngineProfile) if f.name in names}
@@ -164,10 +173,10 @@ class EngineProfile:
     sequence_s: float = 0.0
     chunk_s: float = 0.0
     token_s: float = 0.0
-    routing_skew: float = 0.0
     request_s: float = 0.0
-    layer_s: float = 0.0
-    collective_s: float = 0.0
+    request_token_s: float = 0.0
+    kernel_s: float = 0.0
+    routing_skew: float = 0.0
     weights_slowdown: float = 1.0
     products_slowdown: float = 1.0
     experts_slowdown: float = 1.0
