@@ -200,7 +200,11 @@ def requests_of(m: Measurement, equals: int, profile: EngineProfile) -> Requests
     arrival = np.zeros(n)
     if m.load == "poisson":
         arrival = np.cumsum(-np.log1p(-uniform(0, f"{cause}/arrival", 0, n)) * equals / m.rate_per_s)
-    return Requests(arrival, prompt, output, np.zeros(n, dtype=np.int64), output, clients if m.load == "closed" else 0)
+    cached = np.zeros(n * m.beams, dtype=np.int64)
+    if m.beams > 1:
+        arrival, prompt, output = (np.repeat(column, m.beams) for column in (arrival, prompt, output))
+        cached = np.where(np.arange(n * m.beams) % m.beams, np.maximum(prompt - 1, 0), 0)
+    return Requests(arrival, prompt, output, cached, output, clients if m.load == "closed" else 0)
 
 
 def predict(m: Measurement, profile: EngineProfile | None = None) -> Prediction:
@@ -257,7 +261,8 @@ def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
         latency_s = found["ttft_s"] + (m.output_tokens - 1) * found.get("tpot_s", 0.0)
         found["output_tokens_per_s"] = m.clients * m.output_tokens / latency_s
     else:
-        found["output_tokens_per_s"] = one.equals * float(output.sum()) / (result.end_s - float(sent.min()))
+        counted = float(output.sum()) / m.beams
+        found["output_tokens_per_s"] = one.equals * counted / (result.end_s - float(sent.min()))
     return found
 
 

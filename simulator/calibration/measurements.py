@@ -83,6 +83,8 @@ class Measurement:
         steps between two looks of the scheduler for new requests, where the recipe sets it; 0: every step.
     hold_steps
         steps for which the scheduler holds a prompt back for company, where the recipe sets it.
+    beams
+        sequences that a request is decoded into, of which one counts: beam search. They share the computed prompt.
     unclear
         what the table leaves open about the run, in words: such a run is predicted but not fitted to. Empty: nothing.
     memory_fraction
@@ -112,6 +114,7 @@ class Measurement:
     hold_steps: int = 0
     memory_fraction: float | None = None
     unclear: str = ""
+    beams: int = 1
     replay: Requests | None = field(default=None, compare=False, repr=False)
 
     @property

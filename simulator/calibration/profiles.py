@@ -6,6 +6,7 @@ from typing import Any
 
 from simulator.calibration.serving import Fit
 from simulator.catalog.engines import EngineSpec
+from simulator.catalog.records import Quantity
 from simulator.results.toml import dumps
 
 #: Units of a profile file, by what a field ends in, and the factor to SI.
@@ -58,7 +59,10 @@ def place(field: str) -> tuple[str, str]:
 
 
 def profile_text(spec: EngineSpec, quantities: Mapping[str, Mapping[str, Mapping[str, Any]]], *, command: str) -> str:
-    """A profile file: ``spec`` with some quantities replaced; the same text for the same values."""
+    """A profile file: ``spec`` with some quantities replaced; the same text for the same values.
+
+    A quantity that comes out as it was keeps its date, so that a fit made again gives the same file.
+    """
     lines = [f"# Written by: {command}", ""]
     plain = {name: getattr(spec, name) for name in ("schema_version", "name", "title", "versions", "note")}
     lines += dumps({k: v for k, v in plain.items() if v != ""}).rstrip().split("\n")
@@ -66,7 +70,10 @@ def profile_text(spec: EngineSpec, quantities: Mapping[str, Mapping[str, Mapping
         lines += ["", f"[{table}]"]
         for key, value in getattr(spec, table):
             fitted = quantities.get(table, {}).get(key)
-            if fitted is not None:
+            if fitted is not None and isinstance(value, Quantity):
+                fitted = dict(fitted)
+                if Quantity(**{**fitted, "retrieved": value.retrieved}) == value:
+                    fitted["retrieved"] = value.retrieved
                 lines.append(f"{key} = {_inline(fitted)}")
             elif hasattr(value, "unit"):
                 lines.append(f"{key} = {_inline(value.model_dump(exclude_defaults=True))}")
