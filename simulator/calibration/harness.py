@@ -115,7 +115,7 @@ def replica(m: Measurement, pool: Pool, profile: EngineProfile) -> Replica:
     skew = profile.routing_skew if _has_experts(m.model) else 0.0
     # Tables are made for round sizes, so that runs with nearly the same limits share one.
     room = TABLE_STEP * -(-tokens // TABLE_STEP)
-    found = _replica(m.model, m.chip, m.precision, layout, pool.workers, sequences, room, skew)
+    found = _replica(m.model, m.chip, m.precision, layout, pool.workers, sequences, room, profile.kernels, skew)
     return found if room == tokens else replace(found, max_num_batched_tokens=tokens)
 
 
@@ -127,7 +127,7 @@ def _has_experts(model: str) -> bool:
 @lru_cache(maxsize=1024)
 def _replica(
     model: str, chip: str, precision: str, pool: Pool, workers: int, max_num_seqs: int, max_num_batched_tokens: int,
-    routing_skew: float,
+    kernels: str, routing_skew: float,
 ) -> Replica:
     architecture, formats = load_model(model), parse_precision(precision)
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "block_size": BLOCK_SIZE}
@@ -142,7 +142,7 @@ def _replica(
     if pool.pp > 1:
         one = replace(one, architecture=architecture, stage=(1, 1))
     return Replica(
-        kernels=kernel_cost(one, routing_skew=routing_skew, equal_ranks=True),
+        kernels=kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True),
         fit=whole.memory,
         equals=workers * pool.pp * pool.dp,
         micro_batches=pool.pp,

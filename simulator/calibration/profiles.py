@@ -64,7 +64,7 @@ def profile_text(spec: EngineSpec, quantities: Mapping[str, Mapping[str, Mapping
     A quantity that comes out as it was keeps its date, so that a fit made again gives the same file.
     """
     lines = [f"# Written by: {command}", ""]
-    plain = {name: getattr(spec, name) for name in ("schema_version", "name", "title", "versions", "note")}
+    plain = {name: getattr(spec, name) for name in ("schema_version", "name", "title", "versions", "kernels", "note")}
     lines += dumps({k: v for k, v in plain.items() if v != ""}).rstrip().split("\n")
     for table in ("host", "launch", "routing", "slowdown", "memory", "scheduler"):
         lines += ["", f"[{table}]"]

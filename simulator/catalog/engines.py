@@ -116,6 +116,8 @@ class EngineSpec(Record):
     title: str
     versions: str
     """Those that the figures stand for."""
+    kernels: str = ""
+    """Framework in chips' calibrations whose kernels the engine runs, where they were measured; empty: whichever stands for the chip."""
     note: str = ""
     host: HostTable
     launch: LaunchTable
@@ -150,6 +152,7 @@ class EngineSpec(Record):
         values = {f.name: si[names[f.name]] for f in fields(EngineProfile) if f.name in names}
         return EngineProfile(
             name=self.name,
+            kernels=self.kernels,
             memory_rule=self.memory.rule,
             memory_fraction=si["memory.fraction"],
             workspace_bytes=si["memory.workspace"],
@@ -169,6 +172,7 @@ class EngineProfile:
     """
 
     name: str = "none"
+    kernels: str = ""
     step_s: float = 0.0
     sequence_s: float = 0.0
     chunk_s: float = 0.0

@@ -55,13 +55,16 @@ class KernelCost:
     launches: int
 
 
-def kernel_cost(d: Deployment, *, routing_skew: float = 0.0, equal_ranks: bool = False) -> KernelCost:
-    """Compile a deployment for profiles of one ``routing_skew``.
+def kernel_cost(
+    d: Deployment, *, kernels: str = "", routing_skew: float = 0.0, equal_ranks: bool = False
+) -> KernelCost:
+    """Compile a deployment for profiles of one ``routing_skew`` whose engine has the kernels of a framework, where those were measured.
 
     ``equal_ranks`` as in :func:`~simulator.roofline.compile.compile_step_cost`.
     """
     d = replace(d, routing_skew=routing_skew)
-    bare = replace(d, efficiency=replace(d.eff, step_overhead_s=0.0, row_overhead_s=0.0))
+    curves = d.eff.curves.of(kernels) if d.eff.curves is not None else None
+    bare = replace(d, efficiency=replace(d.eff, step_overhead_s=0.0, row_overhead_s=0.0, curves=curves))
     bound = replace(d, efficiency=IDEAL)
     n, rows = (np.arange(m + 1, dtype=np.float64) for m in (d.max_num_batched_tokens, d.max_num_seqs))
     return KernelCost(

@@ -122,7 +122,7 @@ def resolve(scenario: Scenario) -> Resolved:
                 f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
             )
     cost = _compile(deployment, sharded) if profile is None else apply_profile(
-        kernel_cost(deployment, routing_skew=profile.routing_skew), profile
+        kernel_cost(deployment, kernels=profile.kernels, routing_skew=profile.routing_skew), profile
     )
     drafting = None
     if engine.speculation is not None:
