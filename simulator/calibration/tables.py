@@ -46,6 +46,8 @@ PROMPTS_PER_CLIENT = 10
 
 ON_DEFAULTS = "nvidia_internal_gap_analysis"
 """Subset of the published dump that was measured on the engines' defaults, with fixed lengths for these models."""
+PUBLISHED = ("inferencex", ON_DEFAULTS)
+"""Subsets whose runs were launched by published recipes; of the second, those with lengths that are not fixed."""
 FIXED_LENGTHS = {"llama-3-8b", "llama-3-70b", "qwen3-32b", "qwen3-235b-a22b"}
 
 #: Engine profile by the engine's name in tables.
@@ -258,7 +260,8 @@ def _aggregated(identity: str, table: str, row: Row) -> Measurement:
         n_requests=PROMPTS_PER_CLIENT * clients,
         measured=measured,
     )
-    return run if fixed else launched(run)
+    published = row.get("subset", "").startswith(PUBLISHED) and not fixed
+    return launched(run) if published else run
 
 
 def with_throughput(measured: Mapping[str, float], clients: int, output_tokens: int) -> dict[str, float]:
