@@ -5,18 +5,19 @@ the rule that says which slices exist, dated prices, and, where measured, its ow
 the file of its family. Compute rates are dense (no structured sparsity); link bandwidths are one direction.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
 from simulator.catalog.kernel_curves import KernelCurves, load_curves
-from simulator.catalog.records import Kind, Quantity, Record
+from simulator.catalog.prices import OwnershipSpec, PriceQuote
+from simulator.catalog.records import Kind, Quantity, Record, quantities_in
 from simulator.errors import InputError, UnpriceableError, nearest
 from simulator.units import UNITS, to_si
 
@@ -205,23 +206,6 @@ class HostSpec(Record):
     """CPU–GPU link of superchips, one direction."""
 
 
-class PriceQuote(Record):
-    """What somebody asked for one chip for an hour, and when."""
-
-    usd_per_hour: PositiveFloat
-    provider: str
-    region: str = ""
-    term: Literal["on-demand", "reserved", "spot", "capacity-block", "market"]
-    date: str = Field(pattern=r"^\d{4}(-\d{2}(-\d{2})?)?$")
-    """Year, month or day on which the price was seen."""
-    source: str
-    locator: str = ""
-    kind: Kind
-    low: PositiveFloat | None = None
-    high: PositiveFloat | None = None
-    note: str = ""
-
-
 @dataclass(frozen=True)
 class Efficiency:
     """What fraction of the datasheet a step reaches, and the fixed times no datasheet has.
@@ -349,6 +333,8 @@ class ChipSpec(Record):
     host: HostSpec = HostSpec()
     prices: tuple[PriceQuote, ...] = ()
     """The first is the default."""
+    ownership: OwnershipSpec | None = None
+    """What buying one takes."""
     efficiency_table: EfficiencyTable = Field(alias="efficiency")
     efficiency_source: str
     """Which file each efficiency came from, as a sentence."""
@@ -366,6 +352,8 @@ class ChipSpec(Record):
         capacity, on_chip = quantity_si(self.memory.hbm_capacity), quantity_si(self.memory.on_chip)
         if capacity is not None and on_chip is not None and on_chip > capacity:
             raise ValueError("memory.on_chip is larger than memory.hbm_capacity")
+        if self.prices and self.prices[0].usd_per_hour is None:
+            raise ValueError("prices.0 is the default and must be published")
         if self.scale_up is not None:
             nominal, achievable = quantity_si(self.scale_up.bandwidth), quantity_si(self.scale_up.achievable)
             if nominal is not None and achievable is not None and achievable > nominal:
@@ -441,23 +429,14 @@ class ChipSpec(Record):
 
     def quantities(self) -> dict[str, Quantity]:
         """Every sourced number of the chip by its dotted path, e.g. ``compute.bf16``."""
-        return dict(_walk("", {k: getattr(self, k) for k in type(self).model_fields}))
+        # Named as the file names them.
+        parts = {k.removesuffix("_table"): getattr(self, k) for k in type(self).model_fields}
+        return dict(quantities_in("", parts))
 
     def _needed(self, quantity: Quantity | None, field: str) -> Quantity:
         if quantity is None:
             raise UnpriceableError(f"{self.name}: {field} is not in the chip's file; it cannot be used in a cost")
         return quantity
-
-
-def _walk(path: str, item: Any) -> Iterator[tuple[str, Quantity]]:
-    if isinstance(item, Quantity):
-        yield path, item
-    elif isinstance(item, Record):
-        yield from _walk(path, {k: getattr(item, k) for k in type(item).model_fields})
-    elif isinstance(item, dict):
-        for key, value in item.items():
-            name = "efficiency" if key == "efficiency_table" else str(key)
-            yield from _walk(f"{path}.{name}" if path else name, value)
 
 
 def chip_names() -> list[str]:

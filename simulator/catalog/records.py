@@ -4,8 +4,9 @@ A number in a file carries its provenance (:class:`Quantity`); everything else i
 through the properties below. Field errors are re-raised by the loader with file and field.
 """
 
+from collections.abc import Iterator
 from datetime import date
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -50,3 +51,14 @@ class Quantity(Record):
         if self.value is None:
             raise UnpriceableError(f"{what} is not published ({self.source}); it cannot be used in a cost")
         return to_si(self.value, self.unit, dimension=dimension)
+
+
+def quantities_in(path: str, item: Any) -> Iterator[tuple[str, Quantity]]:
+    """Every sourced number inside records and tables, by its dotted path."""
+    if isinstance(item, Quantity):
+        yield path, item
+    elif isinstance(item, Record):
+        yield from quantities_in(path, {k: getattr(item, k) for k in type(item).model_fields})
+    elif isinstance(item, dict):
+        for key, value in item.items():
+            yield from quantities_in(f"{path}.{key}" if path else str(key), value)

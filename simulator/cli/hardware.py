@@ -55,6 +55,10 @@ _GROUPS = {
     "bridge": ("NVLink bridge", {"bandwidth": "one way", "latency": "latency"}),
     "scale_out": ("Scale-out", {"bandwidth": "per chip, one way", "latency": "latency"}),
     "host": ("Host", {"dram": "DRAM", "pcie": "PCIe per chip, one way", "coherent_link": "CPU link, one way"}),
+    "ownership": (
+        "Buying one",
+        {"chip": "chip", "host": "share of its server", "network": "share of the network"},
+    ),
     "efficiency": (
         "Efficiency",
         {
@@ -99,7 +103,7 @@ def list_chips(as_json: bool) -> None:
             _short(chip.memory.hbm_bandwidth, 1e9),
             _links(chip),
             _short(chip.power.tdp, 1.0),
-            f"{_price_mark(chip)}{chip.prices[0].usd_per_hour:.2f}" if chip.prices else "-",
+            f"{_price_mark(chip)}{chip.default_price.usd_per_chip_hour:.2f}" if chip.prices else "-",
         ]
 
     columns = ["chip", "bf16\nTFLOP/s", "fp8\nTFLOP/s", "int8\nTOP/s", "memory\nGiB", "memory\nGB/s"]
@@ -185,12 +189,12 @@ def _print_chip(chip: ChipSpec, bibliography: Mapping[str, str], joined: Slice |
         rows.append("Prices, per chip-hour (the first is the default)")
         for price in chip.prices:
             spread = f" ({price.low:g} to {price.high:g})" if price.low and price.high else ""
-            who = f"{price.provider}, {price.term}, {price.date}"
+            where = f", {price.region}" if price.region else ""
             rows.append(
                 (
-                    who,
-                    f"{price.usd_per_hour:.2f} USD{spread}",
-                    price.kind,
+                    f"{price.term}, {price.provider}{where}, {price.date}",
+                    "not published" if price.usd_per_hour is None else f"{price.usd_per_hour:.2f} USD{spread}",
+                    price.kind.replace("_", " "),
                     price.source,
                     price.locator,
                     numbered(price.note),
@@ -311,7 +315,9 @@ def _print_slice(joined: Slice) -> None:
         rows.append(("power", f"{format_si(n * chip.tdp_w, 'W')} at the chips' limit"))
     if chip.prices:
         price = chip.default_price
-        rows.append(("price", f"{n * price.usd_per_hour:,.2f} USD/h ({price.provider}, {price.term}, {price.date})"))
+        rows.append(
+            ("price", f"{n * price.usd_per_chip_hour:,.2f} USD/h ({price.provider}, {price.term}, {price.date})")
+        )
     _print_rows(rows)
 
 

@@ -20,6 +20,11 @@ COMMANDS = {
     "speculation": ("simulator.cli.speculation", "What speculative decoding is worth at each batch."),
     "explain": ("simulator.cli.explain", "Where one request's time went, and who was ahead of it."),
     "compare": ("simulator.cli.compare", "Compare two simulation results."),
+    "prices": (
+        "simulator.cli.prices",
+        "What chips cost by term, owning one, training a model, break-even with an API.",
+    ),
+    "report": ("simulator.cli.report", "One self-contained HTML page about results."),
     "calibrate": ("simulator.cli.calibrate", "Fit the cost model to measured kernels and servers."),
     "validate": (
         "simulator.cli.validate",

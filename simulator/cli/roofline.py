@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simulator.cli.costs import cost_options, costs
+from simulator.cli.costs import cost_options, costs, price_of, price_options
 from simulator.cli.output import json_option, note, print_json, print_table
 from simulator.errors import InfeasibleError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from simulator.economics import ChipPrice
     from simulator.roofline.analysis import StepReport
     from simulator.roofline.deployment import Deployment
     from simulator.roofline.ops import Number
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     help="KV cache over heads (default), evenly, or whole sequences on chips.",
 )
 @cost_options
+@price_options
 @click.option("--mtp", type=click.IntRange(min=1), help="Runs of the model's MTP modules after a decode step.")
 @click.option("--max-num-seqs", type=int, help="vLLM's setting. Default: 256, or the batch if larger.")
 @click.option("--max-num-batched-tokens", type=int, help="vLLM's setting. Default: 8192, or the step if larger.")
@@ -117,6 +119,7 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
         sharded_roofline(options, as_json=as_json)
         return
     deployment = _deployment(options)
+    price = price_of(deployment.slice.chip, options["price_file"], options["term"])
     prefill, decode, context = options["prefill"], options["decode"], options["context"]
     for name, size, limit in (
         ("prefill", prefill, deployment.max_num_batched_tokens),
@@ -129,10 +132,12 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
     changes = what_if_rows(report, options["what_if_"]) if options["what_if_"] is not None else []
     steps = waterfall_steps(report, options["over"]) if waterfall is not None else None
     if as_json:
-        extra = {} if mtp is None else {"mtp": mtp_document(mtp)}
+        extra: dict[str, Any] = {} if mtp is None else {"mtp": mtp_document(mtp)}
+        extra |= {"price": price_document(price, report.tokens_per_s_per_chip)}
         print_json(document(report) | {"what_if": [vars(change) for change in changes]} | extra)
     else:
         print_report(report)
+        print_price(price, report.tokens_per_s_per_chip)
         if mtp is not None:
             print_mtp(mtp)
         if changes:
@@ -303,6 +308,28 @@ def print_report(report: "StepReport") -> None:
         click.echo(f"{name:<16} {text}")
     for line in d.notes:
         click.echo(f"{'note':<16} {line}")
+
+
+def price_document(price: "ChipPrice | None", tokens_per_s_per_chip: float) -> dict[str, Any] | None:
+    """What the tokens of such steps cost, back to back; None without a price."""
+    from simulator.economics import chip_seconds_usd
+
+    if price is None:
+        return None
+    return {
+        "usd_per_chip_hour": price.usd_per_chip_hour,
+        "source": price.text,
+        "per_million_tokens_usd": chip_seconds_usd(1e6 / tokens_per_s_per_chip, price.usd_per_chip_hour),
+    }
+
+
+def print_price(price: "ChipPrice | None", tokens_per_s_per_chip: float) -> None:
+    """The same in one line."""
+    found = price_document(price, tokens_per_s_per_chip)
+    if price is not None and found is not None:
+        quoted = ", ".join(filter(None, (price.term, price.provider if price.owned is None else "", price.date)))
+        text = f"${found['per_million_tokens_usd']:.3g} per M tokens at ${price.usd_per_chip_hour:.4g} per chip-hour"
+        click.echo(f"{'price':<16} {text}: {quoted}")
 
 
 def _column(title: str, values: "Sequence[Number]", largest: float) -> tuple[str, list[str]]:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simulator.cli.costs import costs
+from simulator.cli.costs import costs, price_of
 from simulator.cli.output import print_json, print_table
 from simulator.errors import InputError
 
@@ -20,6 +20,7 @@ def sharded_roofline(options: dict[str, Any], *, as_json: bool) -> None:
     from simulator.catalog.chips import IDEAL
     from simulator.catalog.models import load_model
     from simulator.catalog.slices import resolve_slice
+    from simulator.cli.roofline import price_document, print_price
     from simulator.roofline.pipeline import require_sharded_fit, shard, sharded_report
     from simulator.roofline.precision import parse_precision
     from simulator.roofline.search import search
@@ -35,28 +36,33 @@ def sharded_roofline(options: dict[str, Any], *, as_json: bool) -> None:
         "gpu_memory_utilization": options["gpu_memory_utilization"],
     } | {name: options[name] for name in ("layout", "kv_layout") if options[name] is not None}
     settings |= costs(options)
+    price = price_of(slice_.chip, options["price_file"], options["term"])
     if options["sharding"] == "auto":
         for name in ("tp", "pp", "micro_batches"):
             if options[name] is not None:
                 raise InputError(f"--{name.replace('_', '-')} {options[name]} with --shard auto: auto chooses it")
         found = search(architecture, slice_, objective=options["objective"] or "latency", **question, **settings)
         if as_json:
-            print_json(search_document(found, slice_.n_chips))
+            first = found.tried[0].report
+            priced = price_document(price, first.tokens_per_s_per_chip) if first else None
+            print_json(search_document(found, slice_.n_chips) | {"price": priced})
         else:
             _print_search(found)
         best = found.best
         if not as_json:
             click.echo()
             _print_report(best)
+            print_price(price, best.tokens_per_s_per_chip)
         return
     if options["objective"] is not None:
         raise InputError(f"--objective {options['objective']}: only --shard auto has a choice; add it")
     deployment = shard(architecture, slice_, _sharding(options, slice_), **settings)
     report = sharded_report(deployment, **question, micro_batches=options["micro_batches"])
     if as_json:
-        print_json(sharded_document(report))
+        print_json(sharded_document(report) | {"price": price_document(price, report.tokens_per_s_per_chip)})
     else:
         _print_report(report)
+        print_price(price, report.tokens_per_s_per_chip)
     require_sharded_fit(deployment)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from simulator.cli.costs import price_options, price_overrides
 from simulator.cli.output import json_option, note, print_json
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ Examples:
   chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=20
   chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
   chipseconds simulate llama-3-8b-azure-chat --set traffic.n_requests=10_000_000 --summary-only
+  chipseconds simulate llama-3-8b-azure-chat --term spot --prices prices.toml
   chipseconds simulate llama-3-8b-azure-chat --trace trace.json --trace-window 600:610 --timeline timeline.png
 """
 
@@ -40,6 +42,7 @@ Examples:
 @click.option(
     "--trace-window", metavar="FROM:TO", help="Simulated seconds that --trace covers; default: from the start."
 )
+@price_options
 @click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 @json_option
@@ -54,6 +57,8 @@ def simulate(
     timeline: Path | None,
     trace: Path | None,
     trace_window: str | None,
+    price_file: str | None,
+    term: str | None,
     workers: int | None,
     quiet: bool,
     as_json: bool,
@@ -65,7 +70,7 @@ def simulate(
 
     if out is not None:
         check_writable(out)
-    loaded = load_scenario(scenario, overrides)
+    loaded = load_scenario(scenario, (*overrides, *price_overrides(price_file, term)))
     window = _check_pictures(
         plot, timeline, trace, trace_window, out, rows_kept=not (summary_only or loaded.run.summary_only)
     )

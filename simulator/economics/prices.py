@@ -6,6 +6,8 @@ time is paid too, divided in proportion to use, so that the queries together pay
 
 from dataclasses import dataclass
 
+from simulator.results.summary import Summary
+
 _SECONDS_PER_HOUR = 3600.0
 
 
@@ -45,6 +47,21 @@ class Usage:
     def busy_chip_s(self) -> float:
         """All busy time. [chip-s]"""
         return self.prefill_chip_s + self.decode_chip_s
+
+
+def usage_of(summary: Summary) -> Usage:
+    """Chip time and tokens of a run's finished queries."""
+    counts, per_query = summary.requests, summary.chip_seconds_per_query
+    queries = counts.finished
+    return Usage(
+        queries=queries,
+        prefill_chip_s=per_query.prefill * queries,
+        cached_chip_s=per_query.cached * queries,
+        decode_chip_s=per_query.decode * queries,
+        input_tokens=counts.prompt_tokens - counts.cached_tokens,
+        cached_tokens=counts.cached_tokens,
+        output_tokens=counts.output_tokens,
+    )
 
 
 @dataclass(frozen=True)

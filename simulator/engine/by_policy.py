@@ -7,6 +7,53 @@ steps of the decoding batch: where decoding sequences sit a step out (B3), it st
 
 import math
 
+from simulator.engine.batch import (
+    advance_decodes,
+    append_running,
+    leave_batch,
+    pass_window_events,
+    rebase_sums,
+    unlink_running,
+)
+from simulator.engine.core import (
+    BATCH,
+    CLOCK,
+    FIRST,
+    FREE_BLOCKS,
+    HEAP_SIZE,
+    IDLE,
+    INTERVAL,
+    ITL_MAX,
+    LAST,
+    LAST_START,
+    MAX_BLOCKS,
+    MAX_RUNNING,
+    MAX_WAITING,
+    N_FREE_SLOTS,
+    N_GROWING,
+    N_PENDING,
+    N_RUNNING,
+    NEXT_ROW,
+    PREEMPTIONS,
+    REBASE_STEPS,
+    SEGMENTS,
+    SHARE_W,
+    SLOT_BITS,
+    STEP,
+    STEP_ORIGIN,
+    STEPS,
+    T_PREEMPTIONS,
+    T_WAITING,
+    WAITING_INTEGRAL,
+    Chunks,
+    CostTable,
+    Limits,
+    Outcome,
+    Price,
+    State,
+    Stream,
+)
+from simulator.engine.fcfs import release_next
 from simulator.engine.heaps import pop_arrival, pop_key, push_arrival
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.progressions import blocks_for, count_itl, end_of_steps, residue, spread, take_blocks
@@ -65,58 +112,15 @@ from simulator.engine.queues import (
 )
 from simulator.engine.records import CANCELLED, FINISHED, REJECTED, RUNNING, TIMED_OUT, WAITING
 from simulator.engine.scheduling import CHUNKED, EDF, FAIR, FCFS, PREFILL_FIRST, STATIC
-from simulator.engine.skip_ahead import (
-    BATCH,
-    CLOCK,
-    FIRST,
-    FREE_BLOCKS,
-    HEAP_SIZE,
-    IDLE,
-    INTERVAL,
-    ITL_MAX,
-    LAST,
-    LAST_START,
-    MAX_BLOCKS,
-    MAX_RUNNING,
-    MAX_WAITING,
-    N_FREE_SLOTS,
-    N_GROWING,
-    N_PENDING,
-    N_RUNNING,
-    NEXT_ROW,
-    PREEMPTIONS,
-    REBASE_STEPS,
-    SEGMENTS,
-    SHARE_W,
-    SLOT_BITS,
-    STEP,
-    STEP_ORIGIN,
-    STEPS,
-    T_PREEMPTIONS,
-    T_WAITING,
-    WAITING_INTEGRAL,
-    Chunks,
-    CostTable,
-    Limits,
-    Outcome,
-    Price,
-    State,
-    Stream,
-    _advance_decodes,
-    _append,
-    _count_latencies,
-    _end_chunks,
-    _finish,
-    _leave_batch,
-    _pass_events,
-    _price,
-    _rebase,
-    _record_segment,
-    _release,
-    _steps_alike,
-    _steps_until,
-    _unlink,
-    _widen,
+from simulator.engine.segments import (
+    count_latencies,
+    end_chunks,
+    finish_request,
+    price_step,
+    record_segment,
+    steps_alike,
+    steps_until,
+    widen_timeline,
 )
 
 MANY = 1 << 60
@@ -154,11 +158,11 @@ def _preempt(cost: CostTable, out: Outcome, state: State, queue: Queue, slot: in
         granted = queue.ints[GRANTED]
         ahead = 1 if granted == ALL or (granted == SOME and queue.slots[slot, HAS_BLOCK] == 1) else 0
         stop_counting(queue, row, ints[STEP])
-        _leave_batch(cost, state, out, None, slot, block_size)
+        leave_batch(cost, state, out, None, slot, block_size)
         state.finish_step[slot] = -1
     computed = state.computed[slot]
     ints[FREE_BLOCKS] += blocks_for(computed + ahead, block_size)
-    _unlink(state, slot)
+    unlink_running(state, slot)
     _free_slot(state, slot)
     ints[PREEMPTIONS] += 1
     state.timeline[T_PREEMPTIONS, int(state.floats[CLOCK] / state.floats[INTERVAL])] += 1.0
@@ -310,7 +314,7 @@ def _admit(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state:
         state.last_token[slot] = queue.row_floats[row, LAST_TOKEN]
         state.computed[slot] = done
         out.status[row] = RUNNING
-        _append(state, slot)
+        append_running(state, slot)
         ints[FREE_BLOCKS] -= blocks_for(done + want, bs)
         if rules.batching == STATIC:
             queue.ints[RESERVED] += blocks_for(stream.prompt[row] + stream.max_tokens[row] - 1, bs)
@@ -443,7 +447,7 @@ def _join_or_reject(
     ):
         out.status[row] = REJECTED
         if stream.concurrency > 0:
-            _release(stream, state, when)
+            release_next(stream, state, when)
         return
     queue.row_floats[row, ATTEMPT_S] = arrival
     queue.row_ints[row, EMITTED] = 0
@@ -490,13 +494,13 @@ def _leave_replica(
     row = state.row[slot]
     _retire(stream, limits, state, queue, slot)
     if state.finish_step[slot] >= 0:
-        _leave_batch(cost, state, out, None, slot, limits.block_size)
+        leave_batch(cost, state, out, None, slot, limits.block_size)
         state.finish_step[slot] = -1
     else:
         drop_partial(queue, slot)
     computed = state.computed[slot]
     state.ints[FREE_BLOCKS] += blocks_for(computed, limits.block_size)
-    _unlink(state, slot)
+    unlink_running(state, slot)
     _free_slot(state, slot)
     _abandon(stream, out, queue, row, status, max(state.seen[slot], computed), state.emitted[slot])
 
@@ -534,7 +538,7 @@ def _client_leaves(
         again = max(due + queue.waits[queue.row_ints[row, ATTEMPTS] - 1], noticed)
         state.ints[N_PENDING] = push_arrival(state.pending_time, state.pending_row, state.ints[N_PENDING], again, row)
     elif stream.concurrency > 0:
-        _release(stream, state, due)
+        release_next(stream, state, due)
 
 
 @compiled
@@ -657,8 +661,8 @@ def _end_decodes(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, 
         slot = key & ((1 << SLOT_BITS) - 1)
         if state.finish_step[slot] == key >> SLOT_BITS:
             _retire(stream, limits, state, queue, slot)
-            _leave_batch(cost, state, out, None, slot, limits.block_size)
-            _finish(state, out, None, slot, blocks_for(state.computed[slot], limits.block_size))
+            leave_batch(cost, state, out, None, slot, limits.block_size)
+            finish_request(state, out, None, slot, blocks_for(state.computed[slot], limits.block_size))
             n_done += 1
     return n_done
 
@@ -692,16 +696,16 @@ def advance(
                 return True
             if next_arrival >= until:
                 return False
-            _widen(state.timeline, floats, next_arrival)
+            widen_timeline(state.timeline, floats, next_arrival)
             floats[IDLE] += next_arrival - t
             floats[CLOCK] = next_arrival
             continue
         if t >= until:
             return False
         if cost.window > 0:
-            _pass_events(cost, state)
+            pass_window_events(cost, state)
         if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-            _rebase(cost, state, out, None)
+            rebase_sums(cost, state, out, None)
 
         # --- what runs: R5, R7, B1 to B4 ---
         chunks = _schedule(cost, limits, stream, out, state, queue)
@@ -716,7 +720,7 @@ def advance(
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
         # --- what it costs, and for how many steps: R9, H1 ---
-        price = _price(cost, stream, state, None, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
+        price = price_step(cost, stream, state, None, chunks.n, chunks.tokens, cost.dense[chunks.tokens])
         growth = 0.0 if chunks.n > 0 else price.slope * batch + cost.window_slope * ints[N_GROWING]
         d0 = price.d0
         q = growth
@@ -734,7 +738,7 @@ def advance(
         k = 1
         if chunks.n == 0 and not chunks.preempted:
             stop = _stop(limits, out, state, queue, until, next_arrival)
-            k = min(_steps_until(state, d0, q, stop, _steps_alike(cost, limits, state, None)), longest)
+            k = min(steps_until(state, d0, q, stop, steps_alike(cost, limits, state, None)), longest)
         end = end_of_steps(t, d0, q, k)
         owned = limits.num_blocks - ints[FREE_BLOCKS]
         blocks_integral = owned * (end - t)
@@ -750,18 +754,18 @@ def advance(
         ints[SEGMENTS] += 1
         out.steps_by_tokens[chunks.tokens] += k
         out.steps_by_rows[price.rows] += k
-        _record_segment(state, t, end, running, waiting, blocks_integral, end - t)
+        record_segment(state, t, end, running, waiting, blocks_integral, end - t)
         host = k * (d0 - price.d0) + (q - growth) * (k * (k - 1) // 2)
         queue.floats[HOST] += host
         if batch > 0:
-            _advance_decodes(cost, state, None, price, growth, k)
+            advance_decodes(cost, state, None, price, growth, k)
             floats[SHARE_W] += host / chunks.tokens
             if queue.ints[STALLED] == 0:
-                _count_latencies(out, state, batch, d0, q, k)
+                count_latencies(out, state, batch, d0, q, k)
             else:
                 _count_latencies_after_stall(out, state, queue, end_of_steps(t, d0, q, 1))
                 if k > 1:
-                    _count_latencies(out, state, batch, d0 + q, q, k - 1)
+                    count_latencies(out, state, batch, d0 + q, q, k - 1)
         if sits_out:
             ints[BATCH] = decoding
         else:
@@ -772,11 +776,11 @@ def advance(
         n_done = 0
         if chunks.n > 0:
             whole = _with_host(price, price.per_token + host / chunks.tokens)
-            n_done = _end_chunks(cost, stream, out, state, None, chunks.n, whole, bs)
+            n_done = end_chunks(cost, stream, out, state, None, chunks.n, whole, bs)
             n_done -= _settle_chunks(stream, limits, out, state, queue, chunks.n)
         if queue.ints[N_GONE] > 0:
             _let_clients_go(cost, limits, stream, out, state, queue)
         n_done += _end_decodes(cost, limits, stream, out, state, queue)
         if stream.concurrency > 0:
             for _ in range(n_done):
-                _release(stream, state, end + rules.output_s)
+                release_next(stream, state, end + rules.output_s)

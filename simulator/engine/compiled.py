@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import by_policy, jit, prefix_cache, queues, skip_ahead, speculation, swap, tiers
+from simulator.engine import by_policy, core, jit, prefix_cache, queues, skip_ahead, speculation, swap, tiers
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.new_queue import new_queue
 from simulator.engine.records import (
@@ -70,7 +70,7 @@ class Engine:
         m = settings.max_num_seqs
         if settings.speculation is not None:
             cost = with_drafter(cost, settings.speculation.cost)
-        self._cost = skip_ahead.CostTable(
+        self._cost = core.CostTable(
             np.ascontiguousarray(cost.dense_s, dtype=np.float64),
             np.ascontiguousarray(cost.head_s, dtype=np.float64),
             np.ascontiguousarray(cost.decode_knots, dtype=np.float64),
@@ -82,7 +82,7 @@ class Engine:
             cost.window_chunked,
             float(cost.window_slope_s),
         )
-        self._limits = skip_ahead.Limits(
+        self._limits = core.Limits(
             m,
             settings.max_num_batched_tokens,
             settings.block_size,
@@ -91,7 +91,7 @@ class Engine:
             settings.scheduler_reserve_full_isl,
             settings.lookahead,
         )
-        self._stream = skip_ahead.Stream(
+        self._stream = core.Stream(
             np.ascontiguousarray(requests.arrival_s, dtype=np.float64),
             np.ascontiguousarray(requests.prompt_tokens, dtype=np.int64),
             np.ascontiguousarray(requests.output_tokens, dtype=np.int64),
@@ -99,7 +99,7 @@ class Engine:
             np.ascontiguousarray(requests.max_tokens, dtype=np.int64),
             requests.concurrency,
         )
-        self._out = skip_ahead.Outcome(
+        self._out = core.Outcome(
             np.full(n, NOT_ARRIVED, dtype=np.int8),
             np.full(n, np.nan) if requests.concurrency else np.array(requests.arrival_s, dtype=np.float64),
             np.full(n, np.nan),
@@ -119,10 +119,10 @@ class Engine:
         self._queue: queues.Queue | None = None
         if needs_queue(settings, clients_leave=requests.clients_may_leave):
             self._queue = new_queue(settings, requests)
-        self._extra: skip_ahead.Extra | None = None
+        self._extra: core.Extra | None = None
         hashes = cache_hashes(settings, requests)
         if hashes is not None or settings.speculation is not None or settings.swap is not None:
-            self._extra = skip_ahead.Extra(
+            self._extra = core.Extra(
                 cache=_new_cache(hashes, settings, n, log_size),
                 spec=_new_spec(cost, settings, requests),
                 swap=swap.new_swap(settings.swap, max_num_seqs=m, n=n),
@@ -130,19 +130,19 @@ class Engine:
             )
         floats, ints = self._state.floats, self._state.ints
         last = 0.0 if requests.concurrency or n == 0 else float(requests.arrival_s[-1])
-        floats[skip_ahead.INTERVAL] = timeline_interval_s or max(last / 512, 64 * float(cost.dense_s[1]))
+        floats[core.INTERVAL] = timeline_interval_s or max(last / 512, 64 * float(cost.dense_s[1]))
         if requests.concurrency:
             first = min(requests.concurrency, n)
             order = np.argsort(requests.arrival_s[:first], kind="stable")  # a sorted array is a heap
             self._state.pending_row[:first] = order
             self._state.pending_time[:first] = requests.arrival_s[:first][order]
-            ints[skip_ahead.N_PENDING] = ints[skip_ahead.NEXT_ROW] = first
+            ints[core.N_PENDING] = ints[core.NEXT_ROW] = first
         self.done = False
 
     @property
     def clock_s(self) -> float:
         """End of the last step. [s]"""
-        return float(self._state.floats[skip_ahead.CLOCK])
+        return float(self._state.floats[core.CLOCK])
 
     @property
     def n_waiting(self) -> int:
@@ -150,7 +150,7 @@ class Engine:
         if self._queue is not None:
             return int(self._queue.ints[queues.N_QUEUED])
         ints = self._state.ints
-        return int(ints[skip_ahead.N_PREEMPTED] + ints[skip_ahead.FIFO_TAIL] - ints[skip_ahead.FIFO_HEAD])
+        return int(ints[core.N_PREEMPTED] + ints[core.FIFO_TAIL] - ints[core.FIFO_HEAD])
 
     @property
     def clients_come_and_go(self) -> bool:
@@ -162,7 +162,7 @@ class Engine:
         """When the next load from the tiers below HBM will be there; infinite if none is on its way. [s]"""
         if self._extra is None:
             return math.inf
-        return tiers.next_ready(self._extra.loads, int(self._state.ints[skip_ahead.N_LOADING]))
+        return tiers.next_ready(self._extra.loads, int(self._state.ints[core.N_LOADING]))
 
     @property
     def cache_log(self) -> NDArray[np.int64]:
@@ -198,7 +198,7 @@ class Engine:
         """Σ S so far: keys that decoding sequences have seen."""
         if self._extra is not None and self._extra.spec.on:
             return float(self._extra.spec.tariff.keys[0].sum())
-        return int(self._state.ints[skip_ahead.DECODE_KEYS])
+        return int(self._state.ints[core.DECODE_KEYS])
 
     def _extra_tokens(self) -> int:
         """Tokens emitted beyond one per pass of speculative decoding, those of sequences not yet settled included."""
@@ -206,7 +206,7 @@ class Engine:
             return 0
         batch = self._extra.spec.batch
         slots = batch.slots[batch.slots[:, speculation.BLOCK_STEP] >= 0]
-        passes = self._state.ints[skip_ahead.STEP] - slots[:, speculation.SINCE]
+        passes = self._state.ints[core.STEP] - slots[:, speculation.SINCE]
         before = slots[:, speculation.PROGRESS]
         after = before + passes * slots[:, speculation.RATE]
         extra = (after >> speculation.UNIT_BITS) - (before >> speculation.UNIT_BITS) - passes
@@ -222,28 +222,28 @@ class Engine:
         counts = out.steps_by_tokens
         rows = out.steps_by_rows
         totals = {
-            "steps": int(ints[skip_ahead.STEPS]),
+            "steps": int(ints[core.STEPS]),
             "dense_tokens": int(counts @ np.arange(len(counts))),
-            "decode_tokens": int(ints[skip_ahead.DECODE_TOKENS]),
-            "decode_keys": int(ints[skip_ahead.DECODE_KEYS]),
-            "prefill_pairs": int(ints[skip_ahead.PREFILL_PAIRS]),
-            "prefill_keys": int(ints[skip_ahead.PREFILL_KEYS]),
-            "window_decode_keys": int(ints[skip_ahead.WINDOW_DECODE_KEYS]),
-            "window_prefill_pairs": int(ints[skip_ahead.WINDOW_PAIRS]),
-            "window_prefill_keys": int(ints[skip_ahead.WINDOW_KEYS]),
-            "chunks": int(ints[skip_ahead.CHUNKS]),
+            "decode_tokens": int(ints[core.DECODE_TOKENS]),
+            "decode_keys": int(ints[core.DECODE_KEYS]),
+            "prefill_pairs": int(ints[core.PREFILL_PAIRS]),
+            "prefill_keys": int(ints[core.PREFILL_KEYS]),
+            "window_decode_keys": int(ints[core.WINDOW_DECODE_KEYS]),
+            "window_prefill_pairs": int(ints[core.WINDOW_PAIRS]),
+            "window_prefill_keys": int(ints[core.WINDOW_KEYS]),
+            "chunks": int(ints[core.CHUNKS]),
             "rows": int(rows @ np.arange(len(rows))),
-            "preemptions": int(ints[skip_ahead.PREEMPTIONS]),
-            "recomputed_tokens": int(ints[skip_ahead.RECOMPUTED]),
-            "segments": int(ints[skip_ahead.SEGMENTS]),
-            "decode_attention_s": float(floats[skip_ahead.DECODE_ATTENTION]),
-            "prefill_attention_s": float(floats[skip_ahead.PREFILL_ATTENTION]),
-            "running_s": float(floats[skip_ahead.RUNNING_INTEGRAL]),
-            "waiting_s": float(floats[skip_ahead.WAITING_INTEGRAL]),
-            "kv_blocks_s": float(floats[skip_ahead.BLOCKS_INTEGRAL]),
-            "max_running": int(ints[skip_ahead.MAX_RUNNING]),
-            "max_waiting": int(ints[skip_ahead.MAX_WAITING]),
-            "max_kv_blocks": int(ints[skip_ahead.MAX_BLOCKS]),
+            "preemptions": int(ints[core.PREEMPTIONS]),
+            "recomputed_tokens": int(ints[core.RECOMPUTED]),
+            "segments": int(ints[core.SEGMENTS]),
+            "decode_attention_s": float(floats[core.DECODE_ATTENTION]),
+            "prefill_attention_s": float(floats[core.PREFILL_ATTENTION]),
+            "running_s": float(floats[core.RUNNING_INTEGRAL]),
+            "waiting_s": float(floats[core.WAITING_INTEGRAL]),
+            "kv_blocks_s": float(floats[core.BLOCKS_INTEGRAL]),
+            "max_running": int(ints[core.MAX_RUNNING]),
+            "max_waiting": int(ints[core.MAX_WAITING]),
+            "max_kv_blocks": int(ints[core.MAX_BLOCKS]),
         }
         # Of a plain replica, what it was told; nobody is admitted without it.
         reused = np.where(np.isnan(out.scheduled), 0, self._stream.cached)
@@ -294,17 +294,17 @@ class Engine:
             for i, tier in enumerate(counts_by_tier):
                 totals[f"tier{i}_stored_blocks"] = int(tier[tiers.STORED])
                 totals[f"tier{i}_loaded_blocks"] = int(tier[tiers.LOADED])
-        interval = float(floats[skip_ahead.INTERVAL])
+        interval = float(floats[core.INTERVAL])
         end = self.clock_s
         used = min(math.ceil(end / interval), self._state.timeline.shape[1])
         means = self._state.timeline[:, :used] / interval
         timeline: dict[str, NDArray[np.float64]] = {
             "start_s": np.arange(used) * interval,
-            "running": means[skip_ahead.T_RUNNING],
-            "waiting": means[skip_ahead.T_WAITING],
-            "kv_blocks": means[skip_ahead.T_BLOCKS],
-            "busy_fraction": means[skip_ahead.T_BUSY],
-            "preemptions_per_s": means[skip_ahead.T_PREEMPTIONS],
+            "running": means[core.T_RUNNING],
+            "waiting": means[core.T_WAITING],
+            "kv_blocks": means[core.T_BLOCKS],
+            "busy_fraction": means[core.T_BUSY],
+            "preemptions_per_s": means[core.T_PREEMPTIONS],
         }
         found = self._speculation()
         if found is not None:
@@ -329,12 +329,12 @@ class Engine:
             swap_s=swap_s,
             load_start_s=load_start_s,
             load_end_s=load_end_s,
-            idle_s=float(floats[skip_ahead.IDLE]),
+            idle_s=float(floats[core.IDLE]),
             end_s=end,
             steps_by_tokens=counts,
             steps_by_rows=rows,
             itl_counts=out.itl,
-            itl_max_s=float(floats[skip_ahead.ITL_MAX]),
+            itl_max_s=float(floats[core.ITL_MAX]),
             totals=totals,
             timeline=timeline,
             timeline_interval_s=interval,
@@ -448,8 +448,8 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
             f"the cost table ends at {cost.max_rows} rows, a step of engine.max_num_seqs = {settings.max_num_seqs} may "
             f"have {settings.max_rows}"
         )
-    if settings.max_num_seqs >= 1 << skip_ahead.SLOT_BITS:
-        raise InputError(f"engine.max_num_seqs = {settings.max_num_seqs}: at most {(1 << skip_ahead.SLOT_BITS) - 1}")
+    if settings.max_num_seqs >= 1 << core.SLOT_BITS:
+        raise InputError(f"engine.max_num_seqs = {settings.max_num_seqs}: at most {(1 << core.SLOT_BITS) - 1}")
     if timeline_interval_s is not None and not 0 < timeline_interval_s < math.inf:
         raise InputError(f"timeline_interval_s = {timeline_interval_s}: must be positive and finite")
 
@@ -467,21 +467,21 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
     )
 
 
-def _new_state(n: int, n_pending: int, settings: EngineSettings) -> skip_ahead.State:
+def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:
     m = settings.max_num_seqs
-    ints = np.zeros(skip_ahead.N_INTS, dtype=np.int64)
-    ints[skip_ahead.FREE_BLOCKS] = settings.num_kv_blocks
-    ints[[skip_ahead.FIRST, skip_ahead.LAST, skip_ahead.PARTIAL]] = -1
-    ints[skip_ahead.N_FREE_SLOTS] = m
-    ints[skip_ahead.STOP_ROW] = np.iinfo(np.int64).max
+    ints = np.zeros(core.N_INTS, dtype=np.int64)
+    ints[core.FREE_BLOCKS] = settings.num_kv_blocks
+    ints[[core.FIRST, core.LAST, core.PARTIAL]] = -1
+    ints[core.N_FREE_SLOTS] = m
+    ints[core.STOP_ROW] = np.iinfo(np.int64).max
 
     def slots() -> NDArray[np.int64]:
         return np.zeros(m, dtype=np.int64)
 
     bits = np.zeros(1)
-    return skip_ahead.State(
+    return core.State(
         ints=ints,
-        floats=np.zeros(skip_ahead.N_FLOATS),
+        floats=np.zeros(core.N_FLOATS),
         fifo=np.zeros(n, dtype=np.int64),
         pending_time=np.zeros(n_pending + 1),
         pending_row=np.zeros(n_pending + 1, dtype=np.int64),

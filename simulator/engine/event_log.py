@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import skip_ahead
+from simulator.engine import core
 from simulator.engine.compiled import Engine
 from simulator.engine.records import FINISHED, REJECTED, RUNNING
 from simulator.errors import InputError
@@ -133,7 +133,7 @@ class Recorder:
     def _meet(self) -> None:
         """Take in the requests that are there when the stretch begins."""
         now_s = self._engine.clock_s
-        self._seen_rows = int(self._state.ints[skip_ahead.NEXT_ROW])
+        self._seen_rows = int(self._state.ints[core.NEXT_ROW])
         rows = np.arange(self._seen_rows)
         status, scheduled = self._out.status[rows], self._out.scheduled[rows]
         done = (status == FINISHED) | (status == REJECTED)
@@ -147,7 +147,7 @@ class Recorder:
     def _find_slots(self) -> None:
         state = self._state
         used = np.ones(len(state.row), dtype=bool)
-        used[state.free_slots[: state.ints[skip_ahead.N_FREE_SLOTS]]] = False
+        used[state.free_slots[: state.ints[core.N_FREE_SLOTS]]] = False
         slots = np.flatnonzero(used)
         self._slot[state.row[slots]] = slots
 
@@ -162,24 +162,24 @@ class Recorder:
     def _counters(self) -> _Counters:
         ints = self._state.ints
         return _Counters(
-            int(ints[skip_ahead.DECODE_TOKENS]),
+            int(ints[core.DECODE_TOKENS]),
             round(self._engine.decode_keys),
-            int(ints[skip_ahead.CHUNKS]),
-            int(ints[skip_ahead.PREFILL_PAIRS]),
-            int(ints[skip_ahead.PREEMPTIONS]),
-            float(self._state.floats[skip_ahead.BLOCKS_INTEGRAL]),
+            int(ints[core.CHUNKS]),
+            int(ints[core.PREFILL_PAIRS]),
+            int(ints[core.PREEMPTIONS]),
+            float(self._state.floats[core.BLOCKS_INTEGRAL]),
         )
 
     def _next_s(self) -> float:
         """Start of the next step, or a lower bound of it; infinite if there is none."""
         ints, state = self._state.ints, self._state
-        if ints[skip_ahead.N_RUNNING] or self._engine.n_waiting:
+        if ints[core.N_RUNNING] or self._engine.n_waiting:
             return self._engine.clock_s
         if self._stream.concurrency:
-            pending = ints[skip_ahead.N_PENDING] > 0
+            pending = ints[core.N_PENDING] > 0
             arrival = float(state.pending_time[0]) if pending else math.inf
         else:
-            row = ints[skip_ahead.NEXT_ROW]
+            row = ints[core.NEXT_ROW]
             arrival = float(self._stream.arrival[row]) if row < len(self._stream.arrival) else math.inf
         return max(self._engine.clock_s, min(arrival, self._engine.next_load_s))
 
@@ -189,17 +189,17 @@ class Recorder:
         if start_s >= before_s or math.isinf(start_s):
             return False
         before = self._counters()
-        n_steps = int(self._state.ints[skip_ahead.STEPS])
+        n_steps = int(self._state.ints[core.STEPS])
         self._engine.advance(math.nextafter(start_s, math.inf))
         arrived = self._note_arrivals()
-        if int(self._state.ints[skip_ahead.STEPS]) == n_steps:  # whoever arrived was rejected
+        if int(self._state.ints[core.STEPS]) == n_steps:  # whoever arrived was rejected
             return True
         self._note_step(before, arrived)
         return True
 
     def _note_arrivals(self) -> NDArray[np.int64]:
         """Queue the rows that the engine has taken from the stream; return the queue as it was before admissions."""
-        seen = int(self._state.ints[skip_ahead.NEXT_ROW])
+        seen = int(self._state.ints[core.NEXT_ROW])
         if seen > self._seen_rows:
             self._queue = np.concatenate([self._queue, np.arange(self._seen_rows, seen)])
             self._seen_rows = seen
@@ -211,7 +211,7 @@ class Recorder:
 
     def _note_step(self, before: _Counters, queue: NDArray[np.int64]) -> None:
         out, floats = self._out, self._state.floats
-        start_s, end_s = float(floats[skip_ahead.LAST_START]), self._engine.clock_s
+        start_s, end_s = float(floats[core.LAST_START]), self._engine.clock_s
         self._find_slots()
         admitted = queue[~np.isnan(out.scheduled[queue])]
         if len(admitted):

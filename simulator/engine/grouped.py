@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import ranks, skip_ahead, stages
+from simulator.engine import core, parts, ranks, stages
 from simulator.engine.compiled import Engine
 from simulator.engine.records import EngineResult, EngineSettings, Requests, needs_queue, of_the_whole
 from simulator.errors import InputError
@@ -48,7 +48,7 @@ class RankEngine(Engine):
         self._state = part(self._states, cost.ranks, one_each)
         self._board = ranks.Board(
             np.zeros((cost.ranks, ranks.N_SCHEDULED), dtype=np.int64),
-            np.zeros((cost.ranks, ranks.N_PRICES)),
+            np.zeros((cost.ranks, parts.N_PRICES)),
             np.zeros(ranks.N_BOARD_FLOATS),
             np.zeros(1, dtype=np.int64),
         )
@@ -105,7 +105,7 @@ class StageEngine(Engine):
         n = self._stages = len(cost.stages)
         self._states = stacked(self._state, n + 1, _OF_GROUP)
         first_steps = np.arange(n + 1) << stages.GROUP_BITS
-        for name in (skip_ahead.STEP, skip_ahead.STEP_ORIGIN):
+        for name in (core.STEP, core.STEP_ORIGIN):
             self._states.ints[:, name] = first_steps
         self._state = part(self._states, n, _OF_GROUP)
         self._flight = stages.Flight(
@@ -114,7 +114,7 @@ class StageEngine(Engine):
             chunks=np.zeros(n, dtype=np.int64),
             free=np.zeros(n),
             held=np.zeros(settings.max_num_seqs, dtype=np.int64),
-            prices=np.zeros((n, ranks.N_PRICES)),
+            prices=np.zeros((n, parts.N_PRICES)),
             floats=np.zeros(stages.N_FLIGHT_FLOATS),
         )
         self._table = stage_table(cost, settings)
@@ -210,7 +210,7 @@ def check_experts(cost: StepCost, settings: EngineSettings) -> None:
         )
 
 
-def stacked(state: skip_ahead.State, parts: int, names: Collection[str]) -> skip_ahead.State:
+def stacked(state: core.State, parts: int, names: Collection[str]) -> core.State:
     """As many states in one set of arrays; only the fields ``names`` are there for each."""
 
     def stack(name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -220,27 +220,27 @@ def stacked(state: skip_ahead.State, parts: int, names: Collection[str]) -> skip
             return np.zeros((parts, *array.shape), dtype=array.dtype)
         return np.stack([array] * parts)
 
-    return skip_ahead.State(*(stack(name, array) for name, array in zip(state._fields, state, strict=True)))
+    return core.State(*(stack(name, array) for name, array in zip(state._fields, state, strict=True)))
 
 
-def part(states: skip_ahead.State, g: int, names: Collection[str]) -> skip_ahead.State:
+def part(states: core.State, g: int, names: Collection[str]) -> core.State:
     """View of one of the stacked states."""
     fields = zip(states._fields, states, strict=True)
-    return skip_ahead.State(*(array[g] if name in names else array for name, array in fields))
+    return core.State(*(array[g] if name in names else array for name, array in fields))
 
 
-def merged(states: skip_ahead.State) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def merged(states: core.State) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Counts and times of all parts together; clock and interval are those of the last, which is the replica's own."""
     ints, floats = states.ints.sum(axis=0), states.floats.sum(axis=0)
-    for name in (skip_ahead.CLOCK, skip_ahead.INTERVAL, skip_ahead.LAST_START):
+    for name in (core.CLOCK, core.INTERVAL, core.LAST_START):
         floats[name] = states.floats[-1, name]
-    floats[skip_ahead.ITL_MAX] = states.floats[:, skip_ahead.ITL_MAX].max()
+    floats[core.ITL_MAX] = states.floats[:, core.ITL_MAX].max()
     for name in (
-        skip_ahead.STEPS,
-        skip_ahead.SEGMENTS,
-        skip_ahead.MAX_RUNNING,
-        skip_ahead.MAX_WAITING,
-        skip_ahead.MAX_BLOCKS,
+        core.STEPS,
+        core.SEGMENTS,
+        core.MAX_RUNNING,
+        core.MAX_WAITING,
+        core.MAX_BLOCKS,
     ):
         ints[name] = states.ints[-1, name]
     return ints, floats

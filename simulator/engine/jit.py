@@ -25,17 +25,22 @@ F = TypeVar("F", bound=Callable[..., object])
 
 #: Every module whose functions are compiled; all of them enter the cache key.
 COMPILED_SOURCES = (
+    "batch.py",
     "block_hashes.py",
     "by_policy.py",
+    "core.py",
+    "fcfs.py",
     "heaps.py",
     "jit.py",
     "kv_memory.py",
+    "parts.py",
     "prefix_cache.py",
     "progressions.py",
     "queues.py",
     "ranks.py",
     "records.py",
     "scheduling.py",
+    "segments.py",
     "skip_ahead.py",
     "speculation.py",
     "stages.py",

@@ -1,7 +1,7 @@
 """Replicas of several schedulers' worth of state: attention ranks in lock-step.
 
-Each rank is a :class:`~simulator.engine.skip_ahead.State` of its own, and all of them lie in one set of arrays with a
-leading axis; :func:`_rank` is the view of one. The last row belongs to the replica as a whole: its clock, the arrivals not
+Each rank is a :class:`~simulator.engine.core.State` of its own, and all of them lie in one set of arrays with a
+leading axis; :func:`part_of` is the view of one. The last row belongs to the replica as a whole: its clock, the arrivals not
 yet given to a rank, integrals and peaks. The phases of a step are those of a plain replica. Rules G1 to G6 of
 ``docs/engine-ranks.md``.
 """
@@ -9,11 +9,8 @@ yet given to a rank, integrals and peaks. The phases of a step are those of a pl
 import math
 from typing import Any, NamedTuple
 
-from simulator.engine.heaps import pop_arrival
-from simulator.engine.jit import compiled, inlined
-from simulator.engine.progressions import blocks_for, end_of_steps, residue, spread, take_blocks
-from simulator.engine.records import REJECTED, WAITING
-from simulator.engine.skip_ahead import (
+from simulator.engine.batch import advance_decodes, pass_window_events, rebase_sums
+from simulator.engine.core import (
     BATCH,
     CLOCK,
     FIFO_TAIL,
@@ -38,32 +35,28 @@ from simulator.engine.skip_ahead import (
     CostTable,
     Limits,
     Outcome,
-    Price,
     State,
     Stream,
-    _advance_decodes,
-    _count_latencies,
-    _end_chunks,
-    _end_decodes,
-    _make_room,
-    _n_waiting,
-    _next_arrival,
-    _pass_events,
-    _price,
-    _rebase,
-    _record_segment,
-    _release,
-    _schedule_chunks,
-    _steps_alike,
-    _steps_until,
-    _widen,
+)
+from simulator.engine.fcfs import make_room, n_waiting, next_arrival_s, release_next, schedule_chunks
+from simulator.engine.heaps import pop_arrival
+from simulator.engine.jit import compiled, inlined
+from simulator.engine.parts import OWN_GROWTH, load_price, part_of, store_price
+from simulator.engine.progressions import blocks_for, end_of_steps, residue, spread, take_blocks
+from simulator.engine.records import REJECTED, WAITING
+from simulator.engine.segments import (
+    count_latencies,
+    end_chunks,
+    end_decodes,
+    price_step,
+    record_segment,
+    steps_alike,
+    steps_until,
+    widen_timeline,
 )
 
 # columns of Board.scheduled
 N_CHUNKS, TOKENS, FREE, SHORT, STEP_NEED, PREEMPTED, N_SCHEDULED = range(7)
-# columns of Board.prices after the fields of Price
-OWN_GROWTH = len(Price._fields)
-N_PRICES = OWN_GROWTH + 1
 # indices into Board.floats: rank-seconds of busy time that no table of the cost accounts for
 PADDING, IMBALANCE, N_BOARD_FLOATS = range(3)
 
@@ -86,47 +79,10 @@ class Experts(NamedTuple):
 
 
 @inlined
-def _rank(states: State, g: int) -> State:
-    """View of one rank's state; what is one for all ranks is shared."""
-    return State(
-        states.ints[g],
-        states.floats[g],
-        states.fifo[g],
-        states.pending_time,
-        states.pending_row,
-        states.heap[g],
-        states.residues[g],
-        states.stack[g],
-        states.free_slots[g],
-        states.row[g],
-        states.computed[g],
-        states.joined[g],
-        states.emitted[g],
-        states.seen[g],
-        states.finish_step[g],
-        states.after[g],
-        states.before[g],
-        states.w[g],
-        states.r0[g],
-        states.r1[g],
-        states.last_token[g],
-        states.events[g],
-        states.event_step[g],
-        states.growing[g],
-        states.chunk_slot[g],
-        states.chunk_size[g],
-        states.chunk_start[g],
-        states.timeline,
-        states.bits_f,
-        states.bits_i,
-    )
-
-
-@inlined
 def _total_waiting(states: State, n_ranks: int) -> int:
     total = 0
     for g in range(n_ranks):
-        total += _n_waiting(_rank(states, g))
+        total += n_waiting(part_of(states, g))
     return total
 
 
@@ -139,8 +95,8 @@ def _choose_rank(states: State, n_ranks: int, turn: Any, least_loaded: bool) -> 
         best = 0
         best_load = -1
         for g in range(n_ranks):
-            rank = _rank(states, g)
-            load = 4 * _n_waiting(rank) + rank.ints[N_RUNNING]
+            rank = part_of(states, g)
+            load = 4 * n_waiting(rank) + rank.ints[N_RUNNING]
             if best_load < 0 or load < best_load:
                 best = g
                 best_load = load
@@ -159,11 +115,11 @@ def _receive_for_ranks(
     before_now: bool,
 ) -> None:
     """R2, R4, G1: let everything that has arrived by now (or before now) join a rank's queue, or be rejected."""
-    shared = _rank(states, n_ranks)
+    shared = part_of(states, n_ranks)
     ints, floats = shared.ints, shared.floats
     now = floats[CLOCK]
     while True:
-        when = _next_arrival(stream, shared)
+        when = next_arrival_s(stream, shared)
         if when > now or when == math.inf or (before_now and when == now):
             return
         if stream.concurrency > 0:
@@ -178,10 +134,10 @@ def _receive_for_ranks(
         if (0 < limits.max_model_len < longest) or blocks > limits.num_blocks:
             out.status[row] = REJECTED
             if stream.concurrency > 0:
-                _release(stream, shared, when)
+                release_next(stream, shared, when)
             continue
         out.status[row] = WAITING
-        rank = _rank(states, _choose_rank(states, n_ranks, board.turn, least_loaded))
+        rank = part_of(states, _choose_rank(states, n_ranks, board.turn, least_loaded))
         rank.fifo[rank.ints[FIFO_TAIL]] = row
         rank.ints[FIFO_TAIL] += 1
         if when < now:
@@ -192,58 +148,19 @@ def _receive_for_ranks(
 
 
 @inlined
-def _store_price(prices: Any, g: int, price: Price, growth: float) -> None:
-    row = prices[g]
-    row[0] = price.d0
-    row[1] = price.per_token
-    row[2] = price.per_row
-    row[3] = price.slope
-    row[4] = price.attention
-    row[5] = price.rows
-    row[6] = price.pairs
-    row[7] = price.keys
-    row[8] = price.seen_pairs
-    row[9] = price.seen_keys
-    row[10] = price.plane
-    row[11] = price.prefill
-    row[12] = price.per_chunk_token
-    row[OWN_GROWTH] = growth
-
-
-@inlined
-def _load_price(prices: Any, g: int) -> Price:
-    row = prices[g]
-    return Price(
-        row[0],
-        row[1],
-        row[2],
-        row[3],
-        row[4],
-        int(row[5]),
-        int(row[6]),
-        int(row[7]),
-        int(row[8]),
-        int(row[9]),
-        int(row[10]),
-        row[11],
-        row[12],
-    )
-
-
-@inlined
 def _schedule_rank(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, rank: State, scheduled: Any) -> None:
     """R5 and R7 on one rank."""
     ints = rank.ints
     if cost.window > 0:
-        _pass_events(cost, rank)
+        pass_window_events(cost, rank)
     if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-        _rebase(cost, rank, out, None)
+        rebase_sums(cost, rank, out, None)
     need = rank.residues[residue(-ints[STEP], limits.block_size)]
     short = need > ints[FREE_BLOCKS]
     if short:
-        _make_room(cost, limits, out, rank, None)
+        make_room(cost, limits, out, rank, None)
     free = ints[FREE_BLOCKS] - (0 if short else need)
-    chunks = _schedule_chunks(cost, limits, stream, out, rank, None, free, short, in_flight=False)
+    chunks = schedule_chunks(cost, limits, stream, out, rank, None, free, short, in_flight=False)
     scheduled[N_CHUNKS] = chunks.n
     scheduled[TOKENS] = chunks.tokens
     scheduled[FREE] = chunks.free
@@ -296,13 +213,13 @@ def advance_ranks(
 ) -> bool:
     """Run ranks in lock-step until no step can start before ``until``; return whether everything is done."""
     n_ranks = board.scheduled.shape[0]
-    shared = _rank(states, n_ranks)
+    shared = part_of(states, n_ranks)
     ints, floats = shared.ints, shared.floats
     skewed = len(experts.excess) > 0
     while True:
         _receive_for_ranks(stream, limits, out, states, board, n_ranks, least_loaded, before_now=False)
         t = floats[CLOCK]
-        next_arrival = _next_arrival(stream, shared)
+        next_arrival = next_arrival_s(stream, shared)
         present = _total_waiting(states, n_ranks)
         for g in range(n_ranks):
             present += states.ints[g, N_RUNNING]
@@ -311,7 +228,7 @@ def advance_ranks(
                 return True
             if next_arrival >= until:
                 return False
-            _widen(shared.timeline, floats, next_arrival)
+            widen_timeline(shared.timeline, floats, next_arrival)
             floats[IDLE] += next_arrival - t
             floats[CLOCK] = next_arrival
             continue
@@ -325,13 +242,13 @@ def advance_ranks(
         alike = not skewed
         stop = until
         for g in range(n_ranks):
-            rank = _rank(states, g)
+            rank = part_of(states, g)
             rank.floats[CLOCK] = t
             rank.floats[INTERVAL] = floats[INTERVAL]
             scheduled = board.scheduled[g]
             _schedule_rank(cost, limits, stream, out, rank, scheduled)
             width = max(width, scheduled[TOKENS])
-            queued = _n_waiting(rank)
+            queued = n_waiting(rank)
             waiting += queued
             running += rank.ints[N_RUNNING]
             if scheduled[N_CHUNKS] > 0 or scheduled[PREEMPTED]:
@@ -349,25 +266,25 @@ def advance_ranks(
         slowest = 0
         k = 1 << 62
         for g in range(n_ranks):
-            rank = _rank(states, g)
+            rank = part_of(states, g)
             tokens = board.scheduled[g, TOKENS]
             growth = 0.0
             if tokens == 0:
                 board.prices[g, :] = 0.0
                 board.prices[g, 0] = dense
             else:
-                price = _price(cost, stream, rank, None, board.scheduled[g, N_CHUNKS], tokens, dense)
+                price = price_step(cost, stream, rank, None, board.scheduled[g, N_CHUNKS], tokens, dense)
                 if alike:
                     growth = price.slope * rank.ints[BATCH] + cost.window_slope * rank.ints[N_GROWING]
-                    k = min(k, _steps_alike(cost, limits, rank, None))
-                _store_price(board.prices, g, price, growth)
+                    k = min(k, steps_alike(cost, limits, rank, None))
+                store_price(board.prices, g, price, growth)
             d0, q = board.prices[slowest, 0], board.prices[slowest, OWN_GROWTH]
             if board.prices[g, 0] > d0 or (board.prices[g, 0] == d0 and growth > q):
                 slowest = g
         d0, q = board.prices[slowest, 0], board.prices[slowest, OWN_GROWTH]
         if alike:
             k = _steps_while_slowest(board.prices, n_ranks, slowest, k)
-            k = _steps_until(shared, d0, q, stop, k)
+            k = steps_until(shared, d0, q, stop, k)
         else:
             k = 1
         end = end_of_steps(t, d0, q, k)
@@ -377,7 +294,7 @@ def advance_ranks(
         owned = 0
         busy = 0.0
         for g in range(n_ranks):
-            rank = _rank(states, g)
+            rank = part_of(states, g)
             blocks_integral += _own_blocks(limits, rank, board.scheduled[g], d0, q, k, t, end)
             owned += limits.num_blocks - rank.ints[FREE_BLOCKS]
             tokens = board.scheduled[g, TOKENS]
@@ -391,12 +308,12 @@ def advance_ranks(
             busy += end - t
             if g != slowest:
                 busy -= k * (d0 - board.prices[g, 0]) + (q - growth) * (k * (k - 1) // 2)
-            price = _load_price(board.prices, g)
+            price = load_price(board.prices, g)
             out.steps_by_rows[price.rows] += k
             if rank.ints[BATCH] > 0:
                 batch = rank.ints[BATCH]
-                _advance_decodes(cost, rank, None, price, growth, k)
-                _count_latencies(out, rank, batch, d0, q, k)
+                advance_decodes(cost, rank, None, price, growth, k)
+                count_latencies(out, rank, batch, d0, q, k)
             rank.ints[STEP] += k
             rank.floats[CLOCK] = end
         if busy != n_ranks * (end - t):
@@ -406,18 +323,18 @@ def advance_ranks(
         ints[SEGMENTS] += 1
         floats[CLOCK] = end
         floats[LAST_START] = end_of_steps(t, d0, q, k - 1)
-        _record_segment(shared, t, end, running, waiting, blocks_integral, busy / n_ranks)
+        record_segment(shared, t, end, running, waiting, blocks_integral, busy / n_ranks)
         _receive_for_ranks(stream, limits, out, states, board, n_ranks, least_loaded, before_now=True)
         n_done = 0
         for g in range(n_ranks):
             if board.scheduled[g, TOKENS] > 0:
-                rank = _rank(states, g)
+                rank = part_of(states, g)
                 if board.scheduled[g, N_CHUNKS] > 0:
-                    price = _load_price(board.prices, g)
-                    n_done += _end_chunks(
+                    price = load_price(board.prices, g)
+                    n_done += end_chunks(
                         cost, stream, out, rank, None, board.scheduled[g, N_CHUNKS], price, limits.block_size
                     )
-                n_done += _end_decodes(cost, stream, out, rank, None, limits.block_size)
+                n_done += end_decodes(cost, stream, out, rank, None, limits.block_size)
         if stream.concurrency > 0:
             for _ in range(n_done):
-                _release(stream, shared, end)
+                release_next(stream, shared, end)

@@ -9,10 +9,8 @@ replica as a whole. Rules P1 to P7 of ``docs/engine-ranks.md``.
 import math
 from typing import Any, NamedTuple
 
-from simulator.engine.jit import compiled, inlined
-from simulator.engine.progressions import residue, spread
-from simulator.engine.ranks import _load_price, _store_price
-from simulator.engine.skip_ahead import (
+from simulator.engine.batch import advance_decodes, append_running, pass_window_events, rebase_sums, unlink_running
+from simulator.engine.core import (
     BATCH,
     CLOCK,
     FIFO_HEAD,
@@ -42,23 +40,18 @@ from simulator.engine.skip_ahead import (
     Price,
     State,
     Stream,
-    _advance_decodes,
-    _append,
-    _count_latencies,
-    _end_chunks,
-    _end_decodes,
-    _make_room,
-    _n_waiting,
-    _next_arrival,
-    _pass_events,
-    _price,
-    _rebase,
-    _receive,
-    _record_segment,
-    _release,
-    _schedule_chunks,
-    _unlink,
-    _widen,
+)
+from simulator.engine.fcfs import make_room, n_waiting, next_arrival_s, receive, release_next, schedule_chunks
+from simulator.engine.jit import compiled, inlined
+from simulator.engine.parts import load_price, part_of, store_price
+from simulator.engine.progressions import residue, spread
+from simulator.engine.segments import (
+    count_latencies,
+    end_chunks,
+    end_decodes,
+    price_step,
+    record_segment,
+    widen_timeline,
 )
 
 GROUP_BITS = 38
@@ -101,43 +94,6 @@ class Flight(NamedTuple):
 
 
 @inlined
-def _group(states: State, g: int) -> State:
-    """View of one group's state; what is one for all groups is shared."""
-    return State(
-        states.ints[g],
-        states.floats[g],
-        states.fifo,
-        states.pending_time,
-        states.pending_row,
-        states.heap[g],
-        states.residues[g],
-        states.stack,
-        states.free_slots,
-        states.row,
-        states.computed,
-        states.joined,
-        states.emitted,
-        states.seen,
-        states.finish_step,
-        states.after,
-        states.before,
-        states.w,
-        states.r0,
-        states.r1,
-        states.last_token,
-        states.events[g],
-        states.event_step,
-        states.growing,
-        states.chunk_slot[g],
-        states.chunk_size[g],
-        states.chunk_start[g],
-        states.timeline,
-        states.bits_f,
-        states.bits_i,
-    )
-
-
-@inlined
 def _hand_over(giver: Any, taker: Any) -> None:
     """Lend the counts of what is one for all groups."""
     for name in (FREE_BLOCKS, N_RUNNING, N_PREEMPTED, N_FREE_SLOTS, FIFO_HEAD, FIFO_TAIL):
@@ -147,14 +103,14 @@ def _hand_over(giver: Any, taker: Any) -> None:
 @inlined
 def _link(state: State, slot: int) -> None:
     """Put a running request at the end of the group's list."""
-    _append(state, slot)
+    append_running(state, slot)
     state.ints[N_RUNNING] -= 1
 
 
 @inlined
 def _detach(state: State, slot: int) -> None:
     """Take a request that goes on running out of the group's list."""
-    _unlink(state, slot)
+    unlink_running(state, slot)
     state.ints[N_RUNNING] += 1
 
 
@@ -189,7 +145,7 @@ def _enter_stages(
         flight.free[j] = end
         flight.floats[WORK] += time
         if end >= shared.timeline.shape[1] * floats[INTERVAL]:
-            _widen(shared.timeline, floats, end)
+            widen_timeline(shared.timeline, floats, end)
         spread(shared.timeline, T_BUSY, floats[INTERVAL], start, end, 1.0 / n_stages)
         ready = end
         if j + 1 < n_stages:
@@ -219,22 +175,22 @@ def _launch(
     held = partial >= 0 and flight.held[partial] > 0
     ints[PARTIAL] = partial
     if cost.window > 0:
-        _pass_events(cost, group)
+        pass_window_events(cost, group)
     if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-        _rebase(cost, group, out, None)
+        rebase_sums(cost, group, out, None)
     if partial >= 0 and not held:
         _link(group, partial)
     need = group.residues[residue(-ints[STEP], bs)]
     short = need > ints[FREE_BLOCKS]
     passed_over = False
     if short:
-        passed_over = _make_room(cost, limits, out, group, None) and held
+        passed_over = make_room(cost, limits, out, group, None) and held
     if passed_over:
         ints[PARTIAL] = -1
     elif held:  # no victim of the above, but in its place in the order of admission
         _link(group, partial)
     free = ints[FREE_BLOCKS] - (0 if short else need)
-    chunks = _schedule_chunks(cost, limits, stream, out, group, None, free, short, held)
+    chunks = schedule_chunks(cost, limits, stream, out, group, None, free, short, held)
     if chunks.n > 0:
         ints[FREE_BLOCKS] = chunks.free
     elif not short:
@@ -249,8 +205,8 @@ def _launch(
             for j in range(len(flight.free)):
                 dense += excess * stages.experts[j, chunks.tokens]
         flight.floats[IMBALANCE] += dense - cost.dense[chunks.tokens]
-        price = _price(cost, stream, group, None, chunks.n, chunks.tokens, dense)
-        _store_price(flight.prices, g, price, 0.0)
+        price = price_step(cost, stream, group, None, chunks.n, chunks.tokens, dense)
+        store_price(flight.prices, g, price, 0.0)
         _enter_stages(stages, flight, shared, group, g, price, chunks.tokens, excess)
         shared.ints[STEPS] += 1
         shared.ints[SEGMENTS] += 1
@@ -285,19 +241,19 @@ def _complete(
     now = shared.floats[CLOCK]
     group.floats[CLOCK] = now
     _hand_over(shared.ints, ints)
-    price = _load_price(flight.prices, g)
+    price = load_price(flight.prices, g)
     if ints[BATCH] > 0:
         batch = ints[BATCH]
-        _advance_decodes(cost, group, None, price, 0.0, 1)
-        _count_latencies(out, group, batch, now - flight.last[g], 0.0, 1)
+        advance_decodes(cost, group, None, price, 0.0, 1)
+        count_latencies(out, group, batch, now - flight.last[g], 0.0, 1)
     ints[STEP] += 1
     n_done = 0
     if flight.chunks[g] > 0:
         for c in range(flight.chunks[g]):
             flight.held[group.chunk_slot[c]] -= 1
-        n_done += _end_chunks(cost, stream, out, group, None, flight.chunks[g], price, limits.block_size)
+        n_done += end_chunks(cost, stream, out, group, None, flight.chunks[g], price, limits.block_size)
         ints[PARTIAL] = -1
-    n_done += _end_decodes(cost, stream, out, group, None, limits.block_size)
+    n_done += end_decodes(cost, stream, out, group, None, limits.block_size)
     _hand_over(ints, shared.ints)
     flight.done[g] = math.inf
     flight.last[g] = now
@@ -317,19 +273,19 @@ def advance_stages(
 ) -> bool:
     """Run until nothing can happen before ``until``; return whether everything is done. ``cost`` sums the stages."""
     n_stages = len(flight.free)
-    shared = _group(states, n_stages)
+    shared = part_of(states, n_stages)
     ints, floats = shared.ints, shared.floats
     floats[LAST_START] = -1.0  # who arrives between two instants was there at no micro-batch's scheduling
     while True:
-        _receive(stream, limits, out, shared, before_now=False)
+        receive(stream, limits, out, shared, before_now=False)
         t = floats[CLOCK]
-        next_arrival = _next_arrival(stream, shared)
-        if ints[N_RUNNING] == 0 and _n_waiting(shared) == 0:
+        next_arrival = next_arrival_s(stream, shared)
+        if ints[N_RUNNING] == 0 and n_waiting(shared) == 0:
             if next_arrival == math.inf:
                 return True
             if next_arrival >= until:
                 return False
-            _widen(shared.timeline, floats, next_arrival)
+            widen_timeline(shared.timeline, floats, next_arrival)
             floats[CLOCK] = next_arrival
             continue
         if t >= until:
@@ -343,11 +299,11 @@ def advance_stages(
                     chosen = g
             if chosen < 0:
                 break
-            tokens = _launch(cost, stages, limits, stream, out, shared, _group(states, chosen), flight, chosen)
+            tokens = _launch(cost, stages, limits, stream, out, shared, part_of(states, chosen), flight, chosen)
             if tokens == 0:
                 break
             if tokens > 0:
-                ints[MAX_WAITING] = max(ints[MAX_WAITING], _n_waiting(shared))
+                ints[MAX_WAITING] = max(ints[MAX_WAITING], n_waiting(shared))
                 ints[MAX_RUNNING] = max(ints[MAX_RUNNING], ints[N_RUNNING])
                 ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
 
@@ -367,11 +323,11 @@ def advance_stages(
         if when >= until:
             return False
         owned = limits.num_blocks - ints[FREE_BLOCKS]
-        _record_segment(shared, t, when, ints[N_RUNNING], _n_waiting(shared), owned * (when - t), 0.0)
+        record_segment(shared, t, when, ints[N_RUNNING], n_waiting(shared), owned * (when - t), 0.0)
         floats[CLOCK] = when
         if first >= 0:
-            n_done = _complete(cost, limits, stream, out, shared, _group(states, first), flight, first)
+            n_done = _complete(cost, limits, stream, out, shared, part_of(states, first), flight, first)
             if stream.concurrency > 0 and n_done > 0:
-                _receive(stream, limits, out, shared, before_now=True)
+                receive(stream, limits, out, shared, before_now=True)
                 for _ in range(n_done):
-                    _release(stream, shared, when)
+                    release_next(stream, shared, when)

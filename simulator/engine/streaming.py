@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import skip_ahead
+from simulator.engine import core
 from simulator.engine.compiled import Engine
 from simulator.engine.records import FINISHED, NOT_ARRIVED, REJECTED, EngineResult, EngineSettings, Requests
 from simulator.errors import InputError
@@ -192,10 +192,10 @@ class StreamingEngine(Engine):
             local = max(self._cut - first, 0)
             if not ended and accepted[-1] - accepted[local] < reserve:
                 return
-            ints[skip_ahead.STOP_ROW] = local
+            ints[core.STOP_ROW] = local
             self.advance(math.inf)
             self._cut += self._cut_rows
-        ints[skip_ahead.STOP_ROW] = np.iinfo(np.int64).max
+        ints[core.STOP_ROW] = np.iinfo(np.int64).max
 
     def _renew(self, block: Requests) -> None:
         """Hand over the rows that are done, move the others to the front, append ``block``."""
@@ -248,7 +248,7 @@ class StreamingEngine(Engine):
         )
         place = np.cumsum(keep) - 1
         ints = state.ints
-        head, tail, pending = ints[skip_ahead.FIFO_HEAD], ints[skip_ahead.FIFO_TAIL], ints[skip_ahead.N_PENDING]
+        head, tail, pending = ints[core.FIFO_HEAD], ints[core.FIFO_TAIL], ints[core.N_PENDING]
         fifo = np.zeros(n_old + n_new, dtype=np.int64)
         fifo[: tail - head] = place[state.fifo[head:tail]]
         if len(keep):
@@ -256,9 +256,9 @@ class StreamingEngine(Engine):
             state.row[:] = np.where(keep[state.row], place[state.row], 0)
         state.pending_row[:pending] = place[state.pending_row[:pending]]
         self._state = state._replace(fifo=fifo)
-        ints[skip_ahead.FIFO_HEAD] = 0
-        ints[skip_ahead.FIFO_TAIL] = tail - head
-        ints[skip_ahead.NEXT_ROW] = int(keep[: ints[skip_ahead.NEXT_ROW]].sum())
+        ints[core.FIFO_HEAD] = 0
+        ints[core.FIFO_TAIL] = tail - head
+        ints[core.NEXT_ROW] = int(keep[: ints[core.NEXT_ROW]].sum())
         self._row = longer(self._row, np.arange(self._fed, self._fed + n_new))
         self._accepted = longer(self._accepted, self._fits(block))
         first = min(max(self._concurrency - self._fed, 0), n_new)  # R3: the clients' first requests
@@ -268,8 +268,8 @@ class StreamingEngine(Engine):
             order = np.lexsort((rows, times))  # a sorted array is a heap
             state.pending_time[: pending + first] = times[order]
             state.pending_row[: pending + first] = rows[order]
-            ints[skip_ahead.N_PENDING] = pending + first
-            ints[skip_ahead.NEXT_ROW] += first
+            ints[core.N_PENDING] = pending + first
+            ints[core.NEXT_ROW] += first
         self._fed += n_new
         self.largest_frame = max(self.largest_frame, n_old + n_new)
 

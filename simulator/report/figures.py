@@ -33,6 +33,16 @@ def tidy(axes: "Axes") -> None:
     axes.tick_params(colors=MUTED)
 
 
+def compact() -> "tuple[Figure, Axes]":
+    """One panel as wide as half a page, with texts that stay readable on a phone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    tidy(axes)
+    return figure, axes
+
+
 def check_figure_path(path: Path, *, made: Path | None = None, option: str = "--plot") -> None:
     """Refuse a figure path before any work is done for it; ``made`` is a folder that the work will make.
 

@@ -1,10 +1,11 @@
 """The picture of a run: what users saw, how full the replicas were, where the chip time went."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simulator.report.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PINK, SKY, YELLOW, tidy
+from simulator.report.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PINK, SKY, YELLOW, compact, tidy
 from simulator.report.timeline import fleet_series
 from simulator.results import Result
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 #: Colours of the chip-time bar, in the order parts appear.
 PART_COLOURS = (BLUE, SKY, GREEN, YELLOW, ORANGE, PINK, "#44546A", "#B7C4CF")
+
+
+LINE_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW)
 
 
 def draw_run(result: Result) -> "Figure":
@@ -31,13 +35,11 @@ def draw_run(result: Result) -> "Figure":
     middle.set_subplotspec(grid[1, :])
     bottom.set_subplotspec(grid[2, :])
     slo = summary.slo
-    arrival = result.requests["arrival_s"]
-    measured = (arrival >= summary.window.start_s) & (arrival <= summary.window.stop_s)
     for axes, name in ((top_left, "ttft_s"), (top_right, "tpot_s")):
         if summary.latency is None:
             _no_steady_state(axes, name)
         else:
-            _cdf(axes, result.requests[name][measured], name, None if slo is None else getattr(slo, name))
+            _cdfs(axes, [("", measured_values(result, name))], name, None if slo is None else getattr(slo, name))
     _timeline(middle, result)
     _chip_time(bottom, summary.breakdown.fractions)
     per_query = summary.chip_seconds_per_query
@@ -49,6 +51,29 @@ def draw_run(result: Result) -> "Figure":
         words.append(f"load {summary.load.load:.2f}" + (", OVERLOADED" if summary.load.overloaded else ""))
     figure.suptitle("   ·   ".join(words), x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
+
+
+def draw_cdfs(results: Sequence[tuple[str, Result]], name: str) -> "Figure":
+    """Figure of one latency column of named results: a line each, and the limit of the first."""
+    figure, axes = compact()
+    slo = results[0][1].summary.slo
+    columns = [(label, measured_values(result, name)) for label, result in results]
+    _cdfs(axes, columns, name, None if slo is None else getattr(slo, name))
+    return figure
+
+
+def draw_load(result: Result) -> "Figure":
+    """Figure of the requests and the KV cache over time."""
+    figure, axes = compact()
+    figure.set_size_inches(11, 3)
+    _timeline(axes, result)
+    return figure
+
+
+def measured_values(result: Result, name: str) -> np.ndarray:
+    """A column of the requests that arrived in the measured window."""
+    window, arrival = result.summary.window, result.requests["arrival_s"]
+    return result.requests[name][(arrival >= window.start_s) & (arrival <= window.stop_s)]
 
 
 def _no_steady_state(axes: "Axes", name: str) -> None:
@@ -64,37 +89,39 @@ def _metric(name: str) -> str:
     return name.removesuffix("_s").upper()
 
 
-def _cdf(axes: "Axes", values_s: np.ndarray, name: str, limit_s: float | None) -> None:
-    """Share of the measured requests at or below each value, as far as 1.15 times p99.5."""
-    ordered = np.sort(values_s[np.isfinite(values_s)])
-    long = len(ordered) > 0 and float(np.quantile(ordered, 0.99)) >= 10
+def _cdfs(axes: "Axes", columns: Sequence[tuple[str, np.ndarray]], name: str, limit_s: float | None) -> None:
+    """Share of the measured requests at or below each value, as far as 1.15 times p99.5: a line for each named column.
+
+    One line has its p50 and p99 written beside it; several have them in the legend.
+    """
+    finite = [(label, np.sort(values[np.isfinite(values)])) for label, values in columns]
+    some = [ordered for _, ordered in finite if len(ordered)]
+    long = any(float(np.quantile(ordered, 0.99)) >= 3 for ordered in some)
     scale, unit = (1.0, "s") if long else (1e3, "ms")
-    ordered = ordered * scale
-    limit = None if limit_s is None else limit_s * scale
     tidy(axes)
     axes.set_xlabel(f"{_metric(name)} [{unit}]", color=MUTED)
     axes.set_ylabel("share of requests", color=MUTED)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-    if len(ordered) == 0:
+    if not some:
         axes.text(0.5, 0.5, "no request has one", transform=axes.transAxes, ha="center", color=MUTED)
         return
-    shown = ordered[np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), 2000)).astype(int))]
-    share = np.searchsorted(ordered, shown, side="right") / len(ordered)
-    axes.step(shown, share, where="post", color=BLUE, linewidth=2)
-    right = float(np.quantile(ordered, 0.995)) * 1.15
-    for p, colour in ((0.5, INK), (0.99, INK)):
-        x = float(np.quantile(ordered, p, method="inverted_cdf"))
-        axes.plot([x], [p], "o", color=colour, markersize=4)
-        axes.annotate(
-            f"p{p * 100:g} {x:,.3g}",
-            (x, p),
-            xytext=(7, -12),
-            textcoords="offset points",
-            fontsize=9,
-            color=INK,
-        )
-    if limit is not None:
+    right = 1.15 * scale * max(float(np.quantile(ordered, 0.995)) for ordered in some)
+    for (label, ordered), colour in zip(finite, LINE_COLOURS, strict=False):
+        if not len(ordered):
+            continue
+        shown = ordered[np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), 2000)).astype(int))]
+        share = np.searchsorted(ordered, shown, side="right") / len(ordered)
+        marks = [(p, scale * float(np.quantile(ordered, p, method="inverted_cdf"))) for p in (0.5, 0.99)]
+        legend = f"{label}: p50 {marks[0][1]:,.3g}, p99 {marks[1][1]:,.3g} {unit}"
+        axes.step(scale * shown, share, where="post", color=colour, linewidth=2, label=legend)
+        for p, x in marks:
+            axes.plot([x], [p], "o", color=INK if len(finite) == 1 else colour, markersize=4)
+            if len(finite) == 1:
+                text = f"p{p * 100:g} {x:,.3g}"
+                axes.annotate(text, (x, p), xytext=(7, -12), textcoords="offset points", fontsize=9, color=INK)
+    if limit_s is not None:
+        limit = limit_s * scale
         right = max(right, 1.08 * limit)
         axes.axvline(limit, color=ORANGE, linewidth=1.5, linestyle="--")
         axes.annotate(
@@ -106,6 +133,8 @@ def _cdf(axes: "Axes", values_s: np.ndarray, name: str, limit_s: float | None) -
             fontsize=9,
             color=ORANGE,
         )
+    if len(finite) > 1:
+        axes.legend(loc="lower right", frameon=False, fontsize=9, bbox_to_anchor=(1, 0.1))
     axes.set_xlim(0, right)
 
 

@@ -2,10 +2,21 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from simulator.results.compare import Comparison, Difference
-from simulator.results.summary import Distribution, Estimate, Latency, Load, Prices, Slo, Summary, TokenPrices
+from simulator.results.summary import (
+    Assumption,
+    Distribution,
+    Energy,
+    Estimate,
+    Latency,
+    Load,
+    Prices,
+    Slo,
+    Summary,
+    TokenPrices,
+)
 from simulator.units import format_si
 
 WIDTH = 100
@@ -95,7 +106,8 @@ def summary_text(summary: Summary, *, sources: bool = True) -> str:
         "",
         *_cost(summary),
         "",
-        *_conservation(summary),
+        "Conservation",
+        *(line for equation in conservation_lines(summary) for line in wrapped(equation)),
     ]
     if summary.replications:
         lines += ["", *_replications(summary)]
@@ -143,14 +155,14 @@ def _answer(s: Summary) -> list[str]:
             f"{number(load.capacity_per_s)} requests/s; they arrive at {number(load.arrival_per_s)}/s)."
         )
     elif load.overloaded:
-        lines += wrapped(_overload_sentence(load))
+        lines += wrapped(overload_sentence(load))
     else:
         lines += wrapped(
             f"Load {at_most}{number(load.load)}: {number(load.arrival_per_s)} of {number(load.capacity_per_s)} requests/s; "
             f"headroom {at_least}{percent(load.headroom_fraction)}."
         )
     if s.slo:
-        lines += wrapped(_slo_sentence(s.slo))
+        lines += wrapped(slo_sentence(s.slo))
     if s.prices:
         lines += wrapped(
             f"A query costs {usd(s.prices.allocation.per_query_usd)} with idle time, "
@@ -159,7 +171,8 @@ def _answer(s: Summary) -> list[str]:
     return lines
 
 
-def _overload_sentence(load: Load) -> str:
+def overload_sentence(load: Load) -> str:
+    """Why a run counts as overloaded."""
     why = (
         f"requests arrive at {number(load.arrival_per_s)}/s, capacity is {number(load.capacity_per_s)}/s"
         if load.load is not None and load.load >= 1
@@ -176,7 +189,8 @@ def _overload_sentence(load: Load) -> str:
     )
 
 
-def _slo_sentence(slo: Slo) -> str:
+def slo_sentence(slo: Slo) -> str:
+    """How far the limits were met."""
     limits = ", ".join(
         f"{name} ≤ {seconds(limit)}"
         for name, limit in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("E2E", slo.e2e_s))
@@ -213,7 +227,8 @@ def _overload(s: Summary) -> list[str]:
     ]
 
 
-def _latency(latency: Latency) -> list[str]:
+def latency_rows(latency: Latency) -> tuple[list[list[str]], str]:
+    """Table of latencies, header first, intervals beneath their figures; and what the brackets mean."""
     named: list[tuple[str, Distribution]] = [
         ("TTFT", latency.ttft_s),
         ("TPOT", latency.tpot_s),
@@ -225,15 +240,20 @@ def _latency(latency: Latency) -> list[str]:
     reasons = []
     for name, found in named:
         estimates = [found.mean, found.p50, found.p90, found.p95, found.p99]
-        rows.append([f"  {name}", *(seconds(e.value) for e in estimates)])
+        rows.append([name, *(seconds(e.value) for e in estimates)])
         if any(e.low is not None or e.high is not None for e in estimates):
-            rows.append(["", *(_range(e) for e in estimates)])
+            rows.append(["", *(range_text(e) for e in estimates)])
         missing = [(q, e.reason) for q, e in zip(rows[0][1:], estimates, strict=True) if e.reason]
         if missing:
             labels = ", ".join(q for q, _ in missing) if len(missing) < len(estimates) else "all"
             reasons.append((missing[-1][1], f"{name} {labels}"))
-    lines = aligned(rows, indent=0)
-    lines += wrapped("[a … b]: 95 % batch-means interval" + _reasons(reasons), first="  ")
+    return rows, "[a … b]: 95 % batch-means interval" + _reasons(reasons)
+
+
+def _latency(latency: Latency) -> list[str]:
+    (header, *body), note = latency_rows(latency)
+    lines = aligned([header, *([f"  {name}" if name else "", *cells] for name, *cells in body)], indent=0)
+    lines += wrapped(note, first="  ")
     if latency.one_token_outputs:
         lines += wrapped(f"{latency.one_token_outputs:,} measured requests had one output token, and so no TPOT")
     return lines
@@ -246,10 +266,11 @@ def _reasons(found: list[tuple[str, str]]) -> str:
     return "".join(f"; none for {', '.join(what)}: {reason}" for reason, what in grouped.items())
 
 
-def _range(estimate: Estimate) -> str:
+def range_text(estimate: Estimate, form: Callable[[float | None], str] = seconds) -> str:
+    """The interval of an estimate in brackets, its unit once."""
     if estimate.low is None and estimate.high is None:
         return _DASH
-    low, high = seconds(estimate.low), seconds(estimate.high)
+    low, high = form(estimate.low), form(estimate.high)
     value_low, _, unit_low = low.rpartition(" ")
     unit_high = high.rpartition(" ")[2]
     return f"[{value_low if unit_low == unit_high else low} … {high}]"
@@ -351,16 +372,26 @@ def _cost(s: Summary) -> list[str]:
         "",
     ]
     lines += _prices(s.prices) if s.prices else ["Price: none known; set prices.usd_per_chip_hour"]
-    if s.energy:
-        e = s.energy
-        facility = f" ({usd(e.usd_per_query)} of electricity at PUE {e.pue:g})" if e.usd_per_query is not None else ""
-        lines += wrapped(
-            f"Energy: {number(e.joules_per_query)} J per query{facility}, {number(e.joules_per_output_token)} J per output "
-            f"token, {number(e.mean_power_w_per_chip)} W per chip; chips only, {e.source}",
-            first="",
-            rest="  ",
-        )
-    return lines
+    return lines + (_energy(s.energy) if s.energy else [])
+
+
+def _energy(e: Energy) -> list[str]:
+    chips = (
+        f"Energy: {number(e.joules_per_query)} J per query at the chips ({number(e.low_joules_per_query)} to "
+        f"{number(e.high_joules_per_query)}), {number(e.joules_per_output_token)} J per output token, "
+        f"{number(e.mean_power_w_per_chip)} W per chip; grade {e.grade}: {e.source}"
+    )
+    return [*wrapped(chips, first="", rest="  "), *wrapped(facility_text(e))]
+
+
+def facility_text(e: Energy) -> str:
+    """Energy with servers and building, the electricity bill, and carbon."""
+    bill = f"; {usd(e.usd_per_query)} of electricity" if e.usd_per_query is not None else ""
+    return (
+        f"with servers ({number(e.host_power_w)} W per chip) and the building (PUE {e.pue:g}, {e.operator}): "
+        f"{number(e.facility_joules_per_query)} J per query{bill}; {number(e.gco2_per_query)} g CO2e per query at "
+        f"{e.gco2_per_kwh:g} g/kWh ({e.region})"
+    )
 
 
 def _prices(p: Prices) -> list[str]:
@@ -376,26 +407,35 @@ def _prices(p: Prices) -> list[str]:
 
     header = ["Price", "query", "M input", "M cached", "M output", "M tokens"]
     rows = [header, row("  usage (busy time)", p.usage), row("  allocation (idle included)", p.allocation)]
-    return [*aligned(rows, indent=0), *wrapped(f"at {usd(p.usd_per_chip_hour)} per chip-hour: {p.source}")]
+    return [*aligned(rows, indent=0), *wrapped(price_text(p))]
 
 
-def _conservation(s: Summary) -> list[str]:
+def price_text(p: Prices) -> str:
+    """Price of a chip-hour with its range, an owned chip's parts, and its source."""
+    spread = parts = ""
+    if p.low_usd_per_chip_hour is not None and p.high_usd_per_chip_hour is not None:
+        spread = f" ({usd(p.low_usd_per_chip_hour)} to {usd(p.high_usd_per_chip_hour)})"
+    if p.owned:
+        parts = " = " + " + ".join(f"{usd(v)} {name.removesuffix('_usd')}" for name, v in p.owned.items())
+    return f"at {usd(p.usd_per_chip_hour)} per chip-hour{spread}{parts}: {p.source}"
+
+
+def conservation_lines(s: Summary) -> list[str]:
+    """The two ledgers of a run, as equations: chip time, and requests."""
     ledger, r = s.ledger, s.requests
     parts = [f"{r.finished:,} finished", f"{r.running:,} running", f"{r.waiting:,} waiting", f"{r.rejected:,} rejected"]
     left = {"timed out": r.timed_out, "cancelled": r.cancelled, "attempts tried again": r.retries}
     parts += [f"{count:,} {what}" for what, count in left.items() if count]
-    return [
-        "Conservation",
-        *wrapped(
-            f"{number(ledger.busy_chip_s, 7)} busy + {number(ledger.idle_chip_s, 7)} idle = "
-            f"{number(ledger.chip_s, 7)} chip-seconds = {ledger.chips} × {number(ledger.time_s, 7)} s "
-            f"(off by {ledger.relative_error:.0e})"
-        ),
-        *wrapped(f"{r.arrived:,} arrived = {' + '.join(parts)}"),
-    ]
+    chip_time = (
+        f"{number(ledger.busy_chip_s, 7)} busy + {number(ledger.idle_chip_s, 7)} idle = "
+        f"{number(ledger.chip_s, 7)} chip-seconds = {ledger.chips} × {number(ledger.time_s, 7)} s "
+        f"(off by {ledger.relative_error:.0e})"
+    )
+    return [chip_time, f"{r.arrived:,} arrived = {' + '.join(parts)}"]
 
 
-_HEADLINES = (
+#: Figures that a reader looks for first: label, path in the summary, form.
+HEADLINES: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("TTFT p50", "latency.ttft_s.p50", seconds),
     ("TTFT p99", "latency.ttft_s.p99", seconds),
     ("TPOT p50", "latency.tpot_s.p50", seconds),
@@ -417,7 +457,7 @@ def _replications(s: Summary) -> list[str]:
         return []
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(found.statuses.items()))
     rows = [[f"Between {len(found.seeds)} seeds", "mean", "95 % interval"]]
-    for label, path, form in _HEADLINES:
+    for label, path, form in HEADLINES:
         figure = found.figures.get(path)
         if figure is not None:
             span = _DASH if figure.low is None else f"[{form(figure.low)} … {form(figure.high)}]"
@@ -425,10 +465,15 @@ def _replications(s: Summary) -> list[str]:
     return [*aligned(rows, indent=0), *wrapped(f"status: {statuses}")]
 
 
-def _assumptions(s: Summary) -> list[str]:
+def by_grade(assumptions: Sequence[Assumption]) -> list[Assumption]:
+    """Inputs, weakest grade first."""
     order = {"assumed": 0, "recalled": 1, "derived": 2, "measured": 3, "datasheet": 4}
-    ranked = sorted(s.assumptions, key=lambda a: order.get(a.kind, 5))
-    body = aligned([[a.what, a.kind, a.value, a.source.partition(",")[0]] for a in ranked], left=4)
+    return sorted(assumptions, key=lambda a: order.get(a.kind, 5))
+
+
+def _assumptions(s: Summary) -> list[str]:
+    ranked = [[a.what, a.kind, a.value, a.source.partition(",")[0]] for a in by_grade(s.assumptions)]
+    body = aligned(ranked, left=4)
     return [
         "Inputs behind these figures, weakest first",
         *(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in body),

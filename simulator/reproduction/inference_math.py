@@ -124,7 +124,7 @@ def _serving() -> dict[str, Callable[[], float]]:
     def per_dollar(name: str) -> float:
         chip = chip_with(name, peaks={"bf16": peaks[name]})
         price = next(quote for quote in chip.prices if quote.source == "scaling-book-prices")
-        return chip.peak_flops_per_s("bf16") / price.usd_per_hour
+        return chip.peak_flops_per_s("bf16") / price.usd_per_chip_hour
 
     def written_gb() -> float:
         return (sequences * CONTEXT * 160e3 + 70e9) / 1e9

@@ -136,7 +136,7 @@ def rows_ours() -> Mapping[str, Callable[[], float]]:
     """Our side of ``data/napkin.csv``."""
     written = as_written()
     counts = count(_model())
-    price = resolve_slice("tpu-v5e:1").chip.default_price.usd_per_hour
+    price = resolve_slice("tpu-v5e:1").chip.default_price.usd_per_chip_hour
     kv_token = {"bf16": 2 * counts.kv_elements_per_token, "int4": counts.kv_elements_per_token / 2}
     activations = NEW * _model().d_model * 2.0
     wrapped = tuple(replace(d, wraps=(True,) * len(d.dims)) for d in resolve_slice("tpu-v5e:4x4").domains)

@@ -32,6 +32,7 @@ TABLES = {
     ),
     "lifetime": Table("Training and serving together, Sardana et al. 2024", "scaling:lifetime_ours"),
     "training": Table("Training: FLOPs, memory, time and utilisation of published runs", "scaling:training_ours"),
+    "economics": Table("Dollars, joules and carbon: training runs, slices, an owned chip", "economics:rows_ours"),
     "speculation": Table("Speculative decoding, Leviathan et al. 2023", "speculation:rows_ours"),
     "mlperf": Table("MLPerf Inference v4.1 and v5.1, data centre, closed", "serving:mlperf_ours", simulates=True),
     "trtllm": Table("TensorRT-LLM 1.0 maximum throughput, and one load curve", "serving:trtllm_ours", simulates=True),

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 #: Version of the result schema; a change of meaning, name or unit raises it.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Status = Literal["ok", "overloaded", "slo_missed", "partial"]
 
@@ -324,8 +324,15 @@ class Prices(Section):
     """What a query costs."""
 
     usd_per_chip_hour: float
+    low_usd_per_chip_hour: float | None
+    """Low end of the price's range; null where its source states none."""
+    high_usd_per_chip_hour: float | None
+    term: str
+    """on-demand, reserved-1y, reserved-3y, spot, capacity-block, market, owned, or by hand."""
     source: str
     """Where the price comes from, with its date."""
+    owned: dict[str, float]
+    """Parts of an owned chip's hour, which sum to its price: capital, maintenance, hosting, electricity; empty for rented chips."""
     usage: TokenPrices
     """Busy chip-seconds only: what the query used."""
     allocation: TokenPrices
@@ -333,20 +340,37 @@ class Prices(Section):
 
 
 class Energy(Section):
-    """Chip energy from a linear power model; hosts, switches and cooling are in ``facility`` figures alone."""
+    """Energy and carbon from a linear power model; ``facility`` figures include servers and the building."""
 
     mean_power_w_per_chip: float
     joules_per_query: float
     """Chips only, idle time included."""
+    low_joules_per_query: float
+    """The same on the line between the low ends of idle and peak power."""
+    high_joules_per_query: float
+    """The same with peak power whenever a chip is busy, and the high ends."""
     joules_per_query_busy: float
     """Chips only, without the energy of idle time."""
     joules_per_output_token: float | None
-    pue: float
-    """Facility energy ÷ chip energy that was assumed; 1 leaves it out."""
+    facility_joules_per_query: float
+    """(Chips + host_power_w × provisioned chip time) × pue."""
+    gco2_per_query: float
+    """Grams of CO2 equivalent, operational, on the grid's average: facility energy × gco2_per_kwh."""
     usd_per_query: float | None
-    """joules_per_query × pue × energy price; null without a price."""
+    """Facility energy × price of electricity; null unless the scenario says whose electricity is paid."""
+    grade: str
+    """How well idle and peak power are known, A (both measured) to D (peak recalled or assumed)."""
+    pue: float
+    """Facility energy ÷ IT energy."""
+    gco2_per_kwh: float
+    region: str
+    """Whose grid."""
+    operator: str
+    """Whose building."""
     idle_power_w: float
     peak_power_w: float
+    host_power_w: float
+    """The chip's share of its server, always on; assumed."""
     source: str
 
 

@@ -2,10 +2,12 @@
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from simulator.catalog.price_book import NO_PRICES, PriceFile
 from simulator.catalog.records import Record
-from simulator.economics.energy import IDLE_FRACTION
+from simulator.economics import OWNED, TERMS
+from simulator.errors import nearest
 
 Limit = Annotated[float, Field(gt=0)]
 
@@ -30,16 +32,51 @@ class SloOptions(Record):
 
 
 class PriceOptions(Record):
-    """``[prices]``: what overrides the chip's own quote."""
+    """``[prices]``: which prices apply, and what overrides the catalogue's.
+
+    A file may also write ``file = "prices.toml"``; its contents take the place of the name when the scenario is read.
+    """
 
     usd_per_chip_hour: Limit | None = None
-    """None: the first quote of the chip's file."""
+    """Price of a chip by hand. None: the first quote of the price file or the chip's file."""
+    term: str | None = None
+    """How chips are paid for: on-demand, reserved-1y, reserved-3y, spot, capacity-block, market or owned."""
+    provider: str | None = None
+    """Part of a provider's name; None: any."""
+    region: str | None = None
+    """Whose electricity and grid; None: the world's grid, and no electricity bill (rented chips include it)."""
+    operator: str | None = None
+    """Who runs the building, for its PUE; None: one that is not named."""
     usd_per_kwh: Annotated[float, Field(ge=0)] | None = None
-    """Electricity; None leaves it out (rented chips include it)."""
-    pue: Annotated[float, Field(ge=1)] = 1.0
-    """Facility energy ÷ chip energy."""
-    idle_power_fraction: Annotated[float, Field(ge=0, le=1)] = IDLE_FRACTION
-    """Share of TDP drawn between steps; assumed. A chip file's own idle power goes before it."""
+    """Electricity by hand."""
+    gco2_per_kwh: Annotated[float, Field(ge=0)] | None = None
+    """Carbon intensity by hand. [g CO2e/kWh]"""
+    pue: Annotated[float, Field(ge=1)] | None = None
+    """Facility energy ÷ IT energy by hand."""
+    idle_power_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of TDP drawn between steps. None: the catalogue's. A chip file's own idle power goes before it."""
+    host_power_fraction: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Power of the server around a chip ÷ TDP. None: the catalogue's."""
+    book: PriceFile = NO_PRICES
+    """The user's price file."""
+
+    @field_validator("term")
+    @classmethod
+    def _known(cls, term: str | None) -> str | None:
+        if term is not None and term not in TERMS:
+            raise ValueError(f"unknown term{nearest(term, TERMS)}")
+        return term
+
+    @model_validator(mode="after")
+    def _one_price(self) -> "PriceOptions":
+        if self.usd_per_chip_hour is not None and (self.term or self.provider):
+            raise ValueError("usd_per_chip_hour and a term or provider say two things; leave one of them out")
+        return self
+
+    @property
+    def wants_electricity(self) -> bool:
+        """Whether the scenario says whose electricity is paid."""
+        return self.region is not None or self.usd_per_kwh is not None or self.term == OWNED
 
 
 class RunOptions(Record):

@@ -5,11 +5,21 @@ from functools import partial
 from typing import Any
 
 from simulator.catalog.architecture import Architecture
-from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency, PriceQuote
+from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency
 from simulator.catalog.engines import EngineProfile, load_engine
 from simulator.catalog.models import load_model
 from simulator.catalog.records import Quantity
 from simulator.catalog.slices import Slice, resolve_slice
+from simulator.economics import (
+    ChipPrice,
+    PowerModel,
+    Site,
+    chip_price,
+    power_model,
+    price_by_hand,
+    quotes,
+    resolve_site,
+)
 from simulator.engine.expert_skew import EVEN, ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.engine.scheduling import HostOverheads
@@ -49,6 +59,9 @@ class Resolved:
     speculation: ResolvedSpeculation | None
     ideal_cost: StepCost
     """The same deployment with every efficiency at 1 and no overheads."""
+    site: Site
+    price: ChipPrice | None
+    power: PowerModel | None
 
     def demand_plain(self, what: str) -> None:
         """Refuse what only a replica of one part can do.
@@ -77,6 +90,8 @@ def resolve(scenario: Scenario) -> Resolved:
     """
     engine = scenario.engine
     a_slice = resolve_slice(scenario.slice)
+    site = _site(scenario)
+    price = _price(scenario, a_slice.chip, site)
     sharding = _sharding(scenario, a_slice)
     lay = partial(
         _lay,
@@ -170,6 +185,9 @@ def resolve(scenario: Scenario) -> Resolved:
         cost=_one_table(cost),
         speculation=drafting,
         ideal_cost=_one_table(ideal),
+        site=site,
+        price=price,
+        power=_power(scenario, a_slice.chip),
     )
 
 
@@ -240,15 +258,6 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
     """
     scenario, d = resolved.scenario, resolved.deployment
     chip = d.slice.chip
-    prices = scenario.prices
-    quote = chip.prices[0] if chip.prices else None
-    usd_per_chip_hour = prices.usd_per_chip_hour or (quote.usd_per_hour if quote else None)
-    peak_w = None if chip.power.tdp is None or chip.power.tdp.value is None else chip.tdp_w
-    idle = chip.power.idle
-    idle_w = None if peak_w is None else peak_w * prices.idle_power_fraction
-    idle_text = f"{prices.idle_power_fraction:g} of TDP (assumed)"
-    if idle is not None and idle.value is not None:
-        idle_w, idle_text = idle.si(f"{chip.name}: power.idle", "W"), f"{_text(idle)} ({idle.kind})"
     return Facts(
         scenario=scenario.name,
         seed=seed,
@@ -271,15 +280,13 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
         settings=resolved.settings,
         kv_block_bytes=block_bytes(d),
         slo=scenario.slo,
-        prices=prices,
         options=scenario.run,
         speculation_method=scenario.engine.speculation.method if scenario.engine.speculation else "",
-        usd_per_chip_hour=usd_per_chip_hour,
-        price_source="scenario" if prices.usd_per_chip_hour else _quote_text(quote),
-        peak_power_w=peak_w,
-        idle_power_w=idle_w,
-        power_source=f"linear from idle, {idle_text}, to TDP by utilisation of the binding resource",
-        assumptions=tuple(_assumptions(resolved, quote)),
+        price=resolved.price,
+        power=resolved.power,
+        site=resolved.site,
+        pays_electricity=scenario.prices.wants_electricity,
+        assumptions=tuple(_assumptions(resolved)),
         notes=(*d.notes, *notes),
     )
 
@@ -289,11 +296,33 @@ def _sharding_text(sharding: Sharding) -> str:
     return " ".join(f"{name}={degree}" for name, degree in degrees.items())
 
 
-def _quote_text(quote: PriceQuote | None) -> str:
-    if quote is None:
-        return ""
-    where = f", {quote.region}" if quote.region else ""
-    return f"{quote.provider}{where}, {quote.term}, {quote.date} ({quote.kind}, {quote.source})"
+def _price(scenario: Scenario, chip: ChipSpec, site: Site) -> ChipPrice | None:
+    """Price of a chip: by hand, under the scenario's term, or the first quote; None if there is none and none was asked for."""
+    prices = scenario.prices
+    if prices.usd_per_chip_hour is not None:
+        return price_by_hand(chip.name, prices.usd_per_chip_hour)
+    if prices.term is None and prices.provider is None and not quotes(chip, prices.book):
+        return None
+    return chip_price(chip, prices.term, provider=prices.provider, book=prices.book, site=site)
+
+
+def _power(scenario: Scenario, chip: ChipSpec) -> PowerModel | None:
+    if chip.power.tdp is None or chip.power.tdp.value is None:
+        return None
+    prices = scenario.prices
+    return power_model(chip, idle_share=prices.idle_power_fraction, host_share=prices.host_power_fraction)
+
+
+def _site(scenario: Scenario) -> Site:
+    prices = scenario.prices
+    return resolve_site(
+        prices.region,
+        prices.operator,
+        usd_per_kwh=prices.usd_per_kwh,
+        gco2_per_kwh=prices.gco2_per_kwh,
+        pue=prices.pue,
+        book=prices.book,
+    )
 
 
 def _text(quantity: Quantity) -> str:
@@ -302,7 +331,7 @@ def _text(quantity: Quantity) -> str:
     return f"{quantity.value:g}{unit}{spread}"
 
 
-def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumption]:
+def _assumptions(resolved: Resolved) -> list[Assumption]:
     """Every sourced number the run used, with its grade; what the scenario sets itself is assumed."""
     scenario, d = resolved.scenario, resolved.deployment
     chip = d.slice.chip
@@ -353,13 +382,13 @@ def _assumptions(resolved: Resolved, quote: PriceQuote | None) -> list[Assumptio
         Assumption(what=f"engine.host.{name}", value=f"{value}", kind="assumed", source="scenario")
         for name, value in host.items()
     ]
-    if scenario.prices.usd_per_chip_hour is not None:
-        value = f"{scenario.prices.usd_per_chip_hour:g} USD per chip-hour"
-        found.append(Assumption(what="price", value=value, kind="assumed", source="scenario"))
-    elif quote is not None:
-        value = f"{quote.usd_per_hour:g} USD per chip-hour, {quote.date}"
-        source = f"{quote.source}, {quote.locator}" if quote.locator else quote.source
-        found.append(Assumption(what="price", value=value, kind=quote.kind, source=source))
+    found += resolved.price.inputs if resolved.price else ()
+    if resolved.power is not None:
+        found += resolved.power.inputs
+        # An electricity price that nobody pays is no input.
+        paid = scenario.prices.wants_electricity
+        inputs = [item for item in resolved.site.inputs if paid or not item.what.startswith("electricity")]
+        found += [item for item in inputs if item not in found]
     return found
 
 

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 
 from simulator.catalog.engines import load_engine
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
+from simulator.catalog.price_book import NO_PRICES, read_price_file
 from simulator.catalog.records import Record
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.records import EngineSettings
@@ -234,6 +235,8 @@ class Scenario(Record):
     def as_toml(self) -> dict[str, Any]:
         """The resolved scenario as plain data: every value stated, unset ones left out."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        if self.prices.book == NO_PRICES:
+            del data["prices"]["book"]
         return data
 
 
@@ -276,12 +279,14 @@ def load_scenario(name_or_path: str, overrides: Iterable[str] = ()) -> Scenario:
     file = scenario_file(name_or_path)
     data = read_toml(file)
     _absolute_paths(data, _parent(file))
+    _inline_price_file(data, _parent(file))
     changes = [_parse_override(text) for text in overrides]
     _make_way_for_trace(data, [path for path, _ in changes])
     for path, value in changes:
         _assign(data, path, value)
         # What an earlier file or override made absolute stays as it is.
         _absolute_paths(data, Path.cwd())
+        _inline_price_file(data, Path.cwd())
     where = (
         str(file)
         if isinstance(file, Path) and file.is_file() and name_or_path not in scenario_names()
@@ -360,6 +365,14 @@ def _absolute_paths(data: dict[str, Any], base: Path) -> None:
         traffic["trace"] = _absolute(trace, base)
     elif isinstance(trace, dict) and isinstance(trace.get("file"), str):
         trace["file"] = _absolute(trace["file"], base)
+
+
+def _inline_price_file(data: dict[str, Any], base: Path) -> None:
+    """Put the contents of ``prices.file`` where its name was, so that the scenario says all that it needs."""
+    prices = data.get("prices")
+    if isinstance(prices, dict) and isinstance(prices.get("file"), str):
+        book = read_price_file(_absolute(prices["file"], base))
+        data["prices"] = {**{k: v for k, v in prices.items() if k != "file"}, "book": book}
 
 
 def _absolute_model_and_slice(table: dict[str, Any], base: Path) -> None:

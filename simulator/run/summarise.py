@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator import economics
+from simulator.economics import ChipPrice, PowerModel, Site
 from simulator.engine.records import EngineSettings, itl_mean_s, itl_quantiles_s
 from simulator.results.summary import (
     Assumption,
@@ -33,7 +34,7 @@ from simulator.results.summary import (
 from simulator.results.tables import Table
 from simulator.roofline.step_cost import StepCost
 from simulator.run.consumption import Work, saved_chip_seconds, total_work, utilisation
-from simulator.run.options import PriceOptions, RunOptions, SloOptions
+from simulator.run.options import RunOptions, SloOptions
 from simulator.run.outcome import (
     Outcome,
     check_conservation,
@@ -57,10 +58,12 @@ class Facts:
     ----------
     cost, ideal_cost
         tables of the deployment, and of the same at efficiency 1 without overheads.
-    usd_per_chip_hour, price_source
-        price of a chip, None if it has none.
-    peak_power_w, idle_power_w, power_source
-        of one chip; None if not published.
+    price
+        of a chip; None if it has none.
+    power
+        of a chip; None if it is not published.
+    site, pays_electricity
+        where the chips stand, and whether electricity is paid apart.
     kv_block_bytes
         bytes of a KV block on all chips of a replica. [bytes]
     """
@@ -72,14 +75,12 @@ class Facts:
     ideal_cost: StepCost
     settings: EngineSettings
     slo: SloOptions
-    prices: PriceOptions
     options: RunOptions
-    usd_per_chip_hour: float | None = None
-    price_source: str = ""
+    price: ChipPrice | None = None
+    power: PowerModel | None = None
+    site: Site | None = None
+    pays_electricity: bool = False
     speculation_method: str = ""
-    peak_power_w: float | None = None
-    idle_power_w: float | None = None
-    power_source: str = ""
     kv_block_bytes: float = 0.0
     assumptions: tuple[Assumption, ...] = ()
     notes: tuple[str, ...] = ()
@@ -167,7 +168,7 @@ def compose(
     timeline = timeline_table(
         outcome,
         num_kv_blocks=facts.kv_blocks,
-        idle_power_w=facts.idle_power_w,
+        idle_power_w=facts.power.idle_w if facts.power else None,
         busy_power_w=busy_power_w,
     )
     return summary, timeline
@@ -368,7 +369,8 @@ def _chip_seconds(outcome: Outcome, sums: Tally) -> ChipSeconds:
 
 
 def _prices(outcome: Outcome, sums: Tally, facts: Facts) -> Prices | None:
-    if facts.usd_per_chip_hour is None:
+    price = facts.price
+    if price is None:
         return None
     counts = sums.counts
     usage = economics.Usage(
@@ -380,15 +382,18 @@ def _prices(outcome: Outcome, sums: Tally, facts: Facts) -> Prices | None:
         cached_tokens=counts.cached_tokens,
         output_tokens=counts.output_tokens,
     )
-    price = facts.usd_per_chip_hour
 
     def basis(provisioned_chip_s: float | None) -> TokenPrices:
-        found = economics.unit_prices(usage, price, provisioned_chip_s=provisioned_chip_s)
+        found = economics.unit_prices(usage, price.usd_per_chip_hour, provisioned_chip_s=provisioned_chip_s)
         return TokenPrices.model_validate(vars(found))
 
     return Prices(
-        usd_per_chip_hour=price,
-        source=facts.price_source,
+        usd_per_chip_hour=price.usd_per_chip_hour,
+        low_usd_per_chip_hour=price.low,
+        high_usd_per_chip_hour=price.high,
+        term=price.term,
+        source=price.text,
+        owned=vars(price.owned) if price.owned else {},
         usage=basis(None),
         allocation=basis(outcome.chips * outcome.end_s),
     )
@@ -396,7 +401,8 @@ def _prices(outcome: Outcome, sums: Tally, facts: Facts) -> Prices | None:
 
 def _energy(outcome: Outcome, work: Work, sums: Tally, facts: Facts) -> tuple[Energy | None, float | None]:
     """Energy of the run, and a chip's mean power while busy."""
-    if facts.peak_power_w is None or facts.idle_power_w is None:
+    power, site = facts.power, facts.site
+    if power is None or site is None:
         return None, None
     cost = facts.cost
     busiest = max(
@@ -404,33 +410,35 @@ def _energy(outcome: Outcome, work: Work, sums: Tally, facts: Facts) -> tuple[En
         work.hbm_bytes / (cost.hbm_bandwidth_bytes_per_s * outcome.busy_s),
     )
     level = min(busiest, 1.0)
-    busy_power_w = economics.power_w(level, idle_power_w=facts.idle_power_w, peak_power_w=facts.peak_power_w)
+    busy_power_w = economics.power_w(level, idle_power_w=power.idle_w, peak_power_w=power.peak_w)
     chips = outcome.chips_per_replica
-
-    def joules(idle_s: float) -> float:
-        return economics.energy_joules(
-            idle_chip_s=idle_s * chips,
-            busy_chip_s=outcome.busy_s * chips,
-            busy_utilisation=level,
-            idle_power_w=facts.idle_power_w or 0.0,
-            peak_power_w=facts.peak_power_w or 0.0,
-        )
-
-    total = joules(outcome.idle_s)
+    busy_chip_s, chip_s = outcome.busy_s * chips, outcome.chips * outcome.end_s
+    total = power.chip_joules(idle_chip_s=outcome.idle_s * chips, busy_chip_s=busy_chip_s, utilisation=level)
+    low, high = power.chip_joules_range(idle_chip_s=outcome.idle_s * chips, busy_chip_s=busy_chip_s, utilisation=level)
+    it_joules = power.it_joules(total, chip_s)
     queries, output = sums.finished, sums.counts.output_tokens
-    price = facts.prices.usd_per_kwh
+    usd = None
+    if facts.pays_electricity and site.usd_per_kwh is not None:
+        usd = economics.electricity_usd(it_joules, site.usd_per_kwh, pue=site.pue) / queries
     return Energy(
-        mean_power_w_per_chip=total / (outcome.chips * outcome.end_s),
+        mean_power_w_per_chip=total / chip_s,
         joules_per_query=total / queries,
-        joules_per_query_busy=joules(0.0) / queries,
+        low_joules_per_query=low / queries,
+        high_joules_per_query=high / queries,
+        joules_per_query_busy=power.chip_joules(idle_chip_s=0.0, busy_chip_s=busy_chip_s, utilisation=level) / queries,
         joules_per_output_token=total / output,
-        pue=facts.prices.pue,
-        usd_per_query=(
-            None if price is None else economics.electricity_usd(total / queries, price, pue=facts.prices.pue)
-        ),
-        idle_power_w=facts.idle_power_w,
-        peak_power_w=facts.peak_power_w,
-        source=facts.power_source,
+        facility_joules_per_query=it_joules * site.pue / queries,
+        gco2_per_query=economics.carbon_g(it_joules, site.gco2_per_kwh, pue=site.pue) / queries,
+        usd_per_query=usd,
+        grade=power.grade,
+        pue=site.pue,
+        gco2_per_kwh=site.gco2_per_kwh,
+        region=site.region,
+        operator=site.operator,
+        idle_power_w=power.idle_w,
+        peak_power_w=power.peak_w,
+        host_power_w=power.host_w,
+        source=power.source,
     ), busy_power_w
 
 

@@ -20,6 +20,8 @@ from simulator.catalog.chips import (
 )
 from simulator.catalog.engines import engine_names, load_engine
 from simulator.catalog.files import data_folder
+from simulator.catalog.price_book import operator_table, ownership_defaults, region_table
+from simulator.catalog.records import quantities_in
 from simulator.errors import InputError, UnpriceableError
 
 ALL = chip_names()
@@ -163,6 +165,9 @@ def test_no_source_goes_uncited():
     cited = {q.source for n in ALL for q in load_chip(n).quantities().values()}
     cited |= {p.source for n in ALL for p in load_chip(n).prices}
     cited |= {load_chip(n).scale_up.source for n in ALL if load_chip(n).scale_up}
+    cited |= {
+        q.source for table in (operator_table, ownership_defaults, region_table) for _, q in quantities_in("", table())
+    }
     cited |= {q.source for n in engine_names() for q in load_engine(n).quantities().values()}
     mentioned = " ".join(q.note for n in ALL for q in load_chip(n).quantities().values())
     assert {key for key in sources() if key not in cited and key not in mentioned} == set()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.engine import skip_ahead
+from simulator.engine import core
 from simulator.engine.compiled import simulate
 from simulator.engine.records import FINISHED, NOT_ARRIVED, Requests
 from simulator.engine.streaming import Retired, StreamingEngine
@@ -85,12 +85,12 @@ def test_the_cases_above_carry_rows_of_every_kind_from_block_to_block():
         for start in range(0, len(requests), 3):
             engine.feed(part(requests, start, start + 3))
             ints = engine._state.ints
-            waiting = ints[skip_ahead.FIFO_TAIL] - ints[skip_ahead.FIFO_HEAD]
+            waiting = ints[core.FIFO_TAIL] - ints[core.FIFO_HEAD]
             kinds = {
-                "running": ints[skip_ahead.N_RUNNING],
+                "running": ints[core.N_RUNNING],
                 "waiting": waiting,
-                "preempted": ints[skip_ahead.N_PREEMPTED],
-                "client on its way": requests.concurrency and ints[skip_ahead.N_PENDING],
+                "preempted": ints[core.N_PREEMPTED],
+                "client on its way": requests.concurrency and ints[core.N_PENDING],
                 "forgotten": retired,
             }
             seen |= {kind for kind, number in kinds.items() if number}

@@ -199,12 +199,19 @@ def test_kinds(monkeypatch, tmp_path):
     )
 
 
+def _apart(page):
+    """Words and figures of a page: another processor's linear algebra ends a fit in other last digits."""
+    figure = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+    return re.sub(figure, "#", page), [float(number) for number in re.findall(figure, page)]
+
+
 @pytest.mark.parametrize("name", [*CHEAP, "napkin"])
 def test_committed_pages_are_current(name):
     found = FOUND.get(name) or reproduce_table(name)
     hint = "run: chipseconds reproduce --out reports/reproductions"
-    assert (REPORTS / f"{name}.md").read_text(encoding="utf-8") == markdown(name, found), hint
-    assert (REPORTS / f"{name}.csv").read_text(encoding="utf-8") == csv_text(found), hint
+    for committed, ours in ((f"{name}.md", markdown(name, found)), (f"{name}.csv", csv_text(found))):
+        words, figures = _apart((REPORTS / committed).read_text(encoding="utf-8"))
+        assert (words, figures) == (_apart(ours)[0], pytest.approx(_apart(ours)[1], rel=1e-5)), hint
     line = index({name: found}).splitlines()[-1]
     assert line in (REPORTS / "index.md").read_text(encoding="utf-8").splitlines(), hint
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from simulator.economics import PowerModel, price_by_hand, resolve_site
 from simulator.engine.compiled import simulate
 from simulator.engine.records import EngineSettings, Requests
 from simulator.results.summary import Deployment
 from simulator.roofline.step_cost import StepCost
-from simulator.run.options import PriceOptions, RunOptions, SloOptions
+from simulator.run.options import RunOptions, SloOptions
 from simulator.run.outcome import Outcome, split
 from simulator.run.summarise import Facts, summarise
 
@@ -76,12 +77,10 @@ def make_facts(cost, settings=SETTINGS, **changes):
         ideal_cost=make_cost(0.5),
         settings=settings,
         slo=SloOptions(ttft_s=1.0, tpot_s=0.1),
-        prices=PriceOptions(),
         options=RunOptions(),
-        usd_per_chip_hour=3.6,
-        price_source="test",
-        peak_power_w=700.0,
-        idle_power_w=210.0,
+        price=price_by_hand("c", 3.6),
+        power=PowerModel(210.0, 700.0, 100.0, 300.0, 700.0, 700.0, 350.0, "C", "test"),
+        site=resolve_site(),
     )
     return replace(facts, **changes)
 

@@ -254,13 +254,13 @@ def test_energy_lies_between_idle_and_peak_power(bench):
     busy, _, _ = bench.summary(bench.requests(60.0, 300))
     assert 210 < quiet.energy.mean_power_w_per_chip < busy.energy.mean_power_w_per_chip < 700
     assert quiet.energy.joules_per_query > busy.energy.joules_per_query
-    silent, _, timeline = bench.summary(bench.requests(), peak_power_w=None)
+    silent, _, timeline = bench.summary(bench.requests(), power=None)
     assert silent.energy is None
     assert np.isnan(timeline["power_w"]).all()
 
 
 def test_without_a_price_there_are_no_prices(bench):
-    summary, _, _ = bench.summary(bench.requests(), usd_per_chip_hour=None)
+    summary, _, _ = bench.summary(bench.requests(), price=None)
     assert summary.prices is None
 
 

@@ -1,0 +1,371 @@
+"""The decoding batch of the compiled engine: who is in it, what each pays, when each ends or needs a block.
+
+Nobody in it is visited from step to step; :mod:`simulator.engine.skip_ahead` says how that can be.
+"""
+
+from simulator.engine import speculation
+from simulator.engine.core import (
+    BATCH,
+    DECODE_ATTENTION,
+    DECODE_KEYS,
+    DECODE_TOKENS,
+    FIRST,
+    HEAP_SIZE,
+    KEYS_SUM,
+    KNOT,
+    LAST,
+    N_EVENTS,
+    N_GROWING,
+    N_RUNNING,
+    PARTIAL,
+    SHARE_R0,
+    SHARE_R1,
+    SHARE_W,
+    SLOT_BITS,
+    STEP,
+    STEP_ORIGIN,
+    WINDOW_DECODE_KEYS,
+    WINDOW_SUM,
+    CostTable,
+    Extra,
+    Outcome,
+    Price,
+    State,
+    Stream,
+)
+from simulator.engine.heaps import pop_key, push_key
+from simulator.engine.jit import compiled, inlined
+from simulator.engine.prefix_cache import (
+    watch,
+)
+from simulator.engine.progressions import (
+    blocks_for,
+    residue,
+    window_pairs,
+)
+from simulator.engine.speculation import Spec
+
+
+@inlined
+def chunk_pairs(cost: CostTable, done: int, size: int) -> int:
+    """Windowed pairs of a chunk of ``size`` tokens on ``done`` earlier ones."""
+    pairs = window_pairs(done + size, cost.window, cost.window_chunked)
+    return pairs - window_pairs(done, cost.window, cost.window_chunked)
+
+
+@inlined
+def chunk_keys(cost: CostTable, done: int, size: int) -> int:
+    """Keys that a chunk's windowed layers read."""
+    if cost.window_chunked:
+        return done % cost.window + size
+    return min(done + size, size + cost.window - 1)
+
+
+@inlined
+def push_window_event(cost: CostTable, state: State, slot: int, seen: int) -> None:
+    """Note when a sequence that now sees ``seen`` keys stops growing, or starts over; full windows that slide never do."""
+    ints = state.ints
+    step = ints[STEP]
+    if seen < cost.window:
+        state.growing[slot] = 1
+        ints[N_GROWING] += 1
+        state.event_step[slot] = step + cost.window - seen
+    elif cost.window_chunked and cost.window > 1:
+        state.growing[slot] = 0
+        state.event_step[slot] = step + 1
+    else:
+        state.growing[slot] = 0
+        state.event_step[slot] = -1
+        return
+    if ints[N_EVENTS] == len(state.events):
+        size = 0
+        for i in range(ints[N_EVENTS]):
+            key = state.events[i]
+            if state.event_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+                size = push_key(state.events, size, key)
+        ints[N_EVENTS] = size
+    ints[N_EVENTS] = push_key(state.events, ints[N_EVENTS], state.event_step[slot] << SLOT_BITS | slot)
+
+
+@inlined
+def pass_window_events(cost: CostTable, state: State) -> None:
+    """Bring the windowed sums to the present step; stale events are dropped."""
+    ints = state.ints
+    while ints[N_EVENTS] > 0:
+        key = state.events[0]
+        slot = key & ((1 << SLOT_BITS) - 1)
+        if state.event_step[slot] == key >> SLOT_BITS:
+            if key >> SLOT_BITS > ints[STEP]:
+                return
+            ints[N_EVENTS] = pop_key(state.events, ints[N_EVENTS])
+            if state.growing[slot] == 1:  # the window is full
+                ints[N_GROWING] -= 1
+                push_window_event(cost, state, slot, cost.window)
+            else:  # the next chunk of the context begins
+                ints[WINDOW_SUM] += 1 - cost.window
+                push_window_event(cost, state, slot, 1)
+        else:
+            ints[N_EVENTS] = pop_key(state.events, ints[N_EVENTS])
+
+
+@inlined
+def settle(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, step: int) -> None:
+    """Charge a decoding sequence for the steps since it joined, or was last settled."""
+    floats = state.floats
+    if extra is not None and extra.spec.on:
+        sequences, tariff = extra.spec.batch, extra.spec.tariff
+        w, r0 = floats[SHARE_W] - state.w[slot], floats[SHARE_R0] - state.r0[slot]
+        r1 = floats[SHARE_R1] - state.r1[slot]
+        pays, wasted = speculation.settle(
+            sequences, tariff.levels, tariff.floats, tariff.v, slot, step, state.ints[STEP_ORIGIN], w, r0, r1
+        )
+        out.busy[state.row[slot]] += pays
+        tariff.wasted[state.row[slot]] += wasted
+        state.emitted[slot] = speculation.emitted_of(sequences, slot)
+        state.computed[slot] = sequences.slots[slot, speculation.BASE] + state.emitted[slot]
+        state.joined[slot] = step
+        return
+    if cost.window > 0:
+        start = state.computed[slot]
+        keys = window_pairs(start + step - state.joined[slot], cost.window, cost.window_chunked)
+        keys -= window_pairs(start, cost.window, cost.window_chunked)
+        out.busy[state.row[slot]] += cost.window_slope * keys
+    first_keys = state.computed[slot] + 1 - (state.joined[slot] - state.ints[STEP_ORIGIN])
+    out.busy[state.row[slot]] += (
+        (floats[SHARE_W] - state.w[slot])
+        + first_keys * (floats[SHARE_R0] - state.r0[slot])
+        + (floats[SHARE_R1] - state.r1[slot])
+    )
+    state.computed[slot] += step - state.joined[slot]
+    state.emitted[slot] += step - state.joined[slot]
+    state.joined[slot] = step
+
+
+@inlined
+def mark_joined(state: State, slot: int, step: int) -> None:
+    """Remember the running sums at which a sequence starts (or goes on) decoding."""
+    state.joined[slot] = step
+    state.w[slot] = state.floats[SHARE_W]
+    state.r0[slot] = state.floats[SHARE_R0]
+    state.r1[slot] = state.floats[SHARE_R1]
+
+
+@compiled
+def rebase_sums(cost: CostTable, state: State, out: Outcome, extra: Extra | None) -> None:
+    """Charge everyone and restart the running sums at zero."""
+    ints = state.ints
+    step = ints[STEP]
+    slot = ints[FIRST]
+    while slot >= 0:
+        if state.finish_step[slot] >= 0:
+            settle(cost, state, out, extra, slot, step)
+            state.w[slot] = 0.0
+            state.r0[slot] = 0.0
+            state.r1[slot] = 0.0
+        slot = state.after[slot]
+    state.floats[SHARE_W] = 0.0
+    state.floats[SHARE_R0] = 0.0
+    state.floats[SHARE_R1] = 0.0
+    ints[STEP_ORIGIN] = step
+    if extra is not None and extra.spec.on:
+        extra.spec.tariff.v[:] = 0.0
+        extra.spec.tariff.floats[: speculation.CHUNK_DRAFT] = 0.0
+
+
+@inlined
+def rate_of(spec: Spec, row: int) -> int:
+    """Tokens per pass of a request at the level in force, in units of 2**-16 (P3)."""
+    kind = spec.classes[row] if len(spec.classes) > 0 else 0
+    return int(spec.rates[kind, spec.batch.ints[speculation.LEVEL]])
+
+
+@compiled
+def change_level(cost: CostTable, stream: Stream, out: Outcome, state: State, extra: Extra, level: int) -> None:
+    """P1: charge every decoding sequence at the old level of speculation and let it go on at the new one."""
+    ints, spec = state.ints, extra.spec
+    step = ints[STEP]
+    slot = ints[FIRST]
+    while slot >= 0:
+        if slot != ints[PARTIAL]:
+            settle(cost, state, out, extra, slot, step)
+            mark_joined(state, slot, step)
+        slot = state.after[slot]
+    spec.batch.ints[speculation.LEVEL] = level
+    ints[HEAP_SIZE] = 0
+    slot = ints[FIRST]
+    while slot >= 0:
+        if slot != ints[PARTIAL]:
+            row = state.row[slot]
+            speculation.change_rate(spec.batch, slot, step, rate_of(spec, row))
+            state.finish_step[slot] = step + speculation.passes_left(spec.batch, slot, stream.output[row])
+            key = state.finish_step[slot] << SLOT_BITS | slot
+            ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], key)
+        slot = state.after[slot]
+
+
+@inlined
+def append_running(state: State, slot: int) -> None:
+    """Put a request at the end of the running list."""
+    ints = state.ints
+    state.before[slot] = ints[LAST]
+    state.after[slot] = -1
+    if ints[LAST] >= 0:
+        state.after[ints[LAST]] = slot
+    else:
+        ints[FIRST] = slot
+    ints[LAST] = slot
+    ints[N_RUNNING] += 1
+
+
+@inlined
+def unlink_running(state: State, slot: int) -> None:
+    """Take a request out of the running list."""
+    ints = state.ints
+    before, after = state.before[slot], state.after[slot]
+    if before >= 0:
+        state.after[before] = after
+    else:
+        ints[FIRST] = after
+    if after >= 0:
+        state.before[after] = before
+    else:
+        ints[LAST] = before
+    ints[N_RUNNING] -= 1
+
+
+@inlined
+def leave_batch(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
+    """Settle a decoding sequence and take it out of the batch's sums."""
+    ints = state.ints
+    step = ints[STEP]
+    if extra is not None and extra.spec.on:
+        settle(cost, state, out, extra, slot, step)
+        speculation.leave(extra.spec.batch, slot)
+        ints[BATCH] -= 1
+        return
+    if cost.window > 0:
+        ints[WINDOW_SUM] -= cost.window
+        if state.growing[slot] == 1:
+            ints[WINDOW_SUM] += state.event_step[slot] - step
+            ints[N_GROWING] -= 1
+        state.event_step[slot] = -1
+    settle(cost, state, out, extra, slot, step)
+    ints[BATCH] -= 1
+    ints[KEYS_SUM] -= state.computed[slot] + 1
+    state.residues[residue(state.computed[slot] - step, block_size)] -= 1
+
+
+@inlined
+def blocks_owned(state: State, extra: Extra | None, slot: int, decoded: bool, block_size: int) -> int:
+    """Blocks of a request, which looks ahead once it has decoded (P2)."""
+    if extra is not None and extra.spec.on and decoded:
+        return int(extra.spec.batch.slots[slot, speculation.BLOCKS])
+    return blocks_for(state.computed[slot], block_size)
+
+
+@inlined
+def publishing_moment(state: State, extra: Extra) -> int:
+    """Stamp of what is published now: the step, or with speculation, which publishes nothing late, a count."""
+    if extra.spec.on:
+        extra.spec.batch.ints[speculation.MOMENT] += 1
+        return int(extra.spec.batch.ints[speculation.MOMENT])
+    return int(state.ints[STEP])
+
+
+@inlined
+def drop_stale_keys(state: State) -> None:
+    """Rebuild the finish heap from the keys that still hold."""
+    ints = state.ints
+    size = 0
+    for i in range(ints[HEAP_SIZE]):
+        key = state.heap[i]
+        if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+            size = push_key(state.heap, size, key)
+    ints[HEAP_SIZE] = size
+
+
+@inlined
+def blocks_of_step(state: State, extra: Extra | None, block_size: int) -> int:
+    """Blocks that the decoding sequences need in this step."""
+    step = state.ints[STEP]
+    if extra is not None and extra.spec.on:
+        return int(extra.spec.batch.ring[speculation.RING_NEED, step & extra.spec.batch.mask])
+    return int(state.residues[residue(-step, block_size)])
+
+
+@inlined
+def blocks_needed(state: State, extra: Extra | None, slot: int, block_size: int) -> int:
+    """Blocks that a decoding sequence needs in this step."""
+    step = state.ints[STEP]
+    if extra is not None and extra.spec.on:
+        slots = extra.spec.batch.slots
+        return int(slots[slot, speculation.NEED]) if slots[slot, speculation.BLOCK_STEP] == step else 0
+    return int(residue(state.computed[slot] + step - state.joined[slot], block_size) == 0)
+
+
+@inlined
+def tokens_per_sequence(extra: Extra | None) -> int:
+    """Tokens of one decoding sequence in a step, and its logit rows."""
+    if extra is not None and extra.spec.on:
+        level = extra.spec.batch.ints[speculation.LEVEL]
+        return int(extra.spec.tariff.levels[level, speculation.QUERIES])
+    return 1
+
+
+@inlined
+def start_decoding(
+    cost: CostTable, stream: Stream, state: State, extra: Extra | None, slot: int, rest: int, block_size: int
+) -> None:
+    """Let a request whose prompt is computed join the decoding batch, ``rest`` tokens from its end."""
+    ints = state.ints
+    step = ints[STEP]
+    done = state.computed[slot]
+    mark_joined(state, slot, step)
+    ints[BATCH] += 1
+    if extra is not None and extra.spec.on:
+        row = state.row[slot]
+        speculation.mark(extra.spec.tariff.floats, extra.spec.tariff.v, slot)
+        speculation.join(
+            extra.spec.batch, slot, step, rate_of(extra.spec, row), stream.prompt[row], state.emitted[slot]
+        )
+        rest = speculation.passes_left(extra.spec.batch, slot, stream.output[row])
+    else:
+        ints[KEYS_SUM] += done + 1
+        if cost.window > 0:
+            seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
+            ints[WINDOW_SUM] += seen
+            push_window_event(cost, state, slot, seen)
+        state.residues[residue(done - step, block_size)] += 1
+        if extra is not None and extra.cache.late:
+            watch(extra.cache, slot, state.row[slot], done, step)
+    state.finish_step[slot] = step + rest
+    if ints[HEAP_SIZE] == len(state.heap):
+        drop_stale_keys(state)
+    ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], (step + rest) << SLOT_BITS | slot)
+
+
+@inlined
+def advance_decodes(cost: CostTable, state: State, extra: Extra | None, price: Price, q: float, k: int) -> None:
+    """R10, R11: k steps of the decoding batch, by their sums. ``State.ints[STEP]`` is still that of the first."""
+    ints, floats = state.ints, state.floats
+    batch = ints[BATCH]
+    total_keys = ints[KEYS_SUM]
+    growth = k * (k - 1) // 2
+    ints[DECODE_TOKENS] += k * batch
+    floats[DECODE_ATTENTION] += k * price.attention + q * growth
+    knot = ints[KNOT]
+    if extra is not None and extra.spec.on:
+        per_token = price.per_token + price.per_row
+        share = speculation.fixed_share(extra.spec, cost.knots, knot, batch, price.slope, per_token)
+        since = ints[STEP] - ints[STEP_ORIGIN]
+        speculation.count_passes(extra.spec, cost.knots, knot, batch, k, per_token, since)
+    else:
+        intercept = cost.value[knot] - price.slope * cost.knots[knot]
+        share = price.per_token + price.per_row + cost.seq + intercept / batch
+        ints[DECODE_KEYS] += k * total_keys + batch * growth
+        ints[KEYS_SUM] = total_keys + k * batch
+        ints[WINDOW_DECODE_KEYS] += k * ints[WINDOW_SUM] + ints[N_GROWING] * growth
+        ints[WINDOW_SUM] += k * ints[N_GROWING]
+    floats[SHARE_W] += k * share
+    floats[SHARE_R0] += k * price.slope
+    floats[SHARE_R1] += price.slope * (k * (ints[STEP] - ints[STEP_ORIGIN]) + growth)

@@ -1,0 +1,212 @@
+"""Records of the compiled engine: cost, limits, requests, outcome, and everything that changes.
+
+Arrays owned by the caller, so that a run can be cut at any time and resumed.
+"""
+
+from typing import Any, NamedTuple
+
+from simulator.engine.prefix_cache import (
+    Cache,
+)
+from simulator.engine.speculation import Spec
+from simulator.engine.swap import Swap
+from simulator.engine.tiers import Loads
+
+# indices into State.ints
+(
+    STEP,
+    STEP_ORIGIN,
+    BATCH,
+    KEYS_SUM,
+    FREE_BLOCKS,
+    HEAP_SIZE,
+    N_RUNNING,
+    FIRST,
+    LAST,
+    PARTIAL,
+    N_PREEMPTED,
+    N_FREE_SLOTS,
+    FIFO_HEAD,
+    FIFO_TAIL,
+    NEXT_ROW,
+    N_PENDING,
+    KNOT,
+    STEPS,
+    DECODE_TOKENS,
+    DECODE_KEYS,
+    PREFILL_PAIRS,
+    PREFILL_KEYS,
+    CHUNKS,
+    PREEMPTIONS,
+    RECOMPUTED,
+    SEGMENTS,
+    MAX_RUNNING,
+    MAX_WAITING,
+    MAX_BLOCKS,
+    WINDOW_SUM,
+    N_GROWING,
+    N_EVENTS,
+    WINDOW_DECODE_KEYS,
+    WINDOW_PAIRS,
+    WINDOW_KEYS,
+    STOP_ROW,
+    N_LOADING,
+    N_INTS,
+) = range(38)
+# indices into State.floats
+(
+    CLOCK,
+    SHARE_W,
+    SHARE_R0,
+    SHARE_R1,
+    IDLE,
+    DECODE_ATTENTION,
+    PREFILL_ATTENTION,
+    RUNNING_INTEGRAL,
+    WAITING_INTEGRAL,
+    BLOCKS_INTEGRAL,
+    ITL_MAX,
+    INTERVAL,
+    LAST_START,
+    N_FLOATS,
+) = range(14)
+# rows of State.timeline
+T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY, T_PREEMPTIONS = range(5)
+
+SLOT_BITS = 20
+"""A finish key is step << SLOT_BITS | slot."""
+REBASE_STEPS = 1 << 14
+"""Running sums restart after this many steps, before the differences lose digits."""
+
+
+class CostTable(NamedTuple):
+    """Arrays of a StepCost."""
+
+    dense: Any
+    head: Any
+    knots: Any
+    value: Any
+    slope: Any
+    seq: float
+    planes: Any
+    window: int
+    window_chunked: bool
+    window_slope: float
+
+
+class Limits(NamedTuple):
+    """EngineSettings, as numbers."""
+
+    max_num_seqs: int
+    budget: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    reserve_full: bool
+    lookahead: int
+
+
+class Stream(NamedTuple):
+    """Requests, as arrays; ``concurrency`` 0 is the open loop."""
+
+    arrival: Any
+    prompt: Any
+    output: Any
+    cached: Any
+    max_tokens: Any
+    concurrency: int
+
+
+class Outcome(NamedTuple):
+    """Per-request results, and histograms."""
+
+    status: Any
+    arrival: Any
+    scheduled: Any
+    first_token: Any
+    finish: Any
+    preemptions: Any
+    busy: Any
+    busy_prefill: Any
+    busy_cached: Any
+    recompute: Any
+    steps_by_tokens: Any
+    steps_by_rows: Any
+    itl: Any
+
+
+class State(NamedTuple):
+    """Everything that changes, and survives a cut."""
+
+    ints: Any
+    floats: Any
+    fifo: Any
+    pending_time: Any
+    pending_row: Any
+    heap: Any
+    residues: Any
+    stack: Any
+    free_slots: Any
+    row: Any
+    computed: Any
+    joined: Any
+    emitted: Any
+    seen: Any
+    finish_step: Any
+    after: Any
+    before: Any
+    w: Any
+    r0: Any
+    r1: Any
+    last_token: Any
+    events: Any
+    event_step: Any
+    growing: Any
+    chunk_slot: Any
+    chunk_size: Any
+    chunk_start: Any
+    timeline: Any
+    bits_f: Any
+    bits_i: Any
+
+
+class Extra(NamedTuple):
+    """What goes beyond a plain replica: a record of arrays and flags for each feature.
+
+    Numba compiles ``advance`` twice: without (None) every ``if extra is not None`` vanishes; with it, all features are
+    compiled in, and their flags switch them at run time.
+    """
+
+    cache: Cache
+    spec: Spec
+    swap: Swap
+    loads: Loads
+
+
+class Chunks(NamedTuple):
+    """The tokens of a step: those of the decoding batch, and the chunks in ``State.chunk_slot``."""
+
+    n: int
+    tokens: int
+    free: int
+    preempted: bool
+    unsure: bool
+    """The first of the queue lacks blocks, but decoding may publish one that it can share."""
+
+
+class Price(NamedTuple):
+    """What a step costs (R9), with the parts by which it is shared (R11)."""
+
+    d0: float
+    per_token: float
+    per_row: float
+    slope: float
+    attention: float
+    rows: int
+    pairs: int
+    keys: int
+    seen_pairs: int
+    seen_keys: int
+    plane: int
+    prefill: float
+    per_chunk_token: float

@@ -1,0 +1,375 @@
+"""Segments of steps in the compiled engine: what a step costs, how many are alike, and what they leave behind.
+
+The phases that every loop is made of, whatever its queue.
+"""
+
+import math
+from typing import Any
+
+from simulator.engine import speculation
+from simulator.engine.batch import (
+    blocks_owned,
+    chunk_keys,
+    chunk_pairs,
+    leave_batch,
+    publishing_moment,
+    start_decoding,
+    tokens_per_sequence,
+    unlink_running,
+)
+from simulator.engine.core import (
+    BATCH,
+    BLOCKS_INTEGRAL,
+    CHUNKS,
+    CLOCK,
+    FREE_BLOCKS,
+    HEAP_SIZE,
+    INTERVAL,
+    ITL_MAX,
+    KEYS_SUM,
+    KNOT,
+    N_EVENTS,
+    N_FREE_SLOTS,
+    PARTIAL,
+    PREFILL_ATTENTION,
+    PREFILL_KEYS,
+    PREFILL_PAIRS,
+    RECOMPUTED,
+    RUNNING_INTEGRAL,
+    SLOT_BITS,
+    STEP,
+    T_BLOCKS,
+    T_BUSY,
+    T_RUNNING,
+    T_WAITING,
+    WAITING_INTEGRAL,
+    WINDOW_KEYS,
+    WINDOW_PAIRS,
+    WINDOW_SUM,
+    CostTable,
+    Extra,
+    Limits,
+    Outcome,
+    Price,
+    State,
+    Stream,
+)
+from simulator.engine.heaps import pop_key
+from simulator.engine.jit import compiled, inlined
+from simulator.engine.prefix_cache import (
+    START,
+    note_end,
+    publish,
+)
+from simulator.engine.progressions import (
+    blocks_for,
+    count_itl,
+    end_of_steps,
+    spread,
+    steps_to_reach,
+    steps_with_blocks,
+)
+from simulator.engine.records import FINISHED
+
+
+@compiled
+def widen_timeline(timeline: Any, floats: Any, end: float) -> float:
+    """Double the interval, merging pairs, until ``end`` lies inside the timeline; return the interval."""
+    interval = float(floats[INTERVAL])
+    size = timeline.shape[1]
+    while end >= size * interval:
+        for r in range(timeline.shape[0]):
+            for b in range(size // 2):
+                timeline[r, b] = timeline[r, 2 * b] + timeline[r, 2 * b + 1]
+            timeline[r, size // 2 :] = 0.0
+        interval *= 2.0
+    floats[INTERVAL] = interval
+    return interval
+
+
+@inlined
+def find_knot(cost: CostTable, state: State, extra: Extra | None) -> int:
+    """The piece of the curve of decode attention on which the batch is; noted in ``KNOT``."""
+    total_keys = float(state.ints[KEYS_SUM])
+    if extra is not None and extra.spec.on:
+        total_keys = extra.spec.batch.ints[speculation.KEYS] * speculation.PER_TOKEN
+    knot = state.ints[KNOT]
+    while knot + 1 < len(cost.knots) and cost.knots[knot + 1] <= total_keys:
+        knot += 1
+    while cost.knots[knot] > total_keys:
+        knot -= 1
+    state.ints[KNOT] = knot
+    return int(knot)
+
+
+@inlined
+def price_step(
+    cost: CostTable, stream: Stream, state: State, extra: Extra | None, chunks: int, tokens: int, dense: float
+) -> Price:
+    """R9: what the step costs, its dense layers ``dense`` seconds."""
+    ints = state.ints
+    batch = ints[BATCH]
+    decoded = batch * tokens_per_sequence(extra)
+    rows = decoded
+    pairs = 0
+    keys = 0
+    seen_pairs = 0
+    seen_keys = 0
+    for c in range(chunks):
+        slot = state.chunk_slot[c]
+        row = state.row[slot]
+        done = state.chunk_start[c]
+        size = state.chunk_size[c]
+        pairs += size * done + size * (size + 1) // 2
+        keys += done + size
+        if cost.window > 0:
+            seen_pairs += chunk_pairs(cost, done, size)
+            seen_keys += chunk_keys(cost, done, size)
+        if done + size == stream.prompt[row] + state.emitted[slot]:
+            rows += 1
+    d0 = dense + cost.head[rows]
+    slope = 0.0
+    attention = 0.0
+    if batch > 0:
+        knot = find_knot(cost, state, extra)
+        slope = cost.slope[knot]
+        attention = cost.value[knot] + slope * (ints[KEYS_SUM] - cost.knots[knot]) + cost.seq * batch
+        attention += cost.window_slope * ints[WINDOW_SUM]
+        if extra is not None and extra.spec.on:
+            terms = speculation.decode_terms(extra.spec, cost.knots, knot, batch)
+            slope = terms.slope
+            attention = terms.seconds
+        d0 += attention
+    plane = 0
+    prefill = 0.0
+    if chunks > 0:
+        prefill = -1.0
+        for j in range(cost.planes.shape[0]):
+            value = cost.planes[j, 0] * pairs + cost.planes[j, 1] * keys + cost.planes[j, 2] * chunks
+            if cost.window > 0:
+                value += cost.planes[j, 3] * seen_pairs + cost.planes[j, 4] * seen_keys
+            if value > prefill:
+                prefill = value
+                plane = j
+        d0 += prefill
+    per_token = dense / tokens
+    per_row = cost.head[rows] / rows if rows > 0 else 0.0
+    per_chunk = per_token
+    if extra is not None and extra.spec.on and chunks > 0:
+        drafting = speculation.chunk_time(extra.spec, tokens - decoded)
+        d0 += drafting
+        per_chunk += drafting / (tokens - decoded)
+    return Price(
+        d0, per_token, per_row, slope, attention, rows, pairs, keys, seen_pairs, seen_keys, plane, prefill, per_chunk
+    )
+
+
+@inlined
+def lengthen(price: Price, seconds: float) -> Price:
+    """The price of a step that lasts ``seconds`` longer."""
+    return Price(
+        price.d0 + seconds,
+        price.per_token,
+        price.per_row,
+        price.slope,
+        price.attention,
+        price.rows,
+        price.pairs,
+        price.keys,
+        price.seen_pairs,
+        price.seen_keys,
+        price.plane,
+        price.prefill,
+        price.per_chunk_token,
+    )
+
+
+@inlined
+def steps_in_piece(cost: CostTable, limits: Limits, state: State, extra: Extra | None, k: int) -> int:
+    """Steps, at most k, until a knot or a window is crossed, or blocks run out; with speculation, blocks come later."""
+    ints = state.ints
+    step, batch, knot = ints[STEP], ints[BATCH], ints[KNOT]
+    if extra is not None and extra.spec.on:
+        edge = cost.knots[knot + 1] if knot + 1 < len(cost.knots) else math.inf
+        return int(speculation.steps_in_reach(extra.spec.batch, edge, step, k))
+    if knot + 1 < len(cost.knots):
+        k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
+    if ints[N_EVENTS] > 0:
+        k = min(k, (state.events[0] >> SLOT_BITS) - step)
+    return int(steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS]))
+
+
+@inlined
+def steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | None) -> int:
+    """How many decode steps the batch can take until somebody finishes, blocks run out, or a knot or window is crossed."""
+    ints = state.ints
+    step = ints[STEP]
+    while True:
+        key = state.heap[0]
+        if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+            break
+        ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
+    k = (key >> SLOT_BITS) - step
+    return steps_in_piece(cost, limits, state, extra, k)
+
+
+@inlined
+def steps_until(state: State, d0: float, q: float, stop: float, k: int) -> int:
+    """How many of k steps to take so that ``stop`` is not passed by a whole step, nor an interval of the timeline."""
+    t = state.floats[CLOCK]
+    k = steps_to_reach(t, d0, q, stop, k)
+    interval = state.floats[INTERVAL]
+    edge = (int(t / interval) + 1) * interval
+    if k > 1 and end_of_steps(t, d0, q, k) > edge:
+        k = steps_to_reach(t, d0, q, edge, k)
+        if k > 1 and end_of_steps(t, d0, q, k) > edge:
+            k -= 1
+    return k
+
+
+@inlined
+def record_segment(
+    state: State, t: float, end: float, running: int, waiting: int, blocks_integral: float, busy: float
+) -> None:
+    """R13, R15: integrals over time, ``busy`` seconds of it at work, and the timeline."""
+    floats, timeline = state.floats, state.timeline
+    interval = floats[INTERVAL]
+    if end >= timeline.shape[1] * interval:
+        interval = widen_timeline(timeline, floats, end)
+    length = end - t
+    b = int(t / interval)
+    if end <= (b + 1) * interval:
+        timeline[T_RUNNING, b] += running * length
+        timeline[T_WAITING, b] += waiting * length
+        timeline[T_BLOCKS, b] += blocks_integral
+        timeline[T_BUSY, b] += busy
+    else:
+        spread(timeline, T_RUNNING, interval, t, end, running)
+        spread(timeline, T_WAITING, interval, t, end, waiting)
+        spread(timeline, T_BLOCKS, interval, t, end, blocks_integral / length)
+        spread(timeline, T_BUSY, interval, t, end, busy / length)
+    floats[RUNNING_INTEGRAL] += running * length
+    floats[WAITING_INTEGRAL] += waiting * length
+    floats[BLOCKS_INTEGRAL] += blocks_integral
+
+
+@inlined
+def count_latencies(out: Outcome, state: State, batch: int, d0: float, q: float, k: int) -> None:
+    """R10: k tokens of each of ``batch`` sequences, in steps that last d0, d0 + q, …"""
+    count_itl(out.itl, state.bits_f, state.bits_i, d0, q, k, batch)
+    state.floats[ITL_MAX] = max(state.floats[ITL_MAX], d0 + q * (k - 1))
+
+
+@inlined
+def finish_request(state: State, out: Outcome, extra: Extra | None, slot: int, owned: int) -> None:
+    """Free the ``owned`` blocks and the slot of a request that has left the batch."""
+    ints = state.ints
+    row = state.row[slot]
+    out.status[row] = FINISHED
+    out.finish[row] = state.floats[CLOCK]
+    if extra is not None and extra.cache.on:
+        note_end(extra.cache, slot, row, state.computed[slot], owned, ints[STEP])
+        owned = 0
+    ints[FREE_BLOCKS] += owned
+    if extra is not None and extra.spec.on:
+        extra.spec.batch.slots[slot, speculation.PROGRESS] = 0
+    state.finish_step[slot] = -1
+    unlink_running(state, slot)
+    state.free_slots[ints[N_FREE_SLOTS]] = slot
+    ints[N_FREE_SLOTS] += 1
+
+
+@inlined
+def end_chunks(
+    cost: CostTable,
+    stream: Stream,
+    out: Outcome,
+    state: State,
+    extra: Extra | None,
+    chunks: int,
+    price: Price,
+    block_size: int,
+) -> int:
+    """R10 to R12 for chunks; return how many requests finish. ``State`` is already at the step's end."""
+    ints, floats = state.ints, state.floats
+    end = floats[CLOCK]
+    plane = price.plane
+    n_done = 0
+    ints[CHUNKS] += chunks
+    ints[PREFILL_PAIRS] += price.pairs
+    ints[PREFILL_KEYS] += price.keys
+    ints[WINDOW_PAIRS] += price.seen_pairs
+    ints[WINDOW_KEYS] += price.seen_keys
+    floats[PREFILL_ATTENTION] += price.prefill
+    ints[PARTIAL] = -1
+    for c in range(chunks):
+        slot = state.chunk_slot[c]
+        size = state.chunk_size[c]
+        row = state.row[slot]
+        done = state.chunk_start[c]
+        known = stream.prompt[row] + state.emitted[slot]
+        pays = (
+            price.per_chunk_token * size
+            + cost.planes[plane, 0] * (size * done + size * (size + 1) // 2)
+            + cost.planes[plane, 1] * (done + size)
+            + cost.planes[plane, 2]
+        )
+        if cost.window > 0:
+            pays += cost.planes[plane, 3] * chunk_pairs(cost, done, size)
+            pays += cost.planes[plane, 4] * chunk_keys(cost, done, size)
+        start = stream.cached[row]
+        if extra is not None and extra.cache.on:
+            start = extra.cache.slots[slot, START]
+        out.busy_cached[row] += cost.planes[plane, 1] * start
+        if done + size == known:
+            pays += price.per_row
+        out.busy[row] += pays
+        out.busy_prefill[row] += pays
+        again = min(done + size, state.seen[slot]) - done
+        if again > 0:
+            out.recompute[row] += pays * again / size
+            ints[RECOMPUTED] += again
+        done += size
+        state.computed[slot] = max(done, state.computed[slot])  # a later chunk may be in flight already
+        if extra is not None and extra.cache.radix:
+            ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, publishing_moment(state, extra))
+        if done < known:
+            ints[PARTIAL] = slot
+            continue
+        if state.emitted[slot] == 0:
+            out.first_token[row] = end
+        else:
+            gap = end - state.last_token[slot]
+            count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
+            floats[ITL_MAX] = max(floats[ITL_MAX], gap)
+        state.emitted[slot] += 1
+        rest = stream.output[row] - state.emitted[slot]
+        if rest == 0:
+            finish_request(state, out, extra, slot, blocks_for(done, block_size))
+            n_done += 1
+        else:
+            start_decoding(cost, stream, state, extra, slot, rest, block_size)
+    return n_done
+
+
+@inlined
+def end_decodes(
+    cost: CostTable, stream: Stream, out: Outcome, state: State, extra: Extra | None, block_size: int
+) -> int:
+    """R10: decoding requests whose last token has come; return how many."""
+    ints = state.ints
+    n_done = 0
+    while ints[HEAP_SIZE] > 0 and state.heap[0] >> SLOT_BITS <= ints[STEP]:
+        key = state.heap[0]
+        ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
+        slot = key & ((1 << SLOT_BITS) - 1)
+        if state.finish_step[slot] == key >> SLOT_BITS:
+            leave_batch(cost, state, out, extra, slot, block_size)
+            owned = blocks_owned(state, extra, slot, True, block_size)  # noqa: FBT003 - compiled code takes no keywords here
+            if extra is not None and extra.spec.on:
+                row = state.row[slot]
+                speculation.cut_surplus(extra.spec.batch, slot, stream.output[row])
+                state.computed[slot] = stream.prompt[row] + stream.output[row] - 1
+            finish_request(state, out, extra, slot, owned)
+            n_done += 1
+    return n_done

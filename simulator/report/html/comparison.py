@@ -1,0 +1,100 @@
+"""The page of several runs beside each other."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from simulator.report.html.inline import inline_svg
+from simulator.report.html.page import Card, Grid, Page, Picture, Prose, Section
+from simulator.report.run_plot import LINE_COLOURS, draw_cdfs
+from simulator.report.tables import HEADLINES, number, usd
+from simulator.results import Result
+from simulator.results.compare import differences
+from simulator.results.summary import Estimate, Summary
+
+
+def comparison_page(results: Sequence[tuple[str, Result]]) -> Page:
+    """Page of named results, at least two: headline figures side by side, latencies in one picture, settings that differ."""
+    runs = [result for _, result in results]
+    names = [name for name, _ in results]
+    per_query = [run.summary.chip_seconds_per_query.provisioned for run in runs]
+    least = min(range(len(runs)), key=lambda i: per_query[i])
+    lead = (f"{len(runs)} runs; the first, {names[0]}, is what the others are compared with.",)
+    cards = tuple(
+        Card(
+            name,
+            number(run.summary.chip_seconds_per_query.provisioned),
+            (
+                "chip-seconds per query, provisioned",
+                f"{run.summary.deployment.model} on {run.summary.deployment.slice}, status {run.summary.status}",
+            ),
+            "good" if i == least and len(set(per_query)) > 1 else "plain",
+        )
+        for i, (name, run) in enumerate(results)
+    )
+    sections = [Section("figures", "Headline figures", (_headlines(names, runs),))]
+    pictures = tuple(
+        Picture(
+            inline_svg(partial(draw_cdfs, results, name), label=f"distributions of {name}", key=f"cdf-{name[:4]}"),
+            f"{name.removesuffix('_s').upper()}: share of the measured requests at or below each value",
+        )
+        for name in ("ttft_s", "tpot_s", "e2e_s")
+        if len(runs) <= len(LINE_COLOURS)
+        and all(run.summary.latency and len(run.requests["arrival_s"]) for run in runs)
+    )
+    if pictures:
+        sections.append(Section("latencies", "What users see", pictures))
+    sections.append(Section("settings", "Settings that differ", (_settings(names, runs),)))
+    return Page(title=" · ".join(names), lead=lead, cards=cards, sections=tuple(sections), footer=_footer(results))
+
+
+def _headlines(names: Sequence[str], runs: Sequence[Result]) -> Grid:
+    more: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+        ("output tokens/s per chip", "throughput.output_tokens_per_s_per_chip", number),
+        ("chip-s ideal", "chip_seconds_per_query.ideal", number),
+        ("$ per M output tokens, allocation", "prices.allocation.per_million_output_tokens_usd", usd),
+        ("J per query", "energy.joules_per_query", number),
+    )
+    rows = []
+    for label, path, form in (*HEADLINES, *more):
+        values = [_at(run.summary, path) for run in runs]
+        if all(value is None for value in values):
+            continue
+        first = values[0]
+        cells = [form(first)]
+        for value in values[1:]:
+            change = "" if value is None or not first else f"  ({value / first - 1:+.1%})".replace("-", "−")
+            cells.append(form(value) + change)
+        rows.append((label, *cells))
+    rows.insert(0, ("status", *(run.summary.status for run in runs)))
+    return Grid(("figure", *names), tuple(rows), caption="in brackets: against the first")
+
+
+def _at(summary: Summary, path: str) -> float | None:
+    found: object = summary
+    for name in path.split("."):
+        if found is None:
+            return None
+        found = getattr(found, name)
+    value = found.value if isinstance(found, Estimate) else found
+    return None if value is None else float(value)  # type: ignore[arg-type]
+
+
+def _settings(names: Sequence[str], runs: Sequence[Result]) -> Grid | Prose:
+    first = runs[0].scenario
+    changed: dict[str, list[str]] = {}
+    for i, run in enumerate(runs[1:], start=1):
+        for d in differences(first, run.scenario):
+            cells = changed.setdefault(d.path, [_cell(d.a)] * len(runs))
+            cells[i] = _cell(d.b)
+    if not changed:
+        return Prose(("None: the scenarios are the same.",))
+    rows = tuple((path, *cells) for path, cells in sorted(changed.items()))
+    return Grid(("setting", *names), rows, left=len(names) + 1)
+
+
+def _cell(value: object) -> str:
+    return "–" if value is None else str(value)
+
+
+def _footer(results: Sequence[tuple[str, Result]]) -> tuple[str, ...]:
+    return tuple(f"{name}: {run.summary.scenario}, seed {run.seed}." for name, run in results)
