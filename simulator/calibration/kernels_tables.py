@@ -89,9 +89,7 @@ def read_tables(folder: Path) -> list[Table]:
         If there is none, or one lacks a column or holds a time that is not positive.
     """
     files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if ".csv" in p.suffixes)
-    found = [
-        table for file in files if folder.is_file() or _kind(file) for table in _by_kernel(file, read_table(file))
-    ]
+    found = [table for file in files if folder.is_file() or _kind(file) for table in _by_kernel(file, read_table(file))]
     if not found:
         raise InputError(
             f"{folder}: no table to fit; a file is called after what it holds and the framework, such as gemm_vllm.csv or "
@@ -155,7 +153,11 @@ def _attention(table: Table, mixer: SoftmaxAttention) -> list[Table]:
             **{name: np.full(count, "bfloat16") for name in ("dtype", "kv_dtype")},
             **{
                 name: np.full(count, float(value))
-                for name, value in (("heads", mixer.n_heads), ("kv_heads", mixer.n_kv_heads), ("head_dim", mixer.head_dim))
+                for name, value in (
+                    ("heads", mixer.n_heads),
+                    ("kv_heads", mixer.n_kv_heads),
+                    ("head_dim", mixer.head_dim),
+                )
             },
             "batch": rows["batch"],
             "seq": rows["chunk"],

@@ -96,9 +96,7 @@ HOSTS = {
 
 def parameters_for(engines: Iterable[str]) -> tuple[Parameter, ...]:
     """Parameters of a fit over rows of these engines."""
-    found = [
-        Parameter(name, None, 0.5, *values) for name, values in SLOWDOWNS.items()
-    ]
+    found = [Parameter(name, None, 0.5, *values) for name, values in SLOWDOWNS.items()]
     found += [Parameter(name, None, 0.0, *values) for name, values in SHARED.items()]
     for engine in sorted(set(engines)):
         found += [Parameter(name, engine, 0.0, *values) for name, values in HOSTS.items()]

@@ -396,7 +396,9 @@ class Benchmark:
 
 #: Outputs: 294 in the reference of llama2-70b, at most 128 of the summaries, of which logs report 69.
 MLPERF = {
-    "llama2-70b": Benchmark("llama-2-70b", "fp8kv8", 300, 294, {"l40s": 4, "h100-sxm": 2, "h100-nvl": 2, "h100-pcie": 2}),
+    "llama2-70b": Benchmark(
+        "llama-2-70b", "fp8kv8", 300, 294, {"l40s": 4, "h100-sxm": 2, "h100-nvl": 2, "h100-pcie": 2}
+    ),
     "gptj": Benchmark("gpt-j-6b", "fp8kv8", 780, 69, {}, beams=4),
 }
 MLPERF_REQUESTS = 1500
@@ -412,7 +414,9 @@ def _mlperf(identity: str, table: str, row: Row) -> Measurement:
     if known is None:
         raise UnpriceableError(f"benchmark {row['benchmark']!r} is not known{nearest(name, MLPERF)}")
     if not row["framework"].startswith("TensorRT"):
-        raise UnpriceableError(f"{name} with {row['framework'] or 'an unnamed engine'}: the log does not say its formats")
+        raise UnpriceableError(
+            f"{name} with {row['framework'] or 'an unnamed engine'}: the log does not say its formats"
+        )
     tp = _count(row, "tp", known.tp.get(chip, 1))
     pool = Pool(workers=max(1, _count(row, "n_gpus") // tp), tp=tp, pp=_count(row, "pp"), max_num_seqs=_limit(row))
     pool = replace(pool, workers=max(1, pool.workers // pool.pp))
@@ -426,7 +430,9 @@ def _mlperf(identity: str, table: str, row: Row) -> Measurement:
         if not queued and row.get(column):
             measured[metric] = float(row[column]) / 1e3
     if not measured:
-        raise UnpriceableError(f"{name}, {row['scenario']}: the log has no latency of tokens, and its rate is the arrivals'")
+        raise UnpriceableError(
+            f"{name}, {row['scenario']}: the log has no latency of tokens, and its rate is the arrivals'"
+        )
     return Measurement(
         id=identity,
         table=table,

@@ -128,7 +128,13 @@ class EngineSpec(Record):
 
     def quantities(self) -> dict[str, Quantity]:
         """Every sourced number by its dotted path, e.g. ``host.step``."""
-        tables = {"host": self.host, "launch": self.launch, "routing": self.routing, "slowdown": self.slowdown, "memory": self.memory}
+        tables = {
+            "host": self.host,
+            "launch": self.launch,
+            "routing": self.routing,
+            "slowdown": self.slowdown,
+            "memory": self.memory,
+        }
         return {
             f"{name}.{key}": value
             for name, table in tables.items()

@@ -285,7 +285,6 @@ class KernelFit(Record):
         _curve_of(self)
         return self
 
-
     @property
     def key(self) -> Key:
         """What the curve is of."""
@@ -358,10 +357,11 @@ class KernelCurves:
     def with_fixed_times(self, *, kernels: float, collectives: float) -> "KernelCurves":
         """Launches and other fixed times of kernels, and latencies of collectives, multiplied."""
 
-
         def changed(curve: Curve) -> Curve:
             factor = collectives if isinstance(curve, CollectiveCurve) else kernels
-            return replace(curve, **{f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")})
+            return replace(
+                curve, **{f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")}
+            )
 
         return self._mapped(lambda curves: {key: changed(curve) for key, curve in curves.items()})
 
@@ -407,7 +407,9 @@ def preferred_fits(calibration: CalibrationFile) -> list[KernelFit]:
         side_by_side.setdefault((fit.op, fit.dtype, fit.kv_dtype), {}).setdefault(fit.framework, []).append(fit)
     found = []
     for by_framework in side_by_side.values():
-        framework = preferred([max(fits, key=lambda fit: (fit.chips, fit.rows)) for fits in by_framework.values()]).framework
+        framework = preferred(
+            [max(fits, key=lambda fit: (fit.chips, fit.rows)) for fits in by_framework.values()]
+        ).framework
         found += by_framework[framework]
     return found
 

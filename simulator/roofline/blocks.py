@@ -180,7 +180,9 @@ def touched_experts(n_experts: int, top_k: int, n: Number, skew: float = 0.0) ->
         return n_experts * np.minimum(n, 1)
     touched: Number = 0.0
     for experts, share in _popularity(n_experts, top_k, skew):
-        touched = touched + experts * -np.expm1(n * np.log1p(-share)) if share < 1 else touched + experts * np.minimum(n, 1)
+        touched = (
+            touched + experts * -np.expm1(n * np.log1p(-share)) if share < 1 else touched + experts * np.minimum(n, 1)
+        )
     return touched
 
 

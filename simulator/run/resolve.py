@@ -136,8 +136,10 @@ def resolve(scenario: Scenario) -> Resolved:
                 f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
                 f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
             )
-    cost = _compile(deployment, sharded) if profile is None else apply_profile(
-        kernel_cost(deployment, kernels=profile.kernels, routing_skew=profile.routing_skew), profile
+    cost = (
+        _compile(deployment, sharded)
+        if profile is None
+        else apply_profile(kernel_cost(deployment, kernels=profile.kernels, routing_skew=profile.routing_skew), profile)
     )
     drafting = None
     if engine.speculation is not None:

@@ -147,7 +147,9 @@ def test_engines_that_reserve_whole_requests_seat_as_many_as_fit_and_preempt_nob
 
 def test_beams_share_their_prompt_and_count_once():
     one, four = (
-        predict(measurement(load="queued", clients=0, n_requests=50, beams=b, measured={"output_tokens_per_s": 1.0}), PLAIN)
+        predict(
+            measurement(load="queued", clients=0, n_requests=50, beams=b, measured={"output_tokens_per_s": 1.0}), PLAIN
+        )
         for b in (1, 4)
     )
     assert one["output_tokens_per_s"] / 4 < four["output_tokens_per_s"] < one["output_tokens_per_s"]

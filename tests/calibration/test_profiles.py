@@ -83,20 +83,22 @@ def test_the_latency_of_a_collective_is_no_launch(kernels):
 
 def test_an_engine_runs_its_own_kernels_where_they_were_measured():
     d = replace(deployment("llama-3-8b", "h100-sxm:1"), precision=parse_precision("bf16"))
-    vllm, trtllm, other = (kernel_cost(d, kernels=name).cost.decode_attention_s(1e6) for name in ("vllm", "trtllm", "none"))
+    vllm, trtllm, other = (
+        kernel_cost(d, kernels=name).cost.decode_attention_s(1e6) for name in ("vllm", "trtllm", "none")
+    )
     assert vllm != trtllm
     assert other == vllm  # the first of the frameworks stands for a chip
 
 
 def test_tensorrt_llm_on_a100_has_experts_of_h100_as_fractions():
     curves = load_chip("a100-80-sxm").efficiency.curves
-    assert curves.of("trtllm").get(GroupedCurve, "moe", "bfloat16") == load_chip("h100-sxm").efficiency.curves.of("trtllm").get(
-        GroupedCurve, "moe", "bfloat16"
-    )
+    assert curves.of("trtllm").get(GroupedCurve, "moe", "bfloat16") == load_chip("h100-sxm").efficiency.curves.of(
+        "trtllm"
+    ).get(GroupedCurve, "moe", "bfloat16")
     assert curves.get(GroupedCurve, "moe", "bfloat16") != curves.of("trtllm").get(GroupedCurve, "moe", "bfloat16")
 
 
-def test_popular_experts_leave_fewer_weights_to_read(kernels):
+def test_popular_experts_leave_fewer_weights_to_read():
     even, skewed = (kernel_cost(deployment(), routing_skew=s).dense["experts"] for s in (0.0, 1.0))
     assert skewed[8] < even[8]
     assert skewed[1] == pytest.approx(even[1])

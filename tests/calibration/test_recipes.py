@@ -76,7 +76,15 @@ def test_a_run_whose_server_had_an_unrecorded_limit_is_refused():
 
 
 def test_only_published_tables_take_published_settings(tmp_path):
-    row = {**ROW, "engine": "trtllm", "model": "llama-3-70b", "gpu": "b200_sxm", "precision": "fp8", "isl": "1024", "osl": "1024"}
+    row = {
+        **ROW,
+        "engine": "trtllm",
+        "model": "llama-3-70b",
+        "gpu": "b200_sxm",
+        "precision": "fp8",
+        "isl": "1024",
+        "osl": "1024",
+    }
     mine, theirs = {**row, "subset": "mine"}, {**row, "id": "r2", "subset": "inferencex_dump"}
     first, second = read_measurements(write_rows(tmp_path / "rows.csv", [mine, theirs])).measurements
     assert (first.hold_steps, second.hold_steps) == (0, 20)
