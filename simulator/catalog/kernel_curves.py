@@ -20,6 +20,7 @@ from simulator.errors import InputError
 
 KernelOp = Literal[
     "gemm",
+    "gemv",
     "moe",
     "attention_prefill",
     "attention_decode",
@@ -101,6 +102,25 @@ class GemmCurve(_Curve):
     split_s: float = 0.0
     quantise: float = 0.0
     sharpness: float = 2.0
+
+
+@dataclass(frozen=True)
+class VectorCurve(_Curve):
+    """Products with a single row, where a library reads the weights by another kernel, as those of CPUs do.
+
+    Attributes
+    ----------
+    hbm, launch_s
+        as in :class:`GemmCurve`.
+    depth
+        steps of the inner dimension lost at either end of each output's sum. [elements]
+    """
+
+    fractions: ClassVar[frozenset[str]] = frozenset({"hbm"})
+
+    hbm: float
+    launch_s: float
+    depth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -216,11 +236,12 @@ class CollectiveCurve(_Curve):
             raise InputError(f"CollectiveCurve.sharpness = {self.sharpness}: must be above 0")
 
 
-Curve = GemmCurve | GroupedCurve | PrefillCurve | DecodeCurve | CollectiveCurve
+Curve = GemmCurve | VectorCurve | GroupedCurve | PrefillCurve | DecodeCurve | CollectiveCurve
 C = TypeVar("C", bound=Curve)
 
 CURVES: dict[str, type[Any]] = {
     "gemm": GemmCurve,
+    "gemv": VectorCurve,
     "moe": GroupedCurve,
     "attention_prefill": PrefillCurve,
     "mla_prefill": PrefillCurve,
