@@ -305,7 +305,8 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
         flops, key_bytes = 4.0 * heads * width, 2 * kv_heads * width * KV_BYTES[kv_dtype]
         token_bytes = 2.0 * 2 * heads * width + key_bytes
         shape, by = _numbered(heads, kv_heads, width), "head configurations (heads, kv_heads, head_dim)"
-    pairs, tokens = batch * seq * (seq + 1) / 2, batch * seq
+    history = rows.get("history", np.zeros_like(seq))
+    pairs, tokens = batch * seq * (history + (seq + 1) / 2), batch * seq
     few = heads / kv_heads <= MOST_HEADS_PER_KV_HEAD if op == "attention_prefill" else np.ones(len(time), dtype=bool)
     fast = pairs * flops / peak > time
     keep = np.flatnonzero(few & ~fast)
@@ -314,7 +315,7 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
         c, at = PrefillCurve(**values), keep[among]
         products = pairs[at] * (flops[at] + 4 * heads[at] * c.softmax) / (peak * c.peak)
         walk = c.serial * 4 * QUERY_TILE * width[at] * units / peak
-        keys = seq[at] * np.maximum(walk, key_bytes[at] / hbm)
+        keys = (history + seq)[at] * np.maximum(walk, key_bytes[at] / hbm)
         return np.asarray(c.launch_s + products + keys + c.traffic * tokens[at] * token_bytes[at] / hbm)
 
     free = (

@@ -194,7 +194,8 @@ def calibrate_serving(
         compiled.warm_up()
     start = {engine: engine_profile(engine) for engine in {m.engine for m in rows}} | dict(base or {})
     with Simulators(rows, workers) as simulators:
-        fit = fit_serving(rows, simulators=simulators, base=start, say=say)
+        clear = np.array([not m.unclear for m in rows])
+        fit = fit_serving(rows, simulators=simulators, base=start, keep=clear, say=say)
         left_out = tuple(leave_out(name, rows, fit, simulators=simulators, say=say) for name in splits)
         coverage = None
         if "group" in splits and len({m.group for m in rows}) > 1:

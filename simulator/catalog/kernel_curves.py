@@ -6,7 +6,7 @@ the parameters do to a kernel's time is in :mod:`simulator.roofline.kernel_times
 that it was not fitted to.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar
@@ -37,6 +37,12 @@ FRAMEWORKS = ("vllm", "sglang", "trtllm", "nccl", "llmservingsim", "user")
 #: A framework whose curve is off by more than this multiple of another's does not stand for a chip: its kernels change with
 #: shape in ways that the parameters do not follow, so they would be off elsewhere too.
 POOR_FIT = 1.5
+
+
+#: Measured chip -> framework -> chip whose measurements of that framework's kernels stand in for those missing here, as fractions
+#: of the datasheet. On A100 only SGLang's attention and experts were measured, and TensorRT-LLM has kernels of its own. On
+#: Blackwell vLLM and SGLang run TensorRT-LLM's (through FlashInfer), so nothing stands in there.
+KERNELS_FROM: Mapping[str, Mapping[str, str]] = {"a100-80-sxm": {"trtllm": "h100-sxm"}}
 
 
 @dataclass(frozen=True)
@@ -293,6 +299,10 @@ def _curve_of(fit: KernelFit) -> Curve:
     return curve
 
 
+Key = tuple[str, str, str, int]
+"""Op, format, KV format and number of chips of a curve."""
+
+
 @dataclass(frozen=True)
 class KernelCurves:
     """The curves in force on one chip.
@@ -302,11 +312,18 @@ class KernelCurves:
     chip
         where they were measured.
     curves
-        by (op, format, KV format, chips); the first framework of :data:`FRAMEWORKS` that was measured.
+        by (op, format, KV format, chips); of several frameworks the :func:`preferred` one's.
+    own
+        framework -> its curves, of those that were measured: what :meth:`of` puts in force.
     """
 
     chip: str
-    curves: Mapping[tuple[str, str, str, int], Curve] = field(default_factory=dict)
+    curves: Mapping[Key, Curve] = field(default_factory=dict)
+    own: Mapping[str, Mapping[Key, Curve]] = field(default_factory=dict)
+
+    def of(self, framework: str) -> "KernelCurves":
+        """With a framework's own kernels in force wherever they were measured; as they are, for one that was not."""
+        return replace(self, curves={**self.curves, **self.own[framework]}) if framework in self.own else self
 
     def get(self, kind: type[C], op: KernelOp, dtype: str = "", kv_dtype: str = "", chips: int = 1) -> C | None:
         """The curve of an op, if it was measured."""
@@ -319,16 +336,22 @@ class KernelCurves:
 
     def without(self, *ops: str) -> "KernelCurves":
         """Without the curves of some ops, which the constant efficiencies price then."""
-        return replace(self, curves={key: curve for key, curve in self.curves.items() if key[0] not in ops})
+        return self._mapped(lambda curves: {key: curve for key, curve in curves.items() if key[0] not in ops})
 
     def with_fixed_times(self, *, kernels: float, collectives: float) -> "KernelCurves":
         """Launches and other fixed times of kernels, and latencies of collectives, multiplied."""
-        changed: dict[tuple[str, str, str, int], Curve] = {}
-        for key, curve in self.curves.items():
+
+        def changed(curve: Curve) -> Curve:
             factor = collectives if isinstance(curve, CollectiveCurve) else kernels
-            times = {f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")}
-            changed[key] = replace(curve, **times)
-        return replace(self, curves=changed)
+            return replace(
+                curve, **{f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")}
+            )
+
+        return self._mapped(lambda curves: {key: changed(curve) for key, curve in curves.items()})
+
+    def _mapped(self, change: Callable[[Mapping[Key, Curve]], dict[Key, Curve]]) -> "KernelCurves":
+        own = {framework: change(curves) for framework, curves in self.own.items()}
+        return replace(self, curves=change(self.curves), own=own)
 
 
 def read_calibration(name_or_path: str) -> CalibrationFile:
@@ -352,10 +375,15 @@ def calibration_names() -> list[str]:
 def load_curves(name_or_path: str) -> KernelCurves:
     """The curves of a calibration; of frameworks measured side by side the :func:`preferred` one."""
     calibration = read_calibration(name_or_path)
-    return KernelCurves(
-        calibration.chip,
-        {(fit.op, fit.dtype, fit.kv_dtype, fit.chips): _curve_of(fit) for fit in preferred_fits(calibration)},
-    )
+    frameworks = sorted({fit.framework for fit in calibration.fits} - {"nccl"})
+    own = {name: _by_key([fit for fit in calibration.fits if fit.framework == name]) for name in frameworks}
+    for framework, donor in KERNELS_FROM.get(calibration.chip, {}).items():
+        own[framework] = {**load_curves(donor).own[framework], **own.get(framework, {})}
+    return KernelCurves(calibration.chip, _by_key(preferred_fits(calibration)), own)
+
+
+def _by_key(fits: Sequence[KernelFit]) -> dict[Key, Curve]:
+    return {(fit.op, fit.dtype, fit.kv_dtype, fit.chips): _curve_of(fit) for fit in fits}
 
 
 def preferred_fits(calibration: CalibrationFile) -> list[KernelFit]:

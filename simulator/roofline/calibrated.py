@@ -67,6 +67,17 @@ def product_format(p: Precision, *, narrow: bool, experts: bool) -> str:
     return "w4a8_mxfp4_mxfp8" if weights == "fp4" and experts else inputs if inputs == "fp8" else "sq"
 
 
+def quantises_inputs(p: Precision) -> bool:
+    """Whether narrow products have inputs that are scaled by blocks, in a kernel of its own; one scale per tensor is fused.
+
+    >>> from simulator.roofline.precision import parse_precision
+    >>> [quantises_inputs(parse_precision(word)) for word in ("bf16", "fp8", "fp8g128", "int4", "nvfp4")]
+    [False, False, True, False, True]
+    """
+    narrow = {product_format(p, narrow=True, experts=experts) for experts in (False, True)}
+    return not narrow.isdisjoint({"fp8_block", "nvfp4", "sq", "w4a8_mxfp4_mxfp8"})
+
+
 @dataclass(frozen=True)
 class Product:
     """Curve of a product, and whether it was measured in the product's own format.
