@@ -135,15 +135,12 @@ def test_the_order_of_a_correlation_is_that_of_the_fit(name, tmp_path):
     assert tuple(p for p in order if p in listed) == listed
 
 
-def test_every_correlation_of_the_catalogue_fits_its_parameters_or_is_left_out():
-    unmatched = []
-    for name in calibration_names():
-        for fit in read_calibration(name).fits:
-            free = free_parameters(fit, CURVES[fit.op])
-            if len(free) > 1 and len(fit.correlation) != len(free):
-                unmatched.append((name, fit.op))
-    # Flat directions, with standard errors of 0: their parameters are drawn as independent.
-    assert unmatched == [("a100-80-sxm", "mla_decode")]
+def test_every_correlation_of_the_catalogue_is_of_the_parameters_with_errors():
+    fits = [fit for name in calibration_names() for fit in read_calibration(name).fits]
+    sizes = [(len(free_parameters(fit, CURVES[fit.op])), len(fit.correlation)) for fit in fits]
+    # Along a flat direction a standard error may be 0 and its row of the correlation empty: then draws are independent.
+    assert all(rows >= free for free, rows in sizes if free > 1)
+    assert sum(rows > free for free, rows in sizes if free > 1) <= 0.02 * len(fits)
 
 
 def test_a_slightly_indefinite_correlation_still_has_a_root():
