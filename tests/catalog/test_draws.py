@@ -187,7 +187,7 @@ def test_profiles_are_drawn_with_their_covariance():
     assert step.std() == pytest.approx(1e-4, rel=0.1)
     assert weights.std() == pytest.approx(0.02, rel=0.1)
     assert np.corrcoef(step, weights)[0, 1] == pytest.approx(-0.9, abs=0.05)
-    assert {p.layer_s for p in drawn} == {spec.profile.layer_s}
+    assert {p.chunk_s for p in drawn} == {spec.profile.chunk_s}
 
 
 def test_no_error_no_spread():
