@@ -205,7 +205,7 @@ def drawn_efficiencies(
     efficiency
         those in force; what differs from the chip's own was chosen by hand and stays, as do the constants in ``held``.
     kernels
-        framework whose own kernels the engine runs; those of others are left out of the draws.
+        framework whose own kernels the engine runs; those of others stay as they are.
 
     Raises
     ------
@@ -255,7 +255,7 @@ def _drawn_curves(chip: ChipSpec, curves: KernelCurves, draws: Draws, kernels: s
         replace(
             curves,
             curves={key: column[k] for key, column in plain.items()},
-            own={kernels: {key: column[k] for key, column in own.items()}} if own else {},
+            own={**curves.own, kernels: {key: column[k] for key, column in own.items()}} if own else curves.own,
         )
         for k in range(draws.n)
     ]
