@@ -75,7 +75,6 @@ class Parameter:
 #: graphs and fused kernels hide part of the launches and of what goes on between products.
 SLOWDOWNS = {
     "weights_slowdown": (3.0, 1.0, 0.15),
-    "products_slowdown": (3.0, 1.0, 0.15),
     "experts_slowdown": (3.0, 1.0, 0.15),
     "elementwise_slowdown": (3.0, 0.8, 0.3),
     "collective_slowdown": (3.0, 1.0, 0.25),

@@ -9,6 +9,7 @@ that it was not fitted to.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from math import log
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
@@ -233,6 +234,10 @@ CURVES: dict[str, type[Any]] = {
 """The curve of each op."""
 
 
+Key = tuple[str, str, str, int]
+"""Op, format, KV format and size of a curve: chips of a collective, width of attention's heads, else 1."""
+
+
 class Residuals(Record):
     """How far off a fit is in one regime: relative errors, predicted over measured less 1."""
 
@@ -253,6 +258,8 @@ class KernelFit(Record):
     framework: str
     chips: PositiveInt = 1
     """Chips of a collective."""
+    head_dim: NonNegativeInt = 0
+    """Width of attention's heads, for which its kernels are compiled one by one; 0: of every width."""
     rows: PositiveInt
     left_out: NonNegativeInt = 0
     """Rows not fitted to; ``left_out_why`` says why."""
@@ -279,6 +286,12 @@ class KernelFit(Record):
         return self
 
 
+    @property
+    def key(self) -> Key:
+        """What the curve is of."""
+        return self.op, self.dtype, self.kv_dtype, self.head_dim or self.chips
+
+
 class CalibrationFile(Record):
     """A file of ``hardware_specs/calibration``."""
 
@@ -297,10 +310,6 @@ class CalibrationFile(Record):
 def _curve_of(fit: KernelFit) -> Curve:
     curve: Curve = CURVES[fit.op](**fit.parameters)
     return curve
-
-
-Key = tuple[str, str, str, int]
-"""Op, format, KV format and number of chips of a curve."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +338,14 @@ class KernelCurves:
         """The curve of an op, if it was measured."""
         found = self.curves.get((op, dtype, kv_dtype, chips))
         return found if isinstance(found, kind) else None
+
+    def at_width(self, kind: type[C], op: KernelOp, dtype: str, kv_dtype: str, head_dim: int) -> C | None:
+        """The curve of attention with heads so wide; of the measured width that is nearest in proportion."""
+        widths = [size for (name, fmt, kv, size) in self.curves if (name, fmt, kv) == (op, dtype, kv_dtype)]
+        if not widths:
+            return None
+        nearest = min(widths, key=lambda width: (abs(log(width / head_dim)), width))
+        return self.get(kind, op, dtype, kv_dtype, nearest)
 
     def measured_chips(self, op: KernelOp) -> list[int]:
         """Group sizes of a collective that were measured, ascending."""
@@ -383,20 +400,20 @@ def load_curves(name_or_path: str) -> KernelCurves:
 
 
 def _by_key(fits: Sequence[KernelFit]) -> dict[Key, Curve]:
-    return {(fit.op, fit.dtype, fit.kv_dtype, fit.chips): _curve_of(fit) for fit in fits}
+    return {fit.key: _curve_of(fit) for fit in fits}
 
 
 def preferred_fits(calibration: CalibrationFile) -> list[KernelFit]:
-    """One fit per op, format and number of chips: the :func:`preferred` of those measured side by side.
+    """One fit per op, format and size: the :func:`preferred` of those measured side by side.
 
-    A collective's numbers of chips are all of one framework, so that what lies between them can be interpolated.
+    A collective's numbers of chips are all of one framework, so that what lies between them can be interpolated; so are attention's widths.
     """
     side_by_side: dict[tuple[str, str, str], dict[str, list[KernelFit]]] = {}
     for fit in calibration.fits:
         side_by_side.setdefault((fit.op, fit.dtype, fit.kv_dtype), {}).setdefault(fit.framework, []).append(fit)
     found = []
     for by_framework in side_by_side.values():
-        framework = preferred([max(fits, key=lambda fit: fit.chips) for fits in by_framework.values()]).framework
+        framework = preferred([max(fits, key=lambda fit: (fit.chips, fit.rows)) for fits in by_framework.values()]).framework
         found += by_framework[framework]
     return found
 

@@ -56,7 +56,7 @@ def kernels(data: Path, chip: str | None, out: Path | None, *, regimes: bool, as
         for fit in one.file.fits:
             every, *parts = fit.residuals
             name = " ".join(filter(None, (fit.op, fit.dtype, fit.kv_dtype and f"kv {fit.kv_dtype}"))) + (
-                f" on {fit.chips}" if fit.chips > 1 else ""
+                f" on {fit.chips}" if fit.chips > 1 else f", heads of {fit.head_dim}" if fit.head_dim else ""
             )
             goal = GOALS[fit.op]
             rows.append(

@@ -15,6 +15,7 @@ import numpy as np
 
 from simulator.catalog.architecture import LatentAttention, SoftmaxAttention
 from simulator.catalog.kernel_curves import (
+    C,
     CollectiveCurve,
     DecodeCurve,
     GemmCurve,
@@ -110,26 +111,30 @@ def kv_format(p: Precision) -> str:
     return "bfloat16" if BITS[p.kv] >= 16 else "fp8"
 
 
-def prefill_curve(d: Deployment, op: KernelOp) -> PrefillCurve | None:
+def prefill_curve(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> PrefillCurve | None:
     """Curve of prefill attention; that of a 16-bit cache where the cache's own format was not measured."""
-    curves = _attention_curves(d)
-    if curves is None:
-        return None
-    own = curves.get(PrefillCurve, op, "bfloat16", kv_format(d.precision))
-    return own or curves.get(PrefillCurve, op, "bfloat16", "bfloat16")
+    return _attention_curve(d, mixer, PrefillCurve, "mla_prefill", "attention_prefill")
 
 
-def decode_curve(d: Deployment, op: KernelOp) -> DecodeCurve | None:
+def decode_curve(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> DecodeCurve | None:
     """Curve of decode attention; that of a 16-bit cache where the cache's own format was not measured."""
-    curves = _attention_curves(d)
+    return _attention_curve(d, mixer, DecodeCurve, "mla_decode", "attention_decode")
+
+
+def _attention_curve(
+    d: Deployment, mixer: SoftmaxAttention | LatentAttention, kind: type[C], latent: KernelOp, plain: KernelOp
+) -> C | None:
+    curves = None if d.precision.wide == "fp32" else d.eff.curves
     if curves is None:
         return None
-    own = curves.get(DecodeCurve, op, "bfloat16", kv_format(d.precision))
-    return own or curves.get(DecodeCurve, op, "bfloat16", "bfloat16")
-
-
-def _attention_curves(d: Deployment) -> KernelCurves | None:
-    return None if d.precision.wide == "fp32" else d.eff.curves
+    for kv in (kv_format(d.precision), "bfloat16"):
+        if isinstance(mixer, LatentAttention):
+            found = curves.get(kind, latent, "bfloat16", kv)
+        else:
+            found = curves.at_width(kind, plain, "bfloat16", kv, mixer.head_dim)
+        if found is not None:
+            return found
+    return None
 
 
 class Times(NamedTuple):
@@ -203,11 +208,11 @@ def token_io_s(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> floa
     """
     heads = mixer.n_heads / d.chips
     if isinstance(mixer, SoftmaxAttention):
-        curve = prefill_curve(d, "attention_prefill")
+        curve = prefill_curve(d, mixer)
         keys = d.kv_heads_per_chip(mixer) * d.precision.kv_head_bytes(mixer.head_dim)
         moved = 2 * heads * mixer.head_dim * d.precision.wide_bytes + keys
     else:
-        curve = prefill_curve(d, "mla_prefill") if mixer.indexer is None else None
+        curve = prefill_curve(d, mixer) if mixer.indexer is None else None
         moved = heads * (2 * (mixer.nope_dim + mixer.rope_dim) + 2 * mixer.v_dim) * d.precision.wide_bytes
     if curve is None or not d.activation_traffic:
         return None
@@ -221,7 +226,7 @@ def decode_times(
 
     Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys.
     """
-    curve = decode_curve(d, "mla_decode" if isinstance(mixer, LatentAttention) else "attention_decode")
+    curve = decode_curve(d, mixer)
     if curve is None:
         return op
     heads = mixer.n_heads / d.chips
@@ -255,7 +260,7 @@ def is_windowed(mixer: SoftmaxAttention | LatentAttention) -> bool:
 
 def decode_knot(d: Deployment, mixer: SoftmaxAttention | LatentAttention, bytes_per_key: float) -> float | None:
     """Keys at which the ramp of decode attention ends; None without one. [keys]"""
-    curve = decode_curve(d, "mla_decode" if isinstance(mixer, LatentAttention) else "attention_decode")
+    curve = decode_curve(d, mixer)
     if curve is None or curve.ramp_s == 0 or is_windowed(mixer):
         return None
     return curve.ramp_bytes / bytes_per_key
@@ -266,8 +271,7 @@ def prefill_times(
     flops_per_pair: float, bytes_per_key: float,
 ) -> Op:  # fmt: skip
     """Prefill attention: time per pair, and on top of it time per key."""
-    latent = isinstance(mixer, LatentAttention)
-    curve = prefill_curve(d, "mla_prefill" if latent else "attention_prefill")
+    curve = prefill_curve(d, mixer)
     if curve is None:
         return op
     heads = mixer.n_heads / d.chips
