@@ -267,12 +267,12 @@ def _cause(chip: str, key: Key) -> str:
 
 @cache
 def _preferred(calibration: str) -> dict[Key, KernelFit]:
-    return {_key(fit): fit for fit in preferred_fits(read_calibration(calibration))}
+    return {fit.key: fit for fit in preferred_fits(read_calibration(calibration))}
 
 
 @cache
 def _by_framework(calibration: str) -> dict[tuple[str, Key], KernelFit]:
-    return {(fit.framework, _key(fit)): fit for fit in read_calibration(calibration).fits}
+    return {(fit.framework, fit.key): fit for fit in read_calibration(calibration).fits}
 
 
 def _fit_of(calibration: str, framework: str, key: Key) -> tuple[KernelFit, bool]:
@@ -282,10 +282,6 @@ def _fit_of(calibration: str, framework: str, key: Key) -> tuple[KernelFit, bool
         return fit, False
     donor = KERNELS_FROM[read_calibration(calibration).chip][framework]
     return _by_framework(donor)[framework, key], True
-
-
-def _key(fit: KernelFit) -> Key:
-    return (fit.op, fit.dtype, fit.kv_dtype, fit.chips)
 
 
 def _drawn_curve(
