@@ -238,7 +238,8 @@ def requests_of(m: Measurement, equals: int, profile: EngineProfile) -> Requests
         arrival = np.cumsum(-np.log1p(-uniform(0, f"{cause}/arrival", 0, n)) * equals / m.rate_per_s)
     cached = np.zeros(n * m.beams, dtype=np.int64)
     if m.beams > 1:
-        arrival, prompt, output = (np.repeat(column, m.beams) for column in (arrival, prompt, output))
+        arrival = np.repeat(arrival, m.beams)
+        prompt, output = (np.repeat(column, m.beams) for column in (prompt, output))
         cached = np.where(np.arange(n * m.beams) % m.beams, np.maximum(prompt - 1, 0), 0)
     return Requests(arrival, prompt, output, cached, output, clients if m.load == "closed" else 0)
 

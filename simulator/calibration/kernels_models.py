@@ -14,16 +14,23 @@ from numpy.typing import NDArray
 from simulator.calibration.kernels_tables import Table
 from simulator.calibration.regression import Parameter
 from simulator.catalog.chips import ChipSpec, quantity_si
-from simulator.catalog.kernel_curves import DecodeCurve, GemmCurve, GroupedCurve, KernelOp, PrefillCurve
+from simulator.catalog.kernel_curves import (
+    DecodeCurve,
+    GemmCurve,
+    GroupedCurve,
+    KernelOp,
+    PrefillCurve,
+    VectorCurve,
+)
 from simulator.roofline.kernel_times import (
-    PAD_HEADS,
     QUERY_TILE,
-    ROW_STEP,
     grouped_waves,
     grouped_work,
+    padded_heads,
     soft_max,
     tile_waves,
     tile_work,
+    tiling_of,
 )
 
 Array = NDArray[np.float64]
@@ -31,6 +38,7 @@ Rows = NDArray[np.int64]
 Values = Mapping[str, float]
 
 FORMATS: dict[str, tuple[str, float, float]] = {
+    "float32": ("fp32", 4.0, 4.0),
     "bfloat16": ("bf16", 2.0, 2.0),
     "fp8": ("fp8", 1.0, 1.0),
     "fp8_block": ("fp8", 1.0, 1.0),
@@ -43,13 +51,15 @@ FORMATS: dict[str, tuple[str, float, float]] = {
 }
 """Format of a table -> the chip's format it multiplies in, bytes per weight and per input, scales included."""
 
-KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0}
+KV_BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0}
 SHARPNESS = (1.0, 2.0, 4.0)
 """p-norms tried between compute and memory."""
 MLA_LATENT, MLA_ROPE, MLA_QK, MLA_V = 512, 64, 192, 128
 """DeepSeek's latent attention: cached values per token, and widths of an expanded head."""
 LEAST_SHARE = 0.2
 """Of a row's time, what is left at least when measured parts are taken off."""
+LEAST_VECTORS = 5
+"""Products of one row that a curve of their own takes."""
 MOST_HEADS_PER_KV_HEAD = 16
 """Beyond this some frameworks fall back to another kernel, which few models need."""
 
@@ -109,7 +119,7 @@ def problems(chip: ChipSpec, tables: list[Table]) -> Iterator[Problem]:
             case "gemm":
                 for (dtype,) in table.groups("dtype"):
                     if _has_peak(chip, dtype):
-                        yield _gemm(chip, table, dtype, quantisation.get(table.framework, []))
+                        yield from _products(chip, table, dtype, quantisation.get(table.framework, []))
             case "moe":
                 for (dtype,) in table.groups("dtype"):
                     if _has_peak(chip, dtype):
@@ -161,6 +171,56 @@ def _steps(by: Array, unit: str, *edges: float) -> tuple[tuple[str, NDArray[np.b
     return tuple(found)
 
 
+def _wide_bytes(dtype: str) -> float:
+    """Bytes per output of products, and per query and output of attention."""
+    return 4.0 if dtype == "float32" else 2.0
+
+
+def _products(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -> Iterator[Problem]:
+    """All products; without matrix units those of one row apart, where enough of both kinds were measured."""
+    own, one = table.columns["dtype"] == dtype, table.columns["m"] == 1
+    if chip.has_matrix_units or min((own & one).sum(), (own & ~one).sum()) < LEAST_VECTORS:
+        yield _gemm(chip, table, dtype, quantisation)
+        return
+    yield _gemv(chip, table.where(one), dtype)
+    yield _gemm(chip, table.where(~one), dtype, quantisation)
+
+
+def _gemv(chip: ChipSpec, table: Table, dtype: str) -> Problem:
+    """Products of one row: the weights are read once, and nothing waits for arithmetic."""
+    _, weight_bytes, input_bytes = FORMATS[dtype]
+    hbm = chip.hbm_bandwidth_bytes_per_s
+    rows = table.where(table.columns["dtype"] == dtype).columns
+    n, k, time = rows["n"], rows["k"], rows["latency_s"]
+    moved = n * k * weight_bytes + k * input_bytes + n * _wide_bytes(dtype)
+    keep = np.flatnonzero(time >= n * k * weight_bytes / hbm)
+
+    def model(values: Values, among: Rows) -> Array:
+        c, at = VectorCurve(**values), keep[among]
+        return np.asarray(c.launch_s + (moved[at] + n[at] * c.depth * weight_bytes) / (hbm * c.hbm))
+
+    free = (
+        Parameter("hbm", 0.8, 0.01, 1),
+        Parameter("launch_s", 2e-6, 1e-7, 1e-3),
+        Parameter("depth", 50, 0.1, 5000),
+    )
+    return Problem(
+        "gemv",
+        dtype,
+        "",
+        table.framework,
+        time[keep],
+        model,
+        free,
+        {},
+        _numbered(n, k)[keep],
+        "weight shapes (n, k)",
+        _steps(moved[keep], "bytes", 1e6, 1e7, 1e8),
+        left_out=len(time) - len(keep),
+        why="weights read faster than HBM can: they came from the on-die memory" if len(keep) < len(time) else "",
+    )
+
+
 def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -> Problem:
     """Products by tiles, waves and bandwidth; shapes some row of which was read faster than HBM can are cache-resident.
 
@@ -181,14 +241,15 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     if left_out:
         why = "weights that some row reads faster than HBM can: they came from the on-die memory"
     m, n, k, time, shape = m[keep], n[keep], k[keep], time[keep], shape[keep]
-    tops = np.ceil(m / ROW_STEP) * ROW_STEP
-    waves = tile_waves(tops, n, units)
-    moved = n * k * weight_bytes + m * k * input_bytes + m * n * 2
-    quantised = dtype not in {"bfloat16", "int8_wo", "int4_wo"} and not (dtype == "fp8" and quantisation)
+    tiling = tiling_of(matrix_units=chip.has_matrix_units)
+    tops = np.ceil(m / tiling.step) * tiling.step
+    waves = tile_waves(tops, n, units, tiling)
+    moved = n * k * weight_bytes + m * k * input_bytes + m * n * _wide_bytes(dtype)
+    quantised = dtype not in {"float32", "bfloat16", "int8_wo", "int4_wo"} and not (dtype == "fp8" and quantisation)
 
     def model(values: Values, at: Rows) -> Array:
         c = GemmCurve(**values)
-        compute = tile_work(waves[at], tops[at], n[at], k[at], c, 1 / (hbm * c.hbm), peak * c.peak / units)
+        compute = tile_work(waves[at], tops[at], n[at], k[at], c, 1 / (hbm * c.hbm), peak * c.peak / units, tiling)
         memory = (moved[at] + c.fill_bytes) / (hbm * c.hbm)
         return np.asarray(c.launch_s + c.quantise * (m * k)[at] / hbm + soft_max(compute, memory, c.sharpness))
 
@@ -315,7 +376,7 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
     else:
         op, kv_heads, width = "attention_prefill", rows["kv_heads"], rows["head_dim"]
         flops, key_bytes = 4.0 * heads * width, 2 * kv_heads * width * KV_BYTES[kv_dtype]
-        token_bytes = 2.0 * 2 * heads * width + key_bytes
+        token_bytes = _wide_bytes(dtype) * 2 * heads * width + key_bytes
         shape, by = _numbered(heads, kv_heads, width), "head configurations (heads, kv_heads, head_dim)"
     history = rows.get("history", np.zeros_like(seq))
     pairs, tokens = batch * seq * (history + (seq + 1) / 2), batch * seq
@@ -374,7 +435,9 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
         key_bytes = 2 * kv_heads * width * KV_BYTES[kv_dtype]
         shape, by = _numbered(heads, kv_heads, width), "head configurations (heads, kv_heads, head_dim)"
         few = heads / kv_heads <= MOST_HEADS_PER_KV_HEAD
-    padded = kv_heads * PAD_HEADS * np.ceil(heads / kv_heads / PAD_HEADS)
+    padded = np.array(
+        [padded_heads(h, k, matrix_units=chip.has_matrix_units) for h, k in zip(heads, kv_heads, strict=True)]
+    )
     keys = batch * length
     read = keys * key_bytes
     flops = 4 * keys * padded * width

@@ -21,14 +21,14 @@ from simulator.catalog.records import Kind, Quantity, Record, quantities_in
 from simulator.errors import InputError, UnpriceableError, nearest
 from simulator.units import UNITS, to_si
 
-Family = Literal["tpu", "nvidia", "amd", "aws", "intel", "apple", "sram"]
+Family = Literal["tpu", "nvidia", "amd", "aws", "intel", "apple", "sram", "cpu"]
 DType = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8", "int4", "fp4"]
 
 #: Wide on purpose: they catch a wrong unit (TB for GB, Gb for GB), not a wrong digit.
 _SANE: dict[str, tuple[float, float]] = {
-    "compute": (1e12, 1e18),
+    "compute": (1e8, 1e18),
     "capacity": (1e8, 1e13),
-    "memory bandwidth": (1e11, 1e17),
+    "memory bandwidth": (1e8, 1e17),
     "on-chip memory": (1e6, 1e11),
     "link bandwidth": (1e8, 1e13),
     "latency": (1e-8, 1e-3),
@@ -38,6 +38,10 @@ _SANE: dict[str, tuple[float, float]] = {
     "overhead": (0, 1),
     "multiprocessors": (1, 1e6),
 }
+
+
+#: What every chip but a CPU exceeds: below it the unit is wrong (GFLOP/s for TFLOP/s, GB/s for TB/s).
+_LEAST_OF_ACCELERATORS = {"compute": 1e12, "memory bandwidth": 1e11}
 
 
 def _checked(dimension: str, sane: str) -> Callable[[Quantity], Quantity]:
@@ -264,13 +268,13 @@ class Efficiency:
 
 #: Kernels whose curves a constant given by hand replaces.
 _DESCRIBED_BY: dict[str, tuple[str, ...]] = {
-    "matmul": ("gemm", "moe"),
-    "hbm": ("gemm", "moe"),
+    "matmul": ("gemm", "gemv", "moe"),
+    "hbm": ("gemm", "gemv", "moe"),
     "attention": ("attention_prefill", "mla_prefill"),
     "kv": ("attention_decode", "mla_decode"),
     "link": ("all_reduce", "all_gather", "reduce_scatter", "alltoall"),
     "collective_latency_s": ("all_reduce", "all_gather", "reduce_scatter", "alltoall"),
-    "op_overhead_s": ("gemm", "moe", "attention_prefill", "mla_prefill", "attention_decode", "mla_decode"),
+    "op_overhead_s": ("gemm", "gemv", "moe", "attention_prefill", "mla_prefill", "attention_decode", "mla_decode"),
 }
 
 
@@ -318,8 +322,11 @@ class ChipSpec(Record):
     title: str
     vendor: str
     family: Family
-    launched: str = Field(pattern=r"^\d{4}(-\d{2})?$")
+    launched: str = Field(default="", pattern=r"^(\d{4}(-\d{2})?)?$")
+    """Year, or year and month; empty where nobody knows, as of a measured machine."""
     note: str = ""
+    driver_names: tuple[str, ...] = ()
+    """What drivers call the chip, as ``torch.cuda.get_device_name`` gives it."""
     compute: dict[DType, Rate] = Field(min_length=1)
     """Dense rate per arithmetic type; a type the chip lacks, or only emulates at the bf16 rate, is absent."""
     multiprocessors: Count | None = None
@@ -349,6 +356,18 @@ class ChipSpec(Record):
         for slow, fast in (("fp32", "tf32"), ("tf32", "bf16"), ("bf16", "fp8"), ("fp16", "fp8"), ("fp8", "fp4")):
             if slow in rates and fast in rates and rates[fast] < rates[slow]:
                 raise ValueError(f"compute.{fast} is slower than compute.{slow}: sparse, per-die or swapped figures?")
+        if self.family != "cpu":
+            checks = [("compute", f"compute.{d}", q) for d, q in self.compute.items()]
+            for what, path, quantity in [
+                *checks,
+                ("memory bandwidth", "memory.hbm_bandwidth", self.memory.hbm_bandwidth),
+            ]:
+                found = quantity_si(quantity)
+                if found is not None and found < _LEAST_OF_ACCELERATORS[what]:
+                    raise ValueError(
+                        f"{path}: {quantity.value:g} {quantity.unit} is no plausible {what} of anything but a CPU "
+                        f"(family = 'cpu'): at least {_LEAST_OF_ACCELERATORS[what]:g}"
+                    )
         capacity, on_chip = quantity_si(self.memory.hbm_capacity), quantity_si(self.memory.on_chip)
         if capacity is not None and on_chip is not None and on_chip > capacity:
             raise ValueError("memory.on_chip is larger than memory.hbm_capacity")
@@ -359,6 +378,11 @@ class ChipSpec(Record):
             if nominal is not None and achievable is not None and achievable > nominal:
                 raise ValueError("scale_up.achievable exceeds the nominal scale_up.bandwidth")
         return self
+
+    @property
+    def has_matrix_units(self) -> bool:
+        """Whether products run on units that take whole tiles, so that few rows cost as much as a tile of them."""
+        return self.family != "cpu"
 
     def has_dtype(self, dtype: str) -> bool:
         """Whether the chip computes in ``dtype`` at a rate of its own (the rate may still be unpublished)."""
@@ -442,6 +466,15 @@ class ChipSpec(Record):
 def chip_names() -> list[str]:
     """Names of the chips in the catalogue, sorted."""
     return [name for name in names_in(data_folder("hardware_specs")) if name != "sources"]
+
+
+def chip_called(driver_name: str) -> str | None:
+    """Name of the catalogue's chip that a driver calls ``driver_name``; None if none is known by it.
+
+    >>> chip_called("NVIDIA H100 80GB HBM3")
+    'h100-sxm'
+    """
+    return next((name for name in chip_names() if driver_name in load_chip(name).driver_names), None)
 
 
 class Source(Record):

@@ -20,6 +20,7 @@ from simulator.errors import InputError
 
 KernelOp = Literal[
     "gemm",
+    "gemv",
     "moe",
     "attention_prefill",
     "attention_decode",
@@ -101,6 +102,25 @@ class GemmCurve(_Curve):
     split_s: float = 0.0
     quantise: float = 0.0
     sharpness: float = 2.0
+
+
+@dataclass(frozen=True)
+class VectorCurve(_Curve):
+    """Products with a single row, where a library reads the weights by another kernel, as those of CPUs do.
+
+    Attributes
+    ----------
+    hbm, launch_s
+        as in :class:`GemmCurve`.
+    depth
+        steps of the inner dimension lost at either end of each output's sum. [elements]
+    """
+
+    fractions: ClassVar[frozenset[str]] = frozenset({"hbm"})
+
+    hbm: float
+    launch_s: float
+    depth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -216,11 +236,12 @@ class CollectiveCurve(_Curve):
             raise InputError(f"CollectiveCurve.sharpness = {self.sharpness}: must be above 0")
 
 
-Curve = GemmCurve | GroupedCurve | PrefillCurve | DecodeCurve | CollectiveCurve
+Curve = GemmCurve | VectorCurve | GroupedCurve | PrefillCurve | DecodeCurve | CollectiveCurve
 C = TypeVar("C", bound=Curve)
 
 CURVES: dict[str, type[Any]] = {
     "gemm": GemmCurve,
+    "gemv": VectorCurve,
     "moe": GroupedCurve,
     "attention_prefill": PrefillCurve,
     "mla_prefill": PrefillCurve,
@@ -284,7 +305,6 @@ class KernelFit(Record):
             raise ValueError(f"parameters {sorted(self.parameters)} must be {sorted(known)}")
         _curve_of(self)
         return self
-
 
     @property
     def key(self) -> Key:
@@ -413,7 +433,9 @@ def preferred_fits(calibration: CalibrationFile) -> list[KernelFit]:
         side_by_side.setdefault((fit.op, fit.dtype, fit.kv_dtype), {}).setdefault(fit.framework, []).append(fit)
     found = []
     for by_framework in side_by_side.values():
-        framework = preferred([max(fits, key=lambda fit: (fit.chips, fit.rows)) for fits in by_framework.values()]).framework
+        framework = preferred(
+            [max(fits, key=lambda fit: (fit.chips, fit.rows)) for fits in by_framework.values()]
+        ).framework
         found += by_framework[framework]
     return found
 

@@ -31,7 +31,7 @@ _PROBE = "h100-sxm:1"
 @cost_options
 @json_option
 def fit(as_json: bool, **options: Any) -> None:
-    r"""The smallest slice of each chip that holds the model, its KV capacity, and what decoding there gives.
+    """The smallest slice of each chip that holds the model, its KV capacity, and what decoding there gives.
 
     \b
     chipseconds fit --model llama-3-70b --precision w8a16kv8 --context 32k

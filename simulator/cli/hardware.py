@@ -28,6 +28,7 @@ _FAMILIES = {
     "intel": "Intel",
     "apple": "Apple",
     "sram": "SRAM machines",
+    "cpu": "CPUs",
 }
 
 #: Heading of each group of `show`, and what its fields are called there.
@@ -157,7 +158,12 @@ def show(chip_or_slice: str, as_json: bool) -> None:
 
 def _print_chip(chip: ChipSpec, bibliography: Mapping[str, str], joined: Slice | None) -> None:
     click.echo(f"{chip.title}  ({chip.name})")
-    click.echo(f"{chip.vendor}, {chip.launched}, family {chip.family}" + (f"; {chip.note}" if chip.note else ""))
+    click.echo(
+        f"{chip.vendor}, "
+        + (f"{chip.launched}, " if chip.launched else "")
+        + f"family {chip.family}"
+        + (f"; {chip.note}" if chip.note else "")
+    )
     if joined is not None:
         click.echo("")
         _print_slice(joined)
@@ -220,7 +226,11 @@ def _print_curves(calibration: str) -> None:
     for fit in preferred_fits(file):
         error = fit.residuals[0]
         kinds = " ".join(filter(None, (fit.op.replace("_", " "), fit.dtype, fit.kv_dtype and f"kv {fit.kv_dtype}")))
-        name = kinds + (f" on {fit.chips}" if fit.chips > 1 else "") + (f", heads of {fit.head_dim}" if fit.head_dim else "")
+        name = (
+            kinds
+            + (f" on {fit.chips}" if fit.chips > 1 else "")
+            + (f", heads of {fit.head_dim}" if fit.head_dim else "")
+        )
         rows.append(
             (
                 name,

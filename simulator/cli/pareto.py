@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: FILE.png, .svg or .pdf.")
 @json_option
 def pareto(plot: Path | None, as_json: bool, **options: Any) -> None:
-    r"""Latency per token against throughput per chip, over the batch, for each context length.
+    """Latency per token against throughput per chip, over the batch, for each context length.
 
     \b
     chipseconds pareto --model llama-3-70b --slice tpu-v5e:4x4 --precision w8a16kv8 --plot pareto.png

@@ -188,7 +188,7 @@ def regions(price_file: str | None, as_json: bool) -> None:
 @_site_options
 @json_option
 def training(slices: int, price_file: str | None, term: str | None, as_json: bool, **options: Any) -> None:
-    r"""Price a training run: 6ND FLOPs at a fraction of peak, on chips under a term, in a region.
+    """Price a training run: 6ND FLOPs at a fraction of peak, on chips under a term, in a region.
 
     \b
     chipseconds prices training --model llama-3-70b --tokens 15e12 --slice h100-sxm:8 --slices 2000 --term reserved-1y

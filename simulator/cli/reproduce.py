@@ -48,8 +48,8 @@ def reproduce(
     table of a README.md beside it.
 
     Known: napkin, scaling-book, inference-math, gpus, parameters, kv-cache, gqa, pope, fastertransformer,
-    scaling-laws, lifetime, training, speculation, mlperf, trtllm, jetstream. Rows "as written" repeat the source's arithmetic, faults included; every other row calls the code
-    it vouches for.
+    scaling-laws, lifetime, training, economics, speculation, mlperf, trtllm, jetstream. Rows "as written" repeat the source's
+    arithmetic, faults included; every other row calls the code it vouches for.
     """
     from simulator.reproduction.tables import TABLES, reproduce_table
 

@@ -85,7 +85,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def roofline(plot: Path | None, waterfall: Path | None, interval: float | None, as_json: bool, **options: Any) -> None:
-    r"""What one prefill or decode step costs, op by op, and what bounds it.
+    """What one prefill or decode step costs, op by op, and what bounds it.
 
     \b
     chipseconds roofline --model llama-3-70b --slice tpu-v5e:4x4 --precision w8a16kv8 --decode 32 --context 8192

@@ -31,7 +31,7 @@ LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: FILE.png, .svg or .pdf.")
 @json_option
 def speculation(plot: Path | None, as_json: bool, **options: Any) -> None:
-    r"""Tokens per second with speculative decoding over those without, for every batch and draft length.
+    """Tokens per second with speculative decoding over those without, for every batch and draft length.
 
     \b
     chipseconds speculation --model llama-3-70b --slice h100-sxm:8 --method draft_model --draft-model llama-3-8b \

@@ -62,7 +62,7 @@ def read_profiles(paths: Iterable[str]) -> "dict[str, EngineProfile]":
 def validate(
     data: Path, profiles: tuple[str, ...], by: str, workers: int | None, out: Path | None, as_json: bool
 ) -> None:
-    r"""Run every measured row of DATA (a table or a folder of them) through the simulator, and print how far off it is.
+    """Run every measured row of DATA (a table or a folder of them) through the simulator, and print how far off it is.
 
     \b
     chipseconds validate measurements/ --out validation

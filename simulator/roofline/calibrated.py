@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import log2
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from simulator.catalog.architecture import LatentAttention, SoftmaxAttention
 from simulator.catalog.kernel_curves import (
-    C,
     CollectiveCurve,
     DecodeCurve,
     GemmCurve,
     GroupedCurve,
-    KernelCurves,
     KernelOp,
     PrefillCurve,
+    VectorCurve,
 )
 from simulator.roofline.kernel_times import (
     collective_s,
@@ -35,16 +34,25 @@ from simulator.roofline.kernel_times import (
     prefill_pair_s,
     present,
     soft_max,
+    tiling_of,
 )
 from simulator.roofline.precision import BITS, Dtype, Precision
 
 if TYPE_CHECKING:  # kernels call these functions on their own ops and deployments
+    from simulator.catalog.kernel_curves import KernelCurves
     from simulator.catalog.slices import LinkDomain
     from simulator.roofline.deployment import Deployment
     from simulator.roofline.kernels import Matrix, Number, Op
 
+A = TypeVar("A", PrefillCurve, DecodeCurve)
+
 #: Formats whose curve stands for one that was not measured, in this order; after them the 16-bit curve does.
 _STANDS_FOR = {"fp8_block": ("fp8",), "fp8": ("fp8_block",), "w4a8_mxfp4_mxfp8": ("fp8_block", "fp8"), "nvfp4": ()}
+
+
+def wide_format(p: Precision) -> str:
+    """Name, in calibration tables, of the format of residuals, attention and unquantised matrices."""
+    return "float32" if p.wide == "fp32" else "bfloat16"
 
 
 def product_format(p: Precision, *, narrow: bool, experts: bool) -> str:
@@ -55,8 +63,8 @@ def product_format(p: Precision, *, narrow: bool, experts: bool) -> str:
     ['bfloat16', 'fp8_block', 'int4_wo', 'nvfp4']
     """
     weights, inputs = p.weights, p.activations
-    if not narrow or weights in {"bf16", "fp16"}:
-        return "" if p.wide == "fp32" else "bfloat16"
+    if not narrow or weights in {"fp32", "bf16", "fp16"}:
+        return wide_format(p)
     if BITS[inputs] > 16:
         return ""
     if weights == inputs:
@@ -87,10 +95,13 @@ class Product:
     ----------
     own
         False: it is that of a wider format, and unpacking is charged on top.
+    vector
+        curve of the same product with a single row, where that was measured apart.
     """
 
     curve: GemmCurve | GroupedCurve
     own: bool
+    vector: VectorCurve | None = None
 
 
 def product_curve(d: Deployment, *, narrow: bool, experts: bool) -> Product | None:
@@ -99,39 +110,40 @@ def product_curve(d: Deployment, *, narrow: bool, experts: bool) -> Product | No
     wanted = product_format(d.precision, narrow=narrow, experts=experts)
     if curves is None or not wanted:
         return None
-    for name in (wanted, *_STANDS_FOR.get(wanted, ()), "bfloat16"):
+    for name in dict.fromkeys((wanted, *_STANDS_FOR.get(wanted, ()), wide_format(d.precision))):
         curve = curves.get(GroupedCurve, "moe", name) if experts else curves.get(GemmCurve, "gemm", name)
         if curve is not None:
-            return Product(curve, name == wanted)
+            own = name == wanted
+            return Product(curve, own, curves.get(VectorCurve, "gemv", name) if own and not experts else None)
     return None
 
 
 def kv_format(p: Precision) -> str:
-    """Name, in calibration tables, of the format of the cache: 16 bits, or 8 for everything narrower."""
-    return "bfloat16" if BITS[p.kv] >= 16 else "fp8"
+    """Name, in calibration tables, of the format of the cache: 32 or 16 bits, or 8 for everything narrower."""
+    return "float32" if BITS[p.kv] == 32 else "bfloat16" if BITS[p.kv] >= 16 else "fp8"
 
 
 def prefill_curve(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> PrefillCurve | None:
-    """Curve of prefill attention; that of a 16-bit cache where the cache's own format was not measured."""
+    """Curve of prefill attention; that of a cache as wide as the rest where the cache's own format was not measured."""
     return _attention_curve(d, mixer, PrefillCurve, "mla_prefill", "attention_prefill")
 
 
 def decode_curve(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> DecodeCurve | None:
-    """Curve of decode attention; that of a 16-bit cache where the cache's own format was not measured."""
+    """Curve of decode attention; that of a cache as wide as the rest where the cache's own format was not measured."""
     return _attention_curve(d, mixer, DecodeCurve, "mla_decode", "attention_decode")
 
 
 def _attention_curve(
-    d: Deployment, mixer: SoftmaxAttention | LatentAttention, kind: type[C], latent: KernelOp, plain: KernelOp
-) -> C | None:
-    curves = None if d.precision.wide == "fp32" else d.eff.curves
+    d: Deployment, mixer: SoftmaxAttention | LatentAttention, kind: type[A], latent: KernelOp, plain: KernelOp
+) -> A | None:
+    curves, wide = d.eff.curves, wide_format(d.precision)
     if curves is None:
         return None
-    for kv in (kv_format(d.precision), "bfloat16"):
+    for kv in (kv_format(d.precision), wide):
         if isinstance(mixer, LatentAttention):
-            found = curves.get(kind, latent, "bfloat16", kv)
+            found = curves.get(kind, latent, wide, kv)
         else:
-            found = curves.at_width(kind, plain, "bfloat16", kv, mixer.head_dim)
+            found = curves.at_width(kind, plain, wide, kv, mixer.head_dim)
         if found is not None:
             return found
     return None
@@ -168,8 +180,9 @@ def product_times(
         quantise, launches = 0.0, 0.5  # the curve's launch is that of both products
     else:
         each = gemm_compute_s(
-            n, m.n_out, m.n_in, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm, multiprocessors=units
-        )
+            n, m.n_out, m.n_in, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm, multiprocessors=units,
+            tiling=tiling_of(matrix_units=d.slice.chip.has_matrix_units),
+        )  # fmt: skip
         quantise, launches = count * curve.quantise * m.n_in / hbm, 1.0
     compute = count * each
     if not found.own:
@@ -178,7 +191,19 @@ def product_times(
     time = soft_max(compute, memory, curve.sharpness)
     if quantise:
         time = time + n * quantise
-    return Times(compute, memory, time, some * (launches * count * curve.launch_s))
+    every = Times(compute, memory, time, some * (launches * count * curve.launch_s))
+    if found.vector is None:
+        return every
+    v = found.vector
+    # A single row has no tiles: its arithmetic is bound by the peak alone.
+    compute = n * (2 * count * m.n_in * m.n_out / peak)
+    p = d.precision
+    lost_bytes = m.n_out * v.depth * BITS[p.weights if m.quantised(p) else p.wide] / 8
+    memory = memory_s(moved_bytes, some * (count * lost_bytes), v.hbm, hbm)
+    single = Times(compute, memory, np.maximum(compute, memory), some * (count * v.launch_s))
+    if not isinstance(n, np.ndarray):
+        return single if n == 1 else every
+    return Times(*(np.where(n == 1, one, other) for one, other in zip(single, every, strict=True)))
 
 
 def linear_product_times(d: Deployment, found: Product, *, flops: Number, moved_bytes: Number, dtype: Dtype) -> Times:
@@ -229,13 +254,13 @@ def decode_times(
     curve = decode_curve(d, mixer)
     if curve is None:
         return op
-    heads = mixer.n_heads / d.chips
+    heads, units = mixer.n_heads / d.chips, d.slice.chip.has_matrix_units
     if isinstance(mixer, LatentAttention):
-        kv_heads, flops = 1.0, 2.0 * padded_heads(heads, 1.0) * (2 * mixer.kv_rank + mixer.rope_dim)
+        kv_heads, flops = 1.0, 2.0 * padded_heads(heads, 1.0, matrix_units=units) * (2 * mixer.kv_rank + mixer.rope_dim)
         each = heads * curve.head_s
     else:
         kv_heads = d.kv_heads_per_chip(mixer)
-        flops = 4.0 * padded_heads(heads, kv_heads) * mixer.head_dim
+        flops = 4.0 * padded_heads(heads, kv_heads, matrix_units=units) * mixer.head_dim
         each = kv_heads * curve.kv_head_s + heads * curve.head_s
     # The tokens' own traffic is priced with all tokens of the step, prefilled ones included.
     each = max(0.0, each - (token_io_s(d, mixer) or 0.0))

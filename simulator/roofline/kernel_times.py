@@ -12,6 +12,7 @@ summing s partial results. Libraries choose among such variants, so the time is 
 .. [1] NVIDIA, "Matrix Multiplication Background User's Guide", on tile and wave quantisation: recalled, not opened.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
@@ -30,15 +31,49 @@ SPLITS = (1, 2, 4, 8, 16)
 GROUPED_TILES = ((8, 128), (16, 128), (32, 128), (64, 128), (128, 128), (128, 256), (256, 128))
 """Tiles of grouped products."""
 ROW_STEP = 16
-"""Rows of the smallest tile; all others are multiples, so tile counts only change there."""
+"""Rows of the smallest tile of matrix units; all others are multiples, so tile counts only change there."""
+VECTOR_TILES = ((4, 64), (8, 64), *TILES)
+"""Tiles where there are no matrix units: few rows cost little."""
+VECTOR_ROW_STEP = 4
+"""As :data:`ROW_STEP` without matrix units."""
 QUERY_TILE = 128
 """Queries of one tile of prefill attention."""
 PAD_HEADS = 16
 """Query heads per KV head that decode attention computes at least."""
 
-_TM, _TN = (np.array(side, dtype=np.float64) for side in zip(*TILES, strict=True))
 _SPLITS = np.array(SPLITS, dtype=np.float64)
 _GM, _GN = (np.array(side, dtype=np.float64) for side in zip(*GROUPED_TILES, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Tiling:
+    """Tiles that a chip's libraries choose from; compared by identity, as there is one for each kind of chip.
+
+    Attributes
+    ----------
+    rows, columns
+        of each tile.
+    step
+        rows of the smallest; all others are multiples.
+    """
+
+    rows: Array
+    columns: Array
+    step: int
+
+
+def _tiling(tiles: tuple[tuple[int, int], ...], step: int) -> Tiling:
+    rows, columns = (np.array(side, dtype=np.float64) for side in zip(*tiles, strict=True))
+    return Tiling(rows, columns, step)
+
+
+MATRIX_UNITS = _tiling(TILES, ROW_STEP)
+VECTOR_UNITS = _tiling(VECTOR_TILES, VECTOR_ROW_STEP)
+
+
+def tiling_of(*, matrix_units: bool) -> Tiling:
+    """Tiles of a chip with or without matrix units."""
+    return MATRIX_UNITS if matrix_units else VECTOR_UNITS
 
 
 def present(n: Number) -> Number:
@@ -70,14 +105,17 @@ def soft_max(one: Number, other: Number, sharpness: float) -> Number:
     return joined
 
 
-def tile_waves(m: Array, n: Array, multiprocessors: float) -> Array:
+def tile_waves(m: Array, n: Array, multiprocessors: float, tiling: Tiling = MATRIX_UNITS) -> Array:
     """Waves of every variant, [rows, tiles, splits], of m x n outputs."""
-    tiles = np.ceil(m[:, None] / _TM) * np.ceil(n[:, None] / _TN)
+    tiles = np.ceil(m[:, None] / tiling.rows) * np.ceil(n[:, None] / tiling.columns)
     waves: Array = np.ceil(tiles[:, :, None] * _SPLITS / multiprocessors)
     return waves
 
 
-def tile_work(waves: Array, m: Array, n: Array, k: Array, curve: GemmCurve, split_bytes_s: float, rate: float) -> Array:
+def tile_work(
+    waves: Array, m: Array, n: Array, k: Array, curve: GemmCurve, split_bytes_s: float, rate: float,
+    tiling: Tiling = MATRIX_UNITS,
+) -> Array:  # fmt: skip
     """Compute time of products, the least over variants. [s]
 
     Parameters
@@ -88,8 +126,10 @@ def tile_work(waves: Array, m: Array, n: Array, k: Array, curve: GemmCurve, spli
         time of one byte of partial sums. [s]
     rate
         FLOP/s that one multiprocessor reaches in large tiles. [FLOP/s]
+    tiling
+        that the waves were counted with.
     """
-    area = _TM * _TN + curve.tile
+    area = tiling.rows * tiling.columns + curve.tile
     time = waves * (area[:, None] * (2 / rate)) * (k[:, None, None] / _SPLITS + curve.depth)
     extra = (_SPLITS > 1) * curve.split_s + (_SPLITS > 1) * _SPLITS * (4 * split_bytes_s) * (m * n)[:, None, None]
     least: Array = (time + extra).min(axis=(1, 2))
@@ -98,14 +138,15 @@ def tile_work(waves: Array, m: Array, n: Array, k: Array, curve: GemmCurve, spli
 
 @lru_cache(maxsize=512)
 def _work_of_rows(
-    rows: int, n: float, k: float, curve: GemmCurve, multiprocessors: float, rate: float, split_bytes_s: float
-) -> Array:
-    """Compute time of 0, 16, 32 … rows of one weight matrix; read-only. [s]"""
-    m = np.arange(rows + 1, dtype=np.float64) * ROW_STEP
+    rows: int, n: float, k: float, curve: GemmCurve, multiprocessors: float, rate: float, split_bytes_s: float,
+    tiling: Tiling,
+) -> Array:  # fmt: skip
+    """Compute time of 0, 1, 2 … steps of rows of one weight matrix; read-only. [s]"""
+    m = np.arange(rows + 1, dtype=np.float64) * tiling.step
     columns, depth = np.full_like(m, n), np.full_like(m, k)
-    waves = tile_waves(m, columns, multiprocessors)
+    waves = tile_waves(m, columns, multiprocessors, tiling)
     # Partial sums are of the rows asked for; the top of the step is taken, so that time rises by steps alone.
-    work = tile_work(waves, m, columns, depth, curve, split_bytes_s, rate / multiprocessors)
+    work = tile_work(waves, m, columns, depth, curve, split_bytes_s, rate / multiprocessors, tiling)
     work[0] = 0.0
     work.flags.writeable = False
     return work
@@ -120,8 +161,9 @@ def gemm_compute_s(
     peak_flops_per_s: float,
     hbm_bytes_per_s: float,
     multiprocessors: float,
+    tiling: Tiling = MATRIX_UNITS,
 ) -> Number:
-    """Compute time of ``[m, k] @ [k, n]``, in steps of :data:`ROW_STEP` rows. [s]
+    """Compute time of ``[m, k] @ [k, n]``, in steps of the tiling's rows. [s]
 
     >>> curve = GemmCurve(peak=0.8, hbm=0.8, launch_s=0.0)
     >>> round(1e6 * float(gemm_compute_s(4096.0, 4096, 4096, curve, peak_flops_per_s=989e12, hbm_bytes_per_s=3.35e12, multiprocessors=132)))
@@ -129,21 +171,22 @@ def gemm_compute_s(
     """
     split_bytes_s, rate = 1 / (hbm_bytes_per_s * curve.hbm), peak_flops_per_s * curve.peak
     if isinstance(m, np.ndarray):
-        steps = np.ceil(m * (1 / ROW_STEP)).astype(np.intp)
-        return _work_of_rows(int(steps.max()), n, k, curve, multiprocessors, rate, split_bytes_s).take(steps)
-    return _work_of_step(ceil(m / ROW_STEP), n, k, curve, multiprocessors, rate, split_bytes_s)
+        steps = np.ceil(m * (1 / tiling.step)).astype(np.intp)
+        return _work_of_rows(int(steps.max()), n, k, curve, multiprocessors, rate, split_bytes_s, tiling).take(steps)
+    return _work_of_step(ceil(m / tiling.step), n, k, curve, multiprocessors, rate, split_bytes_s, tiling)
 
 
 @lru_cache(maxsize=65536)  # a search over shardings asks for the same products again and again
 def _work_of_step(
-    step: int, n: float, k: float, curve: GemmCurve, multiprocessors: float, rate: float, split_bytes_s: float
-) -> float:
+    step: int, n: float, k: float, curve: GemmCurve, multiprocessors: float, rate: float, split_bytes_s: float,
+    tiling: Tiling,
+) -> float:  # fmt: skip
     """One entry of :func:`_work_of_rows`. [s]"""
     if step == 0:
         return 0.0
-    rows, columns, depth = (np.array([float(x)]) for x in (step * ROW_STEP, n, k))
-    waves = tile_waves(rows, columns, multiprocessors)
-    return float(tile_work(waves, rows, columns, depth, curve, split_bytes_s, rate / multiprocessors)[0])
+    rows, columns, depth = (np.array([float(x)]) for x in (step * tiling.step, n, k))
+    waves = tile_waves(rows, columns, multiprocessors, tiling)
+    return float(tile_work(waves, rows, columns, depth, curve, split_bytes_s, rate / multiprocessors, tiling)[0])
 
 
 def grouped_waves(rows_per_group: Array, groups: Array, n: Array, multiprocessors: float) -> Array:
@@ -210,12 +253,17 @@ def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_
     return (moved_bytes + fill_bytes) / (hbm_bytes_per_s * hbm)
 
 
-def padded_heads(heads: float, kv_heads: float) -> float:
+def padded_heads(heads: float, kv_heads: float, *, matrix_units: bool = True) -> float:
     """Query heads that decode attention computes, of ``heads`` that share ``kv_heads``.
 
-    >>> padded_heads(32, 8), padded_heads(128, 1)
-    (128, 128)
+    Without matrix units heads that share nothing are matrix-vector products, which need no padding; preparing keys for
+    products with several queries takes such units as long as about a tile of them.
+
+    >>> padded_heads(32, 8), padded_heads(128, 1), padded_heads(32, 8, matrix_units=False), padded_heads(8, 8, matrix_units=False)
+    (128, 128, 128, 8)
     """
+    if heads <= kv_heads and not matrix_units:
+        return heads
     return kv_heads * PAD_HEADS * ceil(heads / kv_heads / PAD_HEADS)
 
 

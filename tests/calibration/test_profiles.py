@@ -98,7 +98,7 @@ def test_tensorrt_llm_on_a100_has_experts_of_h100_as_fractions():
     assert curves.get(GroupedCurve, "moe", "bfloat16") != curves.of("trtllm").get(GroupedCurve, "moe", "bfloat16")
 
 
-def test_popular_experts_leave_fewer_weights_to_read(kernels):
+def test_popular_experts_leave_fewer_weights_to_read():
     even, skewed = (kernel_cost(deployment(), routing_skew=s).dense["experts"] for s in (0.0, 1.0))
     assert skewed[8] < even[8]
     assert skewed[1] == pytest.approx(even[1])
