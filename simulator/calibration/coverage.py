@@ -197,7 +197,6 @@ def _fit_scale(truth: Array, moves: Array, weights: Array) -> tuple[float, Tail,
     placed = np.full(len(truth), np.nan)
     if not known.any():
         return 0.0, 4, placed
-    # A draw further off than all of the residual's quantiles counts whole; moves are thinned, their spread is what matters.
     gaps, share = truth[known, None] - moves[known], weights[known] / weights[known].sum()
     best, found = np.inf, (0.0, _TAILS[0], np.zeros(len(share)))
     for tail in _TAILS:

@@ -40,6 +40,7 @@ from simulator.catalog.kernel_curves import (
     KernelFit,
     Key,
     PrefillCurve,
+    VectorCurve,
     calibration_names,
     preferred_fits,
     read_calibration,
@@ -75,6 +76,7 @@ _ORDER: dict[type, tuple[str, ...]] = {
 #: Parameters by the calls whose time they set, small or large; the others shape what lies between.
 _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
     GemmCurve: {"launch_s": "small", "hbm": "small", "quantise": "small", "peak": "large", "split_s": "large"},
+    VectorCurve: {"launch_s": "small", "hbm": "large"},
     GroupedCurve: {"launch_s": "small", "hbm": "small", "traffic": "small", "peak": "large"},
     PrefillCurve: {"launch_s": "small", "traffic": "small", "serial": "large", "peak": "large"},
     DecodeCurve: {
@@ -91,6 +93,7 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
 #: What carries over least from one chip to the next of each side: the parameter that sets the time of its plainest calls.
 _LEADING: dict[type, tuple[str, str]] = {
     GemmCurve: ("hbm", "peak"),
+    VectorCurve: ("launch_s", "hbm"),
     GroupedCurve: ("hbm", "peak"),
     PrefillCurve: ("launch_s", "peak"),
     DecodeCurve: ("launch_s", "hbm"),
@@ -145,7 +148,7 @@ def interval_of(values: Array, level: float, axis: int = -1) -> Array:
 
     Quantiles by Hazen's rule, which takes each draw for the middle of its stratum.
 
-    >>> interval_of(np.arange(10.0), 0.8).tolist()
+    >>> interval_of(np.arange(10.0), 0.8).round(6).tolist()
     [0.5, 8.5]
     """
     return np.asarray(np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=axis, method="hazen"))

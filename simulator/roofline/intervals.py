@@ -49,7 +49,7 @@ def drawn_interval(value: float, values: Sequence[float], level: float) -> Param
     values
         of the draws: infinite where it grows without bound, NaN where it is not defined.
 
-    >>> drawn_interval(2.0, [1.0, 2.0, 3.0, math.inf], 0.5).high is None
+    >>> drawn_interval(2.0, [1.0, 2.0, 3.0, float("inf")], 0.8).high is None
     True
     """
     column = np.array(values)

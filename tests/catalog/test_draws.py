@@ -111,6 +111,12 @@ def test_draws_have_the_fits_spread_and_correlation():
     assert np.abs(found - np.array(fit.correlation)).max() < 0.08
 
 
+def test_every_curve_can_be_drawn():
+    assert set(CURVES.values()) == set(module._SIDES) == set(module._LEADING)
+    for curve, sides in module._SIDES.items():
+        assert {*sides, *module._LEADING[curve]} <= {f.name for f in fields(curve)}
+
+
 TABLES = {
     "gemm_x": ("dtype,m,n,k", "fp8_block,{i},256,256"),
     "moe_x": (
