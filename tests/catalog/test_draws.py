@@ -92,7 +92,7 @@ def test_without_sources_nothing_moves_and_one_source_does_not_move_another():
 
 
 def test_what_was_chosen_by_hand_stays():
-    chip = load_chip("tpu-v5e")
+    chip = load_chip("mi300x")
     own = chip.efficiency.override(matmul=0.6)
     drawn = drawn_efficiencies(chip, own, Draws(8))
     assert {e.matmul for e in drawn} == {0.6}

@@ -210,7 +210,7 @@ def test_a_step_has_an_interval_and_says_where_it_comes_from():
     text = run("--slice", "h100-sxm:1", *step).stdout
     assert "80 % of 64 draws" in text
     assert "of the variance" in text
-    document = json.loads(run("--slice", "tpu-v5e:2x2", *step, "--json").stdout)["intervals"]
+    document = json.loads(run("--slice", "mi300x:1", *step, "--json").stdout)["intervals"]
     time = document["figures"]["step_time_s"]
     assert time["low"] < time["value"] < time["high"]
     assert document["sources"] == ["assumed"]
