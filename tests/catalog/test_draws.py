@@ -193,7 +193,7 @@ def test_profiles_are_drawn_with_their_covariance():
     assert step.std() == pytest.approx(1e-4, rel=0.1)
     assert weights.std() == pytest.approx(0.02, rel=0.1)
     assert np.corrcoef(step, weights)[0, 1] == pytest.approx(-0.9, abs=0.05)
-    assert {p.chunk_s for p in drawn} == {spec.profile.chunk_s}
+    assert {p.token_s for p in drawn} == {spec.profile.token_s}
 
 
 def test_no_error_no_spread():
