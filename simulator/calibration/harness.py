@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from simulator.calibration.measurements import Measurement, Pool
 from simulator.calibration.tables import latency_metrics
-from simulator.catalog.architecture import MoEFFN
+from simulator.catalog.architecture import GatedDeltaNet, Mamba2, MoEFFN
 from simulator.catalog.chips import ChipSpec, Efficiency, load_chip
 from simulator.catalog.draws import Draws, drawn_efficiencies
 from simulator.catalog.engines import EngineProfile, engine_profile
@@ -52,6 +52,8 @@ BLOCK_SIZE = 16
 HANDOVERS = 4
 """Rounds between a prefill and a decode pool; the means move by less than 1 % after three."""
 
+FEWEST_SEATS = 16
+"""Seats of a model with recurrent states, of which each takes memory."""
 TABLE_STEP = 512
 """Tokens by which cost tables grow."""
 
@@ -131,6 +133,10 @@ def replica(m: Measurement, pool: Pool, profile: EngineProfile, draw: KernelDraw
         If the model cannot be laid out so, or not be priced.
     """
     sequences = pool.max_num_seqs or profile.max_num_seqs
+    if m.load == "closed" and _has_states(m.model):
+        # Room for a state is kept for every seat; no more are taken than there are clients. In powers of two, for the tables' sake.
+        clients = -(-m.clients // (pool.workers * pool.pp * pool.dp))
+        sequences = min(sequences, max(FEWEST_SEATS, 1 << (clients - 1).bit_length()))
     tokens = max(pool.max_num_batched_tokens or profile.max_num_batched_tokens, sequences)
     layout = replace(pool, max_num_seqs=None, max_num_batched_tokens=None, workers=1)
     skew = profile.routing_skew if _has_experts(m.model) else 0.0
@@ -139,6 +145,11 @@ def replica(m: Measurement, pool: Pool, profile: EngineProfile, draw: KernelDraw
     price = _replica if draw is None else _drawn_replica
     found = price(m.model, m.chip, m.precision, layout, pool.workers, sequences, room, profile.kernels, skew, draw)
     return found if room == tokens else replace(found, max_num_batched_tokens=tokens)
+
+
+@lru_cache(maxsize=256)
+def _has_states(model: str) -> bool:
+    return any(isinstance(group.mixer, GatedDeltaNet | Mamba2) for group in load_model(model).layers)
 
 
 @lru_cache(maxsize=256)

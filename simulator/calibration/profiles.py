@@ -55,7 +55,7 @@ def place(field: str) -> tuple[str, str]:
         return "memory", name
     if name.startswith("routing_"):
         return "routing", name.removeprefix("routing_")
-    return ("launch" if name == "kernel" else "host"), name
+    return ("launch" if name in {"kernel", "eager"} else "host"), name
 
 
 def profile_text(

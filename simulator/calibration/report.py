@@ -41,7 +41,7 @@ class ServingCalibration:
     data
         everything that was read.
     rows
-        those the fit has used: all that one pool of engines served.
+        those of the fit's tables that one pool of engines served; it has used the ones whose settings are clear.
     splits
         errors on rows left out, of those splits that were asked for.
     after
@@ -89,7 +89,7 @@ class ServingCalibration:
             "rows": self.data.n_rows,
             "rows_simulated": len(self.after.rows),
             "coverage": self.after.coverage,
-            "rows_fitted": len(self.rows),
+            "rows_fitted": sum(not m.unclear for m in self.rows),
             "parameters": [
                 {
                     "name": p.field,

@@ -87,7 +87,7 @@ SHARED = {"kernel_s": (20e-6, 3e-6, 3e-6), "routing_skew": (1.5, 0.5, 0.3)}
 HOSTS = {
     "step_s": (10e-3, 0.8e-3, 1e-3),
     "sequence_s": (100e-6, 10e-6, 15e-6),
-    "chunk_s": (50e-3, 2e-3, 5e-3),
+    "eager_s": (50e-6, 3e-6, 5e-6),
     "request_s": (0.5, 15e-3, 20e-3),
     "request_token_s": (100e-6, 3e-6, 5e-6),
     "workspace_bytes": (12e9, 2e9, 3e9),

@@ -48,8 +48,6 @@ class HostTable(Record):
     """Per step: scheduling, inputs, launches, sampling."""
     sequence: Time
     """Per decoding sequence and step."""
-    chunk: Time
-    """Per prefill chunk."""
     token: Time
     """Per token of a step."""
     request: Time
@@ -63,6 +61,8 @@ class LaunchTable(Record):
 
     kernel: Time
     """Per kernel, collectives apart: what is left of a launch in a captured graph, and the time of the smallest kernel."""
+    eager: Time
+    """Per kernel and prompt chunk of a step, besides: steps with prompts are not replayed from a graph, so the host launches every kernel."""
 
 
 class RoutingTable(Record):
@@ -239,11 +239,11 @@ class EngineProfile:
     kernels: str = ""
     step_s: float = 0.0
     sequence_s: float = 0.0
-    chunk_s: float = 0.0
     token_s: float = 0.0
     request_s: float = 0.0
     request_token_s: float = 0.0
     kernel_s: float = 0.0
+    eager_s: float = 0.0
     routing_skew: float = 0.0
     weights_slowdown: float = 1.0
     products_slowdown: float = 1.0

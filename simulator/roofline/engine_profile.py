@@ -3,7 +3,7 @@
 The cost model prices kernels; a profile adds what an engine makes of them. Parts of a step are slowed down by kind, never
 below the roofline's bound, and fixed times are added, so
 
-    step = Σ max(slowdown · part, bound) + step + sequence·B + chunk·P + token·n + kernel·launches
+    step = Σ max(slowdown · part, bound) + step + sequence·B + token·n + (kernel + eager·P)·launches
 
 Launches of kernels measured one by one (the part ``launches``) are one of the parts: in a captured graph they are not seen, and a time
 for each kernel stands for them. The latency of a collective is its own and stays with it.
@@ -133,7 +133,7 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     if profile.prefill_attention_slowdown < 1:
         # The largest of both sets of planes is never below either.
         planes = np.concatenate([planes, ideal.prefill_planes])
-    planes = planes + np.array([0.0, 0.0, profile.chunk_s, 0.0, 0.0])
+    planes = planes + np.array([0.0, 0.0, profile.eager_s * kernels.launches, 0.0, 0.0])
     return replace(
         cost,
         dense_s=dense,

@@ -54,10 +54,10 @@ def test_a_profile_that_adds_nothing_changes_nothing(kernels):
 
 
 def test_fixed_times_are_added_as_the_formula_says(kernels):
-    profile = EngineProfile(step_s=1e-3, sequence_s=2e-6, chunk_s=3e-3, token_s=4e-7, kernel_s=5e-6)
+    profile = EngineProfile(step_s=1e-3, sequence_s=2e-6, token_s=4e-7, kernel_s=5e-6, eager_s=3e-6)
     plain, cost = apply_profile(kernels, EngineProfile()), apply_profile(kernels, profile)
     step = {"n": 110, "B": 10, "S": 5000, "P": 1, "A": 5050, "K": 100, "R": 11}
-    added = 1e-3 + 10 * 2e-6 + 3e-3 + 110 * 4e-7 + kernels.launches * 5e-6
+    added = 1e-3 + 10 * 2e-6 + 110 * 4e-7 + kernels.launches * (5e-6 + 3e-6)
     assert cost.step_s(**step) - plain.step_s(**step) == pytest.approx(added, rel=1e-9)
     assert cost.dense_s[0] == 0
 
