@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from simulator.calibration.measurements import Measurement, Pool
 from simulator.calibration.tables import latency_metrics
 from simulator.catalog.architecture import GatedDeltaNet, Mamba2, MoEFFN
-from simulator.catalog.chips import ChipSpec, load_chip
+from simulator.catalog.chips import ChipSpec, Efficiency, load_chip
+from simulator.catalog.draws import Draws, drawn_efficiencies
 from simulator.catalog.engines import EngineProfile, engine_profile
 from simulator.catalog.models import load_model
 from simulator.catalog.slices import Slice, legal_slices, resolve_slice
@@ -103,8 +104,28 @@ class Replica:
         return EngineSettings(seats, self.max_num_batched_tokens, BLOCK_SIZE, blocks)
 
 
-def replica(m: Measurement, pool: Pool, profile: EngineProfile) -> Replica:
+@dataclass(frozen=True)
+class KernelDraw:
+    """One of several draws of what a chip's calibration leaves uncertain."""
+
+    draws: Draws
+    index: int
+
+    def efficiency(self, chip: ChipSpec, kernels: str) -> Efficiency:
+        """The efficiencies of a chip in this draw, under an engine with the kernels of a framework."""
+        return _drawn_efficiencies(chip.name, kernels, self.draws)[self.index]
+
+
+@lru_cache(maxsize=8)
+def _drawn_efficiencies(chip: str, kernels: str, draws: Draws) -> list[Efficiency]:
+    spec = load_chip(chip)
+    return drawn_efficiencies(spec, spec.efficiency, draws, kernels=kernels)
+
+
+def replica(m: Measurement, pool: Pool, profile: EngineProfile, draw: KernelDraw | None = None) -> Replica:
     """Price one engine of a measurement's pool; the kernels do not depend on the profile's times, only on its limits.
+
+    ``draw`` None: kernels as they were fitted.
 
     Raises
     ------
@@ -121,7 +142,8 @@ def replica(m: Measurement, pool: Pool, profile: EngineProfile) -> Replica:
     skew = profile.routing_skew if _has_experts(m.model) else 0.0
     # Tables are made for round sizes, so that runs with nearly the same limits share one.
     room = TABLE_STEP * -(-tokens // TABLE_STEP)
-    found = _replica(m.model, m.chip, m.precision, layout, pool.workers, sequences, room, profile.kernels, skew)
+    price = _replica if draw is None else _drawn_replica
+    found = price(m.model, m.chip, m.precision, layout, pool.workers, sequences, room, profile.kernels, skew, draw)
     return found if room == tokens else replace(found, max_num_batched_tokens=tokens)
 
 
@@ -135,8 +157,7 @@ def _has_experts(model: str) -> bool:
     return any(isinstance(group.ffn, MoEFFN) for group in load_model(model).layers)
 
 
-@lru_cache(maxsize=1024)
-def _replica(
+def _priced(
     model: str,
     chip: str,
     precision: str,
@@ -146,14 +167,17 @@ def _replica(
     max_num_batched_tokens: int,
     kernels: str,
     routing_skew: float,
+    draw: KernelDraw | None,
 ) -> Replica:
     architecture, formats = load_model(model), parse_precision(precision)
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "block_size": BLOCK_SIZE}
+    a_slice = slice_of(chip, pool.chips)
     whole = shard(
         architecture,
-        slice_of(chip, pool.chips),
+        a_slice,
         Sharding(tp=pool.tp, pp=pool.pp, dp=pool.dp, ep=pool.ep),
         precision=formats,
+        efficiency=None if draw is None else draw.efficiency(a_slice.chip, kernels),
         **limits,
     )
     one = whole.stages[0]
@@ -167,6 +191,11 @@ def _replica(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
     )
+
+
+_replica = lru_cache(maxsize=1024)(_priced)
+_drawn_replica = lru_cache(maxsize=8)(_priced)
+"""Draws are many and each is used for the rows of one deployment, one after the other."""
 
 
 @lru_cache(maxsize=256)
@@ -226,10 +255,10 @@ def requests_of(m: Measurement, equals: int, profile: EngineProfile) -> Requests
     return Requests(arrival, prompt, output, cached, output, clients if m.load == "closed" else 0)
 
 
-def predict(m: Measurement, profile: EngineProfile | None = None) -> Prediction:
+def predict(m: Measurement, profile: EngineProfile | None = None, draw: KernelDraw | None = None) -> Prediction:
     """Simulate a measurement under an engine profile; the metrics of ``m.measured`` and more.
 
-    ``profile`` None is the catalogue's for the measurement's engine.
+    ``profile`` None is the catalogue's for the measurement's engine, ``draw`` None the kernels as they were fitted.
 
     Raises
     ------
@@ -238,19 +267,19 @@ def predict(m: Measurement, profile: EngineProfile | None = None) -> Prediction:
     """
     used = engine_profile(m.engine) if profile is None else profile
     if len(m.pools) == 1:
-        return _predict_unified(m, used)
-    return _predict_disaggregated(m, used)
+        return _predict_unified(m, used, draw)
+    return _predict_disaggregated(m, used, draw)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # two megabytes each
 def _cost(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     return apply_profile(kernels, profile)
 
 
-def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
+def _predict_unified(m: Measurement, profile: EngineProfile, draw: KernelDraw | None) -> Prediction:
     from simulator.engine.compiled import simulate  # noqa: PLC0415  # numba takes a while to import
 
-    one = replica(m, m.pools[0], profile)
+    one = replica(m, m.pools[0], profile, draw)
     requests = requests_of(m, one.equals, profile)
     kept = profile if m.memory_fraction is None else profile.with_values(memory_fraction=m.memory_fraction)
     cost, settings = _cost(one.kernels, profile), one.settings(kept, requests)
@@ -289,8 +318,8 @@ TIMELINE_S = 1e9
 """Nobody reads the timeline here: one interval."""
 
 
-def _predict_disaggregated(m: Measurement, profile: EngineProfile) -> Prediction:
-    first, second = (replica(m, pool, profile) for pool in m.pools)
+def _predict_disaggregated(m: Measurement, profile: EngineProfile, draw: KernelDraw | None) -> Prediction:
+    first, second = (replica(m, pool, profile, draw) for pool in m.pools)
     n, clients = m.n_requests, m.clients
     whole = requests_of(m, 1, profile)
     alone = np.ones(n, dtype=np.int64)

@@ -22,6 +22,7 @@ Examples:
   chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=20
   chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
   chipseconds simulate llama-3-8b-azure-chat --set traffic.n_requests=10_000_000 --summary-only
+  chipseconds simulate llama-3-8b-azure-chat --interval 80
   chipseconds simulate llama-3-8b-azure-chat --term spot --prices prices.toml
   chipseconds simulate llama-3-8b-azure-chat --trace trace.json --trace-window 600:610 --timeline timeline.png
 """
@@ -32,6 +33,10 @@ Examples:
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Replications, for between-seed intervals.")
+@click.option(
+    "--interval", type=float, metavar="PERCENT", help="Interval of each figure over draws of the calibrated parameters."
+)
+@click.option("--draws", type=click.IntRange(min=16, max=4096), help="Draws of --interval; default: 64.")
 @click.option("--summary-only", is_flag=True, help="Keep no row per request: any number of them in constant memory.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this folder.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the run to a .png, .svg or .pdf file.")
@@ -43,7 +48,9 @@ Examples:
     "--trace-window", metavar="FROM:TO", help="Simulated seconds that --trace covers; default: from the start."
 )
 @price_options
-@click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Replicas, or draws, simulated at a time; default: all cores."
+)
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 @json_option
 def simulate(
@@ -51,6 +58,8 @@ def simulate(
     overrides: tuple[str, ...],
     seed: int | None,
     seeds: int | None,
+    interval: float | None,
+    draws: int | None,
     summary_only: bool,
     out: Path | None,
     plot: Path | None,
@@ -80,6 +89,8 @@ def simulate(
         seed=seed,
         seeds=seeds,
         summary_only=summary_only or None,
+        interval=interval,
+        interval_draws=draws,
         workers=workers or os.cpu_count() or 1,
         progress=None if quiet else _progress,
     )

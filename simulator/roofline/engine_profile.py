@@ -56,17 +56,30 @@ class KernelCost:
 
 
 def kernel_cost(
-    d: Deployment, *, kernels: str = "", routing_skew: float = 0.0, equal_ranks: bool = False
+    d: Deployment,
+    *,
+    kernels: str = "",
+    routing_skew: float = 0.0,
+    equal_ranks: bool = False,
+    bounds_of: KernelCost | None = None,
 ) -> KernelCost:
     """Compile a deployment for profiles of one ``routing_skew`` whose engine has the kernels of a framework, where those were measured.
 
-    ``equal_ranks`` as in :func:`~simulator.roofline.compile.compile_step_cost`.
+    ``equal_ranks`` as in :func:`~simulator.roofline.compile.compile_step_cost`. ``bounds_of`` is the same deployment and skew at other
+    efficiencies, whose bounds are the same.
     """
     d = replace(d, routing_skew=routing_skew)
     curves = d.eff.curves.of(kernels) if d.eff.curves is not None else None
     bare = replace(d, efficiency=replace(d.eff, step_overhead_s=0.0, row_overhead_s=0.0, curves=curves))
-    bound = replace(d, efficiency=IDEAL)
     n, rows = (np.arange(m + 1, dtype=np.float64) for m in (d.max_num_batched_tokens, d.max_num_seqs))
+    if bounds_of is not None:
+        return replace(
+            bounds_of,
+            cost=compile_step_cost(bare, equal_ranks=equal_ranks),
+            dense=_kinds(dense_ops(bare, n), n.shape),
+            head=_kinds(head_ops(bare, rows), rows.shape),
+        )
+    bound = replace(d, efficiency=IDEAL)
     return KernelCost(
         cost=compile_step_cost(bare, equal_ranks=equal_ranks),
         ideal=compile_step_cost(replace(bound, max_num_batched_tokens=1, max_num_seqs=1), equal_ranks=equal_ranks),

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from simulator.catalog.architecture import Architecture
+from simulator.catalog.architecture import Architecture, MoEFFN
 from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency
 from simulator.catalog.engines import EngineProfile, load_engine
 from simulator.catalog.models import load_model
@@ -28,7 +28,7 @@ from simulator.results.summary import Assumption
 from simulator.results.summary import Deployment as DeploymentLabel
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.engine_profile import apply_profile, kernel_cost, profile_kv_blocks
+from simulator.roofline.engine_profile import KernelCost, apply_profile, kernel_cost, profile_kv_blocks
 from simulator.roofline.memory import require_fit
 from simulator.roofline.pipeline import ShardedDeployment, require_sharded_fit, shard
 from simulator.roofline.pipeline_cost import PipelineCost
@@ -62,6 +62,10 @@ class Resolved:
     site: Site
     price: ChipPrice | None
     power: PowerModel | None
+    profile: EngineProfile | None = None
+    """What the engine adds to its kernels; None: nothing but the chip's constants."""
+    kernels: KernelCost | None = None
+    """What ``profile`` is applied to; None without one."""
 
     def demand_plain(self, what: str) -> None:
         """Refuse what only a replica of one part can do.
@@ -88,15 +92,37 @@ def resolve(scenario: Scenario) -> Resolved:
     InfeasibleError
         If the model does not fit on the slice.
     """
+    return _resolve(scenario, _profile(scenario.engine))
+
+
+def redraw(resolved: Resolved, efficiency: Efficiency, profile: EngineProfile | None) -> Resolved:
+    """The same scenario at other efficiencies and with another profile's values.
+
+    Raises
+    ------
+    InfeasibleError
+        If the model does not fit under the profile.
+    """
+    return _resolve(resolved.scenario, profile, efficiency=efficiency, like=resolved)
+
+
+def _resolve(
+    scenario: Scenario,
+    profile: EngineProfile | None,
+    *,
+    efficiency: Efficiency | None = None,
+    like: Resolved | None = None,
+) -> Resolved:
+    """Resolve at the scenario's efficiencies, or at others; ``like`` has what does not depend on them."""
     engine = scenario.engine
-    a_slice = resolve_slice(scenario.slice)
-    site = _site(scenario)
-    price = _price(scenario, a_slice.chip, site)
+    a_slice = resolve_slice(scenario.slice) if like is None else like.slice
+    site = _site(scenario) if like is None else like.site
+    price = _price(scenario, a_slice.chip, site) if like is None else like.price
     sharding = _sharding(scenario, a_slice)
     lay = partial(
         _lay,
         sharding,
-        load_model(scenario.model),
+        load_model(scenario.model) if like is None else like.deployment.architecture,
         a_slice,
         precision=parse_precision(scenario.precision, quantize_head=scenario.quantize_head),
         max_num_seqs=engine.max_num_seqs,
@@ -113,9 +139,8 @@ def resolve(scenario: Scenario) -> Resolved:
         expert_imbalance=scenario.deployment.expert_imbalance,
         dequantization_flops=scenario.deployment.dequantization_flops,
     )
-    deployment, sharded = lay(efficiency=_efficiency(scenario.efficiency, a_slice.chip))
+    deployment, sharded = lay(efficiency=efficiency or _efficiency(scenario.efficiency, a_slice.chip))
     override = engine.num_gpu_blocks_override
-    profile = _profile(engine)
     if profile is not None and sharded is not None:
         raise InputError(
             f"{scenario.name}: engine.profile = {engine.profile!r} with sharding {sharding}: profiles describe replicas of one "
@@ -136,11 +161,12 @@ def resolve(scenario: Scenario) -> Resolved:
                 f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
                 f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
             )
-    cost = (
-        _compile(deployment, sharded)
-        if profile is None
-        else apply_profile(kernel_cost(deployment, kernels=profile.kernels, routing_skew=profile.routing_skew), profile)
-    )
+    kernels = None
+    if profile is None:
+        cost = _compile(deployment, sharded)
+    else:
+        kernels = _kernels(deployment, profile, like)
+        cost = apply_profile(kernels, profile)
     drafting = None
     if engine.speculation is not None:
         if sharded is not None or isinstance(cost, PipelineCost):
@@ -176,7 +202,6 @@ def resolve(scenario: Scenario) -> Resolved:
         tiers=tuple(cache_tier(deployment, tier) for tier in engine.cache_tiers),
         load_policy=engine.load_policy,
     )
-    ideal = _compile(*lay(efficiency=IDEAL))
     return Resolved(
         scenario=scenario,
         slice=a_slice,
@@ -186,11 +211,28 @@ def resolve(scenario: Scenario) -> Resolved:
         engine_cost=cost,
         cost=_one_table(cost),
         speculation=drafting,
-        ideal_cost=_one_table(ideal),
+        ideal_cost=like.ideal_cost if like else _one_table(_compile(*lay(efficiency=IDEAL))),
         site=site,
         price=price,
-        power=_power(scenario, a_slice.chip),
+        power=_power(scenario, a_slice.chip) if like is None else like.power,
+        profile=profile,
+        kernels=kernels,
     )
+
+
+def _kernels(deployment: Deployment, profile: EngineProfile, like: Resolved | None) -> KernelCost:
+    """Kernels under a profile; what ``like`` has is taken over as far as it is the same."""
+    skew = _skew(deployment, profile)
+    known = like.kernels if like and like.profile and _skew(deployment, like.profile) == skew else None
+    if known is not None and like is not None and like.deployment.eff is deployment.eff:
+        return known
+    return kernel_cost(deployment, kernels=profile.kernels, routing_skew=skew, bounds_of=known)
+
+
+def _skew(deployment: Deployment, profile: EngineProfile) -> float:
+    """How unevenly experts are chosen; 0 where there are none."""
+    experts = any(isinstance(group.ffn, MoEFFN) for group in deployment.architecture.layers)
+    return profile.routing_skew if experts else 0.0
 
 
 def _sharding(scenario: Scenario, a_slice: Slice) -> Sharding:

@@ -33,6 +33,7 @@ def test_figures_carry_their_unit_or_need_none():
         "relative_error",
     }
     unitless |= {"mean_running", "mean_waiting", "mean_decode_batch", "mean_step_tokens", "ideal_share_of_provisioned"}
+    unitless |= {"median", "level"}
     # Chip-seconds per query: the section's name has the unit.
     unitless |= {"ideal", "busy", "provisioned", "prefill", "cached", "recompute", "wasted", "decode"}
     units = (
