@@ -9,12 +9,15 @@ from simulator.report.html.page import Bar, Bars, Card, Grid, Page, Picture, Pro
 from simulator.report.roofline_plot import draw_roofline
 from simulator.report.run_plot import draw_cdfs, draw_load
 from simulator.report.tables import (
+    POOL_COLUMNS,
     by_grade,
     conservation_lines,
+    fleet_sentences,
     latency_rows,
     number,
     overload_sentence,
     percent,
+    pool_rows,
     price_text,
     range_text,
     seconds,
@@ -38,7 +41,8 @@ def run_page(result: Result, *, step: "StepReport | None" = None) -> Page:
     s = result.summary
     d = s.deployment
     chips = s.ledger.chips
-    replicas = "" if d.replicas == 1 else f" × {d.replicas} replicas"
+    # The slices of several pools come with their numbers.
+    replicas = "" if d.replicas == 1 or s.pools else f" × {d.replicas} replicas"
     return Page(
         title=s.scenario,
         status=s.status.replace("slo_missed", "SLO missed"),
@@ -206,7 +210,7 @@ def _load_blocks(result: Result) -> tuple[Prose | Grid | Picture, ...]:
 
 
 def _cost_blocks(s: Summary) -> tuple[Prose | Grid | Bars, ...]:
-    c, ledger = s.chip_seconds_per_query, s.ledger
+    c = s.chip_seconds_per_query
     served = c.busy - c.recompute - c.wasted
     steps = [
         ("alone, at full efficiency", c.ideal, number(c.ideal)),
@@ -246,20 +250,22 @@ def _cost_blocks(s: Summary) -> tuple[Prose | Grid | Bars, ...]:
         columns = ("price", "query", "M input", "M cached", "M output", "M tokens")
         rows = (row("usage: busy time", p.usage), row("allocation: idle included", p.allocation))
         blocks.append(Grid(columns, rows, caption=price_text(p)))
-    blocks.append(_fleet_sizes(s, ledger.chips // ledger.replicas))
+    blocks.append(_fleet_sizes(s))
     return tuple(blocks)
 
 
-def _fleet_sizes(s: Summary, chips_per_replica: int) -> Grid:
-    """Chips for other rates: replicas of this run's size, each at this run's load."""
+def _fleet_sizes(s: Summary) -> Grid:
+    """Chips for other rates: replicas of this run's size, or fleets of its pools, each at this run's load."""
+    unit = s.ledger.chips if s.pools else s.ledger.chips // s.ledger.replicas
     rows = []
     for qps in QPS:
-        replicas = math.ceil(qps * s.chip_seconds_per_query.provisioned / chips_per_replica)
-        chips = replicas * chips_per_replica
+        replicas = math.ceil(qps * s.chip_seconds_per_query.provisioned / unit)
+        chips = replicas * unit
         hourly = usd(chips * s.prices.usd_per_chip_hour) if s.prices else usd(None)
         rows.append((f"{qps:,}", f"{replicas:,}", f"{chips:,}", hourly))
     caption = "fleets at this run's load per replica; no redundancy, no daily peak: plan adds them"
-    return Grid(("queries per second", "replicas", "chips", "per hour"), tuple(rows), caption=caption)
+    unit_name = "fleets of these pools" if s.pools else "replicas"
+    return Grid(("queries per second", unit_name, "chips", "per hour"), tuple(rows), caption=caption)
 
 
 def _time_blocks(s: Summary, step: "StepReport | None") -> tuple[Prose | Grid | Bars | Picture, ...]:
@@ -295,6 +301,11 @@ def _time_blocks(s: Summary, step: "StepReport | None") -> tuple[Prose | Grid | 
 
 def _feature_sections(s: Summary) -> tuple[Section, ...]:
     found = []
+    if s.pools or s.links or s.agents:
+        pools = (Grid(("pool", *POOL_COLUMNS), tuple(pool_rows(s)), caption="means of a replica"),) if s.pools else ()
+        carried = fleet_sentences(s)
+        blocks = (*pools, *((Prose(tuple(carried)),) if carried else ()))
+        found.append(Section("pools", "Pools and links", blocks))
     if s.prefix_cache:
         p = s.prefix_cache
         rows = (
