@@ -17,6 +17,7 @@ COMMANDS = {
     "pareto": ("simulator.cli.pareto", "Latency against throughput of decoding, over the batch and context."),
     "fit": ("simulator.cli.fit", "What fits where: smallest slices, KV capacity and batch of every chip."),
     "simulate": ("simulator.cli.simulate", "Run a scenario: TTFT, TPOT, goodput and chip-seconds per query."),
+    "plan": ("simulator.cli.plan", "A rate of queries and latency targets: the cheapest fleet, and why."),
     "speculation": ("simulator.cli.speculation", "What speculative decoding is worth at each batch."),
     "explain": ("simulator.cli.explain", "Where one request's time went, and who was ahead of it."),
     "compare": ("simulator.cli.compare", "Compare two simulation results."),
