@@ -37,7 +37,7 @@ from simulator.roofline.precision import parse_precision
 from simulator.roofline.sharded_cost import compile_sharded
 from simulator.roofline.sharding import Sharding
 from simulator.roofline.step_cost import StepCost
-from simulator.run.kv_memory import block_bytes, cache_tier, host_swap
+from simulator.run.kv_memory import KvPlace, block_bytes, cache_tier, host_swap
 from simulator.run.scenario import EfficiencyOptions, EngineOptions, Scenario
 from simulator.run.speculation import ResolvedSpeculation, assumptions_of, resolve_speculation
 from simulator.run.summarise import Facts
@@ -63,6 +63,7 @@ class Resolved:
     site: Site
     price: ChipPrice | None
     power: PowerModel | None
+    place: KvPlace
     lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]
     """Lays the model on the slice again, with other settings."""
     ideal: Callable[[], StepCost]
@@ -188,6 +189,7 @@ def _resolve(
         )
         cost = drafting.with_other_slice(cost)
         blocks = drafting.fit.kv_blocks if engine.num_gpu_blocks_override is None else blocks
+    place = KvPlace.of(deployment, sharded)
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
     settings = EngineSettings(
         max_num_seqs=engine.max_num_seqs,
@@ -204,8 +206,8 @@ def _resolve(
         scheduling=engine.scheduling,
         host=HostOverheads(**engine.host.model_dump()),
         retries=scenario.clients.retries,
-        swap=host_swap(deployment, engine),
-        tiers=tuple(cache_tier(deployment, tier) for tier in engine.cache_tiers),
+        swap=host_swap(place, engine),
+        tiers=tuple(cache_tier(place, tier) for tier in engine.cache_tiers),
         load_policy=engine.load_policy,
     )
     return Resolved(
@@ -220,6 +222,7 @@ def _resolve(
         speculation=drafting,
         site=site,
         price=price,
+        place=place,
         power=_power(scenario, a_slice.chip) if like is None else like.power,
         lay=lay,
         ideal=_ideal(lay) if like is None else like.ideal,
@@ -388,7 +391,7 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
         cost=resolved.cost,
         ideal_cost=resolved.ideal_cost,
         settings=resolved.settings,
-        kv_block_bytes=block_bytes(d),
+        kv_block_bytes=block_bytes(resolved.place),
         slo=scenario.slo,
         options=scenario.run,
         speculation_method=scenario.engine.speculation.method if scenario.engine.speculation else "",
