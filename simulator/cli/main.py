@@ -17,9 +17,11 @@ COMMANDS = {
     "pareto": ("simulator.cli.pareto", "Latency against throughput of decoding, over the batch and context."),
     "fit": ("simulator.cli.fit", "What fits where: smallest slices, KV capacity and batch of every chip."),
     "simulate": ("simulator.cli.simulate", "Run a scenario: TTFT, TPOT, goodput and chip-seconds per query."),
+    "plan": ("simulator.cli.plan", "A rate of queries and latency targets: the cheapest fleet, and why."),
     "speculation": ("simulator.cli.speculation", "What speculative decoding is worth at each batch."),
     "explain": ("simulator.cli.explain", "Where one request's time went, and who was ahead of it."),
     "compare": ("simulator.cli.compare", "Compare two simulation results."),
+    "lifetime": ("simulator.cli.lifetime", "The model that costs least to train and to serve, at a quality."),
     "prices": (
         "simulator.cli.prices",
         "What chips cost by term, owning one, training a model, break-even with an API.",

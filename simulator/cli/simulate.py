@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from simulator.cli.costs import price_options, price_overrides
-from simulator.cli.output import json_option, note, print_json
+from simulator.cli.output import json_option, note, print_json, show_progress
 
 if TYPE_CHECKING:
     from simulator.results import Result
@@ -95,7 +94,7 @@ def simulate(
         interval=interval,
         interval_draws=draws,
         workers=workers or os.cpu_count() or 1,
-        progress=None if quiet else _progress,
+        progress=None if quiet else show_progress,
     )
     if not quiet:
         note(f"simulated {run.summary.requests.total:,} requests in {time.perf_counter() - started:.1f} s")
@@ -190,16 +189,3 @@ def _write_trace(run: "Run", path: Path, window: tuple[float, float]) -> None:
     if not all(log.complete for log in logs):
         end_s = min(log.end_s for log in logs if not log.complete)
         note(f"the trace ends at {end_s:.6g} s, after as many steps as a viewer can show: choose a --trace-window")
-
-
-def _progress(done: int, total: int, what: str) -> None:
-    """One line per stage; on a terminal the line is overwritten."""
-    if what == "done":
-        if sys.stderr.isatty():
-            click.echo("\r\033[K", err=True, nl=False)
-        return
-    text = f"[{done}/{total}] {what}"
-    if sys.stderr.isatty():
-        click.echo(f"\r\033[K{text}", err=True, nl=False)
-    else:
-        click.echo(text, err=True)

@@ -121,7 +121,7 @@ def search(
     moe = any(isinstance(group.ffn, MoEFFN) for group in architecture.layers)
     for sharding in shardings(slice_.n_chips, experts=moe, prompts=prefill is not None):
         tokens = prefill or -(-(decode or settings.get("max_num_seqs", 256)) // (sharding.dp * sharding.pp))
-        for how in _layouts(architecture, slice_, sharding, tokens, settings, decodes=prefill is None):
+        for how in layouts(architecture, slice_, sharding, tokens, settings, decodes=prefill is None):
             label = {name: how.get(name, settings.get(name, usual)) for name, usual in USUAL_LAYOUT.items()}
             try:
                 d = laid.shard(sharding, **how)
@@ -137,7 +137,7 @@ def search(
     return Search(objective, tuple(sorted(tried, key=lambda t: _rank(t, objective))))
 
 
-def _layouts(
+def layouts(
     architecture: Architecture,
     slice_: Slice,
     sharding: Sharding,

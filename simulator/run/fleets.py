@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from simulator.catalog.architecture import Architecture
 from simulator.catalog.records import Quantity
 from simulator.engine.records import Requests
 from simulator.errors import InputError
@@ -85,8 +86,13 @@ def pool_of(options: PoolOptions, resolved: Resolved, *, carried: bool) -> Pool:
     )
 
 
-def resolve_fleet(scenario: Scenario) -> ResolvedFleet:
+def resolve_fleet(scenario: Scenario, *, architecture: Architecture | None = None) -> ResolvedFleet:
     """Load, check and compile every pool of a scenario; without ``[[pool]]``, its one.
+
+    Parameters
+    ----------
+    architecture
+        the model itself, in place of the one that ``scenario.model`` names.
 
     Raises
     ------
@@ -94,7 +100,7 @@ def resolve_fleet(scenario: Scenario) -> ResolvedFleet:
         As :func:`simulator.run.resolve.resolve`; if KV caches cannot go from one pool to another.
     """
     options = scenario.pool or (PoolOptions(name="replicas", replicas=scenario.replicas),)
-    pools = tuple(resolve(scenario.of_pool(pool)) for pool in options)
+    pools = tuple(resolve(scenario.of_pool(pool), architecture=architecture) for pool in options)
     order = sorted(range(len(options)), key=lambda i: options[i].role == "decode")
     options, pools = tuple(options[i] for i in order), tuple(pools[i] for i in order)
     if scenario.disaggregated:

@@ -1,10 +1,11 @@
 """A scenario turned into what the engine and the summary need: cost tables, settings, prices, and their sources."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from simulator.catalog.architecture import Architecture
+from simulator.catalog.architecture import Architecture, MoEFFN
 from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency
 from simulator.catalog.engines import EngineProfile, load_engine
 from simulator.catalog.models import load_model
@@ -47,6 +48,8 @@ class Resolved:
     """A scenario's deployment, ready to run."""
 
     scenario: Scenario
+    architecture: Architecture
+    """The whole model; that of ``deployment`` may be a stage's."""
     slice: Slice
     sharding: Sharding
     deployment: Deployment
@@ -57,16 +60,23 @@ class Resolved:
     cost: StepCost
     """The same as one table: of a pipeline, the sum of its stages."""
     speculation: ResolvedSpeculation | None
-    ideal_cost: StepCost
-    """The same deployment with every efficiency at 1 and no overheads."""
     site: Site
     price: ChipPrice | None
     power: PowerModel | None
     place: KvPlace
+    lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]
+    """Lays the model on the slice again, with other settings."""
+    ideal: Callable[[], StepCost]
+    """Gives :attr:`ideal_cost`, which is compiled when it is first asked for."""
     profile: EngineProfile | None = None
     """What the engine adds to its kernels; None: nothing but the chip's constants."""
     kernels: KernelCost | None = None
     """What ``profile`` is applied to; None without one."""
+
+    @property
+    def ideal_cost(self) -> StepCost:
+        """The same deployment with every efficiency at 1 and no overheads."""
+        return self.ideal()
 
     def demand_plain(self, what: str) -> None:
         """Refuse what only a replica of one part can do.
@@ -81,8 +91,13 @@ class Resolved:
             raise InputError(f"{self.scenario.name}: {what} follows replicas of one part with even experts, not {text}")
 
 
-def resolve(scenario: Scenario) -> Resolved:
+def resolve(scenario: Scenario, *, architecture: Architecture | None = None) -> Resolved:
     """Load, check and compile a scenario's deployment.
+
+    Parameters
+    ----------
+    architecture
+        the model itself, in place of the one that ``scenario.model`` names.
 
     Raises
     ------
@@ -93,7 +108,7 @@ def resolve(scenario: Scenario) -> Resolved:
     InfeasibleError
         If the model does not fit on the slice.
     """
-    return _resolve(scenario, _profile(scenario.engine))
+    return _resolve(scenario, _profile(scenario.engine), architecture=architecture)
 
 
 def redraw(resolved: Resolved, efficiency: Efficiency, profile: EngineProfile | None) -> Resolved:
@@ -104,26 +119,30 @@ def redraw(resolved: Resolved, efficiency: Efficiency, profile: EngineProfile | 
     InfeasibleError
         If the model does not fit under the profile.
     """
-    return _resolve(resolved.scenario, profile, efficiency=efficiency, like=resolved)
+    return _resolve(
+        resolved.scenario, profile, architecture=resolved.architecture, efficiency=efficiency, like=resolved
+    )
 
 
 def _resolve(
     scenario: Scenario,
     profile: EngineProfile | None,
     *,
+    architecture: Architecture | None,
     efficiency: Efficiency | None = None,
     like: Resolved | None = None,
 ) -> Resolved:
     """Resolve at the scenario's efficiencies, or at others; ``like`` has what does not depend on them."""
     engine = scenario.engine
     a_slice = resolve_slice(scenario.slice) if like is None else like.slice
-    site = _site(scenario) if like is None else like.site
+    site = site_of(scenario) if like is None else like.site
     price = _price(scenario, a_slice.chip, site) if like is None else like.price
     sharding = _sharding(scenario, a_slice)
+    model = architecture or load_model(scenario.model)
     lay = partial(
         _lay,
         sharding,
-        load_model(scenario.model) if like is None else like.deployment.architecture,
+        model,
         a_slice,
         precision=parse_precision(scenario.precision, quantize_head=scenario.quantize_head),
         max_num_seqs=engine.max_num_seqs,
@@ -141,33 +160,17 @@ def _resolve(
         dequantization_flops=scenario.deployment.dequantization_flops,
     )
     deployment, sharded = lay(efficiency=efficiency or _efficiency(scenario.efficiency, a_slice.chip))
-    override = engine.num_gpu_blocks_override
     if profile is not None and sharded is not None:
         raise InputError(
             f"{scenario.name}: engine.profile = {engine.profile!r} with sharding {sharding}: profiles describe replicas of one "
             "part; leave one of them out"
         )
-    if override is not None:
-        # vLLM's count includes the null block, which no request gets.
-        blocks = override - 1
-    elif sharded is not None:
-        blocks = require_sharded_fit(sharded).kv_blocks
-    elif profile is None:
-        blocks = require_fit(deployment).kv_blocks
-    else:
-        require_fit(deployment)
-        blocks = profile_kv_blocks(deployment, profile)
-        if blocks < 1:
-            raise InfeasibleError(
-                f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
-                f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
-            )
+    blocks = _kv_blocks(scenario, deployment, sharded, profile)
     kernels = None
     if profile is None:
         cost = _compile(deployment, sharded)
     else:
-        kernels = like.kernels if like is not None and like.deployment.eff is deployment.eff else None
-        kernels = kernels or kernel_cost(deployment, bounds_of=like.kernels if like else None)
+        kernels = _kernels(deployment, profile, like)
         cost = apply_profile(kernels, profile)
     drafting = None
     if engine.speculation is not None:
@@ -181,9 +184,11 @@ def _resolve(
                 f"{scenario.name}: engine.speculation and engine.profile = {profile.name!r}: what an engine adds to a step was "
                 "measured without drafts; leave one of them out"
             )
-        drafting = resolve_speculation(engine.speculation, deployment, cost, check_memory=override is None)
+        drafting = resolve_speculation(
+            engine.speculation, deployment, cost, check_memory=engine.num_gpu_blocks_override is None
+        )
         cost = drafting.with_other_slice(cost)
-        blocks = drafting.fit.kv_blocks if override is None else blocks
+        blocks = drafting.fit.kv_blocks if engine.num_gpu_blocks_override is None else blocks
     place = KvPlace.of(deployment, sharded)
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
     settings = EngineSettings(
@@ -207,6 +212,7 @@ def _resolve(
     )
     return Resolved(
         scenario=scenario,
+        architecture=model,
         slice=a_slice,
         sharding=sharding,
         deployment=deployment,
@@ -214,14 +220,87 @@ def _resolve(
         engine_cost=cost,
         cost=_one_table(cost),
         speculation=drafting,
-        ideal_cost=like.ideal_cost if like else _one_table(_compile(*lay(efficiency=IDEAL))),
         site=site,
         price=price,
         place=place,
         power=_power(scenario, a_slice.chip) if like is None else like.power,
+        lay=lay,
+        ideal=_ideal(lay) if like is None else like.ideal,
         profile=profile,
         kernels=kernels,
     )
+
+
+def with_limits(resolved: Resolved, scenario: Scenario) -> Resolved:
+    """The deployment of ``scenario``, which differs from ``resolved`` in its batch limits, and has none that are larger.
+
+    The tables, which cover more steps than it takes, are kept; memory is looked at again.
+
+    Raises
+    ------
+    InputError
+        If a limit is larger than those of ``resolved``, or with speculative decoding, whose plan depends on the limits.
+    InfeasibleError
+        If the model does not fit on the slice.
+    """
+    engine, had = scenario.engine, resolved.settings
+    if engine.max_num_seqs > had.max_num_seqs or engine.max_num_batched_tokens > had.max_num_batched_tokens:
+        raise InputError(
+            f"{scenario.name}: limits of {engine.max_num_seqs} sequences and {engine.max_num_batched_tokens} tokens are beyond "
+            f"the tables of {had.max_num_seqs} and {had.max_num_batched_tokens}"
+        )
+    if resolved.speculation is not None:
+        raise InputError(f"{scenario.name}: engine.speculation: resolve the scenario anew for other batch limits")
+    changes: dict[str, Any] = {
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+    }
+    lay = partial(resolved.lay, **changes)
+    deployment, sharded = lay(efficiency=resolved.deployment.efficiency)
+    blocks = _kv_blocks(scenario, deployment, sharded, resolved.profile)
+    settings = replace(had, **changes, num_kv_blocks=blocks)
+    return replace(resolved, scenario=scenario, deployment=deployment, settings=settings, lay=lay, ideal=_ideal(lay))
+
+
+def _ideal(lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]) -> Callable[[], StepCost]:
+    """The table of a deployment with every efficiency at 1, compiled once, when it is asked for."""
+    return cache(lambda: _one_table(_compile(*lay(efficiency=IDEAL))))
+
+
+def _kv_blocks(
+    scenario: Scenario, deployment: Deployment, sharded: ShardedDeployment | None, profile: EngineProfile | None
+) -> int:
+    """KV blocks of a replica that must fit, without the null block, which no request gets."""
+    engine = scenario.engine
+    if engine.num_gpu_blocks_override is not None:
+        return engine.num_gpu_blocks_override - 1
+    if sharded is not None:
+        return require_sharded_fit(sharded).kv_blocks
+    if profile is None:
+        return require_fit(deployment).kv_blocks
+    require_fit(deployment)
+    blocks = profile_kv_blocks(deployment, profile)
+    if blocks < 1:
+        raise InfeasibleError(
+            f"{scenario.name}: {deployment.architecture.name} leaves no KV cache on {deployment.slice.spec} under "
+            f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
+        )
+    return blocks
+
+
+def _kernels(deployment: Deployment, profile: EngineProfile, like: Resolved | None) -> KernelCost:
+    """Kernels under a profile; what ``like`` has is taken over as far as it is the same."""
+    skew = _skew(deployment, profile)
+    known = like.kernels if like and like.profile and _skew(deployment, like.profile) == skew else None
+    if known is not None and like is not None and like.deployment.eff is deployment.eff:
+        return known
+    return kernel_cost(deployment, kernels=profile.kernels, routing_skew=skew, bounds_of=known)
+
+
+def _skew(deployment: Deployment, profile: EngineProfile) -> float:
+    """How unevenly experts are chosen; 0 where there are none."""
+    experts = any(isinstance(group.ffn, MoEFFN) for group in deployment.architecture.layers)
+    return profile.routing_skew if experts else 0.0
 
 
 def _sharding(scenario: Scenario, a_slice: Slice) -> Sharding:
@@ -347,7 +426,8 @@ def _power(scenario: Scenario, chip: ChipSpec) -> PowerModel | None:
     return power_model(chip, idle_share=prices.idle_power_fraction, host_share=prices.host_power_fraction)
 
 
-def _site(scenario: Scenario) -> Site:
+def site_of(scenario: Scenario) -> Site:
+    """Where a scenario's chips stand."""
     prices = scenario.prices
     return resolve_site(
         prices.region,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from simulator import __version__
+from simulator.catalog.architecture import Architecture
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InfeasibleError, InputError
@@ -69,6 +70,7 @@ class Run:
 def run_scenario(
     scenario: Scenario,
     *,
+    architecture: Architecture | None = None,
     seed: int | None = None,
     seeds: int | None = None,
     summary_only: bool | None = None,
@@ -81,6 +83,8 @@ def run_scenario(
 
     Parameters
     ----------
+    architecture
+        the model itself, in place of the one that ``scenario.model`` names.
     seed, seeds
         instead of the scenario's own; the resolved scenario of the result carries them. With several seeds, tables and
         figures are of the first, and the summary gets between-seed intervals of every figure.
@@ -119,13 +123,13 @@ def run_scenario(
     say = progress or _silent
     total = 2 * n_seeds + 1
     say(0, total, "compiling step costs")
-    fleet = resolve_fleet(scenario) if follows_paths(scenario) else None
+    fleet = resolve_fleet(scenario, architecture=architecture) if follows_paths(scenario) else None
     if fleet is not None and scenario.run.summary_only:
         raise InputError(
             f"{scenario.name}: a run in blocks knows one pool of equal replicas; leave pools, store and agents out, or keep the "
             "requests (summary_only = false)"
         )
-    resolved = resolve(scenario) if fleet is None else fleet.pools[-1]
+    resolved = resolve(scenario, architecture=architecture) if fleet is None else fleet.pools[-1]
     if scenario.run.interval is not None:
         from simulator.run.intervals import check  # noqa: PLC0415 - imports this module
 
@@ -135,7 +139,7 @@ def run_scenario(
             )
         check(resolved)
     for one in (resolved,) if fleet is None else fleet.pools:
-        _prepare_engine(partial(say, 0, total), one)
+        prepare_engine(partial(say, 0, total), one)
     if scenario.all_replicas > 1 and looks_at_replicas(scenario):
         say(0, total, "loading the engine for fleets (some 25 s the first time)")
     runs = []
@@ -182,7 +186,7 @@ SECONDS_TO_COMPILE = {"plain": 10, "policies": 15, "features": 50, "ranks": 25, 
 """What each of the engine's loops takes, about, on a quiet machine. [s]"""
 
 
-def _prepare_engine(say: Callable[[str], None], resolved: Resolved) -> None:
+def prepare_engine(say: Callable[[str], None], resolved: Resolved) -> None:
     """Compile what the run needs, and say so."""
     from simulator.engine import compiled, jit  # noqa: PLC0415 - numba takes a while to import
 

@@ -1,0 +1,374 @@
+"""``chipseconds plan``: a rate of queries and latency targets → the cheapest fleet."""
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simulator.cli.costs import price_options, price_overrides
+from simulator.cli.output import json_option, note, print_json, print_table, show_progress
+from simulator.errors import InfeasibleError, InputError
+
+if TYPE_CHECKING:
+    from simulator.planning import PlanOptions
+    from simulator.results.plan import Plan, PlannedFleet, Targets
+    from simulator.run import Scenario
+
+_EXAMPLES = """\b
+Examples:
+  chipseconds plan llama-3-8b-azure-chat --qps 1000
+  chipseconds plan llama-3-8b-azure-chat --qps 1000 --chips all --ttft 0.5@95 --tpot 0.05@95 --peak 2 --spare 1
+  chipseconds plan llama-3-70b-v5e-chat --qps 200 --chips tpu-v5e,tpu-v6e,h100-sxm --precisions w8a16kv8,bf16
+  chipseconds plan web-agent --qps 10000 --out plan.json
+"""
+
+_METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("scenario")
+@click.option("--qps", type=float, required=True, help="Queries per second, mean over the day.")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
+@click.option("--ttft", metavar="S[@P]", help="Time to first token at most: seconds, and percent of requests within.")
+@click.option("--tpot", metavar="S[@P]", help="Time per output token at most.")
+@click.option("--e2e", metavar="S[@P]", help="End-to-end latency at most.")
+@click.option("--goodput-share", type=float, help="Share of requests that must keep all limits together, 0 to 1.")
+@click.option("--chips", help="Names or files, by commas, or all. Default: the scenario's chip.")
+@click.option("--slices", help="Slices of a replica, by commas. Default: every legal one.")
+@click.option("--precisions", help="By commas: bf16,w8a16kv8. Default: the scenario's.")
+@click.option("--max-chips", type=click.IntRange(1), help="Chips of one replica at most. Default: 64.")
+@click.option("--shardings", help="Kinds, by commas: tp, pp, ep. Default: all.")
+@click.option("--pools", help="unified, disaggregated (prefill and decode pools), or both by commas. Default: unified.")
+@click.option("--batch-limits", help="max_num_seqs to try, by commas. Default: 16,32,64,128,256.")
+@click.option("--token-budgets", help="max_num_batched_tokens to try, by commas. Default: 512,2048,8192.")
+@click.option("--peak", type=float, help="Rate of the busiest hour ÷ mean rate of the day. Default: 1.")
+@click.option("--profile", help="Rates of the hours of a day, by commas, in any unit; instead of --peak.")
+@click.option(
+    "--headroom", type=float, help="Part of the rate within the targets left free at the peak. Default: 0.05."
+)
+@click.option("--spare", type=click.IntRange(0), help="Replicas of each pool beyond those needed (N + k). Default: 0.")
+@click.option("--failed-share", type=float, help="Share of the slices that may be down at the peak. Default: 0.")
+@price_options
+@click.option("--price", "by_hand", multiple=True, metavar="CHIP=USD", help="USD per chip-hour; may be repeated.")
+@click.option("--rank", type=click.Choice(["cost", "chips"]), default="cost", show_default=True, help="What decides.")
+@click.option("--requests", type=click.IntRange(200), help="Requests of a simulation, at least. Default: 3000.")
+@click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
+@click.option("--workers", type=click.IntRange(min=1), help="Chips searched at a time; default: all cores.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan to this JSON file.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+@json_option
+def plan(
+    scenario: str, qps: float, overrides: tuple[str, ...], out: Path | None, quiet: bool, as_json: bool, **options: Any
+) -> None:
+    r"""The cheapest fleet that serves --qps within latency targets, for the model and traffic of SCENARIO.
+
+    Chips × slices × shardings × precisions × batch limits are searched: roofline bounds drop what cannot be, simulation
+    decides. Targets are the scenario's [slo], unless --ttft, --tpot, --e2e or --goodput-share state others: S@P wants P percent
+    of the requests within S seconds (without @P, the scenario's slo.percentile); with --goodput-share, limits
+    without @P must be kept together by that share.
+
+    Exit code 1 if no fleet keeps the targets; the answer then says what is nearest.
+    """
+    from simulator.planning import plan as make_plan
+    from simulator.results.plan import write_plan
+    from simulator.run import load_scenario
+
+    if out is not None and not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: folder {str(out.parent)!r} does not exist")
+    loaded = load_scenario(scenario, (*overrides, *price_overrides(options["price_file"], options["term"])))
+    found = make_plan(
+        loaded.model,
+        loaded.traffic,
+        targets(loaded, options),
+        qps,
+        chips(loaded, options["chips"]),
+        options=plan_options(loaded, options),
+        template=loaded,
+        workers=options["workers"] or os.cpu_count() or 1,
+        progress=None if quiet else show_progress,
+    )
+    if out is not None:
+        write_plan(found, out)
+        note(f"plan written to {out}")
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        _print(found)
+    if not found.feasible:
+        raise InfeasibleError(_verdict(found))
+
+
+def targets(scenario: "Scenario", options: dict[str, Any]) -> "Targets":
+    """What the options state, or else what the scenario's ``[slo]`` does."""
+    from simulator.catalog.files import parse
+    from simulator.planning import targets_of
+    from simulator.results.plan import Targets
+
+    share = options["goodput_share"]
+    stated = {name: options[name] for name in _METRICS if options[name] is not None}
+    if not stated and share is None:
+        return targets_of(scenario.slo)
+    if not stated:
+        limits = [{"metric": name, "limit_s": limit} for name, limit in scenario.slo.limits.items()]
+        if not limits:
+            raise InputError(
+                "--goodput-share: state limits to keep with --ttft, --tpot or --e2e; the scenario has none"
+            )
+    else:
+        default = None if share is not None else scenario.slo.percentile
+        limits = [_limit(name, text, default) for name, text in stated.items()]
+    return parse(Targets, {"limits": limits, "joint_fraction": share}, "targets")
+
+
+def _limit(name: str, text: str, default: float | None) -> dict[str, Any]:
+    limit, at, percentile = text.partition("@")
+    try:
+        limit_s, share = float(limit), float(percentile) if at else default
+    except ValueError:
+        raise InputError(f"--{name} {text!r}: write SECONDS or SECONDS@PERCENT, e.g. 0.5@95") from None
+    if not 0 < limit_s < math.inf:
+        raise InputError(f"--{name} {text!r}: the limit must be positive and finite")
+    if share is not None and not 0 < share <= 100:
+        raise InputError(f"--{name} {text!r}: the percentile must be above 0 and at most 100")
+    return {"metric": _METRICS[name], "limit_s": limit_s, "percentile": share}
+
+
+def chips(scenario: "Scenario", text: str | None) -> list[str]:
+    """Chips that the option names; the scenario's own without it."""
+    from simulator.catalog.chips import chip_names
+
+    if text is None:
+        return [scenario.slice.rpartition(":")[0]]
+    return chip_names() if text.strip() == "all" else _words("--chips", text)
+
+
+def plan_options(scenario: "Scenario", options: dict[str, Any]) -> "PlanOptions":
+    """The options of the search that were stated."""
+    from simulator.catalog.files import parse
+    from simulator.planning import PlanOptions
+
+    data: dict[str, Any] = {"rank_by": options["rank"], "seed": scenario.run.seed}
+    same = {
+        "max_chips": "max_chips",
+        "headroom": "headroom",
+        "spare": "spare_replicas",
+        "failed_share": "failed_fraction",
+        "requests": "requests",
+        "seed": "seed",
+        "peak": "peak_to_mean",
+    }
+    data |= {field: options[name] for name, field in same.items() if options[name] is not None}
+    for name in ("slices", "precisions", "shardings"):
+        if options[name] is not None:
+            data[name] = _words(f"--{name}", options[name])
+    if options["pools"] is not None:
+        data["kinds"] = _words("--pools", options["pools"])
+    for name in ("batch_limits", "token_budgets"):
+        if options[name] is not None:
+            data[name] = [int(n) for n in _numbers(f"--{name.replace('_', '-')}", options[name], whole=True)]
+    if options["profile"] is not None:
+        if options["peak"] is not None:
+            raise InputError("--profile and --peak: state one of them")
+        hours = _numbers("--profile", options["profile"])
+        if max(hours) <= 0:
+            raise InputError(f"--profile {options['profile']!r}: at least one rate must be above 0")
+        data["peak_to_mean"] = max(hours) / (sum(hours) / len(hours))
+    if options["by_hand"]:
+        data["usd_per_chip_hour"] = dict(_price(text) for text in options["by_hand"])
+    return parse(PlanOptions, data, "plan")
+
+
+def _words(option: str, text: str) -> list[str]:
+    found = [word.strip() for word in text.split(",")]
+    if not all(found):
+        raise InputError(f"{option} {text!r}: an empty name; write names by commas")
+    return found
+
+
+def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
+    try:
+        found = [float(int(word)) if whole else float(word) for word in _words(option, text)]
+    except ValueError:
+        raise InputError(f"{option} {text!r}: write {'whole ' if whole else ''}numbers by commas") from None
+    if not all(0 <= x < math.inf for x in found):
+        raise InputError(f"{option} {text!r}: numbers must be finite and not negative")
+    return found
+
+
+def _price(text: str) -> tuple[str, float]:
+    chip, equals, usd = text.partition("=")
+    try:
+        price = float(usd)
+    except ValueError:
+        price = math.nan
+    if not equals or not chip.strip() or not 0 < price < math.inf:
+        raise InputError(f"--price {text!r}: write CHIP=USD, e.g. h100-sxm=2.50")
+    from simulator.catalog.chips import load_chip
+
+    load_chip(chip.strip())
+    return chip.strip(), price
+
+
+def _verdict(found: "Plan") -> str:
+    where = ", ".join(outcome.chip for outcome in found.by_chip)
+    text = f"{found.name}: {found.targets} cannot be kept on {where}"
+    if found.nearest:
+        return f"{text}; nearest: {found.nearest[0].what} ({_in_short(found.nearest[0].fleet)})"
+    return f"{text}, and nothing near it can"
+
+
+def _in_short(fleet: "PlannedFleet") -> str:
+    pools = " + ".join(f"{p.replicas:,} × {p.slice} {p.sharding} {p.precision}" for p in fleet.pools)
+    money = "" if fleet.usd_per_hour is None else f", {fleet.usd_per_hour:,.0f} USD/h"
+    return f"{fleet.chips:,} chips: {pools}{money}"
+
+
+def _money(usd: float | None, digits: int = 0) -> str:
+    return "–" if usd is None else f"{usd:,.{digits}f}"
+
+
+def _row(fleet: "PlannedFleet") -> "list[str]":
+    first = fleet.pools[0]
+    binding = (
+        "; ".join(first.binding)
+        if len(fleet.pools) == 1
+        else "; ".join(f"{p.role}: {p.binding[0]}" for p in fleet.pools)
+    )
+    return [
+        " + ".join(p.slice for p in fleet.pools),
+        " + ".join(p.sharding + ("" if p.layout == "1d" else f" {p.layout}") for p in fleet.pools),
+        " + ".join(p.precision for p in fleet.pools),
+        " + ".join(f"{p.max_num_seqs}/{p.max_num_batched_tokens}" for p in fleet.pools),
+        " + ".join(f"{p.replicas:,}" for p in fleet.pools),
+        f"{fleet.chips:,}",
+        f"{fleet.chip_seconds_per_query:.4g}",
+        _money(fleet.usd_per_hour),
+        "–" if fleet.usd_per_query is None else f"{1000 * fleet.usd_per_query:.4g}",
+        binding,
+    ]
+
+
+_COLUMNS = [
+    "slice",
+    "sharding",
+    "precision",
+    "seqs/tokens",
+    "replicas",
+    "chips",
+    "chip-s/query",
+    "USD/h",
+    "USD/1000 q",
+    "binding",
+]
+
+
+def _print(found: "Plan") -> None:
+    p = found.provisioning
+    click.echo(f"{found.name}: {found.model} at {p.qps:g} queries/s, {found.targets}")
+    peak = "the rate is the busiest hour's" if p.peak_to_mean == 1 else f"busiest hour {p.peak_to_mean:g} × the mean"
+    click.echo(
+        f"{peak}; {100 * p.headroom_fraction:g} % safety margin; {p.spare_replicas} spare replicas; "
+        f"{100 * p.failed_fraction:g} % of slices may be down"
+    )
+    if found.best is None:
+        _print_infeasible(found)
+    else:
+        _print_best(found, found.best)
+    _print_chips(found)
+    s = found.searched
+    note(
+        f"{s.considered:,} deployments: {s.illegal:,} illegal, {s.unfit:,} do not fit, {s.pruned_by_latency:,} dropped by a bound on "
+        f"latency, {s.pruned_by_cost:,} by one on chips, {s.simulated:,} simulated in {s.simulations:,} runs"
+    )
+    for text in found.warnings:
+        note(f"note: {text}")
+
+
+def _print_best(found: "Plan", best: "PlannedFleet") -> None:
+    print_table("\nthe plan" if found.rank_by == "cost" else "\nthe plan, by chips", _COLUMNS, [_row(best)])
+    if best.usd_per_hour is not None:
+        low, high = best.low_usd_per_hour, best.high_usd_per_hour
+        spread = "" if low == high else f" ({_money(low)} … {_money(high)} over the range of the price)"
+        click.echo(f"price: {best.usd_per_chip_hour:g} USD per chip-hour, {best.price_source}{spread}")
+    consumed, verified = found.consumption, found.verification
+    if consumed is not None:
+        joules = "" if consumed.joules_per_query is None else f"; {consumed.joules_per_query:,.4g} J per query"
+        click.echo(
+            f"\nchip-seconds per query: {consumed.provisioned_chip_s:.4g} provisioned, {consumed.busy_chip_s:.4g} busy, "
+            f"{consumed.ideal_chip_s:.4g} ideal{joules}"
+        )
+    if verified is not None:
+        held = "held" if verified.kept else "MISSED"
+        grown = f", after {verified.added_replicas} replicas were added" if verified.added_replicas else ""
+        click.echo(
+            f"verified with seed {verified.seed}, {verified.requests:,} requests at {verified.rate_per_s:.4g}/s for "
+            f"{' + '.join(map(str, verified.replicas))} replica{'s' if sum(verified.replicas) > 1 else ''}: targets {held}"
+            f"{grown}; {100 * verified.kept_fraction:.2f} % kept every limit"
+        )
+        latency = verified.latency
+        cells = [
+            [
+                name.removesuffix("_s").upper(),
+                *(_seconds(getattr(getattr(latency, name), q).value) for q in ("p50", "p95", "p99")),
+            ]
+            for name in ("ttft_s", "tpot_s", "e2e_s")
+            if latency is not None
+        ]
+        print_table("", ["s", "p50", "p95", "p99"], cells)
+    print_table(
+        "\nfrom the roofline to the bill",
+        ["step", "factor", "chip-s/query"],
+        [[f"{s.name}: {s.meaning}", f"{s.factor:.3f}", f"{s.chip_s_per_query:.4g}"] for s in found.waterfall],
+    )
+    if found.runners_up:
+        print_table("\nrunners-up among those simulated", _COLUMNS, [_row(f) for f in found.runners_up])
+    if found.front:
+        cells = [
+            [
+                f"{p.scale:g}×",
+                *(_row(p.fleet) if p.fleet else ["–"] * len(_COLUMNS)),
+                "" if p.on_front else "no cheaper",
+            ]
+            for p in found.front
+        ]
+        keep = [0, 1, 2, 4, 6, 8, 10, 11]
+        head = ["limits", *_COLUMNS, "front"]
+        click.echo("\ncost against latency: the cheapest fleet when every limit is so many times as long")
+        print_table(
+            "",
+            [head[i] for i in keep],
+            [[row[i] for i in keep] for row in cells],
+        )
+
+
+def _print_chips(found: "Plan") -> None:
+    if len(found.by_chip) > 1:
+        rows = [[o.chip, *_row(o.fleet)] for o in found.by_chip if o.fleet]
+        if rows:
+            print_table("\nthe best of each chip", ["chip", *_COLUMNS], rows)
+    rest = [o for o in found.by_chip if o.reason]
+    if rest:
+        click.echo()
+    for outcome in rest:
+        click.echo(f"{outcome.chip}: {outcome.status.replace('_', ' ')}: {outcome.reason}")
+
+
+def _print_infeasible(found: "Plan") -> None:
+    click.echo("\nno fleet of the chips asked keeps these targets")
+    for name, value in found.idle_latency_s.items():
+        limit = next(t for t in found.targets.limits if t.metric == name)
+        percentile = limit.percentile or 100 * (found.targets.joint_fraction or 1)
+        click.echo(
+            f"{name.removesuffix('_s').upper()} p{percentile:g} of the best deployment, one request at a time: {value:.4g} s, "
+            f"{value / limit.limit_s:.3g} times the limit of {limit.limit_s:g} s"
+        )
+    if found.nearest:
+        print_table(
+            "\nnearest that is feasible", ["change", *_COLUMNS], [[n.what, *_row(n.fleet)] for n in found.nearest]
+        )
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
