@@ -21,6 +21,7 @@ COMMANDS = {
     "speculation": ("simulator.cli.speculation", "What speculative decoding is worth at each batch."),
     "explain": ("simulator.cli.explain", "Where one request's time went, and who was ahead of it."),
     "compare": ("simulator.cli.compare", "Compare two simulation results."),
+    "lifetime": ("simulator.cli.lifetime", "The model that costs least to train and to serve, at a quality."),
     "prices": (
         "simulator.cli.prices",
         "What chips cost by term, owning one, training a model, break-even with an API.",

@@ -18,16 +18,21 @@ if TYPE_CHECKING:
     "--out", type=click.Path(path_type=Path), required=True, metavar="FILE.html", help="Where the page is written."
 )
 def report(results: tuple[Path, ...], out: Path) -> None:
-    """Write one self-contained HTML page about RESULTS: folders that `simulate --out` wrote.
+    """Write one self-contained HTML page about RESULTS: a folder that `simulate --out` wrote, or a file of `lifetime --out`.
 
-    The page needs no network, follows light and dark, prints, and can be read without scripts. Several results are compared
+    The page needs no network, follows light and dark, prints, and can be read without scripts. Several folders are compared
     with the first.
     """
-    from simulator.report.html import comparison_page, run_page, write_page
+    from simulator.report.html import comparison_page, lifetime_page, run_page, write_page
     from simulator.report.html.page import check_page_path
     from simulator.results import read_result
+    from simulator.results.lifetime import read_lifetime
 
     check_page_path(out)
+    if len(results) == 1 and results[0].is_file():
+        write_page(lifetime_page(read_lifetime(results[0])), out)
+        note(f"page written to {out}")
+        return
     found = [read_result(path) for path in results]
     if len(found) == 1:
         page = run_page(found[0], step=_mean_step(results[0], found[0]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from simulator.catalog.architecture import Architecture
+from simulator.catalog.architecture import Architecture, MoEFFN
 from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency
 from simulator.catalog.engines import EngineProfile, load_engine
 from simulator.catalog.models import load_model
@@ -170,8 +170,7 @@ def _resolve(
     if profile is None:
         cost = _compile(deployment, sharded)
     else:
-        kernels = like.kernels if like is not None and like.deployment.eff is deployment.eff else None
-        kernels = kernels or kernel_cost(deployment, bounds_of=like.kernels if like else None)
+        kernels = _kernels(deployment, profile, like)
         cost = apply_profile(kernels, profile)
     drafting = None
     if engine.speculation is not None:
@@ -287,6 +286,21 @@ def _kv_blocks(
             f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
         )
     return blocks
+
+
+def _kernels(deployment: Deployment, profile: EngineProfile, like: Resolved | None) -> KernelCost:
+    """Kernels under a profile; what ``like`` has is taken over as far as it is the same."""
+    skew = _skew(deployment, profile)
+    known = like.kernels if like and like.profile and _skew(deployment, like.profile) == skew else None
+    if known is not None and like is not None and like.deployment.eff is deployment.eff:
+        return known
+    return kernel_cost(deployment, kernels=profile.kernels, routing_skew=skew, bounds_of=known)
+
+
+def _skew(deployment: Deployment, profile: EngineProfile) -> float:
+    """How unevenly experts are chosen; 0 where there are none."""
+    experts = any(isinstance(group.ffn, MoEFFN) for group in deployment.architecture.layers)
+    return profile.routing_skew if experts else 0.0
 
 
 def _sharding(scenario: Scenario, a_slice: Slice) -> Sharding:

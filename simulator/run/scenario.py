@@ -5,7 +5,6 @@ file are relative to that file; those in ``--set`` are relative to the working f
 default filled in and every path absolute, so running it again gives the same result.
 """
 
-import tomllib
 from collections.abc import Iterable
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -15,12 +14,13 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 
 from simulator.catalog.engines import load_engine
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
+from simulator.catalog.overrides import assign, parse_override
 from simulator.catalog.price_book import NO_PRICES, read_price_file
 from simulator.catalog.records import Record
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.engine.scheduling import HostOverheads, Scheduling
-from simulator.errors import InputError, nearest
+from simulator.errors import InputError
 from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
 from simulator.run.clients import ClientOptions
 from simulator.run.fleet_options import (
@@ -367,10 +367,10 @@ def load_scenario(name_or_path: str, overrides: Iterable[str] = ()) -> Scenario:
     data = read_toml(file)
     _absolute_paths(data, _parent(file))
     _inline_price_file(data, _parent(file))
-    changes = [_parse_override(text) for text in overrides]
+    changes = [parse_override(text, example="engine.max_num_seqs=64") for text in overrides]
     _make_way_for_trace(data, [path for path, _ in changes])
     for path, value in changes:
-        _assign(data, path, value)
+        assign(data, path, value, short=_SHORT)
         # What an earlier file or override made absolute stays as it is.
         _absolute_paths(data, Path.cwd())
         _inline_price_file(data, Path.cwd())
@@ -392,23 +392,6 @@ def _parent(file: Traversable) -> Path:
     return Path(str(file)).absolute().parent
 
 
-def _parse_override(text: str) -> tuple[list[str], Any]:
-    name, equals, written = text.partition("=")
-    path = [part.strip() for part in name.split(".")]
-    if not equals or not all(path):
-        raise InputError(f"--set {text!r}: write path=value, e.g. engine.max_num_seqs=64")
-    return path, _parse_value(written.strip())
-
-
-def _parse_value(written: str) -> Any:
-    if "\n" not in written:
-        try:
-            return tomllib.loads(f"value = {written}")["value"]
-        except tomllib.TOMLDecodeError:
-            pass
-    return written
-
-
 def _make_way_for_trace(data: dict[str, Any], paths: list[list[str]]) -> None:
     """Setting ``traffic.trace`` replaces the file's traffic: which requests come, and when, is then up to the trace."""
     traffic = data.get("traffic")
@@ -418,34 +401,6 @@ def _make_way_for_trace(data: dict[str, Any], paths: list[list[str]]) -> None:
 
 #: Tables that a file may write as one word, and the field that the word is short for.
 _SHORT = {"efficiency": "base", "router": "policy", "traffic.trace": "file"}
-
-
-def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
-    """Put ``value`` into ``data`` at ``path``, making tables on the way; a table of a list goes by its name or place."""
-    for depth, part in enumerate(path[:-1]):
-        at = ".".join(path[: depth + 1])
-        inner = (
-            _item(data[part], path[depth + 1], at) if isinstance(data.get(part), list) else data.setdefault(part, {})
-        )
-        if isinstance(inner, str) and at in _SHORT:
-            inner = data[part] = {_SHORT[at]: inner}
-        if not isinstance(inner, dict):
-            raise InputError(f"--set {'.'.join(path)}: {at} = {inner!r} is a value, not a table")
-        if isinstance(data.get(part), list):
-            _assign(inner, path[depth + 2 :], value)
-            return
-        data = inner
-    data[path[-1]] = value
-
-
-def _item(tables: list[Any], which: str, where: str) -> Any:
-    """One of the tables of a list, by its name or its place."""
-    named = {str(table.get("name")): table for table in tables if isinstance(table, dict)}
-    if which in named:
-        return named[which]
-    if which.isdecimal() and int(which) < len(tables):
-        return tables[int(which)]
-    raise InputError(f"--set {where}.{which}: there is no {where} {which!r}{nearest(which, named)}")
 
 
 def _absolute_paths(data: dict[str, Any], base: Path) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from simulator.catalog.overrides import parse_value
 from simulator.errors import InfeasibleError, InputError
 from simulator.results import toml
 from simulator.run import Scenario, load_scenario, run_scenario, scenario_names
 from simulator.run.resolve import resolve
-from simulator.run.scenario import _parse_value
 
 NAME = "llama-3-8b-azure-chat"
 
@@ -64,7 +64,7 @@ def test_overrides_are_typed_by_toml_and_words_are_strings(override, look):
     ],
 )
 def test_override_values(written, value):
-    assert _parse_value(written) == value
+    assert parse_value(written) == value
 
 
 def test_a_word_in_the_file_becomes_a_table_when_a_part_of_it_is_set(tmp_path):

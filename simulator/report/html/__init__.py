@@ -1,7 +1,8 @@
 """Self-contained HTML pages of results: no network, light and dark, readable on paper and without scripts."""
 
 from simulator.report.html.comparison import comparison_page
+from simulator.report.html.lifetime import lifetime_page
 from simulator.report.html.page import Page, page_html, write_page
 from simulator.report.html.run import run_page
 
-__all__ = ["Page", "comparison_page", "page_html", "run_page", "write_page"]
+__all__ = ["Page", "comparison_page", "lifetime_page", "page_html", "run_page", "write_page"]
