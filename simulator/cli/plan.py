@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from simulator.cli.costs import price_options, price_overrides
 from simulator.cli.output import json_option, note, print_json, print_table
 from simulator.errors import InfeasibleError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from simulator.planning import PlanOptions
-    from simulator.results.plan import Percentiles, Plan, PlannedFleet, Targets
+    from simulator.results.plan import Plan, PlannedFleet, Targets
     from simulator.run import Scenario
 
 _EXAMPLES = """\b
@@ -42,7 +41,7 @@ _METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 @click.option("--precisions", help="By commas: bf16,w8a16kv8. Default: the scenario's.")
 @click.option("--max-chips", type=click.IntRange(1), help="Chips of one replica at most. Default: 64.")
 @click.option("--shardings", help="Kinds, by commas: tp, pp, ep. Default: all.")
-@click.option("--batch-limits", help="max_num_seqs to try, by commas. Default: 8,16,32,64,128,256.")
+@click.option("--batch-limits", help="max_num_seqs to try, by commas. Default: 16,32,64,128,256.")
 @click.option("--token-budgets", help="max_num_batched_tokens to try, by commas. Default: 512,2048,8192.")
 @click.option("--peak", type=float, help="Rate of the busiest hour ÷ mean rate of the day. Default: 1.")
 @click.option("--profile", help="Rates of the hours of a day, by commas, in any unit; instead of --peak.")
@@ -51,7 +50,8 @@ _METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 )
 @click.option("--spare", type=click.IntRange(0), help="Replicas of each pool beyond those needed (N + k). Default: 0.")
 @click.option("--failed-share", type=float, help="Share of the slices that may be down at the peak. Default: 0.")
-@click.option("--price", "prices", multiple=True, metavar="CHIP=USD", help="USD per chip-hour; may be repeated.")
+@price_options
+@click.option("--price", "by_hand", multiple=True, metavar="CHIP=USD", help="USD per chip-hour; may be repeated.")
 @click.option("--rank", type=click.Choice(["cost", "chips"]), default="cost", show_default=True, help="What decides.")
 @click.option("--requests", type=click.IntRange(200), help="Requests of a simulation, at least. Default: 3000.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
@@ -77,7 +77,7 @@ def plan(
 
     if out is not None and not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: folder {str(out.parent)!r} does not exist")
-    loaded = load_scenario(scenario, overrides)
+    loaded = load_scenario(scenario, (*overrides, *price_overrides(options["price_file"], options["term"])))
     found = make_plan(
         loaded.model,
         loaded.traffic,
@@ -125,14 +125,14 @@ def targets(scenario: "Scenario", options: dict[str, Any]) -> "Targets":
 def _limit(name: str, text: str, default: float | None) -> dict[str, Any]:
     limit, at, percentile = text.partition("@")
     try:
-        found = {"metric": _METRICS[name], "limit_s": float(limit), "percentile": float(percentile) if at else default}
+        limit_s, share = float(limit), float(percentile) if at else default
     except ValueError:
         raise InputError(f"--{name} {text!r}: write SECONDS or SECONDS@PERCENT, e.g. 0.5@95") from None
-    if not 0 < found["limit_s"] < math.inf:
+    if not 0 < limit_s < math.inf:
         raise InputError(f"--{name} {text!r}: the limit must be positive and finite")
-    if at and not 0 < found["percentile"] <= 100:
+    if share is not None and not 0 < share <= 100:
         raise InputError(f"--{name} {text!r}: the percentile must be above 0 and at most 100")
-    return found
+    return {"metric": _METRICS[name], "limit_s": limit_s, "percentile": share}
 
 
 def chips(scenario: "Scenario", text: str | None) -> list[str]:
@@ -173,8 +173,8 @@ def plan_options(scenario: "Scenario", options: dict[str, Any]) -> "PlanOptions"
         if max(hours) <= 0:
             raise InputError(f"--profile {options['profile']!r}: at least one rate must be above 0")
         data["peak_to_mean"] = max(hours) / (sum(hours) / len(hours))
-    if options["prices"]:
-        data["usd_per_chip_hour"] = dict(_price(text) for text in options["prices"])
+    if options["by_hand"]:
+        data["usd_per_chip_hour"] = dict(_price(text) for text in options["by_hand"])
     return parse(PlanOptions, data, "plan")
 
 
@@ -182,7 +182,7 @@ def _words(option: str, text: str) -> list[str]:
     found = [word.strip() for word in text.split(",")]
     if not all(found):
         raise InputError(f"{option} {text!r}: an empty name; write names by commas")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
@@ -286,6 +286,10 @@ def _print(found: "Plan") -> None:
 
 def _print_best(found: "Plan", best: "PlannedFleet") -> None:
     print_table("\nthe plan" if found.rank_by == "cost" else "\nthe plan, by chips", _COLUMNS, [_row(best)])
+    if best.usd_per_hour is not None:
+        low, high = best.low_usd_per_hour, best.high_usd_per_hour
+        spread = "" if low == high else f" ({_money(low)} … {_money(high)} over the range of the price)"
+        click.echo(f"price: {best.usd_per_chip_hour:g} USD per chip-hour, {best.price_source}{spread}")
     consumed, verified = found.consumption, found.verification
     if consumed is not None:
         joules = "" if consumed.joules_per_query is None else f"; {consumed.joules_per_query:,.4g} J per query"
@@ -312,8 +316,8 @@ def _print_best(found: "Plan", best: "PlannedFleet") -> None:
         print_table("", ["s", "p50", "p95", "p99"], cells)
     print_table(
         "\nfrom the roofline to the bill",
-        ["step", "factor", "chip-s/query", "what it is"],
-        [[s.name, f"{s.factor:.3f}", f"{s.chip_s_per_query:.4g}", s.meaning] for s in found.waterfall],
+        ["step", "factor", "chip-s/query"],
+        [[f"{s.name}: {s.meaning}", f"{s.factor:.3f}", f"{s.chip_s_per_query:.4g}"] for s in found.waterfall],
     )
     if found.runners_up:
         print_table("\nrunners-up among those simulated", _COLUMNS, [_row(f) for f in found.runners_up])
@@ -349,20 +353,17 @@ def _print_chips(found: "Plan") -> None:
 
 def _print_infeasible(found: "Plan") -> None:
     click.echo("\nno fleet of the chips asked keeps these targets")
-    if found.idle_latency:
-        click.echo("the least that any deployment reaches, one request at a time:")
-        cells = [
-            [name.removesuffix("_s").upper(), *_percentiles(values)] for name, values in found.idle_latency.items()
-        ]
-        print_table("", ["s", "p50", "p95", "p99"], cells)
+    for name, value in found.idle_latency_s.items():
+        limit = next(t for t in found.targets.limits if t.metric == name)
+        percentile = limit.percentile or 100 * (found.targets.joint_fraction or 1)
+        click.echo(
+            f"{name.removesuffix('_s').upper()} p{percentile:g} of the best deployment, one request at a time: {value:.4g} s, "
+            f"{value / limit.limit_s:.3g} times the limit of {limit.limit_s:g} s"
+        )
     if found.nearest:
         print_table(
             "\nnearest that is feasible", ["change", *_COLUMNS], [[n.what, *_row(n.fleet)] for n in found.nearest]
         )
-
-
-def _percentiles(values: "Percentiles") -> "Sequence[str]":
-    return [_seconds(getattr(values, q)) for q in ("p50", "p95", "p99")]
 
 
 def _seconds(value: float | None) -> str:

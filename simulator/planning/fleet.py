@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 from simulator.catalog.chips import ChipSpec
+from simulator.economics import ChipPrice, chip_price, price_by_hand, resolve_site
+from simulator.errors import UnpriceableError
 from simulator.planning.options import PlanOptions
 from simulator.planning.search import Found
 from simulator.results.plan import PlannedFleet, Pool, Provisioning, Role, WaterfallStep
@@ -11,21 +13,36 @@ from simulator.run.scenario import Scenario
 SECONDS_PER_HOUR = 3600.0
 
 
-def price_of(chip: ChipSpec, name: str, template: Scenario, options: PlanOptions) -> tuple[float | None, str]:
-    """Price of a chip for an hour and where it comes from; None without one. [USD]
+def price_of(chip: ChipSpec, name: str, template: Scenario, options: PlanOptions) -> ChipPrice | None:
+    """Price of a chip for an hour; None without one. [USD]
 
-    A price stated for the plan goes first, then that of the template for its own chip, then the first quote of the chip's file.
+    A price stated for the plan goes first, then that of the template's ``[prices]``: by hand for its own chip, or under its term,
+    provider and price file for any.
+
+    Raises
+    ------
+    InputError
+        If the template's term or provider is unknown.
     """
     for key in (name, chip.name):
         if key in options.usd_per_chip_hour:
-            return options.usd_per_chip_hour[key], "stated for the plan"
+            return price_by_hand(chip.name, options.usd_per_chip_hour[key])
+    prices = template.prices
     own = template.slice.rpartition(":")[0] in {name, chip.name}
-    if own and template.prices.usd_per_chip_hour is not None:
-        return template.prices.usd_per_chip_hour, "scenario"
-    if not chip.prices:
-        return None, ""
-    quote = chip.prices[0]
-    return quote.usd_per_hour, f"{quote.provider}, {quote.term}, {quote.date} ({quote.source})"
+    if own and prices.usd_per_chip_hour is not None:
+        return price_by_hand(chip.name, prices.usd_per_chip_hour)
+    site = resolve_site(
+        prices.region,
+        prices.operator,
+        usd_per_kwh=prices.usd_per_kwh,
+        gco2_per_kwh=prices.gco2_per_kwh,
+        pue=prices.pue,
+        book=prices.book,
+    )
+    try:
+        return chip_price(chip, prices.term, provider=prices.provider, book=prices.book, site=site)
+    except UnpriceableError:
+        return None
 
 
 def pool(found: Found, role: Role = "unified", *, needed: int | None = None, replicas: int | None = None) -> Pool:
@@ -53,23 +70,29 @@ def pool(found: Found, role: Role = "unified", *, needed: int | None = None, rep
 
 
 def planned_fleet(
-    pools: Sequence[Pool], provisioning: Provisioning, prices: Sequence[tuple[float | None, str]]
+    pools: Sequence[Pool], provisioning: Provisioning, prices: Sequence[ChipPrice | None]
 ) -> PlannedFleet:
     """Pools with their prices, one each; without one of them there is no price of the whole."""
     chips = sum(p.chips for p in pools)
-    per_hour = [None if usd is None else p.chips * usd for p, (usd, _) in zip(pools, prices, strict=True)]
-    known = [x for x in per_hour if x is not None]
-    usd_per_hour = sum(known) if len(known) == len(per_hour) else None
+    known = [price for price in prices if price is not None]
+    priced = len(known) == len(pools)
+
+    def per_hour(usd: Sequence[float]) -> float | None:
+        return sum(p.chips * x for p, x in zip(pools, usd, strict=True)) if priced else None
+
+    usd_per_hour = per_hour([price.usd_per_chip_hour for price in known])
     return PlannedFleet(
         kind="unified" if len(pools) == 1 else "disaggregated",
         pools=list(pools),
         chips=chips,
         replicas=sum(p.replicas for p in pools),
         chip_seconds_per_query=chips / provisioning.qps,
-        usd_per_chip_hour=prices[0][0],
+        usd_per_chip_hour=known[0].usd_per_chip_hour if priced else None,
         usd_per_hour=usd_per_hour,
+        low_usd_per_hour=per_hour([price.low or price.usd_per_chip_hour for price in known]),
+        high_usd_per_hour=per_hour([price.high or price.usd_per_chip_hour for price in known]),
         usd_per_query=None if usd_per_hour is None else usd_per_hour / (provisioning.qps * SECONDS_PER_HOUR),
-        price_source="; ".join(dict.fromkeys(source for _, source in prices if source)),
+        price_source="; ".join(dict.fromkeys(price.text for price in known)),
     )
 
 

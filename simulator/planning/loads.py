@@ -60,6 +60,12 @@ class Loads:
         requests = self._longest.requests
         return int((requests.prompt_tokens + requests.output_tokens).min()) - 1
 
+    @property
+    def mean_tokens(self) -> float:
+        """Mean KV-cache tokens of a request at its end."""
+        requests = self._longest.requests
+        return float((requests.prompt_tokens + requests.output_tokens).mean()) - 1
+
     def _build(self, n: int) -> Load:
         spec = self.spec
         if spec.trace is None:

@@ -20,8 +20,10 @@ class PlanOptions(Record):
     """Chips of one replica at most."""
     shardings: tuple[ShardingKind, ...] = ("tp", "pp", "ep")
     """``tp``: all chips of the slice; ``pp``: pipeline stages of them; ``ep``: attention ranks that share experts."""
-    batch_limits: tuple[PositiveInt, ...] = (8, 16, 32, 64, 128, 256)
-    """``max_num_seqs`` of a replica, the template's own besides."""
+    max_stages: PositiveInt = 4
+    """Pipeline stages at most."""
+    batch_limits: tuple[PositiveInt, ...] = (16, 32, 64, 128, 256)
+    """``max_num_seqs`` of a replica, the template's own besides; of those far beyond what the KV cache holds, only the first."""
     token_budgets: tuple[PositiveInt, ...] = (512, 2048, 8192)
     """``max_num_batched_tokens``, the template's own besides."""
     peak_to_mean: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
@@ -41,6 +43,8 @@ class PlanOptions(Record):
     seed: Annotated[int, Field(ge=0)] = 1
     front: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
     """Factors on every limit for which the cheapest fleet is sought as well; none: no front."""
+    front_chips: PositiveInt = 3
+    """Chips that the front looks at: those with the cheapest fleets for the limits as they are."""
     runners_up: Annotated[int, Field(ge=0)] = 5
     """Further fleets to name."""
     look_elsewhere: bool = True

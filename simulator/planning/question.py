@@ -6,27 +6,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from simulator.catalog.architecture import Architecture
 from simulator.catalog.chips import chip_names, load_chip
 from simulator.catalog.models import load_model
-from simulator.engine.records import FINISHED
+from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InputError, UnpriceableError
 from simulator.planning.fleet import planned_fleet, pool, price_of, waterfall
 from simulator.planning.loads import Loads, at_rate
 from simulator.planning.options import PlanOptions
 from simulator.planning.rating import Sample
-from simulator.planning.search import Answer, ChipSearch, Found, least, with_spares
+from simulator.planning.search import Answer, ChipSearch, Found, with_spares
 from simulator.planning.space import check_precisions
 from simulator.results.plan import (
     Alternative,
     ChipOutcome,
     Consumption,
     FrontPoint,
-    Percentiles,
     Plan,
     PlannedFleet,
     Provisioning,
@@ -39,12 +38,14 @@ from simulator.results.summary import Assumption
 from simulator.roofline.sweep import pareto_front
 from simulator.run.consumption import ideal_chip_seconds
 from simulator.run.options import SloOptions
-from simulator.run.outcome import Outcome
 from simulator.run.resolve import Resolved
 from simulator.run.scenario import Scenario
 from simulator.run.simulate import Run, prepare_engine, queued_at_once, run_scenario, simulate_fleet
 from simulator.run.window import measured_window
 from simulator.traffic import TrafficSpec
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 #: Called with (steps done, steps in all, what is done now).
 Progress = Callable[[int, int, str], None]
@@ -59,7 +60,7 @@ GROWTHS = 10
 
 def targets_of(slo: SloOptions) -> Targets:
     """What a scenario's ``[slo]`` asks: ``percentile`` percent of the requests keep all its limits."""
-    limits = tuple(Target(metric=name, limit_s=limit) for name, limit in slo.limits.items())  # type: ignore[arg-type]
+    limits = tuple(Target(metric=name, limit_s=limit) for name, limit in slo.limits.items())
     return Targets(limits=limits, joint_fraction=slo.percentile / 100 if limits else None)
 
 
@@ -114,17 +115,20 @@ def plan(
 
 @dataclass(frozen=True)
 class _OnChip:
-    """What the search of one chip leaves behind: fleets by the scale of the limits, best first."""
+    """What the search of one chip leaves behind."""
 
     chip: str
-    found: dict[float, tuple[Found, ...]]
     answer: Answer
     counts: dict[str, int]
     why_not: str
     unpriceable: bool
     any_fits: bool
-    idle: dict[str, Percentiles] = field(default_factory=dict)
     scales: dict[tuple[str, ...], float] = field(default_factory=dict)
+    """If nothing was found: least factor on some limits that lets an idle deployment keep them."""
+    idle_s: dict[str, float] = field(default_factory=dict)
+    """Then also the least of each latency."""
+    searcher: ChipSearch | None = None
+    """The search itself, for other targets; None: it was let go, because its tables take memory."""
 
     @property
     def best(self) -> Found | None:
@@ -193,8 +197,9 @@ class _Question:
         )
 
     def answer(self, workers: int, say: Progress) -> Plan:
+        """Search, rank, verify; or find what is nearest."""
         total = len(self.chips) + 2
-        on_chip = self._search(self.chips, workers, lambda i, what: say(i, total, what))
+        on_chip = self.search(self.chips, workers, lambda i, what: say(i, total, what))
         ranked = self._ranked(on_chip)
         by_chip = [self._outcome(one) for one in on_chip]
         by_chip.sort(key=lambda outcome: self._order(outcome.fleet))
@@ -220,7 +225,7 @@ class _Question:
             say(total - 2, total, "looking for what is feasible")
             idle, nearest = self._nearest(on_chip, workers)
             say(total, total, "done")
-            return Plan(best=None, idle_latency=idle, nearest=nearest, **common)
+            return Plan(best=None, idle_latency_s=idle, nearest=nearest, **common)
         say(total - 2, total, "verifying the best fleet")
         found, fleet, verification, run = self._verified(ranked[0])
         say(total - 1, total, "a day's mean load")
@@ -233,26 +238,28 @@ class _Question:
             verification=verification,
             consumption=consumption,
             runners_up=[self._fleet(f) for f in _unlike(ranked[1:], ranked[0])][: self.options.runners_up],
-            front=self._front(on_chip),
+            front=self._front(on_chip, workers),
             assumptions=[*summary.assumptions, *self._own_assumptions()],
             warnings=_warnings(summary.warnings, verification),
             scenario=run.result.scenario,
             **common,
         )
 
-    def _search(self, chips: Sequence[str], workers: int, say: Callable[[int, str], None]) -> list[_OnChip]:
+    def search(self, chips: Sequence[str], workers: int, say: Callable[[int, str], None]) -> list[_OnChip]:
+        """Search some chips, several at a time."""
+
         def one(numbered: tuple[int, str]) -> _OnChip:
             index, chip = numbered
             say(index, f"searching {chip}")
             return self._search_chip(chip, partial(say, index))
 
-        if workers == 1 or len(chips) == 1:
-            return [one(item) for item in enumerate(chips)]
-        with ThreadPoolExecutor(max_workers=min(workers, len(chips))) as threads:
-            return list(threads.map(one, enumerate(chips)))
+        return _in_threads(one, list(enumerate(chips)), workers)
+
+    def _searcher(self, chip: str) -> ChipSearch:
+        return ChipSearch(self.architecture, chip, self.template, self.options, self.loads, self.provisioning)
 
     def _search_chip(self, chip: str, say: Callable[[str], None]) -> _OnChip:
-        searcher = ChipSearch(self.architecture, chip, self.template, self.options, self.loads, self.provisioning)
+        searcher = self._searcher(chip)
         for site in searcher.sites[:1]:
             if site.base.cost.parts == 1 and not site.base.settings.expert_skew.on:
                 prepare_engine(say, site.base)
@@ -267,26 +274,26 @@ class _Question:
             "simulated": sum(bench.simulations > 0 for bench in benches),
             "simulations": sum(bench.simulations for bench in benches),
         }
-        found = {1.0: answer.found}
-        for scale in self.options.front:
-            if scale not in found and self.targets.limits:
-                found[scale] = searcher.search(self.targets.scaled(scale)).found[:1]
-        idle: dict[str, Percentiles] = {}
         scales: dict[tuple[str, ...], float] = {}
+        idle_s: dict[str, float] = {}
         if not answer.found and searcher.sites:
-            idle = searcher.idle()
             for metrics in _subsets([t.metric for t in self.targets.limits]):
                 scales[metrics] = searcher.least_scale(self.targets, metrics)
+            share = self.targets.joint_fraction
+            for t in self.targets.limits:
+                percentile = t.percentile or 100 * (share or 1)
+                alone = Targets(limits=(t.model_copy(update={"percentile": percentile}),))
+                idle_s[t.metric] = t.limit_s * searcher.least_scale(alone, (t.metric,))
         return _OnChip(
             chip=chip,
-            found=found,
             answer=answer,
             counts=counts,
             why_not=searcher.why_not(),
             unpriceable=bool(searcher.unpriceable) and not searcher.sites,
             any_fits=bool(searcher.sites),
-            idle=idle,
             scales=scales,
+            idle_s={name: value for name, value in idle_s.items() if math.isfinite(value)},
+            searcher=searcher if scales or len(self.chips) <= self.options.front_chips else None,
         )
 
     def _fleet(self, found: Found, *, needed: int | None = None) -> PlannedFleet:
@@ -305,7 +312,10 @@ class _Question:
 
     def _ranked(self, on_chip: Iterable[_OnChip]) -> list[Found]:
         """Fleets that may win, best first: by cost, only those with a price."""
-        found = [(self._order(self._fleet(f)), f) for one in on_chip for f in one.answer.found]
+        return self._ranked_of(f for one in on_chip for f in one.answer.found)
+
+    def _ranked_of(self, fleets: Iterable[Found]) -> list[Found]:
+        found = [(self._order(self._fleet(f)), f) for f in fleets]
         kept = [item for item in found if not item[0][1]]
         kept.sort(key=lambda item: (item[0], item[1].rank[1:]))
         return [f for _, f in kept]
@@ -331,8 +341,10 @@ class _Question:
             share = min((t.percentile / 100 for t in self.targets.limits if t.percentile), default=0.99)
         slo = SloOptions(**limits, percentile=100 * share)
         chip = found.resolved.slice.chip
-        price, _ = price_of(chip, found.place.slice.rpartition(":")[0], self.template, self.options)
-        prices = self.template.prices.model_copy(update={"usd_per_chip_hour": price})
+        price = price_of(chip, found.place.slice.rpartition(":")[0], self.template, self.options)
+        by_hand = price is not None and price.term == "by hand"
+        prices = found.resolved.scenario.prices if price is None else self.template.prices
+        prices = prices.model_copy(update={"usd_per_chip_hour": price.usd_per_chip_hour if price and by_hand else None})
         run = self.template.run.model_copy(update={"seed": self.options.seed + 1, "seeds": 1, "summary_only": False})
         changes = {"traffic": traffic, "slo": slo, "prices": prices, "run": run}
         return found.resolved.scenario.model_copy(update=changes)
@@ -375,64 +387,92 @@ class _Question:
             run, _ = self._simulate(found, rate)
         energy = run.summary.energy
         provisioned = fleet.chips / self.provisioning.qps
+        # The run's own rate is its sample's, and its last requests are served by a replica that empties.
+        scale = provisioned / run.summary.chip_seconds_per_query.provisioned
         return Consumption(
             rate_per_s=rate,
             ideal_chip_s=ideal_chip_s(found.resolved, found.load.requests),
             busy_chip_s=provisioned * run.summary.utilisation.busy_fraction,
             provisioned_chip_s=provisioned,
-            joules_per_query=None if energy is None else energy.mean_power_w_per_chip * provisioned,
+            joules_per_query=None if energy is None else scale * energy.joules_per_query,
+            facility_joules_per_query=None if energy is None else scale * energy.facility_joules_per_query,
             energy=energy,
         )
 
-    def _front(self, on_chip: Sequence[_OnChip]) -> list[FrontPoint]:
-        """The cheapest fleet of any chip at each scale of the limits."""
-        if not self.targets.limits:
+    def _front(self, on_chip: Sequence[_OnChip], workers: int) -> list[FrontPoint]:
+        """The cheapest fleet at each scale of the limits, on the chips that are cheapest at 1."""
+        if not self.targets.limits or not self.options.front:
             return []
-        points = []
-        for scale in sorted({*self.options.front, 1.0}) if self.options.front else []:
-            found = [self._fleet(f) for one in on_chip for f in one.found.get(scale, ())[:1]]
-            fleets = [f for f in found if not self._order(f)[1]]
-            best = min(fleets, key=self._order, default=None)
-            points.append((scale, best))
+        scales = sorted({*self.options.front, 1.0})
+        cheapest = [one for one in on_chip if one.best is not None and not self._order(self._fleet(one.best))[1]]
+        cheapest.sort(key=lambda one: self._order(None if one.best is None else self._fleet(one.best)))
+
+        def of_chip(one: _OnChip) -> dict[float, PlannedFleet]:
+            searcher = one.searcher or self._searcher(one.chip)
+            found = {scale: searcher.search(self.targets.scaled(scale)).found for scale in scales}
+            return {scale: self._fleet(fleets[0]) for scale, fleets in found.items() if fleets}
+
+        by_chip = _in_threads(of_chip, cheapest[: self.options.front_chips], workers)
+        points = [
+            (scale, min((found[scale] for found in by_chip if scale in found), key=self._order, default=None))
+            for scale in scales
+        ]
         costs = [math.inf if f is None else float(f.usd_per_hour or f.chips) for _, f in points]
         if self.options.rank_by == "chips":
             costs = [math.inf if f is None else float(f.chips) for _, f in points]
-        front = pareto_front([scale for scale, _ in points], [-c for c in costs]) if points else []
+        front = pareto_front([scale for scale, _ in points], [-c for c in costs])
         return [
             FrontPoint(scale=s, targets=self.targets.scaled(s), fleet=f, on_front=bool(kept) and f is not None)
             for (s, f), kept in zip(points, front, strict=True)
         ]
 
-    def _nearest(self, on_chip: Sequence[_OnChip], workers: int) -> tuple[dict[str, Percentiles], list[Alternative]]:
+    def _nearest(self, on_chip: Sequence[_OnChip], workers: int) -> tuple[dict[str, float], list[Alternative]]:
         """What no deployment undercuts, limits that would do, and chips that keep them as they are."""
-        idle: dict[str, Percentiles] = {}
+        idle: dict[str, float] = {}
         for one in on_chip:
-            idle = least(idle, one.idle)
+            idle |= {name: min(value, idle.get(name, math.inf)) for name, value in one.idle_s.items()}
         found: list[Alternative] = []
+        searchers = [one.searcher for one in on_chip if one.searcher is not None]
         for metrics in _subsets([t.metric for t in self.targets.limits]):
             scale = min((one.scales.get(metrics, math.inf) for one in on_chip), default=math.inf)
             if not math.isfinite(scale):
                 continue
             for beyond in RELAXATIONS:
-                relaxed = self.targets.scaled(max(scale, 1.0) * beyond, metrics)
-                other = replace(self, targets=relaxed, options=self.options.model_copy(update={"front": ()}))
-                ranked = other._ranked(other._search(self.chips, workers, _quiet))
+                relaxed = self.targets.scaled(_round_up(max(scale, 1.0) * beyond), metrics)
+                ranked = self._ranked_of(f for searcher in searchers for f in searcher.search(relaxed).found[:1])
                 if ranked:
                     changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
-                    found.append(
-                        Alternative(what=f"relax to {changed}", targets=relaxed, fleet=other._fleet(ranked[0]))
-                    )
+                    fleet = self._fleet(ranked[0])
+                    found.append(Alternative(what=f"relax to {changed}", targets=relaxed, fleet=fleet))
             break
         if self.options.look_elsewhere and not self.options.slices:
-            others = [name for name in chip_names() if name not in self.chips]
-            plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=tuple(others))
-            elsewhere = [self._fleet(one.best) for one in plain._search(others, workers, _quiet) if one.best]
-            elsewhere.sort(key=lambda fleet: (fleet.usd_per_hour is None, fleet.usd_per_hour or 0.0, fleet.chips))
-            found += [
-                Alternative(what=f"on {fleet.pools[0].chip}, as asked", targets=self.targets, fleet=fleet)
-                for fleet in elsewhere[:3]
-            ]
+            found += self._elsewhere(workers)
         return idle, found
+
+    def _elsewhere(self, workers: int) -> list[Alternative]:
+        """Fleets of other chips of the catalogue that keep the targets; if there are none, of the one that comes nearest."""
+        others = tuple(name for name in chip_names() if name not in self.chips)
+        plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=others)
+        on_chip = plain.search(others, workers, _quiet)
+        fleets = sorted((self._fleet(one.best) for one in on_chip if one.best is not None), key=self._order)
+        if fleets:
+            return [
+                Alternative(what=f"on {fleet.pools[0].chip}, as asked", targets=self.targets, fleet=fleet)
+                for fleet in fleets[:3]
+            ]
+        for metrics in _subsets([t.metric for t in self.targets.limits]):
+            near = [one for one in on_chip if math.isfinite(one.scales.get(metrics, math.inf))]
+            if not near:
+                continue
+            one = min(near, key=lambda one: one.scales[metrics])
+            relaxed = self.targets.scaled(_round_up(max(one.scales[metrics], 1.0) * RELAXATIONS[0]), metrics)
+            best = one.searcher.search(relaxed).found[:1] if one.searcher is not None else ()
+            changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
+            return [
+                Alternative(what=f"on {one.chip}, relaxed to {changed}", targets=relaxed, fleet=self._fleet(f))
+                for f in best
+            ]
+        return []
 
     def _own_assumptions(self) -> list[Assumption]:
         p = self.provisioning
@@ -452,9 +492,9 @@ class _Question:
         ]
 
 
-def ideal_chip_s(resolved: Resolved, requests: Any) -> float:
+def ideal_chip_s(resolved: Resolved, requests: Requests) -> float:
     """Mean ideal chip-seconds of a query, its decode steps shared as in a saturated replica. [chip-s]"""
-    outcome: Outcome = simulate_fleet(resolved, queued_at_once(requests))
+    outcome = simulate_fleet(resolved, queued_at_once(requests))
     done = outcome.column("status") == FINISHED
     each = ideal_chip_seconds(
         requests.prompt_tokens[done],
@@ -467,8 +507,26 @@ def ideal_chip_s(resolved: Resolved, requests: Any) -> float:
     return float(np.mean(each))
 
 
+def _in_threads(work: Callable[[A], B], items: Sequence[A], workers: int) -> list[B]:
+    """Results in the order of the items, several made at a time."""
+    if workers == 1 or len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(max_workers=min(workers, len(items))) as threads:
+        return list(threads.map(work, items))
+
+
 def _silent(done: int, total: int, what: str) -> None:
     del done, total, what
+
+
+def _round_up(scale: float) -> float:
+    """To two digits, so that a limit reads well.
+
+    >>> _round_up(3.38311)
+    3.4
+    """
+    digits = 10.0 ** (math.floor(math.log10(scale)) - 1)
+    return float(f"{math.ceil(scale / digits - 1e-9) * digits:.6g}")
 
 
 def _quiet(index: int, what: str) -> None:

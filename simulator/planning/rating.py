@@ -24,8 +24,8 @@ from simulator.run.window import cut_window
 
 Array = NDArray[np.float64]
 
-#: Steps of the grid per factor of two: 0.27 % apart.
-GRID = 256
+#: Steps of the grid per factor of two: 0.5 % apart.
+GRID = 128
 #: Lowest rate tried, in octaves below saturation: there a request is nearly always alone.
 OCTAVES = 8
 LOWEST = -OCTAVES * GRID
@@ -213,39 +213,31 @@ class Bench:
 
     def rate(self, targets: Targets, *, at_least_per_s: float = 0.0) -> Rated | None:
         """Largest rate within the targets; None as soon as it is known to lie below ``at_least_per_s``."""
-        if not self.saturated_per_s:
-            return (
-                None
-                if at_least_per_s > 0
-                else Rated(0.0, 0.0, ("memory",), Sample(dict.fromkeys(LATENCIES, np.zeros(0))))
-            )
-        low, high = LOWEST, 0
-        if self.rate_per_s(high) < at_least_per_s:
+        saturated = self.saturated_per_s
+        if not saturated:
+            nobody = Sample(dict.fromkeys(LATENCIES, np.zeros(0)))
+            return None if at_least_per_s > 0 else Rated(0.0, 0.0, ("memory",), nobody)
+        if saturated < at_least_per_s:
             return None
-        top = self.sample(high)
-        if top.holds(targets):
-            return Rated(self.saturated_per_s, self.saturated_per_s, ("capacity",), top)
-        lowest = self.sample(low)
+        lowest = self.sample(LOWEST)
         if not lowest.holds(targets):
-            return (
-                Rated(self.saturated_per_s, 0.0, tuple(lowest.missed(targets)), lowest) if at_least_per_s <= 0 else None
-            )
+            return None if at_least_per_s > 0 else Rated(saturated, 0.0, tuple(lowest.missed(targets)), lowest)
+        # The targets hold at ``low`` and not at ``high``, which stands for every rate above saturation until it falls.
+        low, high = LOWEST, 1
         while high - low > 1:
-            if self.rate_per_s(high) < at_least_per_s:
-                return None
             middle = (low + high) // 2
             if self.sample(middle).holds(targets):
                 low = middle
             else:
                 high = middle
-        rate = self.rate_per_s(low)
-        if rate < at_least_per_s:
-            return None
-        return Rated(self.saturated_per_s, rate, tuple(self.sample(high).missed(targets)), self.sample(low))
+            if self.rate_per_s(high - 1) < at_least_per_s:
+                return None
+        binding = ("capacity",) if high > 0 else tuple(self.sample(high).missed(targets))
+        return Rated(saturated, self.rate_per_s(low), binding, self.sample(low))
 
 
 def rate_within_targets(resolved: Resolved, load: Load, targets: Targets) -> Rated:
-    """Largest rate of one replica within the targets, to 0.3 %.
+    """Largest rate of one replica within the targets, to 0.5 %.
 
     ``resolved`` may have parameters drawn from their distribution: the load, and with it the randomness, stays.
     """

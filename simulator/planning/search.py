@@ -20,7 +20,7 @@ from simulator.planning.bounds import Floors, fitting, floors
 from simulator.planning.loads import Loads
 from simulator.planning.options import PlanOptions
 from simulator.planning.rating import LATENCIES, LOWEST, Bench, Load, Rated, Sample, requests_needed
-from simulator.planning.space import Place, limits, places
+from simulator.planning.space import Place, limits, places, reachable
 from simulator.results.plan import Percentiles, Provisioning, Targets
 from simulator.roofline.memory import memory_fit
 from simulator.run.resolve import Resolved, resolve, with_limits
@@ -93,6 +93,7 @@ class Site:
     base: Resolved
     floors: Floors
     load: Load
+    limits: list[tuple[int, int]]
     order: int
 
     @cached_property
@@ -141,14 +142,15 @@ class ChipSearch:
     def __post_init__(self) -> None:
         """Compile every place once, and bound it."""
         self._limits = limits(self.template, self.options)
+        self._mean_tokens = self.loads.mean_tokens
         try:
             found = list(places(self.architecture, self.chip, self.template, self.options))
         except UnpriceableError as error:  # a link or a memory that is not published
             self.unpriceable = str(error)
             return
         for order, place in enumerate(found):
-            self.considered += len(self._limits)
             site = self._site(place, order)
+            self.considered += len(self._limits if site is None else site.limits)
             if site is not None:
                 self.sites.append(site)
 
@@ -187,7 +189,8 @@ class ChipSearch:
         fewest_blocks = self._blocks(base, (max(seqs), max(budgets))) if memory is None else most_blocks
         if not (fits == fitting(replace(settings, num_kv_blocks=max(fewest_blocks, 1)), load.requests)).all():
             bounds = replace(bounds, requests_per_s=math.inf)  # a replica that rejects the long ones may be faster
-        return Site(place, base, bounds, load, order)
+        held = most_blocks * settings.block_size / self._mean_tokens
+        return Site(place, base, bounds, load, reachable(self._limits, held), order)
 
     def _blocks(self, base: Resolved, limit: tuple[int, int]) -> int:
         """KV blocks of a replica with some batch limits; 0 or less: it does not fit."""
@@ -205,7 +208,7 @@ class ChipSearch:
         return self._entries[site.order]
 
     def _expand(self, site: Site) -> Iterator[Entry]:
-        for j, limit in enumerate(self._limits):
+        for j, limit in enumerate(site.limits):
             scenario = self._scenario(site.place, limit)
             try:
                 if site.base.speculation is None:
@@ -228,7 +231,7 @@ class ChipSearch:
             if site.floor_sample.holds(targets):
                 heapq.heappush(heap, (self._least_chips(site), (site.order, -1), site))
             else:
-                by_latency += len(self._limits)
+                by_latency += len(site.limits)
         best: int | None = None
         found: list[Found] = []
         while heap:
@@ -263,7 +266,7 @@ class ChipSearch:
         if isinstance(node, Entry):
             return 1
         opened = self._entries.get(node.order)
-        return len(self._limits) if opened is None else len(opened)
+        return len(node.limits) if opened is None else len(opened)
 
     def _found(self, entry: Entry, rated: Rated) -> Found:
         needed = needed_replicas(self.provisioning, rated.rate_per_s)
@@ -303,15 +306,6 @@ class ChipSearch:
         """Deployments that have been made so far, in order."""
         return [entry for order in sorted(self._entries) for entry in self._entries[order]]
 
-    def idle(self) -> dict[str, Percentiles]:
-        """The least latencies that any deployment here reaches, one request at a time."""
-        found: dict[str, Percentiles] = {}
-        for site in self.sites:
-            for entry in self.entries(site):
-                if entry.bench.saturated_per_s:
-                    found = least(found, entry.bench.sample(LOWEST).percentiles())
-        return found
-
     def least_scale(self, targets: Targets, metrics: Sequence[str]) -> float:
         """Smallest factor on the limits of ``metrics`` with which some deployment here keeps the targets when idle."""
         heap: list[tuple[float, tuple[int, int], Site | Entry]] = [
@@ -337,23 +331,6 @@ class ChipSearch:
         if self.reasons:
             return self.reasons.most_common(1)[0][0]
         return "no legal slice within the chips of a replica allowed"
-
-
-def least(one: dict[str, Percentiles], other: dict[str, Percentiles]) -> dict[str, Percentiles]:
-    """Elementwise minimum of percentiles; null where neither has any."""
-
-    def smaller(a: float | None, b: float | None) -> float | None:
-        known = [x for x in (a, b) if x is not None]
-        return min(known) if known else None
-
-    found = dict(one)
-    for name, values in other.items():
-        if name not in one:
-            found[name] = values
-            continue
-        pairs = {p: smaller(getattr(one[name], p), getattr(values, p)) for p in ("p50", "p95", "p99")}
-        found[name] = Percentiles(**pairs)
-    return found
 
 
 def refusal(error: ChipsecondsError) -> str:

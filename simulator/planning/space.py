@@ -1,5 +1,6 @@
 """The deployments a plan chooses from: slices, shardings, layouts, precisions and batch limits of one chip."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,11 +33,14 @@ class Place:
         engine = template.engine.model_copy(
             update={"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         )
+        # A chip without a price under the term asked for can still be counted.
+        prices = template.prices.model_copy(update={"usd_per_chip_hour": None, "term": None, "provider": None})
         changes = {
             "slice": self.slice,
             "precision": self.precision,
             "sharding": sharding,
             "engine": engine,
+            "prices": prices,
             "replicas": 1,
         }
         return template.model_copy(update=changes)
@@ -66,21 +70,25 @@ def slices_of(chip: str, options: PlanOptions) -> list[Slice]:
 
 
 def places(architecture: Architecture, chip: str, template: Scenario, options: PlanOptions) -> Iterator[Place]:
-    """Every place on slices of a chip that the engines can run; whether it is legal and fits shows when it is resolved."""
+    """Every place on slices of a chip that the engines can run; whether it is legal and fits shows when it is resolved.
+
+    On a torus, two-dimensional and gathered layouts are among them, without pipeline stages.
+    """
     experts = any(isinstance(group.ffn, MoEFFN) for group in architecture.layers)
     precisions = options.precisions or (template.precision,)
     for a_slice in slices_of(chip, options):
         for sharding in shardings(a_slice.n_chips, experts=experts):
             if not _wanted(sharding, options):
                 continue
-            settings = {} if template.sharding.layout == "1d" else {"layout": template.sharding.layout}
+            own = template.sharding.layout
+            settings = {} if own == "1d" and sharding.pp == 1 else {"layout": own}
             tokens = template.engine.max_num_batched_tokens
             try:
                 laid = layouts(architecture, a_slice, sharding, tokens, settings, decodes=False)
             except InputError:
                 laid = [{}]
             for how in laid:
-                layout = how.get("layout", template.sharding.layout)
+                layout = how.get("layout", own)
                 yield from (Place(a_slice.spec, sharding, precision, layout) for precision in precisions)
 
 
@@ -91,7 +99,7 @@ def _wanted(s: Sharding, options: PlanOptions) -> bool:
     if s.ep > 1:
         return "ep" in options.shardings and s.pp == 1
     if s.pp > 1:
-        return "pp" in options.shardings
+        return "pp" in options.shardings and s.pp <= options.max_stages
     return "tp" in options.shardings
 
 
@@ -110,6 +118,17 @@ def limits(template: Scenario, options: PlanOptions) -> list[tuple[int, int]]:
     if not found:
         raise InputError(f"plan: no token budget of {budgets} covers a batch limit of {seqs}")
     return found
+
+
+def reachable(pairs: list[tuple[int, int]], sequences: float) -> list[tuple[int, int]]:
+    """Of some limits those that a KV cache of ``sequences`` mean requests comes near: the first batch beyond twice that is the last.
+
+    >>> reachable([(64, 512), (32, 512), (16, 512), (8, 512)], 3.5)
+    [(8, 512)]
+    """
+    enough = [b for b, _ in pairs if b >= 2 * sequences]
+    most = min(enough, default=math.inf)
+    return [(b, t) for b, t in pairs if b <= most]
 
 
 def check_precisions(options: PlanOptions) -> None:

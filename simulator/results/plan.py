@@ -149,6 +149,9 @@ class PlannedFleet(Section):
     usd_per_chip_hour: float | None
     """Of the first pool's chip; null without a price."""
     usd_per_hour: float | None
+    low_usd_per_hour: float | None
+    """At the low end of the prices, where they state one."""
+    high_usd_per_hour: float | None
     usd_per_query: float | None
     price_source: str = ""
 
@@ -213,6 +216,8 @@ class Consumption(Section):
     """chips ÷ qps. [chip-s]"""
     joules_per_query: float | None
     """Energy at the chips, idle included; null where the power is not published. [J]"""
+    facility_joules_per_query: float | None
+    """With servers and the building. [J]"""
     energy: Energy | None
 
 
@@ -259,25 +264,26 @@ class Plan(Section):
     """Requests of a simulation, at least."""
     best: PlannedFleet | None
     """Null: no fleet of the chips asked keeps the targets."""
-    waterfall: list[WaterfallStep] = []
+    waterfall: list[WaterfallStep] = Field(default_factory=list)
     verification: Verification | None = None
     consumption: Consumption | None = None
     chips_interval: Estimate | None = None
     """Chips of the best fleet over draws of the calibrated parameters; null if not asked for."""
     by_chip: list[ChipOutcome]
     """One per chip asked, those with a price first, the cheapest first."""
-    runners_up: list[PlannedFleet] = []
+    runners_up: list[PlannedFleet] = Field(default_factory=list)
     """The best fleets after the first among those simulated, each of another slice, sharding or precision."""
-    front: list[FrontPoint] = []
+    front: list[FrontPoint] = Field(default_factory=list)
     """Cost against latency: limits tightened and relaxed together."""
-    idle_latency: dict[str, Percentiles] = {}
-    """If infeasible: the least that any deployment of the chips asked reaches, one request at a time."""
-    nearest: list[Alternative] = []
+    idle_latency_s: dict[str, float] = Field(default_factory=dict)
+    """If infeasible: the least that any deployment of the chips asked reaches at the target's percentile, one request at a time,
+    whatever the other latencies. [s]"""
+    nearest: list[Alternative] = Field(default_factory=list)
     """If infeasible: what would be feasible."""
     searched: Searched
-    assumptions: list[Assumption] = []
-    warnings: list[str] = []
-    scenario: dict[str, Any] = {}
+    assumptions: list[Assumption] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    scenario: dict[str, Any] = Field(default_factory=dict)
     """The planned replica at its peak rate as a scenario, to simulate or change."""
 
     @property

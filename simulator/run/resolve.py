@@ -58,11 +58,11 @@ class Resolved:
     cost: StepCost
     """The same as one table: of a pipeline, the sum of its stages."""
     speculation: ResolvedSpeculation | None
-    lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]
-    """Lays the model on the slice again, with other settings."""
     site: Site
     price: ChipPrice | None
     power: PowerModel | None
+    lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]
+    """Lays the model on the slice again, with other settings."""
 
     @cached_property
     def ideal_cost(self) -> StepCost:
@@ -179,10 +179,10 @@ def resolve(scenario: Scenario, *, architecture: Architecture | None = None) -> 
         engine_cost=cost,
         cost=_one_table(cost),
         speculation=drafting,
-        lay=lay,
         site=site,
         price=price,
         power=_power(scenario, a_slice.chip),
+        lay=lay,
     )
 
 
@@ -206,7 +206,10 @@ def with_limits(resolved: Resolved, scenario: Scenario) -> Resolved:
         )
     if resolved.speculation is not None:
         raise InputError(f"{scenario.name}: engine.speculation: resolve the scenario anew for other batch limits")
-    changes = {"max_num_seqs": engine.max_num_seqs, "max_num_batched_tokens": engine.max_num_batched_tokens}
+    changes: dict[str, Any] = {
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+    }
     lay = partial(resolved.lay, **changes)
     deployment, sharded = lay(efficiency=resolved.deployment.efficiency)
     blocks = _kv_blocks(scenario, deployment, sharded)
