@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
+
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.page import Card, Grid, Page, Picture, Prose, Section
-from simulator.report.run_plot import LINE_COLOURS, draw_cdfs
+from simulator.report.run_plot import LINE_COLOURS, draw_cdfs, measured_values, metric_label
 from simulator.report.tables import HEADLINES, number, usd
 from simulator.results import Result
 from simulator.results.compare import differences
@@ -32,19 +34,24 @@ def comparison_page(results: Sequence[tuple[str, Result]]) -> Page:
         for i, (name, run) in enumerate(results)
     )
     sections = [Section("figures", "Headline figures", (_headlines(names, runs),))]
-    pictures = tuple(
-        Picture(
-            inline_svg(partial(draw_cdfs, results, name), label=f"distributions of {name}", key=f"cdf-{name[:4]}"),
-            f"{name.removesuffix('_s').upper()}: share of the measured requests at or below each value",
-        )
-        for name in ("ttft_s", "tpot_s", "e2e_s")
-        if len(runs) <= len(LINE_COLOURS)
-        and all(run.summary.latency and len(run.requests["arrival_s"]) for run in runs)
-    )
+    pictures = _pictures(results)
     if pictures:
         sections.append(Section("latencies", "What users see", pictures))
     sections.append(Section("settings", "Settings that differ", (_settings(names, runs),)))
     return Page(title=" · ".join(names), lead=lead, cards=cards, sections=tuple(sections), footer=_footer(results))
+
+
+def _pictures(results: Sequence[tuple[str, Result]]) -> tuple[Picture, ...]:
+    """Distributions of those runs that have a steady state and kept their requests, as far as there are colours."""
+    found = []
+    for name in ("ttft_s", "tpot_s", "e2e_s", "queue_s"):
+        steady = [(label, run) for label, run in results if run.summary.latency is not None]
+        drawn = [(label, run) for label, run in steady if np.isfinite(measured_values(run, name)).any()]
+        if 0 < len(drawn) <= len(LINE_COLOURS):
+            label = metric_label(name)
+            svg = inline_svg(partial(draw_cdfs, drawn, name), label=f"distributions of {label}", key=f"cdf-{name[:4]}")
+            found.append(Picture(svg, f"{label}: share of the measured requests at or below each value"))
+    return tuple(found)
 
 
 def _headlines(names: Sequence[str], runs: Sequence[Result]) -> Grid:

@@ -56,10 +56,11 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars beneath each other: shares, or a waterfall."""
+    """Bars beneath each other: shares, or a waterfall. ``limit`` draws a line across them there, 0 … 1."""
 
     bars: tuple[Bar, ...]
     caption: str = ""
+    limit: float | None = None
     kind: str = "bars"
 
 
@@ -73,16 +74,27 @@ class Picture:
     kind: str = "picture"
 
 
-Block = Prose | Grid | Bars | Picture
+@dataclass(frozen=True)
+class Cards:
+    """Headline figures beside each other."""
+
+    cards: tuple[Card, ...]
+    kind: str = "cards"
+
+
+Block = Prose | Grid | Bars | Picture | Cards
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and its blocks."""
+    """A heading and its blocks. A ``part`` opens what would otherwise be a page of its own."""
 
     key: str
     title: str
     blocks: tuple[Block, ...]
+    status: str = ""
+    tone: str = "plain"
+    part: bool = False
 
 
 @dataclass(frozen=True)

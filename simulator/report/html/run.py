@@ -4,12 +4,15 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from simulator.report.html.inline import inline_svg
+from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Bar, Bars, Card, Grid, Page, Picture, Prose, Section, waterfall
 from simulator.report.roofline_plot import draw_roofline
-from simulator.report.run_plot import draw_cdfs, draw_load
+from simulator.report.run_plot import draw_cdfs, draw_load, measured_values, metric_label
 from simulator.report.tables import (
-    by_grade,
+    HEADLINES,
     conservation_lines,
     latency_rows,
     number,
@@ -22,7 +25,7 @@ from simulator.report.tables import (
     usd,
 )
 from simulator.results import Result
-from simulator.results.summary import Distribution, Summary, TokenPrices
+from simulator.results.summary import Distribution, Energy, Replications, Summary, TokenPrices
 
 if TYPE_CHECKING:
     from simulator.roofline.analysis import StepReport
@@ -55,7 +58,12 @@ def run_page(result: Result, *, step: "StepReport | None" = None) -> Page:
             Section("cost", "What a query consumes", _cost_blocks(s)),
             Section("time", "Where the chip time went", _time_blocks(s, step)),
             *_feature_sections(s),
-            Section("inputs", "What this rests on", _input_blocks(result)),
+            *((Section("seeds", "Between seeds", _seed_blocks(s.replications)),) if s.replications else ()),
+            Section(
+                "inputs",
+                "What this rests on",
+                (*input_blocks(s.warnings, s.assumptions), Prose(tuple(conservation_lines(s)))),
+            ),
         ),
         footer=_footer(result),
     )
@@ -87,7 +95,11 @@ def _cards(s: Summary) -> tuple[Card, ...]:
             Card(
                 "cost per query, idle included",
                 usd(p.allocation.per_query_usd),
-                (f"for its use alone {usd(p.usage.per_query_usd)}", f"per million: {millions}"),
+                (
+                    f"for its use alone {usd(p.usage.per_query_usd)}",
+                    f"per million tokens: {millions}",
+                    f"{p.term}, {usd(p.usd_per_chip_hour)} per chip-hour",
+                ),
             )
         )
     if s.latency:
@@ -97,7 +109,8 @@ def _cards(s: Summary) -> tuple[Card, ...]:
             ("TPOT", s.latency.tpot_s, limits.tpot_s if limits else None),
             ("E2E", s.latency.e2e_s, limits.e2e_s if limits else None),
         ):
-            cards.append(_latency_card(name, found, limit))
+            if found.p50.value is not None:  # one-token outputs have no TPOT
+                cards.append(_latency_card(name, found, limit))
     if s.slo:
         tone = "good" if s.slo.met else "bad"
         cards.append(
@@ -123,8 +136,9 @@ def _cards(s: Summary) -> tuple[Card, ...]:
                 "energy per query",
                 f"{number(s.energy.joules_per_query)} J",
                 (
-                    f"{number(s.energy.joules_per_output_token)} J per output token, chips only, grade {s.energy.grade}",
-                    f"{number(s.energy.gco2_per_query)} g CO2e with servers and building, grid: {s.energy.region}",
+                    f"chips, {number(s.energy.low_joules_per_query)} to {number(s.energy.high_joules_per_query)}, grade {s.energy.grade}",
+                    f"with servers and building {number(s.energy.facility_joules_per_query)} J",
+                    f"{number(s.energy.gco2_per_query)} g CO2e",
                 ),
             )
         )
@@ -134,7 +148,7 @@ def _cards(s: Summary) -> tuple[Card, ...]:
 def _latency_card(name: str, found: Distribution, limit_s: float | None) -> Card:
     notes = [f"p99 {seconds(found.p99.value)}"]
     if found.p50.low is not None:
-        notes.append(f"p50 {range_text(found.p50)} (sampling, 95 %)")
+        notes.append(f"sampling, 95 %: {range_text(found.p50)}")
     if limit_s is not None:
         notes.append(f"limit {seconds(limit_s)}")
     return Card(f"{name}, median", seconds(found.p50.value), tuple(notes))
@@ -153,12 +167,14 @@ def _latency_blocks(result: Result) -> tuple[Prose | Grid | Picture, ...]:
         words = "There is no steady state: latencies grow for as long as the run lasts, so no percentiles are given."
         return (Prose((words,)), Grid(("load", ""), figures))
     rows, note = latency_rows(s.latency)
+    if s.latency.one_token_outputs:
+        note += f"; {s.latency.one_token_outputs:,} measured requests had one output token, and so no TPOT"
     table = Grid(tuple(rows[0]), tuple(tuple(row) for row in rows[1:]), caption=note)
     pictures = []
-    for name in ("ttft_s", "tpot_s", "e2e_s"):
-        if not len(result.requests["arrival_s"]):  # a summary-only run keeps no requests
-            break
-        label = name.removesuffix("_s").upper()
+    for name in ("ttft_s", "tpot_s", "e2e_s", "queue_s"):
+        if not np.isfinite(measured_values(result, name)).any():  # a summary-only run keeps no requests
+            continue
+        label = metric_label(name)
         pictures.append(
             Picture(
                 inline_svg(
@@ -198,7 +214,7 @@ def _load_blocks(result: Result) -> tuple[Prose | Grid | Picture, ...]:
         f"{seconds(w.start_s)} to {seconds(w.stop_s)} ({w.rule})."
     )
     return (
-        picture,
+        *((picture,) if len(result.timeline["start_s"]) else ()),
         Grid(("throughput", "fleet", "per chip"), rows),
         Grid(("how full the replicas were", "mean"), full),
         Prose((words,)),
@@ -230,6 +246,7 @@ def _cost_blocks(s: Summary) -> tuple[Prose | Grid | Bars, ...]:
     blocks: list[Prose | Grid | Bars] = [
         Bars(waterfall(steps), "chip-seconds per query, from the ideal to what the fleet provides"),
         Grid(("busy chip-seconds per query", ""), parts, marked=frozenset({len(parts) - 1})),
+        _fleet_sizes(s, ledger.chips // ledger.replicas),
     ]
     if s.prices:
         p = s.prices
@@ -246,8 +263,32 @@ def _cost_blocks(s: Summary) -> tuple[Prose | Grid | Bars, ...]:
         columns = ("price", "query", "M input", "M cached", "M output", "M tokens")
         rows = (row("usage: busy time", p.usage), row("allocation: idle included", p.allocation))
         blocks.append(Grid(columns, rows, caption=price_text(p)))
-    blocks.append(_fleet_sizes(s, ledger.chips // ledger.replicas))
+        if p.owned:
+            owned = [(name.removesuffix("_usd"), usd(value)) for name, value in p.owned.items()]
+            hour = ("an hour of a chip", usd(p.usd_per_chip_hour))
+            blocks.append(Grid(("owning a chip", "per hour"), (*owned, hour), marked=frozenset({len(owned)})))
+    else:
+        blocks.append(Prose(("No price of this chip is known; set prices.usd_per_chip_hour.",)))
+    if s.energy:
+        blocks.append(_energy_grid(s.energy))
     return tuple(blocks)
+
+
+def _energy_grid(e: Energy) -> Grid:
+    span = f"{number(e.low_joules_per_query)} to {number(e.high_joules_per_query)} J"
+    rows = [
+        ("chips, idle included", f"{number(e.joules_per_query)} J ({span})"),
+        ("chips, while busy", f"{number(e.joules_per_query_busy)} J"),
+        (f"with servers and the building (PUE {e.pue:g})", f"{number(e.facility_joules_per_query)} J"),
+        (f"carbon, grid of {e.region}: {e.gco2_per_kwh:g} g/kWh", f"{number(e.gco2_per_query)} g CO2e"),
+        ("electricity", usd(e.usd_per_query)),
+        ("mean power of a chip", f"{number(e.mean_power_w_per_chip)} W"),
+        ("idle … peak power of a chip", f"{number(e.idle_power_w)} … {number(e.peak_power_w)} W"),
+    ]
+    rows = [row for row in rows if row[1] != usd(None)]
+    return Grid(
+        ("energy of a query", ""), tuple(rows), caption=f"grade {e.grade} (A: both powers measured … D): {e.source}"
+    )
 
 
 def _fleet_sizes(s: Summary, chips_per_replica: int) -> Grid:
@@ -293,6 +334,18 @@ def _time_blocks(s: Summary, step: "StepReport | None") -> tuple[Prose | Grid | 
     return tuple(blocks)
 
 
+def _seed_blocks(found: Replications) -> tuple[Grid | Prose, ...]:
+    statuses = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(found.statuses.items()))
+    rows = []
+    for label, path, form in HEADLINES:
+        figure = found.figures.get(path)
+        if figure is not None:
+            span = form(None) if figure.low is None else f"[{form(figure.low)} … {form(figure.high)}]"
+            rows.append((label, form(figure.mean), span))
+    words = f"The run again with {len(found.seeds)} seeds ({', '.join(map(str, found.seeds))}): {statuses}."
+    return (Prose((words,)), Grid(("figure", "mean", "95 % interval of the mean"), tuple(rows)))
+
+
 def _feature_sections(s: Summary) -> tuple[Section, ...]:
     found = []
     if s.prefix_cache:
@@ -322,25 +375,6 @@ def _feature_sections(s: Summary) -> tuple[Section, ...]:
         words = f"Swapped out {k.swap_out_bytes / 1e9:,.3g} GB, in {k.swap_in_bytes / 1e9:,.3g} GB; {k.loads:,} loads."
         found.append(Section("kv", "KV memory below HBM", (Prose((words,)), *((table,) if tiers else ()))))
     return tuple(found)
-
-
-def _input_blocks(result: Result) -> tuple[Prose | Grid, ...]:
-    s = result.summary
-    blocks: list[Prose | Grid] = []
-    if s.warnings:
-        blocks.append(Prose(tuple(f"Warning: {warning}" for warning in s.warnings)))
-    rows = tuple((a.what, a.kind, a.value, a.source) for a in by_grade(s.assumptions))
-    if rows:
-        blocks.append(
-            Grid(
-                ("input", "kind", "value", "source"),
-                rows,
-                caption="every input behind these figures, weakest first",
-                left=4,
-            )
-        )
-    blocks.append(Prose(tuple(conservation_lines(s))))
-    return tuple(blocks)
 
 
 def _footer(result: Result) -> tuple[str, ...]:
