@@ -184,7 +184,7 @@ def test_page_of_runs_that_lack_something(case):
     assert ("cost per query" in words) == (s.prices is not None)
     assert ("TPOT, median" in words) == (s.latency.tpot_s.p50.value is not None)
     assert ("owning a chip" in words) == (case == "owned")
-    assert ("Between seeds" in words) == (case == "seeds")
+    assert ("Between seeds: the mean of 3 seeds" in words) == (case == "seeds")
     if s.energy:
         assert f"grade {s.energy.grade}" in words
         assert number(s.energy.facility_joules_per_query) in words

@@ -7,11 +7,11 @@ import numpy as np
 
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.page import Card, Grid, Page, Picture, Prose, Section
+from simulator.report.html.uncertainty import estimate_at
 from simulator.report.run_plot import LINE_COLOURS, draw_cdfs, measured_values, metric_label
 from simulator.report.tables import HEADLINES, number, usd
 from simulator.results import Result
 from simulator.results.compare import differences
-from simulator.results.summary import Estimate, Summary
 
 
 def comparison_page(results: Sequence[tuple[str, Result]]) -> Page:
@@ -63,7 +63,7 @@ def _headlines(names: Sequence[str], runs: Sequence[Result]) -> Grid:
     )
     rows = []
     for label, path, form in (*HEADLINES, *more):
-        values = [_at(run.summary, path) for run in runs]
+        values = [estimate_at(run.summary, path).value for run in runs]
         if all(value is None for value in values):
             continue
         first = values[0]
@@ -74,16 +74,6 @@ def _headlines(names: Sequence[str], runs: Sequence[Result]) -> Grid:
         rows.append((label, *cells))
     rows.insert(0, ("status", *(run.summary.status for run in runs)))
     return Grid(("figure", *names), tuple(rows), caption="in brackets: against the first")
-
-
-def _at(summary: Summary, path: str) -> float | None:
-    found: object = summary
-    for name in path.split("."):
-        if found is None:
-            return None
-        found = getattr(found, name)
-    value = found.value if isinstance(found, Estimate) else found
-    return None if value is None else float(value)  # type: ignore[arg-type]
 
 
 def _settings(names: Sequence[str], runs: Sequence[Result]) -> Grid | Prose:

@@ -9,10 +9,10 @@ import numpy as np
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Bar, Bars, Card, Grid, Page, Picture, Prose, Section, waterfall
+from simulator.report.html.uncertainty import uncertainty_sections
 from simulator.report.roofline_plot import draw_roofline
 from simulator.report.run_plot import draw_cdfs, draw_load, measured_values, metric_label
 from simulator.report.tables import (
-    HEADLINES,
     conservation_lines,
     latency_rows,
     number,
@@ -25,7 +25,7 @@ from simulator.report.tables import (
     usd,
 )
 from simulator.results import Result
-from simulator.results.summary import Distribution, Energy, Replications, Summary, TokenPrices
+from simulator.results.summary import Distribution, Energy, Summary, TokenPrices
 
 if TYPE_CHECKING:
     from simulator.roofline.analysis import StepReport
@@ -58,7 +58,7 @@ def run_page(result: Result, *, step: "StepReport | None" = None) -> Page:
             Section("cost", "What a query consumes", _cost_blocks(s)),
             Section("time", "Where the chip time went", _time_blocks(s, step)),
             *_feature_sections(s),
-            *((Section("seeds", "Between seeds", _seed_blocks(s.replications)),) if s.replications else ()),
+            *uncertainty_sections(s),
             Section(
                 "inputs",
                 "What this rests on",
@@ -332,18 +332,6 @@ def _time_blocks(s: Summary, step: "StepReport | None") -> tuple[Prose | Grid | 
         )
         blocks.append(Picture(roofline, caption, wide=True))
     return tuple(blocks)
-
-
-def _seed_blocks(found: Replications) -> tuple[Grid | Prose, ...]:
-    statuses = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(found.statuses.items()))
-    rows = []
-    for label, path, form in HEADLINES:
-        figure = found.figures.get(path)
-        if figure is not None:
-            span = form(None) if figure.low is None else f"[{form(figure.low)} … {form(figure.high)}]"
-            rows.append((label, form(figure.mean), span))
-    words = f"The run again with {len(found.seeds)} seeds ({', '.join(map(str, found.seeds))}): {statuses}."
-    return (Prose((words,)), Grid(("figure", "mean", "95 % interval of the mean"), tuple(rows)))
 
 
 def _feature_sections(s: Summary) -> tuple[Section, ...]:
