@@ -114,9 +114,12 @@ def provisioning_text(p: Provisioning) -> str:
         if p.peak_to_mean == 1
         else f"The busiest hour has {p.peak_to_mean:g} times the mean rate"
     )
-    spares = f"{p.spare_replicas} spare replica{'s' * (p.spare_replicas != 1)}"
-    down = f", {100 * p.failed_fraction:g} % of the slices down" if p.failed_fraction else ""
-    return f"{peak}; {100 * p.headroom_fraction:g} % of each replica's rate left free, {spares} of each pool{down}."
+    parts = [peak, f"{100 * p.headroom_fraction:g} % of each replica's rate is left free"]
+    if p.spare_replicas:
+        parts.append(f"{p.spare_replicas} spare replica{'s' * (p.spare_replicas > 1)} of each pool")
+    if p.failed_fraction:
+        parts.append(f"{100 * p.failed_fraction:g} % of the slices may be down")
+    return "; ".join(parts) + "."
 
 
 def fleet_sentence(fleet: PlannedFleet) -> str:

@@ -1,5 +1,6 @@
 """The page of a plan: the fleet and its cost, what lies between it and the roofline, and what else was found."""
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -139,21 +140,20 @@ def _front_blocks(plan: Plan) -> tuple[Block, ...]:
         "cheapest fleet when every limit is so many times as long; orange: as asked, hollow: no cheaper than with tighter "
         "limits, cross: no fleet"
     )
-    columns, keep = ("limits", *FLEET_COLUMNS, "note"), (0, 11, 1, 2, 4, 5, 6, 7, 9, 10)
+    columns = ("limits", "", *FLEET_COLUMNS)
     rows = [
-        (f"{p.scale:g}×", *fleet_cells(p.fleet), "" if p.on_front else "no fleet" if p.fleet is None else "no cheaper")
+        (f"{p.scale:g}×", "" if p.on_front else "no fleet" if p.fleet is None else "no cheaper", *fleet_cells(p.fleet))
         for p in plan.front
     ]
-    asked = frozenset(i for i, p in enumerate(plan.front) if p.scale == 1)
-    return (
-        Picture(svg, caption, wide=True),
-        Grid(
-            tuple(columns[i] for i in keep),
-            tuple(tuple(row[i] for i in keep) for row in rows),
-            left=6,
-            marked=asked,
-        ),
+    left_out = {"precision", "chip-s/query", *([""] if all(p.on_front for p in plan.front) else [])}
+    keep = [i for i, column in enumerate(columns) if column not in left_out]
+    table = Grid(
+        tuple(columns[i] for i in keep),
+        tuple(tuple(row[i] for i in keep) for row in rows),
+        left=sum(i < FLEET_TEXTS + 2 for i in keep),
+        marked=frozenset(i for i, p in enumerate(plan.front) if p.scale == 1),
     )
+    return (Picture(svg, caption, wide=True), table)
 
 
 def _verified_blocks(plan: Plan, found: Verification) -> tuple[Block, ...]:
@@ -167,28 +167,31 @@ def _verified_blocks(plan: Plan, found: Verification) -> tuple[Block, ...]:
     bars = []
     for target in plan.targets.limits:
         values = getattr(found.latency, target.metric)
+        asked = target.percentile or 100 * (plan.targets.joint_fraction or 0.0)
         for q in ("p50", "p90", "p95", "p99"):
             value = getattr(values, q).value
             if value is not None:
-                bars.append((f"{metric_text(target.metric)} {q}", value / target.limit_s, value, target.limit_s))
+                label = f"{metric_text(target.metric)} {q}"
+                bars.append(_against_limit(label, value, target.limit_s, asked=float(q[1:]) <= asked))
     if bars:
-        blocks.append(_against_limits(bars, "latency as a share of its limit"))
+        caption = "latency as a share of its limit; grey: beyond the share of requests that must keep it"
+        blocks.append(_limited(bars, caption))
     rows, note = latency_rows(found.latency)
     blocks.append(Grid(tuple(rows[0]), tuple(map(tuple, rows[1:])), caption=note))
     return tuple(blocks)
 
 
-def _against_limits(found: list[tuple[str, float, float, float]], caption: str) -> Bars:
-    """Bars of (label, value ÷ limit, value in seconds, limit in seconds)."""
-    widest = max(1.0, *(share for _, share, _, _ in found))
-    return Bars(
-        tuple(
-            Bar(label, f"{seconds(value)} of {seconds(limit)}", 0.0, share / widest, "orange" if share > 1 else "blue")
-            for label, share, value, limit in found
-        ),
-        f"{caption}; orange: beyond it",
-        limit=1 / widest,
-    )
+def _against_limit(label: str, value_s: float, limit_s: float, *, asked: bool = True) -> Bar:
+    """A bar as long as the value is, in limits; orange where it must be within and is not."""
+    share = value_s / limit_s
+    colour = "grey" if not asked else "orange" if share > 1 else "blue"
+    return Bar(label, f"{seconds(value_s)} of {seconds(limit_s)}", 0.0, share, colour)
+
+
+def _limited(bars: list[Bar], caption: str) -> Bars:
+    """Bars in units of their limit, with a line at the limit."""
+    widest = max(1.0, *(bar.stop for bar in bars))
+    return Bars(tuple(replace(bar, stop=bar.stop / widest) for bar in bars), caption, limit=1 / widest)
 
 
 def _p95(metric: str, pool: Pool) -> str:
@@ -260,17 +263,15 @@ def _no_answer(plan: Plan) -> tuple[tuple[str, ...], tuple[Card, ...], tuple[Sec
     chips = ", ".join(outcome.chip for outcome in plan.by_chip)
     answer = (f"No fleet of the chips asked ({chips}) keeps the targets.",)
     blocks: list[Block] = []
-    bars = []
-    for target in plan.targets.limits:
-        idle = plan.idle_latency_s.get(target.metric)
-        if idle is not None:
-            bars.append((metric_text(target.metric), idle / target.limit_s, idle, target.limit_s))
+    idle = plan.idle_latency_s
+    bars = [
+        _against_limit(metric_text(target.metric), idle[target.metric], target.limit_s)
+        for target in plan.targets.limits
+        if target.metric in idle
+    ]
     if bars:
-        blocks.append(
-            _against_limits(
-                bars, "the least that any deployment reaches with one request at a time, as a share of its limit"
-            )
-        )
+        caption = "the least that any deployment reaches with one request at a time, as a share of its limit"
+        blocks.append(_limited(bars, caption))
     if plan.nearest:
         rows = tuple((words(near.what), *fleet_cells(near.fleet)) for near in plan.nearest)
         blocks.append(Grid(("change", *FLEET_COLUMNS), rows, caption="what would be feasible", left=FLEET_TEXTS + 1))
