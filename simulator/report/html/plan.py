@@ -145,7 +145,11 @@ def _front_blocks(plan: Plan) -> tuple[Block, ...]:
         (f"{p.scale:g}×", "" if p.on_front else "no fleet" if p.fleet is None else "no cheaper", *fleet_cells(p.fleet))
         for p in plan.front
     ]
-    left_out = {"precision", "chip-s/query", *([""] if all(p.on_front for p in plan.front) else [])}
+    left_out = {"chip-s/query"}
+    if all(p.on_front for p in plan.front):
+        left_out.add("")
+    if len({pool.precision for p in plan.front if p.fleet for pool in p.fleet.pools}) == 1:
+        left_out.add("precision")
     keep = [i for i, column in enumerate(columns) if column not in left_out]
     table = Grid(
         tuple(columns[i] for i in keep),
