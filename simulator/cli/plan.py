@@ -355,8 +355,9 @@ def _print_best(found: "Plan", best: "PlannedFleet") -> None:
         ]
         keep = [0, 1, 2, 4, 6, 8, 10, 11]
         head = ["limits", *_COLUMNS, "front"]
+        click.echo("\ncost against latency: the cheapest fleet when every limit is so many times as long")
         print_table(
-            "\ncost against latency: the cheapest fleet when every limit is so many times as long",
+            "",
             [head[i] for i in keep],
             [[row[i] for i in keep] for row in cells],
         )

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,11 @@ from simulator.planning.rating import GRID, LATENCIES, LOWEST, Bench, Load, Samp
 from simulator.randomness import draw
 from simulator.results.plan import Target, Targets
 from simulator.roofline.step_cost import StepCost
+from simulator.run.resolve import resolve
+from simulator.run.scenario import load_scenario
 
+#: Any deployment; only its name and its one replica are kept.
+DEPLOYED = resolve(load_scenario("llama-3-8b-azure-chat"))
 SERVICE_S = 0.125
 ONE = EngineSettings(max_num_seqs=1, max_num_batched_tokens=1, num_kv_blocks=10)
 
@@ -41,8 +44,7 @@ def replica(*, per_step_s=SERVICE_S, slots=1):
         hbm_bandwidth_bytes_per_s=1.0,
     )
     limits = replace(ONE, max_num_seqs=slots, max_num_batched_tokens=slots)
-    scenario = SimpleNamespace(replicas=1, name="made-up")
-    return SimpleNamespace(engine_cost=cost, cost=cost, settings=limits, scenario=scenario)
+    return replace(DEPLOYED, engine_cost=cost, cost=cost, settings=limits)
 
 
 def poisson(n, output=1):
