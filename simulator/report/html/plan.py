@@ -60,7 +60,8 @@ def plan_page(plan: Plan) -> Page:
         ),
         footer=(
             f"Seed {plan.seed}; {plan.requests:,} requests in a simulation, at least. Equal questions give equal plans.",
-            "Latencies and rates are simulated; the roofline only rules out. Prices are list prices unless stated otherwise.",
+            "Latencies and rates are simulated; the roofline only rules deployments out. The planned replica stands in the plan's "
+            "file as a scenario: simulating that gives the verifying run again.",
         ),
     )
 
