@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.report.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PINK, SKY, YELLOW, compact, tidy
+from simulator.report.tables import number
 from simulator.report.timeline import fleet_series
 from simulator.results import Result
 
@@ -115,12 +116,12 @@ def _cdfs(axes: "Axes", columns: Sequence[tuple[str, np.ndarray]], name: str, li
         shown = ordered[np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), 800)).astype(int))]
         share = np.searchsorted(ordered, shown, side="right") / len(ordered)
         marks = [(p, scale * float(np.quantile(ordered, p, method="inverted_cdf"))) for p in (0.5, 0.99)]
-        legend = f"{label}: p50 {marks[0][1]:,.3g}, p99 {marks[1][1]:,.3g} {unit}"
+        legend = f"{label}: p50 {number(marks[0][1])}, p99 {number(marks[1][1])} {unit}"
         axes.step(scale * shown, share, where="post", color=colour, linewidth=2, label=legend)
         for p, x in marks:
             axes.plot([x], [p], "o", color=INK if len(finite) == 1 else colour, markersize=4)
             if len(finite) == 1:
-                text = f"p{p * 100:g} {x:,.3g}"
+                text = f"p{p * 100:g} {number(x)}"
                 axes.annotate(text, (x, p), xytext=(7, -12), textcoords="offset points", fontsize=9, color=INK)
     if limit_s is not None:
         limit = limit_s * scale
@@ -129,9 +130,9 @@ def _cdfs(axes: "Axes", columns: Sequence[tuple[str, np.ndarray]], name: str, li
         axes.annotate(
             f"SLO {limit:,.4g}",
             (limit, 0.04),
-            xytext=(-5, 0),
+            xytext=(-5 if limit > right / 4 else 5, 0),
             textcoords="offset points",
-            ha="right",
+            ha="right" if limit > right / 4 else "left",
             fontsize=9,
             color=ORANGE,
         )

@@ -60,8 +60,8 @@ def plan_page(plan: Plan) -> Page:
         ),
         footer=(
             f"Seed {plan.seed}; {plan.requests:,} requests in a simulation, at least. Equal questions give equal plans.",
-            "Latencies and rates are simulated; the roofline only rules deployments out. The planned replica stands in the plan's "
-            "file as a scenario: simulating that gives the verifying run again.",
+            "Latencies and rates are simulated; the roofline only rules deployments out.",
+            "The planned replica is in the plan's file as a scenario; simulating it gives the verifying run again.",
         ),
     )
 
