@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from simulator.report.figures import BLUE, GREY, INK, MUTED, ORANGE, compact, tidy
-from simulator.report.plan_tables import targets_text
+from simulator.report.plan_tables import rate_text, targets_text
 from simulator.report.waterfall import waterfall_bars
 from simulator.results.plan import FrontPoint, Plan, PlannedFleet
 
@@ -21,8 +21,11 @@ def draw_plan(plan: Plan) -> "Figure":
     qps = plan.provisioning.qps
     steps = [(step.name, step.chip_s_per_query * qps) for step in plan.waterfall]
     waterfall_bars(left, [*steps, ("the fleet", steps[-1][1])])
-    left.set_xlabel(f"chips for {qps:,g} queries per second", color=MUTED)
-    front_axes(right, plan.front)
+    left.set_xlabel(f"chips for {rate_text(qps)} queries per second", color=MUTED)
+    if plan.front:
+        front_axes(right, plan.front)
+    else:
+        right.remove()
     figure.suptitle(
         f"{plan.name}   ·   {targets_text(plan.targets)}", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK
     )

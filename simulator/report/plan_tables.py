@@ -100,11 +100,17 @@ def targets_text(targets: Targets) -> str:
     if not targets.limits:
         return "no latency limits"
     limits = ", ".join(target_text(t) for t in targets.limits)
-    return (
-        limits
-        if targets.joint_fraction is None
-        else f"{limits}; {100 * targets.joint_fraction:g} % of requests keep all"
-    )
+    joint = "" if targets.joint_fraction is None else f"; {100 * targets.joint_fraction:g} % of requests keep all"
+    return limits + joint
+
+
+def rate_text(qps: float) -> str:
+    """A rate with all its digits.
+
+    >>> rate_text(1_234_567.0), rate_text(0.25)
+    ('1,234,567', '0.25')
+    """
+    return f"{qps:,.10g}"
 
 
 def provisioning_text(p: Provisioning) -> str:
@@ -146,7 +152,7 @@ def scaled_rows(plan: Plan, fleet: PlannedFleet) -> list[tuple[str, ...]]:
         hourly = fleet.usd_per_hour * chips / fleet.chips if alike and fleet.usd_per_hour is not None else None
         rows.append(
             (
-                number(qps) if qps < 1 else f"{qps:,g}",
+                rate_text(qps),
                 " + ".join(f"{n:,}" for n in counts),
                 f"{chips:,}",
                 usd(hourly),

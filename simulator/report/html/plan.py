@@ -18,6 +18,7 @@ from simulator.report.plan_tables import (
     limits_text,
     metric_text,
     provisioning_text,
+    rate_text,
     scaled_rows,
     sharding_text,
     targets_text,
@@ -34,7 +35,7 @@ def plan_page(plan: Plan) -> Page:
     """Page of a plan, feasible or not."""
     best = plan.best
     p = plan.provisioning
-    rate = f"{p.qps:,g} queries per second"
+    rate = f"{rate_text(p.qps)} queries per second"
     lead = (
         f"{plan.model} at {rate}: {targets_text(plan.targets)}.",
         f"Requests of the scenario ({plan.traffic}), at the rate asked.",
@@ -163,12 +164,12 @@ def _front_blocks(plan: Plan) -> tuple[Block, ...]:
 
 def _verified_blocks(plan: Plan, found: Verification) -> tuple[Block, ...]:
     grown = f" {found.added_replicas:,} replicas were added until they did." if found.added_replicas else ""
-    words = (
+    sentence = (
         f"A replica simulated again with another seed ({found.seed}) and {found.requests:,} requests at {number(found.rate_per_s)} "
         f"requests/s, its share of the peak: the targets {'held' if found.kept else 'were MISSED'}.{grown} "
         f"{percent(found.kept_fraction)} of the requests kept every limit."
     )
-    blocks: list[Block] = [Prose((words,))]
+    blocks: list[Block] = [Prose((sentence,))]
     bars = []
     for target in plan.targets.limits:
         values = getattr(found.latency, target.metric)
@@ -212,7 +213,7 @@ def _fleet_blocks(plan: Plan, best: PlannedFleet) -> tuple[Block, ...]:
         ("sequences / tokens of a step, at most", limits_text),
         ("KV blocks", lambda p: f"{p.num_kv_blocks:,}"),
         ("requests/s when saturated", lambda p: number(p.saturated_per_s)),
-        ("requests/s within the targets", lambda p: f"{number(p.rate_per_s)} ({percent(p.load)})"),
+        ("requests/s within the targets, and load", lambda p: f"{number(p.rate_per_s)}, {percent(p.load)}"),
         *((f"{metric_text(m)} p95 at that rate", partial(_p95, m)) for m in METRICS if m in pools[0].latency),
         ("replicas at the peak", lambda p: f"{p.needed_replicas:,}"),
         ("replicas with spares", lambda p: f"{p.replicas:,}"),
@@ -220,7 +221,7 @@ def _fleet_blocks(plan: Plan, best: PlannedFleet) -> tuple[Block, ...]:
     )
     rows = tuple((what, *(cell(p) for p in pools)) for what, cell in kinds)
     scaled = scaled_rows(plan, best)
-    own = frozenset(i for i, row in enumerate(scaled) if row[0] == f"{plan.provisioning.qps:,g}")
+    own = frozenset(i for i, row in enumerate(scaled) if row[0] == rate_text(plan.provisioning.qps))
     blocks: list[Block] = [
         Grid(("of a replica" if len(pools) == 1 else "of a replica of each pool", *(p.role for p in pools)), rows),
         Grid(
@@ -255,12 +256,12 @@ def _other_blocks(plan: Plan) -> tuple[Block, ...]:
 
 def _searched(plan: Plan) -> tuple[Block, ...]:
     s = plan.searched
-    words = (
+    sentence = (
         f"{s.considered:,} deployments considered: {s.illegal:,} the model or the engine does not have, {s.unfit:,} do not fit, "
         f"{s.pruned_by_latency:,} ruled out by a bound on latency, {s.pruned_by_cost:,} by one on chips, {s.simulated:,} simulated in "
         f"{s.simulations:,} runs."
     )
-    return (Prose((words,)),)
+    return (Prose((sentence,)),)
 
 
 def _no_answer(plan: Plan) -> tuple[tuple[str, ...], tuple[Card, ...], tuple[Section, ...]]:
