@@ -50,3 +50,19 @@ def uniform(seed: int, cause: str, start: int, stop: int) -> NDArray[np.float64]
 def normal(seed: int, cause: str, start: int, stop: int) -> NDArray[np.float64]:
     """Standard normal values, one per index."""
     return draw(seed, cause, start, stop, lambda rng, n: rng.standard_normal(n))
+
+
+def stratified(seed: int, cause: str, n: int) -> NDArray[np.float64]:
+    """``n`` uniform values in (0, 1), one in each of ``n`` equal strata, in random order: a Latin hypercube's column [2]_.
+
+    Quantiles of a figure over few draws scatter far less than over independent ones. The values belong to ``n`` as well as to
+    seed and cause: a longer list does not begin with a shorter one.
+
+    .. [2] M. McKay, R. Beckman, W. Conover, Technometrics 21(2), 1979, doi:10.1080/00401706.1979.10489755: recalled.
+
+    >>> sorted((stratified(1, "test", 4) * 4).astype(int).tolist())
+    [0, 1, 2, 3]
+    """
+    order = np.argsort(np.argsort(uniform(seed, f"{cause}/stratum/{n}", 0, n), kind="stable"), kind="stable")
+    inside = uniform(seed, f"{cause}/inside/{n}", 0, n)
+    return np.asarray((order + np.clip(inside, 1e-9, 1 - 1e-9)) / n)

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from simulator.calibration.measurements import Measurement, Pool
 from simulator.calibration.tables import latency_metrics
-from simulator.catalog.chips import ChipSpec, load_chip
+from simulator.catalog.chips import ChipSpec, Efficiency, load_chip
+from simulator.catalog.draws import Draws, drawn_efficiencies
 from simulator.catalog.engines import EngineProfile, engine_profile
 from simulator.catalog.models import load_model
 from simulator.catalog.slices import Slice, legal_slices, resolve_slice
@@ -92,8 +93,28 @@ class Replica:
         return EngineSettings(self.max_num_seqs, self.max_num_batched_tokens, BLOCK_SIZE, blocks)
 
 
-def replica(m: Measurement, pool: Pool, profile: EngineProfile) -> Replica:
+@dataclass(frozen=True)
+class KernelDraw:
+    """One of several draws of what a chip's calibration leaves uncertain."""
+
+    draws: Draws
+    index: int
+
+    def efficiency(self, chip: ChipSpec) -> Efficiency:
+        """The efficiencies of a chip in this draw."""
+        return _drawn_efficiencies(chip.name, self.draws)[self.index]
+
+
+@lru_cache(maxsize=8)
+def _drawn_efficiencies(chip: str, draws: Draws) -> list[Efficiency]:
+    spec = load_chip(chip)
+    return drawn_efficiencies(spec, spec.efficiency, draws)
+
+
+def replica(m: Measurement, pool: Pool, profile: EngineProfile, draw: KernelDraw | None = None) -> Replica:
     """Price one engine of a measurement's pool; the kernels do not depend on the profile's times, only on its limits.
+
+    ``draw`` None: kernels as they were fitted.
 
     Raises
     ------
@@ -105,21 +126,30 @@ def replica(m: Measurement, pool: Pool, profile: EngineProfile) -> Replica:
     layout = replace(pool, max_num_seqs=None, max_num_batched_tokens=None, workers=1)
     # Tables are made for round sizes, so that runs with nearly the same limits share one.
     room = TABLE_STEP * -(-tokens // TABLE_STEP)
-    found = _replica(m.model, m.chip, m.precision, layout, pool.workers, sequences, room)
+    price = _replica if draw is None else _drawn_replica
+    found = price(m.model, m.chip, m.precision, layout, pool.workers, sequences, room, draw)
     return found if room == tokens else replace(found, max_num_batched_tokens=tokens)
 
 
-@lru_cache(maxsize=1024)
-def _replica(
-    model: str, chip: str, precision: str, pool: Pool, workers: int, max_num_seqs: int, max_num_batched_tokens: int
+def _priced(
+    model: str,
+    chip: str,
+    precision: str,
+    pool: Pool,
+    workers: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    draw: KernelDraw | None,
 ) -> Replica:
     architecture, formats = load_model(model), parse_precision(precision)
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens, "block_size": BLOCK_SIZE}
+    a_slice = slice_of(chip, pool.chips)
     whole = shard(
         architecture,
-        slice_of(chip, pool.chips),
+        a_slice,
         Sharding(tp=pool.tp, pp=pool.pp, dp=pool.dp, ep=pool.ep),
         precision=formats,
+        efficiency=None if draw is None else draw.efficiency(a_slice.chip),
         **limits,
     )
     one = whole.stages[0]
@@ -133,6 +163,11 @@ def _replica(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
     )
+
+
+_replica = lru_cache(maxsize=1024)(_priced)
+_drawn_replica = lru_cache(maxsize=8)(_priced)
+"""Draws are many and each is used for the rows of one deployment, one after the other."""
 
 
 @lru_cache(maxsize=256)
@@ -187,10 +222,10 @@ def requests_of(m: Measurement, equals: int, profile: EngineProfile) -> Requests
     return Requests(arrival, prompt, output, np.zeros(n, dtype=np.int64), output, clients if m.load == "closed" else 0)
 
 
-def predict(m: Measurement, profile: EngineProfile | None = None) -> Prediction:
+def predict(m: Measurement, profile: EngineProfile | None = None, draw: KernelDraw | None = None) -> Prediction:
     """Simulate a measurement under an engine profile; the metrics of ``m.measured`` and more.
 
-    ``profile`` None is the catalogue's for the measurement's engine.
+    ``profile`` None is the catalogue's for the measurement's engine, ``draw`` None the kernels as they were fitted.
 
     Raises
     ------
@@ -199,19 +234,19 @@ def predict(m: Measurement, profile: EngineProfile | None = None) -> Prediction:
     """
     used = engine_profile(m.engine) if profile is None else profile
     if len(m.pools) == 1:
-        return _predict_unified(m, used)
-    return _predict_disaggregated(m, used)
+        return _predict_unified(m, used, draw)
+    return _predict_disaggregated(m, used, draw)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # two megabytes each
 def _cost(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     return apply_profile(kernels, profile)
 
 
-def _predict_unified(m: Measurement, profile: EngineProfile) -> Prediction:
+def _predict_unified(m: Measurement, profile: EngineProfile, draw: KernelDraw | None) -> Prediction:
     from simulator.engine.compiled import simulate  # noqa: PLC0415  # numba takes a while to import
 
-    one = replica(m, m.pools[0], profile)
+    one = replica(m, m.pools[0], profile, draw)
     requests = requests_of(m, one.equals, profile)
     cost, settings = _cost(one.kernels, profile), one.settings(profile)
     result = simulate(cost, settings, requests, timeline_interval_s=TIMELINE_S)
@@ -245,8 +280,8 @@ TIMELINE_S = 1e9
 """Nobody reads the timeline here: one interval."""
 
 
-def _predict_disaggregated(m: Measurement, profile: EngineProfile) -> Prediction:
-    first, second = (replica(m, pool, profile) for pool in m.pools)
+def _predict_disaggregated(m: Measurement, profile: EngineProfile, draw: KernelDraw | None) -> Prediction:
+    first, second = (replica(m, pool, profile, draw) for pool in m.pools)
     n, clients = m.n_requests, m.clients
     whole = requests_of(m, 1, profile)
     alone = np.ones(n, dtype=np.int64)

@@ -5,7 +5,7 @@ from datetime import date
 from typing import Any
 
 from simulator.calibration.serving import Fit
-from simulator.catalog.engines import EngineSpec
+from simulator.catalog.engines import EngineSpec, FitErrors
 from simulator.results.toml import dumps
 
 #: Units of a profile file, by what a field ends in, and the factor to SI.
@@ -55,8 +55,14 @@ def place(field: str) -> tuple[str, str]:
     return ("launch" if name in {"layer", "collective"} else "host"), name
 
 
-def profile_text(spec: EngineSpec, quantities: Mapping[str, Mapping[str, Mapping[str, Any]]], *, command: str) -> str:
-    """A profile file: ``spec`` with some quantities replaced; the same text for the same values."""
+def profile_text(
+    spec: EngineSpec,
+    quantities: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    *,
+    command: str,
+    errors: FitErrors | None = None,
+) -> str:
+    """A profile file: ``spec`` with some quantities replaced, and how well they are known; the same text for the same values."""
     lines = [f"# Written by: {command}", ""]
     plain = {name: getattr(spec, name) for name in ("schema_version", "name", "title", "versions", "note")}
     lines += dumps({k: v for k, v in plain.items() if v != ""}).rstrip().split("\n")
@@ -70,7 +76,10 @@ def profile_text(spec: EngineSpec, quantities: Mapping[str, Mapping[str, Mapping
                 lines.append(f"{key} = {_inline(value.model_dump(exclude_defaults=True))}")
             elif value != "":
                 lines += dumps({key: value}).rstrip().split("\n")
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return (
+        text if errors is None else text + "\n" + dumps({"errors": errors.model_dump(mode="json", exclude_none=True)})
+    )
 
 
 def _inline(quantity: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from simulator.calibration.coverage import Coverage, coverage_document, fit_errors, measure_coverage
 from simulator.calibration.measurements import Measurement
 from simulator.calibration.profiles import fitted_quantities, profile_text
 from simulator.calibration.serving import SPREADS, Array, Fit, Simulators, fit_serving, with_rates
@@ -57,6 +58,8 @@ class ServingCalibration:
     command: str
     source: str
     day: date
+    coverage: Coverage | None = None
+    """How often intervals contain left-out rows; None unless groups were left out."""
 
     @cached_property
     def profile_files(self) -> dict[str, str]:
@@ -66,6 +69,13 @@ class ServingCalibration:
                 load_engine(engine),
                 fitted_quantities(self.fit, engine, source=self.source, locator=self.command, day=self.day),
                 command=self.command,
+                errors=fit_errors(
+                    self.fit,
+                    engine,
+                    load_engine(engine).errors,
+                    chips={m.chip for m in self.rows},
+                    coverage=self.coverage,
+                ),
             )
             for engine in sorted({m.engine for m in self.rows})
         }
@@ -106,6 +116,7 @@ class ServingCalibration:
                 }
                 for split in self.splits
             },
+            **({} if self.coverage is None else {"intervals": coverage_document(self.coverage)}),
             "tables": _by(self.after.rows, lambda m: m.table),
             "groups": _by(self.after.rows, lambda m: " · ".join(m.group)),
             "loads": _by(self.after.rows, lambda m: m.load_class),
@@ -185,6 +196,10 @@ def calibrate_serving(
     with Simulators(rows, workers) as simulators:
         fit = fit_serving(rows, simulators=simulators, base=start, say=say)
         left_out = tuple(leave_out(name, rows, fit, simulators=simulators, say=say) for name in splits)
+        coverage = None
+        if "group" in splits and len({m.group for m in rows}) > 1:
+            others = [m for m in found.measurements if m not in set(rows)]
+            coverage = measure_coverage(rows, fit, simulators=simulators, others=others, workers=workers, say=say)
     return ServingCalibration(
         data=found,
         rows=rows,
@@ -194,6 +209,7 @@ def calibrate_serving(
         command=command,
         source=source,
         day=day or date.today(),  # noqa: DTZ011  # the reader's own day is meant
+        coverage=coverage,
     )
 
 

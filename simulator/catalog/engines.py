@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
 from simulator.catalog.records import Quantity, Record
-from simulator.errors import InputError
+from simulator.errors import InputError, nearest
 from simulator.units import UNITS, to_si
 
 
@@ -33,6 +33,8 @@ Time = Annotated[Quantity, _between("s", 0, 1)]
 Slowdown = Annotated[Quantity, _between("1", 0.0, 10)]
 Bytes = Annotated[Quantity, _between("bytes", 0, 1e11)]
 Share = Annotated[Quantity, _between("1", 0.01, 1)]
+Tail = Literal[0, 2, 4]
+"""Degrees of freedom of Student's t; 0: normal."""
 
 MemoryRule = Literal["total", "free", "static"]
 """What the memory fraction is of: all memory, less everything else that runs (vLLM); what weights, activations and workspace leave
@@ -99,6 +101,50 @@ class SchedulerTable(Record):
     note: str = ""
 
 
+class LeftOut(Record):
+    """What rows of groups that a fit had not seen show beyond the errors of its parameters, for one kind of model.
+
+    Scales are of the logarithm: of a factor on the time of every step, and of a further one on the first token.
+    """
+
+    groups: PositiveInt
+    """Groups (model, chip, engine, formats) it was estimated from."""
+    rows: PositiveInt
+    step_scale: NonNegativeFloat
+    step_tail: Tail
+    first_token_scale: NonNegativeFloat
+    first_token_tail: Tail
+    within_group: Annotated[float, Field(ge=0, le=1)]
+    """Share of the variance that the rows of one group have in common."""
+
+
+ModelKind = Literal["dense", "experts"]
+
+
+class FitErrors(Record):
+    """``[errors]``: how well the fitted quantities are known, and what is left beyond them. Written by ``calibrate serving``."""
+
+    parameters: tuple[str, ...]
+    """Paths of the fitted quantities, e.g. ``host.step``."""
+    standard_errors: tuple[NonNegativeFloat, ...]
+    """In SI units."""
+    correlation: tuple[tuple[float, ...], ...]
+    """Lower triangle, the diagonal included."""
+    chips: tuple[str, ...] = ()
+    """Chips of the rows that were fitted."""
+    left_out: dict[ModelKind, LeftOut] = Field(default_factory=dict)
+    """By kind of model; from groups left out of the fit, on these chips."""
+    other_chips: LeftOut | None = None
+    """On chips that no row of the fit has, from rows that were not fitted."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "FitErrors":
+        n = len(self.parameters)
+        if len(self.standard_errors) != n or [len(row) for row in self.correlation] != list(range(1, n + 1)):
+            raise ValueError(f"{n} parameters need {n} standard_errors and a lower triangle of {n} rows of correlation")
+        return self
+
+
 class EngineSpec(Record):
     """One serving engine: the record of a file in ``workloads/engines``."""
 
@@ -113,6 +159,15 @@ class EngineSpec(Record):
     slowdown: SlowdownTable
     memory: MemoryTable
     scheduler: SchedulerTable
+    errors: FitErrors | None = None
+
+    @model_validator(mode="after")
+    def _errors_are_of_quantities(self) -> "EngineSpec":
+        known = self.quantities()
+        for path in self.errors.parameters if self.errors else ():
+            if path not in known:
+                raise ValueError(f"errors.parameters: {path!r}{nearest(path, known)}")
+        return self
 
     def quantities(self) -> dict[str, Quantity]:
         """Every sourced number by its dotted path, e.g. ``host.step``."""
@@ -128,15 +183,8 @@ class EngineSpec(Record):
     def profile(self) -> "EngineProfile":
         """The values in SI units."""
         si = {path: to_si(q.value, q.unit) for path, q in self.quantities().items() if q.value is not None}
-        names = {
-            name: path
-            for path in si
-            for name in (
-                path.replace("host.", "").replace("launch.", "") + "_s",
-                path.replace("slowdown.", "") + "_slowdown",
-            )
-        }
-        values = {f.name: si[names[f.name]] for f in fields(EngineProfile) if f.name in names}
+        names = {field_of(path): path for path in si}
+        values = {f.name: si[names[f.name]] for f in fields(EngineProfile) if f.name.endswith(("_s", "_slowdown"))}
         return EngineProfile(
             name=self.name,
             memory_rule=self.memory.rule,
@@ -147,6 +195,18 @@ class EngineSpec(Record):
             prefix_caching=self.scheduler.prefix_caching,
             **values,
         )
+
+
+def field_of(path: str) -> str:
+    """Field of :class:`EngineProfile` that a quantity of a file sets.
+
+    >>> [field_of(p) for p in ("host.step", "launch.layer", "slowdown.weights", "memory.workspace")]
+    ['step_s', 'layer_s', 'weights_slowdown', 'workspace_bytes']
+    """
+    table, _, key = path.partition(".")
+    if table == "memory":
+        return {"fraction": "memory_fraction", "workspace": "workspace_bytes"}[key]
+    return f"{key}_slowdown" if table == "slowdown" else f"{key}_s"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from simulator.catalog.files import data_folder, find, parse, read_toml
+from simulator.catalog.files import data_folder, find, names_in, parse, read_toml
 from simulator.catalog.records import Record
 from simulator.errors import InputError
 
@@ -362,6 +362,11 @@ def read_calibration(name_or_path: str) -> CalibrationFile:
     """
     file = find("calibration", name_or_path, data_folder("hardware_specs") / "calibration")
     return parse(CalibrationFile, read_toml(file), str(file))
+
+
+def calibration_names() -> list[str]:
+    """Names of the chips whose kernels were measured, sorted."""
+    return names_in(data_folder("hardware_specs") / "calibration")
 
 
 @cache

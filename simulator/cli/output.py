@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,3 +55,16 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def note(message: str) -> None:
     """Say something on stderr."""
     click.echo(message, err=True)
+
+
+def show_progress(done: int, total: int, what: str) -> None:
+    """One line per stage on stderr; on a terminal the line is overwritten."""
+    if what == "done":
+        if sys.stderr.isatty():
+            click.echo("\r\033[K", err=True, nl=False)
+        return
+    text = f"[{done}/{total}] {what}"
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{text}", err=True, nl=False)
+    else:
+        click.echo(text, err=True)

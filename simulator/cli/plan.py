@@ -2,14 +2,13 @@
 
 import math
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from simulator.cli.costs import price_options, price_overrides
-from simulator.cli.output import json_option, note, print_json, print_table
+from simulator.cli.output import json_option, note, print_json, print_table, show_progress
 from simulator.errors import InfeasibleError, InputError
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def plan(
         options=plan_options(loaded, options),
         template=loaded,
         workers=options["workers"] or os.cpu_count() or 1,
-        progress=None if quiet else _progress,
+        progress=None if quiet else show_progress,
     )
     if out is not None:
         write_plan(found, out)
@@ -392,16 +391,3 @@ def _print_infeasible(found: "Plan") -> None:
 
 def _seconds(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def _progress(done: int, total: int, what: str) -> None:
-    """One line per stage; on a terminal the line is overwritten."""
-    if what == "done":
-        if sys.stderr.isatty():
-            click.echo("\r\033[K", err=True, nl=False)
-        return
-    text = f"[{done}/{total}] {what}"
-    if sys.stderr.isatty():
-        click.echo(f"\r\033[K{text}", err=True, nl=False)
-    else:
-        click.echo(text, err=True)

@@ -77,21 +77,30 @@ if TYPE_CHECKING:
 @click.option(
     "--what-if", "what_if_", help="Factors, by commas: hbm=2,compute=2,link=2,latency=0.5,overhead=0.5; or all."
 )
+@click.option(
+    "--interval",
+    type=float,
+    metavar="PERCENT",
+    help="Interval of the step's time over draws of what the chip's calibration leaves open.",
+)
 @json_option
-def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options: Any) -> None:
+def roofline(plot: Path | None, waterfall: Path | None, interval: float | None, as_json: bool, **options: Any) -> None:
     """What one prefill or decode step costs, op by op, and what bounds it.
 
     \b
     chipseconds roofline --model llama-3-70b --slice tpu-v5e:4x4 --precision w8a16kv8 --decode 32 --context 8192
     chipseconds roofline --model llama-3-8b --slice h100-sxm:1 --prefill 2048 --plot prefill.png
     chipseconds roofline --model llama-3-70b --slice h100-sxm:2x8 --shard auto --decode 64 --context 8192
+    chipseconds roofline --model llama-3-8b --slice h100-sxm:1 --decode 64 --context 4096 --interval 80
     chipseconds roofline … --what-if hbm=2,link=2 --waterfall steps.png --over 1,8,64
 
     Figures are per chip unless they say otherwise. A deployment that does not fit is priced all the same, and the
     command ends with exit code 1.
     """
     from simulator.cli.roofline_views import (
+        intervals_document,
         mtp_document,
+        print_intervals,
         print_mtp,
         print_what_if,
         save_waterfall,
@@ -107,12 +116,15 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
             from simulator.report.figures import check_figure_path
 
             check_figure_path(figure)
+    if interval is not None:
+        _check_interval(interval, options)
     if options["over"] is not None and waterfall is None:
         raise InputError(f"--over {options['over']}: only with --waterfall")
     if any(options[name] is not None for name in ("pp", "sharding", "objective", "micro_batches")):
         from simulator.cli.sharded import sharded_roofline
 
         views = {"plot": plot, "waterfall": waterfall, "what-if": options["what_if_"], "mtp": options["mtp"]}
+        views["interval"] = interval
         for name, value in views.items():
             if value is not None:
                 raise InputError(f"--{name} is for one replica on the whole slice; leave --shard and --pp out")
@@ -131,9 +143,16 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
     mtp = mtp_step(report, options["mtp"]) if options["mtp"] is not None else None
     changes = what_if_rows(report, options["what_if_"]) if options["what_if_"] is not None else []
     steps = waterfall_steps(report, options["over"]) if waterfall is not None else None
+    intervals = None
+    if interval is not None:
+        from simulator.roofline.intervals import step_intervals
+
+        intervals = step_intervals(report, level=interval)
     if as_json:
         extra: dict[str, Any] = {} if mtp is None else {"mtp": mtp_document(mtp)}
         extra |= {"price": price_document(price, report.tokens_per_s_per_chip)}
+        if intervals is not None:
+            extra["intervals"] = intervals_document(intervals)
         print_json(document(report) | {"what_if": [vars(change) for change in changes]} | extra)
     else:
         print_report(report)
@@ -142,6 +161,8 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
             print_mtp(mtp)
         if changes:
             print_what_if(report, changes)
+        if intervals is not None:
+            print_intervals(intervals)
     if steps is not None and waterfall is not None:
         save_waterfall(steps, waterfall)
         note(f"waterfall written to {waterfall}")
@@ -155,6 +176,18 @@ def roofline(plot: Path | None, waterfall: Path | None, as_json: bool, **options
         raise InfeasibleError(
             f"{deployment.architecture.name} fits on {deployment.slice.spec}, but not with its MTP modules: they take "
             f"{mtp.weights_bytes / 1e9:.2f} GB more on each chip; a larger slice, or no --mtp"
+        )
+
+
+def _check_interval(interval: float, options: dict[str, Any]) -> None:
+    from simulator.roofline.intervals import check_level
+
+    check_level(interval)
+    if options["mtp"] is not None:
+        raise InputError("--interval: drafts of --mtp are not drawn again; leave one of them out")
+    if options["efficiency"] == "ideal":
+        raise InputError(
+            "--interval: with --efficiency ideal the datasheet is taken as it stands; leave one of them out"
         )
 
 

@@ -12,10 +12,11 @@ from simulator.errors import InputError
 from simulator.units import format_si
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from simulator.roofline.analysis import StepReport
+    from simulator.roofline.intervals import StepIntervals
     from simulator.roofline.mtp import MtpStep
     from simulator.roofline.variants import WhatIf
 
@@ -46,6 +47,36 @@ def print_mtp(mtp: "MtpStep") -> None:
         f"{'MTP memory':<16} {mtp.weights_bytes / 1e9:.2f} GB of weights more per chip; KV capacity then "
         f"{mtp.memory.kv_tokens:,} tokens"
     )
+
+
+def intervals_document(found: "StepIntervals") -> dict[str, Any]:
+    """Intervals of a step as plain figures."""
+    return vars(found)
+
+
+def print_intervals(found: "StepIntervals") -> None:
+    """Intervals under the report, and what they rest on."""
+    from simulator.report.tables import number, percent, seconds, wrapped
+
+    forms: dict[str, tuple[str, Callable[[float | None], str]]] = {
+        "step_time_s": ("step time", seconds),
+        "chip_seconds": ("chip-seconds", number),
+        "tokens_per_s": ("tokens/s", number),
+        "mfu": ("MFU", percent),
+        "mbu": ("MBU", percent),
+    }
+    rows = [
+        [label, form(f.value), f"{form(f.low)} … {form(f.high)}"]
+        for name, (label, form) in forms.items()
+        if (f := found.figures[name])
+    ]
+    shares = found.figures["step_time_s"].shares
+    print_table(f"\nparameters: {100 * found.level:g} % of {found.draws} draws", ["", "step", "interval"], rows)
+    click.echo(
+        f"{'from':<16} " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + " of the variance"
+    )
+    for text in found.notes:
+        click.echo("\n".join(wrapped(text, first=f"{'note':<17}")))
 
 
 def what_if_rows(report: "StepReport", text: str) -> "list[WhatIf]":

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from simulator.cli.costs import price_options, price_overrides
-from simulator.cli.output import json_option, note, print_json
+from simulator.cli.output import json_option, note, print_json, show_progress
 
 if TYPE_CHECKING:
     from simulator.results import Result
@@ -22,6 +21,7 @@ Examples:
   chipseconds simulate llama-3-8b-azure-chat --set traffic.arrival.rate_per_s=20
   chipseconds simulate llama-3-8b-azure-chat --set traffic.trace=my-trace.csv
   chipseconds simulate llama-3-8b-azure-chat --set traffic.n_requests=10_000_000 --summary-only
+  chipseconds simulate llama-3-8b-azure-chat --interval 80
   chipseconds simulate llama-3-8b-azure-chat --term spot --prices prices.toml
   chipseconds simulate llama-3-8b-azure-chat --trace trace.json --trace-window 600:610 --timeline timeline.png
 """
@@ -32,6 +32,10 @@ Examples:
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Replications, for between-seed intervals.")
+@click.option(
+    "--interval", type=float, metavar="PERCENT", help="Interval of each figure over draws of the calibrated parameters."
+)
+@click.option("--draws", type=click.IntRange(min=16, max=4096), help="Draws of --interval; default: 64.")
 @click.option("--summary-only", is_flag=True, help="Keep no row per request: any number of them in constant memory.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the result to this folder.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the run to a .png, .svg or .pdf file.")
@@ -43,7 +47,9 @@ Examples:
     "--trace-window", metavar="FROM:TO", help="Simulated seconds that --trace covers; default: from the start."
 )
 @price_options
-@click.option("--workers", type=click.IntRange(min=1), help="Replicas simulated at a time; default: all cores.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Replicas, or draws, simulated at a time; default: all cores."
+)
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 @json_option
 def simulate(
@@ -51,6 +57,8 @@ def simulate(
     overrides: tuple[str, ...],
     seed: int | None,
     seeds: int | None,
+    interval: float | None,
+    draws: int | None,
     summary_only: bool,
     out: Path | None,
     plot: Path | None,
@@ -80,8 +88,10 @@ def simulate(
         seed=seed,
         seeds=seeds,
         summary_only=summary_only or None,
+        interval=interval,
+        interval_draws=draws,
         workers=workers or os.cpu_count() or 1,
-        progress=None if quiet else _progress,
+        progress=None if quiet else show_progress,
     )
     if not quiet:
         note(f"simulated {run.summary.requests.total:,} requests in {time.perf_counter() - started:.1f} s")
@@ -176,16 +186,3 @@ def _write_trace(run: "Run", path: Path, window: tuple[float, float]) -> None:
     if not all(log.complete for log in logs):
         end_s = min(log.end_s for log in logs if not log.complete)
         note(f"the trace ends at {end_s:.6g} s, after as many steps as a viewer can show: choose a --trace-window")
-
-
-def _progress(done: int, total: int, what: str) -> None:
-    """One line per stage; on a terminal the line is overwritten."""
-    if what == "done":
-        if sys.stderr.isatty():
-            click.echo("\r\033[K", err=True, nl=False)
-        return
-    text = f"[{done}/{total}] {what}"
-    if sys.stderr.isatty():
-        click.echo(f"\r\033[K{text}", err=True, nl=False)
-    else:
-        click.echo(text, err=True)

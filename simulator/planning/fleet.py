@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from simulator.catalog.chips import ChipSpec
-from simulator.economics import ChipPrice, chip_price, price_by_hand, resolve_site
+from simulator.economics import ChipPrice, chip_price, price_by_hand
 from simulator.errors import UnpriceableError
 from simulator.planning.options import PlanOptions
 from simulator.planning.search import Found
 from simulator.results.plan import PlannedFleet, Pool, Provisioning, Role, WaterfallStep
+from simulator.run.resolve import site_of
 from simulator.run.scenario import Scenario
 
 SECONDS_PER_HOUR = 3600.0
@@ -31,14 +32,7 @@ def price_of(chip: ChipSpec, name: str, template: Scenario, options: PlanOptions
     own = template.slice.rpartition(":")[0] in {name, chip.name}
     if own and prices.usd_per_chip_hour is not None:
         return price_by_hand(chip.name, prices.usd_per_chip_hour)
-    site = resolve_site(
-        prices.region,
-        prices.operator,
-        usd_per_kwh=prices.usd_per_kwh,
-        gco2_per_kwh=prices.gco2_per_kwh,
-        pue=prices.pue,
-        book=prices.book,
-    )
+    site = site_of(template)
     try:
         return chip_price(chip, prices.term, provider=prices.provider, book=prices.book, site=site)
     except UnpriceableError:

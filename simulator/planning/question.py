@@ -124,7 +124,7 @@ class _OnChip:
     unpriceable: bool
     any_fits: bool
     scales: dict[tuple[str, ...], float] = field(default_factory=dict)
-    """If nothing was found: least factor on some limits that lets an idle deployment keep them."""
+    """If nothing was found: least factor on some limits that lets an idle deployment keep them, or a bound of it."""
     idle_s: dict[str, float] = field(default_factory=dict)
     """Then also the least of each latency."""
     searcher: ChipSearch | None = None
@@ -147,6 +147,8 @@ class _Question:
     options: PlanOptions
     template: Scenario
     loads: Loads
+    explain: bool = True
+    """Whether to simulate how far a chip is from targets that it cannot keep, or only to bound it."""
 
     @classmethod
     def ask(
@@ -277,8 +279,11 @@ class _Question:
         scales: dict[tuple[str, ...], float] = {}
         idle_s: dict[str, float] = {}
         if not answer.found and searcher.sites:
+            how = searcher.least_scale if self.explain else searcher.floor_scale
             for metrics in _subsets([t.metric for t in self.targets.limits]):
-                scales[metrics] = searcher.least_scale(self.targets, metrics)
+                if all(math.isinf(scale) for known, scale in scales.items() if len(known) < len(metrics)):
+                    scales[metrics] = how(self.targets, metrics)
+        if scales and self.explain:
             share = self.targets.joint_fraction
             for t in self.targets.limits:
                 percentile = t.percentile or 100 * (share or 1)
@@ -293,7 +298,7 @@ class _Question:
             any_fits=bool(searcher.sites),
             scales=scales,
             idle_s={name: value for name, value in idle_s.items() if math.isfinite(value)},
-            searcher=searcher if scales or len(self.chips) <= self.options.front_chips else None,
+            searcher=searcher if (scales and self.explain) or len(self.chips) <= self.options.front_chips else None,
         )
 
     def _fleet(self, found: Found, *, needed: int | None = None) -> PlannedFleet:
@@ -437,13 +442,12 @@ class _Question:
             scale = min((one.scales.get(metrics, math.inf) for one in on_chip), default=math.inf)
             if not math.isfinite(scale):
                 continue
-            for beyond in RELAXATIONS:
-                relaxed = self.targets.scaled(_round_up(max(scale, 1.0) * beyond), metrics)
+            for beyond in (*RELAXATIONS, math.inf):
+                relaxed = _relaxed(self.targets, max(scale, 1.0) * beyond, metrics)
                 ranked = self._ranked_of(f for searcher in searchers for f in searcher.search(relaxed).found[:1])
                 if ranked:
-                    changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
-                    fleet = self._fleet(ranked[0])
-                    found.append(Alternative(what=f"relax to {changed}", targets=relaxed, fleet=fleet))
+                    what = _change(relaxed, metrics)
+                    found.append(Alternative(what=what, targets=relaxed, fleet=self._fleet(ranked[0])))
             break
         if self.options.look_elsewhere and not self.options.slices:
             found += self._elsewhere(workers)
@@ -452,7 +456,7 @@ class _Question:
     def _elsewhere(self, workers: int) -> list[Alternative]:
         """Fleets of other chips of the catalogue that keep the targets; if there are none, of the one that comes nearest."""
         others = tuple(name for name in chip_names() if name not in self.chips)
-        plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=others)
+        plain = replace(self, options=self.options.model_copy(update={"front": ()}), chips=others, explain=False)
         on_chip = plain.search(others, workers, _quiet)
         fleets = sorted((self._fleet(one.best) for one in on_chip if one.best is not None), key=self._order)
         if fleets:
@@ -461,16 +465,21 @@ class _Question:
                 for fleet in fleets[:3]
             ]
         for metrics in _subsets([t.metric for t in self.targets.limits]):
-            near = [one for one in on_chip if math.isfinite(one.scales.get(metrics, math.inf))]
-            if not near:
+            bounds = sorted((one.scales.get(metrics, math.inf), one.chip) for one in on_chip)
+            nearest, scale = None, math.inf
+            for bound, chip in bounds:
+                if bound >= scale:
+                    break
+                searcher = self._searcher(chip)
+                exact = searcher.least_scale(self.targets, metrics)
+                if exact < scale:
+                    nearest, scale = searcher, exact
+            if nearest is None:
                 continue
-            one = min(near, key=lambda one: one.scales[metrics])
-            relaxed = self.targets.scaled(_round_up(max(one.scales[metrics], 1.0) * RELAXATIONS[0]), metrics)
-            best = one.searcher.search(relaxed).found[:1] if one.searcher is not None else ()
-            changed = ", ".join(str(t) for t in relaxed.limits if t.metric in metrics)
+            relaxed = _relaxed(self.targets, max(scale, 1.0) * RELAXATIONS[0], metrics)
+            what = f"on {nearest.chip}, {_change(relaxed, metrics)}"
             return [
-                Alternative(what=f"on {one.chip}, relaxed to {changed}", targets=relaxed, fleet=self._fleet(f))
-                for f in best
+                Alternative(what=what, targets=relaxed, fleet=self._fleet(f)) for f in nearest.search(relaxed).found[:1]
             ]
         return []
 
@@ -517,6 +526,22 @@ def _in_threads(work: Callable[[A], B], items: Sequence[A], workers: int) -> lis
 
 def _silent(done: int, total: int, what: str) -> None:
     del done, total, what
+
+
+def _relaxed(targets: Targets, scale: float, metrics: Sequence[str]) -> Targets:
+    """Some limits longer by a factor, rounded up; left out if it is infinite."""
+    if math.isfinite(scale):
+        return targets.scaled(_round_up(scale), tuple(metrics))
+    limits = tuple(t for t in targets.limits if t.metric not in metrics)
+    return Targets(limits=limits, joint_fraction=targets.joint_fraction if limits else None)
+
+
+def _change(relaxed: Targets, metrics: Sequence[str]) -> str:
+    """What was done to the limits, in words."""
+    changed = [str(t) for t in relaxed.limits if t.metric in metrics]
+    if changed:
+        return f"relax to {', '.join(changed)}"
+    return f"no limit on {' and '.join(m.removesuffix('_s').upper() for m in metrics)}"
 
 
 def _round_up(scale: float) -> float:

@@ -324,6 +324,10 @@ class ChipSearch:
                 found = min(found, node.bench.sample(LOWEST).least_scale(targets, metrics))
         return found
 
+    def floor_scale(self, targets: Targets, metrics: Sequence[str]) -> float:
+        """A bound of :meth:`least_scale` without a simulation."""
+        return min((site.floor_sample.least_scale(targets, metrics) for site in self.sites), default=math.inf)
+
     def why_not(self) -> str:
         """The commonest reason why places cannot be, in words."""
         if self.unpriceable:

@@ -111,6 +111,10 @@ def summary_text(summary: Summary, *, sources: bool = True) -> str:
     ]
     if summary.replications:
         lines += ["", *_replications(summary)]
+    if summary.intervals:
+        from simulator.report.intervals import interval_lines  # it uses this module's forms
+
+        lines += ["", *interval_lines(summary.intervals)]
     if summary.warnings:
         lines += ["", "Warnings"]
         for warning in summary.warnings:
@@ -446,8 +450,10 @@ HEADLINES: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("load", "load.load", number),
     ("goodput /s", "slo.goodput_per_s", number),
     ("chip-s busy", "chip_seconds_per_query.busy", number),
+    ("output tokens/s", "throughput.output_tokens_per_s", number),
     ("chip-s provisioned", "chip_seconds_per_query.provisioned", number),
     ("$ per query, allocation", "prices.allocation.per_query_usd", usd),
+    ("J per query", "energy.joules_per_query", number),
 )
 
 
@@ -497,7 +503,7 @@ def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everyth
         lines += ["", *aligned(rows, indent=0)]
         if len(shown) < len(numeric):
             lines.append(f"  … and {len(numeric) - len(shown)} more; --all lists them")
-    other = [d for d in figures if d.absolute is None]
+    other = [d for d in figures if d.absolute is None and (everything or not d.path.startswith("intervals."))]
     if other:
         shown_other = other if everything else other[:12]
         lines += ["", "Other entries"]
@@ -505,6 +511,10 @@ def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everyth
             lines += wrapped(f"{d.path}: {_value(d.a)} → {_value(d.b)}", rest="      ")
         if len(shown_other) < len(other):
             lines.append(f"  … and {len(other) - len(shown_other)} more; --all lists them")
+    if comparison.intervals:
+        from simulator.report.intervals import compared_lines  # as above
+
+        lines += ["", *compared_lines(comparison)]
     if comparison.rows_a != comparison.rows_b:
         lines += ["", f"Requests: {comparison.rows_a:,} in a, {comparison.rows_b:,} in b; the common ones are compared"]
     if comparison.requests:

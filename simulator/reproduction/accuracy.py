@@ -90,6 +90,78 @@ def ranking_rows(record: Mapping[str, Any]) -> Rows:
     ]
 
 
+COVERAGE_COLUMNS = ("rows", "in 50 %", "in 80 %", "in 95 %", "half width of 80 %")
+
+
+def coverage_rows(record: Mapping[str, Any]) -> Rows:
+    """How often intervals of left-out rows contain the measurement: all rows, without the residual, and by group."""
+    found = record["intervals"]
+    stages = [
+        ("all", found["all"]),
+        ("all, drawn parameters alone", found["parameters_only"]),
+        *found["groups"].items(),
+    ]
+    return [row for name, metrics in stages for row in _covered(name, metrics)]
+
+
+def unfitted_coverage_rows(record: Mapping[str, Any]) -> Rows:
+    """The same of tables that were not fitted."""
+    return [row for name, metrics in record["intervals"]["tables"].items() for row in _covered(name, metrics)]
+
+
+def residual_rows(record: Mapping[str, Any]) -> Rows:
+    """What the residual is drawn from, by kind of model."""
+    found = record["intervals"]
+    kinds = {**found["left_out"], "chips outside the fit": found["other_chips"]}
+    return [
+        (
+            name,
+            str(r["groups"]),
+            str(r["rows"]),
+            *(f"{r[f'{what}_scale']:.1%}, {_TAILS[r[f'{what}_tail']]}" for what in ("step", "first_token")),
+            f"{r['within_group']:.0%}",
+        )
+        for name, r in kinds.items()
+        if r is not None
+    ]
+
+
+_TAILS = {0: "normal", 2: "t₂", 4: "t₄"}
+
+
+def _covered(name: str, metrics: Mapping[str, Any]) -> Rows:
+    return [
+        (
+            name,
+            METRICS[metric],
+            str(c["rows"]),
+            *(f"{c['covered'][level]:.0%}" for level in ("50", "80", "95")),
+            f"×/÷ {1 + c['half_width']:.2f}",
+        )
+        for metric, c in metrics.items()
+    ]
+
+
+def _intervals_section(record: Mapping[str, Any]) -> str:
+    """The section on intervals; empty for a record without groups left out."""
+    if "intervals" not in record:
+        return ""
+    text = (files("simulator.reproduction") / "data" / "intervals.md.in").read_text(encoding="utf-8")
+    tables = {
+        "groups": markdown_table(
+            ("model · chip · engine · formats", "metric", *COVERAGE_COLUMNS), coverage_rows(record)
+        ),
+        "tables": markdown_table(("table", "metric", *COVERAGE_COLUMNS), unfitted_coverage_rows(record)),
+        "residual": markdown_table(
+            ("models", "groups", "rows", "step", "first token besides", "common to a group"), residual_rows(record)
+        ),
+        "draws": str(record["intervals"]["draws"]),
+    }
+    for name, value in tables.items():
+        text = text.replace("{{" + name + "}}", value)
+    return text.rstrip() + "\n\n"
+
+
 def _cells(e: Mapping[str, Any]) -> tuple[str, ...]:
     return (str(e["rows"]), *(f"{e[k]:.1%}" for k in ("median", "mean", "p90")), f"{e['bias']:+.1%}")
 
@@ -135,6 +207,7 @@ def accuracy_markdown(record: Mapping[str, Any]) -> str:
         "parameters": markdown_table(("engine", "parameter", "value", "standard error", "before any row"), parameters),
         "warnings": "\n".join(f"- {w}" for w in record["warnings"]) or "None.",
         "unsupported": markdown_table(("table", "rows", "reason"), refused),
+        "intervals": _intervals_section(record),
     }
     figures = {
         "command": record["command"],

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from simulator.results.store import Result
+from simulator.results.summary import ParameterInterval
 from simulator.results.tables import REQUEST_COLUMNS
 
 
@@ -44,6 +45,8 @@ class Comparison:
     rows_a: int
     rows_b: int
     versions: list[Difference]
+    intervals: list[tuple[str, ParameterInterval, ParameterInterval]]
+    """Summary path, interval of the parameters in a and in b; empty unless both have them."""
 
     @property
     def equal(self) -> bool:
@@ -83,7 +86,15 @@ def compare_results(a: Result, b: Result) -> Comparison:
         rows_a=rows_a,
         rows_b=rows_b,
         versions=list(differences(dict(a.versions), dict(b.versions))),
+        intervals=_intervals(a, b),
     )
+
+
+def _intervals(a: Result, b: Result) -> list[tuple[str, ParameterInterval, ParameterInterval]]:
+    first, second = a.summary.intervals, b.summary.intervals
+    if first is None or second is None:
+        return []
+    return [(path, x, second.figures[path]) for path, x in first.figures.items() if path in second.figures]
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[Difference]:

@@ -416,6 +416,43 @@ class Replications(Section):
     """Summary path to figure."""
 
 
+class ParameterInterval(Section):
+    """One figure over draws of what calibration leaves uncertain; every draw serves the same requests."""
+
+    value: float
+    """The run's own figure, at the parameters as fitted or stated."""
+    low: float | None
+    """Lower end of the central interval."""
+    median: float | None
+    """Of the draws."""
+    high: float | None
+    """Upper end."""
+    reason: str = ""
+    """Why an end is missing."""
+    shares: dict[str, float] = {}
+    """Source to its share of the variance of the figure's logarithm, each drawn alone; empty where nothing moves."""
+
+
+class Intervals(Section):
+    """Uncertainty of the model's parameters, apart from the sampling intervals of ``latency``."""
+
+    level: float
+    """Share of draws inside each interval, as a fraction."""
+    draws: int
+    draws_per_source: int
+    """Draws of one source alone, for ``shares``."""
+    sources: list[str]
+    """What was drawn: kernels, profile, assumed, residual (docs/intervals.md)."""
+    overloaded_fraction: float
+    """Share of draws without a steady state; their latencies count as unbounded, their goodput as none."""
+    infeasible_fraction: float
+    """Share of draws in which the model or its requests did not fit; they count as overloaded."""
+    figures: dict[str, ParameterInterval]
+    """Summary path to interval."""
+    notes: list[str]
+    """What the intervals do not hold."""
+
+
 class Assumption(Section):
     """An input that is not a measurement of this deployment."""
 
@@ -477,5 +514,7 @@ class Summary(Section):
     breakdown: Breakdown
     ledger: Ledger
     replications: Replications | None = None
+    intervals: Intervals | None = None
+    """Null unless asked for (``run.interval``)."""
     warnings: list[str] = []
     assumptions: list[Assumption] = []

@@ -52,11 +52,21 @@ class KernelCost:
     reductions: int
 
 
-def kernel_cost(d: Deployment, *, equal_ranks: bool = False) -> KernelCost:
-    """Compile a deployment for profiles; ``equal_ranks`` as in :func:`~simulator.roofline.compile.compile_step_cost`."""
+def kernel_cost(d: Deployment, *, equal_ranks: bool = False, bounds_of: KernelCost | None = None) -> KernelCost:
+    """Compile a deployment for profiles; ``equal_ranks`` as in :func:`~simulator.roofline.compile.compile_step_cost`.
+
+    ``bounds_of`` is the same deployment at other efficiencies, whose bounds are the same.
+    """
     bare = replace(d, efficiency=replace(d.eff, step_overhead_s=0.0, row_overhead_s=0.0))
-    bound = replace(d, efficiency=IDEAL)
     n, rows = (np.arange(m + 1, dtype=np.float64) for m in (d.max_num_batched_tokens, d.max_num_seqs))
+    if bounds_of is not None:
+        return replace(
+            bounds_of,
+            cost=compile_step_cost(bare, equal_ranks=equal_ranks),
+            dense=_kinds(dense_ops(bare, n), n.shape),
+            head=_kinds(head_ops(bare, rows), rows.shape),
+        )
+    bound = replace(d, efficiency=IDEAL)
     return KernelCost(
         cost=compile_step_cost(bare, equal_ranks=equal_ranks),
         ideal=compile_step_cost(replace(bound, max_num_batched_tokens=1, max_num_seqs=1), equal_ranks=equal_ranks),

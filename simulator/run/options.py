@@ -85,6 +85,10 @@ class RunOptions(Record):
     seed: Annotated[int, Field(ge=0)] = 1
     seeds: Annotated[int, Field(ge=1)] = 1
     """Replications, with seeds ``seed``, ``seed`` + 1, …, for between-seed intervals."""
+    interval: Annotated[float, Field(gt=0, lt=100)] | None = None
+    """Percent of draws of the calibrated parameters that an interval of each headline figure holds, e.g. 80; None: no intervals."""
+    interval_draws: Annotated[int, Field(ge=16, le=4096)] | None = None
+    """Draws of an interval; None: 64."""
     summary_only: bool = False
     """Keep no row per request: memory does not grow with their number, percentiles are within 0.4 %."""
     warm_up_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -94,6 +98,8 @@ class RunOptions(Record):
 
     @model_validator(mode="after")
     def _leave_something(self) -> "RunOptions":
+        if self.interval_draws is not None and self.interval is None:
+            raise ValueError(f"interval_draws = {self.interval_draws}: only with an interval")
         if self.warm_up_fraction + self.drain_fraction >= 1:
             raise ValueError("warm_up_fraction and drain_fraction leave nothing to measure")
         return self

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 from simulator.catalog.architecture import Architecture
@@ -29,7 +29,7 @@ from simulator.results.summary import Assumption
 from simulator.results.summary import Deployment as DeploymentLabel
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.engine_profile import apply_profile, kernel_cost, profile_kv_blocks
+from simulator.roofline.engine_profile import KernelCost, apply_profile, kernel_cost, profile_kv_blocks
 from simulator.roofline.memory import require_fit
 from simulator.roofline.pipeline import ShardedDeployment, require_sharded_fit, shard
 from simulator.roofline.pipeline_cost import PipelineCost
@@ -48,6 +48,8 @@ class Resolved:
     """A scenario's deployment, ready to run."""
 
     scenario: Scenario
+    architecture: Architecture
+    """The whole model; that of ``deployment`` may be a stage's."""
     slice: Slice
     sharding: Sharding
     deployment: Deployment
@@ -63,11 +65,17 @@ class Resolved:
     power: PowerModel | None
     lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]
     """Lays the model on the slice again, with other settings."""
+    ideal: Callable[[], StepCost]
+    """Gives :attr:`ideal_cost`, which is compiled when it is first asked for."""
+    profile: EngineProfile | None = None
+    """What the engine adds to its kernels; None: nothing but the chip's constants."""
+    kernels: KernelCost | None = None
+    """What ``profile`` is applied to; None without one."""
 
-    @cached_property
+    @property
     def ideal_cost(self) -> StepCost:
         """The same deployment with every efficiency at 1 and no overheads."""
-        return _one_table(_compile(*self.lay(efficiency=IDEAL)))
+        return self.ideal()
 
     def demand_plain(self, what: str) -> None:
         """Refuse what only a replica of one part can do.
@@ -99,15 +107,41 @@ def resolve(scenario: Scenario, *, architecture: Architecture | None = None) -> 
     InfeasibleError
         If the model does not fit on the slice.
     """
+    return _resolve(scenario, _profile(scenario.engine), architecture=architecture)
+
+
+def redraw(resolved: Resolved, efficiency: Efficiency, profile: EngineProfile | None) -> Resolved:
+    """The same scenario at other efficiencies and with another profile's values.
+
+    Raises
+    ------
+    InfeasibleError
+        If the model does not fit under the profile.
+    """
+    return _resolve(
+        resolved.scenario, profile, architecture=resolved.architecture, efficiency=efficiency, like=resolved
+    )
+
+
+def _resolve(
+    scenario: Scenario,
+    profile: EngineProfile | None,
+    *,
+    architecture: Architecture | None,
+    efficiency: Efficiency | None = None,
+    like: Resolved | None = None,
+) -> Resolved:
+    """Resolve at the scenario's efficiencies, or at others; ``like`` has what does not depend on them."""
     engine = scenario.engine
-    a_slice = resolve_slice(scenario.slice)
-    site = _site(scenario)
-    price = _price(scenario, a_slice.chip, site)
+    a_slice = resolve_slice(scenario.slice) if like is None else like.slice
+    site = site_of(scenario) if like is None else like.site
+    price = _price(scenario, a_slice.chip, site) if like is None else like.price
     sharding = _sharding(scenario, a_slice)
+    model = architecture or load_model(scenario.model)
     lay = partial(
         _lay,
         sharding,
-        load_model(scenario.model) if architecture is None else architecture,
+        model,
         a_slice,
         precision=parse_precision(scenario.precision, quantize_head=scenario.quantize_head),
         max_num_seqs=engine.max_num_seqs,
@@ -124,15 +158,20 @@ def resolve(scenario: Scenario, *, architecture: Architecture | None = None) -> 
         expert_imbalance=scenario.deployment.expert_imbalance,
         dequantization_flops=scenario.deployment.dequantization_flops,
     )
-    deployment, sharded = lay(efficiency=_efficiency(scenario.efficiency, a_slice.chip))
-    profile = _profile(engine)
+    deployment, sharded = lay(efficiency=efficiency or _efficiency(scenario.efficiency, a_slice.chip))
     if profile is not None and sharded is not None:
         raise InputError(
             f"{scenario.name}: engine.profile = {engine.profile!r} with sharding {sharding}: profiles describe replicas of one "
             "part; leave one of them out"
         )
-    blocks = _kv_blocks(scenario, deployment, sharded)
-    cost = _compile(deployment, sharded) if profile is None else apply_profile(kernel_cost(deployment), profile)
+    blocks = _kv_blocks(scenario, deployment, sharded, profile)
+    kernels = None
+    if profile is None:
+        cost = _compile(deployment, sharded)
+    else:
+        kernels = like.kernels if like is not None and like.deployment.eff is deployment.eff else None
+        kernels = kernels or kernel_cost(deployment, bounds_of=like.kernels if like else None)
+        cost = apply_profile(kernels, profile)
     drafting = None
     if engine.speculation is not None:
         if sharded is not None or isinstance(cost, PipelineCost):
@@ -172,6 +211,7 @@ def resolve(scenario: Scenario, *, architecture: Architecture | None = None) -> 
     )
     return Resolved(
         scenario=scenario,
+        architecture=model,
         slice=a_slice,
         sharding=sharding,
         deployment=deployment,
@@ -181,8 +221,11 @@ def resolve(scenario: Scenario, *, architecture: Architecture | None = None) -> 
         speculation=drafting,
         site=site,
         price=price,
-        power=_power(scenario, a_slice.chip),
+        power=_power(scenario, a_slice.chip) if like is None else like.power,
         lay=lay,
+        ideal=_ideal(lay) if like is None else like.ideal,
+        profile=profile,
+        kernels=kernels,
     )
 
 
@@ -212,19 +255,25 @@ def with_limits(resolved: Resolved, scenario: Scenario) -> Resolved:
     }
     lay = partial(resolved.lay, **changes)
     deployment, sharded = lay(efficiency=resolved.deployment.efficiency)
-    blocks = _kv_blocks(scenario, deployment, sharded)
+    blocks = _kv_blocks(scenario, deployment, sharded, resolved.profile)
     settings = replace(had, **changes, num_kv_blocks=blocks)
-    return replace(resolved, scenario=scenario, deployment=deployment, settings=settings, lay=lay)
+    return replace(resolved, scenario=scenario, deployment=deployment, settings=settings, lay=lay, ideal=_ideal(lay))
 
 
-def _kv_blocks(scenario: Scenario, deployment: Deployment, sharded: ShardedDeployment | None) -> int:
+def _ideal(lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]) -> Callable[[], StepCost]:
+    """The table of a deployment with every efficiency at 1, compiled once, when it is asked for."""
+    return cache(lambda: _one_table(_compile(*lay(efficiency=IDEAL))))
+
+
+def _kv_blocks(
+    scenario: Scenario, deployment: Deployment, sharded: ShardedDeployment | None, profile: EngineProfile | None
+) -> int:
     """KV blocks of a replica that must fit, without the null block, which no request gets."""
     engine = scenario.engine
     if engine.num_gpu_blocks_override is not None:
         return engine.num_gpu_blocks_override - 1
     if sharded is not None:
         return require_sharded_fit(sharded).kv_blocks
-    profile = _profile(engine)
     if profile is None:
         return require_fit(deployment).kv_blocks
     require_fit(deployment)
@@ -359,7 +408,8 @@ def _power(scenario: Scenario, chip: ChipSpec) -> PowerModel | None:
     return power_model(chip, idle_share=prices.idle_power_fraction, host_share=prices.host_power_fraction)
 
 
-def _site(scenario: Scenario) -> Site:
+def site_of(scenario: Scenario) -> Site:
+    """Where a scenario's chips stand."""
     prices = scenario.prices
     return resolve_site(
         prices.region,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from simulator import __version__
 from simulator.catalog.architecture import Architecture
@@ -22,6 +23,8 @@ from simulator.errors import InfeasibleError, InputError
 from simulator.results.store import Result
 from simulator.results.summary import Figure, Replications, Summary
 from simulator.results.tables import Table
+from simulator.roofline.intervals import DRAWS, check_level
+from simulator.run.options import RunOptions
 from simulator.run.outcome import Outcome, requests_table, split
 from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
 from simulator.run.scenario import Scenario
@@ -60,6 +63,8 @@ def run_scenario(
     seed: int | None = None,
     seeds: int | None = None,
     summary_only: bool | None = None,
+    interval: float | None = None,
+    interval_draws: int | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Run:
@@ -74,8 +79,11 @@ def run_scenario(
         figures are of the first, and the summary gets between-seed intervals of every figure.
     summary_only
         instead of the scenario's own: serve the requests block by block and keep none of them.
+    interval, interval_draws
+        instead of the scenario's own: percent of draws of the calibrated parameters that an interval of each headline
+        figure holds, and how many draws. Of the first seed.
     workers
-        replicas simulated at the same time. The result does not depend on it.
+        replicas, or draws, simulated at the same time. The result does not depend on it.
 
     Raises
     ------
@@ -89,14 +97,26 @@ def run_scenario(
             raise InputError(f"{name} = {value}: must be at least {least}")
     if workers < 1:
         raise InputError(f"workers = {workers}: must be at least 1")
-    stated = {"seed": seed, "seeds": seeds, "summary_only": summary_only}
+    if interval is not None:
+        check_level(interval)
+    stated = {
+        "seed": seed,
+        "seeds": seeds,
+        "summary_only": summary_only,
+        "interval": interval,
+        "interval_draws": interval_draws,
+    }
     changes = {name: value for name, value in stated.items() if value is not None}
-    scenario = scenario.model_copy(update={"run": scenario.run.model_copy(update=changes)})
+    scenario = scenario.model_copy(update={"run": _changed(scenario.run, changes)})
     first, n_seeds = scenario.run.seed, scenario.run.seeds
     say = progress or _silent
     total = 2 * n_seeds + 1
     say(0, total, "compiling step costs")
     resolved = resolve(scenario, architecture=architecture)
+    if scenario.run.interval is not None:
+        from simulator.run.intervals import check  # noqa: PLC0415 - imports this module
+
+        check(resolved)
     prepare_engine(partial(say, 0, total), resolved)
     runs = []
     for k in range(n_seeds):
@@ -117,6 +137,16 @@ def run_scenario(
         inputs=_input_digests(scenario),
     )
     return Run(result=result, resolved=resolved, outcome=outcome)
+
+
+def _changed(options: RunOptions, changes: Mapping[str, Any]) -> RunOptions:
+    """Options with some changed, checked again."""
+    try:
+        return RunOptions.model_validate({**options.model_dump(), **changes})
+    except ValidationError as error:
+        item = error.errors()[0]
+        where = ".".join(("run", *map(str, item["loc"])))
+        raise InputError(f"{where}: {item['msg'].removeprefix('Value error, ')}") from None
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -167,7 +197,25 @@ def _run_once(
     if stream.blocks is not None and scenario.engine.prefix_cache == "off":
         notes += ('the traffic says which prompts share a prefix; engine.prefix_cache = "off" makes no use of it',)
     about = facts(resolved, seed=seed, traffic=_source(stream.source, scenario), notes=notes)
-    return (*summarise(outcome, at_once, about), outcome)
+    summary, table, timeline = summarise(outcome, at_once, about)
+    if scenario.run.interval is not None and seed == scenario.run.seed:
+        from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
+
+        n = scenario.run.interval_draws or DRAWS
+        say(f"drawing parameters {n} times")
+        intervals = parameter_intervals(
+            resolved,
+            requests,
+            about,
+            summary,
+            level=scenario.run.interval,
+            itl_window_s=window,
+            n=n,
+            seed=seed,
+            workers=workers,
+        )
+        summary = summary.model_copy(update={"intervals": intervals})
+    return summary, table, timeline, outcome
 
 
 def _run_summary_only(

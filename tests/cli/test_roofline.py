@@ -203,3 +203,24 @@ def test_cost_settings_of_roofline_pareto_and_fit():
         assert len(set(rates)) == 3
         with pytest.raises(InputError, match=r"expert_imbalance = 0.5"):
             CliRunner().invoke(cli, [*ask, "--expert-imbalance", "0.5"], catch_exceptions=False, standalone_mode=False)
+
+
+def test_a_step_has_an_interval_and_says_where_it_comes_from():
+    step = ("--model", "llama-3-8b", "--decode", "8", "--context", "512", "--interval", "80")
+    text = run("--slice", "h100-sxm:1", *step).stdout
+    assert "80 % of 64 draws" in text
+    assert "of the variance" in text
+    document = json.loads(run("--slice", "mi300x:1", *step, "--json").stdout)["intervals"]
+    time = document["figures"]["step_time_s"]
+    assert time["low"] < time["value"] < time["high"]
+    assert document["sources"] == ["assumed"]
+
+
+@pytest.mark.parametrize(
+    "changes", [("--shard", "auto"), ("--mtp", "1"), ("--efficiency", "ideal"), ("--interval", "100")]
+)
+def test_intervals_of_steps_that_cannot_be_drawn_are_refused(changes):
+    step = ("--model", "llama-3-8b", "--slice", "h100-sxm:2", "--decode", "8", "--context", "512", "--interval", "80")
+    found = run(*step, *changes)
+    assert isinstance(found.exception, InputError)
+    assert "interval" in str(found.exception)

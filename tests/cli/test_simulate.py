@@ -155,3 +155,49 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_run(tmp_path, name)
     found = call("simulate", NAME, "--plot", tmp_path / name)
     assert isinstance(found.exception, InputError)
     assert "simulating" not in found.stderr
+
+
+def test_intervals_are_shown_stored_and_compared(tmp_path):
+    asked = (
+        "--interval",
+        "80",
+        "--draws",
+        "16",
+        "--set",
+        "engine.profile=vllm",
+        "--set",
+        "traffic.arrival.rate_per_s=8",
+    )
+    runs = []
+    for name, chip in (("a", "h100-sxm:1"), ("b", "h200-sxm:1")):
+        found = call("simulate", NAME, *SMALL, *asked, "--set", f"slice={chip}", "--out", tmp_path / name)
+        assert found.exit_code == 0, found.output
+        runs.append(found.stdout)
+    assert max(map(len, runs[0].splitlines())) <= 100
+    assert "80 % interval  kernels  profile  assumed  residual" in runs[0]
+    assert "kernels of h200-sxm are those of h100-sxm" in runs[1]
+    assert "run.interval" not in runs[0]
+    text = call("compare", tmp_path / "a", tmp_path / "b").stdout
+    assert "Parameter intervals" in text
+    assert any(line.endswith(("overlap", "apart")) for line in text.splitlines())
+    document = json.loads(call("compare", tmp_path / "a", tmp_path / "b", "--json").stdout)
+    assert {"low", "median", "high"} <= set(document["intervals"][0][1])
+    again = call("simulate", tmp_path / "a", "--out", tmp_path / "c")
+    assert again.exit_code == 0
+    assert (tmp_path / "a" / "summary.json").read_bytes() == (tmp_path / "c" / "summary.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--interval", "0"), "between 0 and 100"),
+        (("--interval", "100"), "between 0 and 100"),
+        (("--draws", "32"), "run: interval_draws = 32: only with an interval"),
+        (("--interval", "80", "--summary-only"), "run.summary_only keeps none"),
+    ],
+)
+def test_intervals_that_make_no_sense_are_refused_before_the_run(arguments, message):
+    found = call("simulate", NAME, *SMALL, *arguments)
+    assert isinstance(found.exception, InputError)
+    assert message in str(found.exception)
+    assert not found.stdout

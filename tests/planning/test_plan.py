@@ -178,7 +178,9 @@ def test_infeasible_targets_say_what_is_nearest():
     for n in relaxed:
         assert n.targets.limits[1] == wanted.limits[1]
         assert small_plan(targets=n.targets, front=()).best.chips == n.fleet.chips
-    chips = [n.fleet.chips for n in relaxed]
+    (without,) = [n for n in found.nearest if n.what == "no limit on TTFT"]
+    assert without.targets.limits == wanted.limits[1:]
+    chips = [n.fleet.chips for n in (*relaxed, without)]
     assert chips == sorted(chips, reverse=True)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import simulator.results.plan  # noqa: F401 - its sections are looked at too
 from simulator.results.reference import reference_markdown
 from simulator.results.summary import Section
 
@@ -33,8 +34,11 @@ def test_figures_carry_their_unit_or_need_none():
         "relative_error",
     }
     unitless |= {"mean_running", "mean_waiting", "mean_decode_batch", "mean_step_tokens", "ideal_share_of_provisioned"}
+    unitless |= {"median", "level"}
     # Chip-seconds per query: the section's name has the unit.
     unitless |= {"ideal", "busy", "provisioned", "prefill", "cached", "recompute", "wasted", "decode"}
+    # Of plans; queries per second are their own unit, percentiles stand in a section of latencies.
+    unitless |= {"qps", "percentile", "peak_to_mean", "factor", "scale", "p50", "p95", "p99"}
     units = (
         "_s",
         "_usd",
@@ -42,7 +46,7 @@ def test_figures_carry_their_unit_or_need_none():
         "_fraction",
         "_w",
         "_chip",
-        "_chip_hour",
+        "_hour",
         "_per_query",
         "_token",
         "_user",
