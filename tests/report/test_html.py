@@ -28,6 +28,7 @@ from simulator.report.tables import number, seconds, usd
 from simulator.results import write_result
 from simulator.results.lifetime import write_lifetime
 from simulator.results.plan import write_plan
+from simulator.results.summary import Intervals, ParameterInterval
 from simulator.run import load_scenario, run_scenario
 
 VOID = {"meta", "link", "br", "img", "input"}
@@ -304,6 +305,41 @@ def test_parts_of_a_joined_page_are_those_pages(pages):
     ]
     drawn = [block for section in joined.sections for block in section.blocks if isinstance(block, Picture)]
     assert len({str(picture.svg) for picture in drawn}) == len(drawn)
+
+
+def test_intervals_of_sampling_and_of_parameters_are_told_apart(runs):
+    drawn = ParameterInterval(
+        value=0.04, low=0.03, median=0.045, high=None, reason="no steady state", shares={"kernels": 0.25}
+    )
+    sure = drawn.model_copy(update={"low": 0.2, "high": 0.3, "shares": {}})
+    intervals = Intervals(
+        level=0.8,
+        draws=64,
+        draws_per_source=16,
+        sources=["kernels", "residual"],
+        overloaded_fraction=0.125,
+        infeasible_fraction=0.0,
+        figures={"latency.ttft_s.p50": drawn, "load.load": sure},
+        notes=["traffic is taken as it stands"],
+    )
+
+    def with_intervals(found):
+        result = runs["h100"]
+        return replace(result, summary=result.summary.model_copy(update={"intervals": found}))
+
+    page = run_page(with_intervals(intervals))
+    words = whole_and_self_contained(page)
+    (card,) = (card for card in page.cards if card.label == "TTFT, median")
+    assert "parameters, 80 %: [30 ms … ∞]" in card.notes
+    assert any(note.startswith("sampling, 95 %") for note in card.notes)
+    (table,) = (b for section in page.sections if section.key == "sure" for b in section.blocks if isinstance(b, Grid))
+    row = dict(zip(table.columns, next(row for row in table.rows if row[0] == "TTFT p50"), strict=True))
+    assert row["parameters, 80 %"] == "[30 ms … ∞]"
+    assert (row["from kernels"], row["from residual"]) == ("25 %", "–")
+    assert "12.5 % of them have no steady state" in words
+    moved = intervals.model_copy(update={"figures": {"load.load": sure.model_copy(update={"low": 0.5, "high": 0.6})}})
+    compared = comparison_page([("a", with_intervals(intervals)), ("b", with_intervals(moved))])
+    assert "[0.500 … 0.600] apart" in whole_and_self_contained(compared)
 
 
 def test_texts_are_escaped(runs):

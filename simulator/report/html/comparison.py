@@ -8,6 +8,7 @@ import numpy as np
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.page import Card, Grid, Page, Picture, Prose, Section
 from simulator.report.html.uncertainty import estimate_at
+from simulator.report.intervals import apart, interval_text
 from simulator.report.run_plot import LINE_COLOURS, draw_cdfs, measured_values, metric_label
 from simulator.report.tables import HEADLINES, number, usd
 from simulator.results import Result
@@ -33,7 +34,7 @@ def comparison_page(results: Sequence[tuple[str, Result]]) -> Page:
         )
         for i, (name, run) in enumerate(results)
     )
-    sections = [Section("figures", "Headline figures", (_headlines(names, runs),))]
+    sections = [Section("figures", "Headline figures", (_headlines(names, runs), *_parameters(names, runs)))]
     pictures = _pictures(results)
     if pictures:
         sections.append(Section("latencies", "What users see", pictures))
@@ -59,7 +60,6 @@ def _headlines(names: Sequence[str], runs: Sequence[Result]) -> Grid:
         ("output tokens/s per chip", "throughput.output_tokens_per_s_per_chip", number),
         ("chip-s ideal", "chip_seconds_per_query.ideal", number),
         ("$ per M output tokens, allocation", "prices.allocation.per_million_output_tokens_usd", usd),
-        ("J per query", "energy.joules_per_query", number),
     )
     rows = []
     for label, path, form in (*HEADLINES, *more):
@@ -74,6 +74,22 @@ def _headlines(names: Sequence[str], runs: Sequence[Result]) -> Grid:
         rows.append((label, *cells))
     rows.insert(0, ("status", *(run.summary.status for run in runs)))
     return Grid(("figure", *names), tuple(rows), caption="in brackets: against the first")
+
+
+def _parameters(names: Sequence[str], runs: Sequence[Result]) -> tuple[Grid, ...]:
+    """Intervals of the parameters side by side, if all runs have them."""
+    intervals = [run.summary.intervals for run in runs if run.summary.intervals is not None]
+    if len(intervals) < len(runs):
+        return ()
+    rows = []
+    for label, path, form in HEADLINES:
+        found = [interval.figures[path] for interval in intervals if path in interval.figures]
+        if len(found) == len(runs):
+            cells = (interval_text(f, form) + (" apart" if apart(found[0], f) else "") for f in found)
+            rows.append((label, *cells))
+    levels = ", ".join(dict.fromkeys(f"{100 * interval.level:g} %" for interval in intervals))
+    caption = f"intervals of the parameters, {levels}; apart: nothing in common with the first"
+    return (Grid(("figure", *names), tuple(rows), caption=caption),)
 
 
 def _settings(names: Sequence[str], runs: Sequence[Result]) -> Grid | Prose:

@@ -9,7 +9,7 @@ import numpy as np
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Bar, Bars, Card, Grid, Page, Picture, Prose, Section, waterfall
-from simulator.report.html.uncertainty import uncertainty_sections
+from simulator.report.html.uncertainty import parameter_notes, uncertainty_sections
 from simulator.report.roofline_plot import draw_roofline
 from simulator.report.run_plot import draw_cdfs, draw_load, measured_values, metric_label
 from simulator.report.tables import (
@@ -84,7 +84,10 @@ def _cards(s: Summary) -> tuple[Card, ...]:
         Card(
             "chip-seconds per query, provisioned",
             number(c.provisioned),
-            (f"busy {number(c.busy)} · ideal {number(c.ideal)}",),
+            (
+                f"busy {number(c.busy)} · ideal {number(c.ideal)}",
+                *parameter_notes(s, "chip_seconds_per_query.provisioned"),
+            ),
         )
     ]
     if s.prices:
@@ -99,6 +102,7 @@ def _cards(s: Summary) -> tuple[Card, ...]:
                     f"for its use alone {usd(p.usage.per_query_usd)}",
                     f"per million tokens: {millions}",
                     f"{p.term}, {usd(p.usd_per_chip_hour)} per chip-hour",
+                    *parameter_notes(s, "prices.allocation.per_query_usd"),
                 ),
             )
         )
@@ -110,7 +114,8 @@ def _cards(s: Summary) -> tuple[Card, ...]:
             ("E2E", s.latency.e2e_s, limits.e2e_s if limits else None),
         ):
             if found.p50.value is not None:  # one-token outputs have no TPOT
-                cards.append(_latency_card(name, found, limit))
+                drawn = parameter_notes(s, f"latency.{name.lower()}_s.p50")
+                cards.append(_latency_card(name, found, limit, drawn))
     if s.slo:
         tone = "good" if s.slo.met else "bad"
         cards.append(
@@ -126,7 +131,10 @@ def _cards(s: Summary) -> tuple[Card, ...]:
             Card(
                 "load",
                 number(s.load.load),
-                (f"{number(s.load.arrival_per_s)} of {number(s.load.capacity_per_s)} requests/s",),
+                (
+                    f"{number(s.load.arrival_per_s)} of {number(s.load.capacity_per_s)} requests/s",
+                    *parameter_notes(s, "load.load"),
+                ),
                 "bad" if s.load.overloaded else "plain",
             )
         )
@@ -145,10 +153,11 @@ def _cards(s: Summary) -> tuple[Card, ...]:
     return tuple(cards)
 
 
-def _latency_card(name: str, found: Distribution, limit_s: float | None) -> Card:
+def _latency_card(name: str, found: Distribution, limit_s: float | None, drawn: tuple[str, ...]) -> Card:
     notes = [f"p99 {seconds(found.p99.value)}"]
     if found.p50.low is not None:
         notes.append(f"sampling, 95 %: {range_text(found.p50)}")
+    notes += drawn
     if limit_s is not None:
         notes.append(f"limit {seconds(limit_s)}")
     return Card(f"{name}, median", seconds(found.p50.value), tuple(notes))
