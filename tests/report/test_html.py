@@ -100,6 +100,7 @@ CASES = {
     "speculation": ['engine.speculation={method="ngram", num_speculative_tokens=3, acceptance_rate=0.6}'],
     "prefix cache": [
         "engine.prefix_cache=blocks",
+        "traffic.arrival.rate_per_s=0.3",
         "traffic.sessions={turns=3, turn_gap_s=20.0, shared_tokens=1000, opening=3000}",
     ],
 }
