@@ -1,5 +1,7 @@
 """``chipseconds report``: a page of results: of a run, a plan, a lifetime study, or of several beside each other."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +65,11 @@ def page_of(results: tuple[Path, ...]) -> "Page":
         pages.append(run_page(runs[0], step=_mean_step(folders[0], runs[0])))
     elif runs:
         pages.append(comparison_page([(names[path], run) for path, run in zip(folders, runs, strict=True)]))
-    pages += [plan_page(read_plan(path)) for path in plans]
-    pages += [lifetime_page(read_lifetime(path)) for path in studies]
+    files = {path: plan_page(read_plan(path)) for path in plans}
+    files |= {path: lifetime_page(read_lifetime(path)) for path in studies}
+    titles = Counter(page.title for page in files.values())
+    for path, page in files.items():
+        pages.append(page if titles[page.title] == 1 else replace(page, title=f"{page.title} ({names[path]})"))
     return pages[0] if len(pages) == 1 else joined_pages(pages)
 
 

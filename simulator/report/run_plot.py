@@ -137,7 +137,7 @@ def _cdfs(axes: "Axes", columns: Sequence[tuple[str, np.ndarray]], name: str, li
             color=ORANGE,
         )
     if len(finite) > 1:
-        axes.legend(loc="lower right", frameon=False, fontsize=9, bbox_to_anchor=(1, 0.1))
+        axes.legend(loc="lower left", frameon=False, fontsize=9, bbox_to_anchor=(0, 1), borderaxespad=0)
     axes.set_xlim(0, right or 1.0)
 
 

@@ -406,6 +406,10 @@ def test_command(run_cli, runs, plans, studied, tmp_path):
     every = reported("study.json", "h100", "plan.json", "h200")
     for part in ("Settings that differ", "nearest that is feasible", "What a wrong forecast costs"):
         assert part in every
+    write_plan(plans["infeasible"], tmp_path / "again.json")
+    twice = reported("plan.json", "again.json")
+    assert "(plan.json)</h2>" in twice
+    assert "(again.json)</h2>" in twice
     before = page.read_bytes()
     assert "twice" in reported("h100", "h100", code=2)
     assert "no such result folder" in reported("nothing", code=2)
