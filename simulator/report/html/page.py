@@ -42,6 +42,12 @@ class Grid:
     marked: frozenset[int] = frozenset()
     kind: str = "grid"
 
+    @property
+    def narrow(self) -> bool:
+        """Whether it fits half a page, so that two stand beside each other; texts of the first column may break."""
+        widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
+        return self.left == 1 and min(widths[0], 24) + sum(widths[1:]) + 2 * len(widths) <= 62
+
 
 @dataclass(frozen=True)
 class Bar:
