@@ -75,6 +75,8 @@ class Sample:
         if share is not None and not enough(self.kept_fraction(targets), share):
             worst = min(targets.limits, key=lambda t: float(self.keeps(t).mean()) if self.n else 0.0)
             found.append(f"{worst.metric} within the joint share")
+        if not targets.limits and not np.isfinite(self.latency["e2e_s"]).all():
+            found.append("requests are rejected")
         return found
 
     def holds(self, targets: Targets) -> bool:

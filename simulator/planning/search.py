@@ -221,6 +221,10 @@ class ChipSearch:
                 continue
             load = self.loads.first(requests_needed(resolved, self.loads.shortest_tokens, self.options.requests))
             bounds = floors(resolved.engine_cost, resolved.settings, load.requests)
+            if not bounds.accepted.any():
+                self.unfit += 1
+                self.reasons[f"no request fits into the KV cache on {site.place.slice} in {site.place.precision}"] += 1
+                continue
             yield Entry(site.place, resolved, bounds, Bench(resolved, load), (site.order, j))
 
     def search(self, targets: Targets) -> Answer:

@@ -42,7 +42,10 @@ class Target(Section):
 
 
 class Targets(Section):
-    """What the fleet must keep. Rejected and unfinished requests keep nothing; a one-token output keeps any TPOT."""
+    """What the fleet must keep. Rejected and unfinished requests keep nothing; a one-token output keeps any TPOT.
+
+    Without limits, every request must be served.
+    """
 
     limits: tuple[Target, ...] = ()
     joint_fraction: float | None = Field(default=None, gt=0, le=1)

@@ -65,6 +65,21 @@ def test_search_equals_brute_force(case):
         assert (every == []) == (answer.found == ())
 
 
+def test_without_limits_every_request_must_be_served():
+    """Web-agent contexts fit on some limits of a slice and not on others."""
+    one = searcher(
+        "tpu-v5e",
+        model="llama-3-70b",
+        changes=["traffic.mix=web-agent", "engine.max_model_len=0"],
+        precisions=("w4a16kv4",),
+        slices=("tpu-v5e:2x4",),
+        token_budgets=(512, 8192),
+    )
+    answer = one.search(Targets())
+    assert [f.rank for f in answer.found[:1]] == [f.rank for f in one.exhaustive(Targets())[:1]]
+    assert searcher("l4", changes=["engine.max_model_len=2000"]).search(Targets()).found == ()
+
+
 def test_every_deployment_is_accounted_for():
     one = searcher("tpu-v5e")
     answer = one.search(both(1.0, 0.05))
