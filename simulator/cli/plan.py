@@ -40,6 +40,7 @@ _METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 @click.option("--precisions", help="By commas: bf16,w8a16kv8. Default: the scenario's.")
 @click.option("--max-chips", type=click.IntRange(1), help="Chips of one replica at most. Default: 64.")
 @click.option("--shardings", help="Kinds, by commas: tp, pp, ep. Default: all.")
+@click.option("--pools", help="unified, disaggregated (prefill and decode pools), or both by commas. Default: unified.")
 @click.option("--batch-limits", help="max_num_seqs to try, by commas. Default: 16,32,64,128,256.")
 @click.option("--token-budgets", help="max_num_batched_tokens to try, by commas. Default: 512,2048,8192.")
 @click.option("--peak", type=float, help="Rate of the busiest hour ÷ mean rate of the day. Default: 1.")
@@ -185,6 +186,8 @@ def plan_options(scenario: "Scenario", options: dict[str, Any]) -> "PlanOptions"
     for name in ("slices", "precisions", "shardings"):
         if options[name] is not None:
             data[name] = _words(f"--{name}", options[name])
+    if options["pools"] is not None:
+        data["kinds"] = _words("--pools", options["pools"])
     for name in ("batch_limits", "token_budgets"):
         if options[name] is not None:
             data[name] = [int(n) for n in _numbers(f"--{name.replace('_', '-')}", options[name], whole=True)]
@@ -323,7 +326,8 @@ def _print_best(found: "Plan", best: "PlannedFleet") -> None:
         held = "held" if verified.kept else "MISSED"
         grown = f", after {verified.added_replicas} replicas were added" if verified.added_replicas else ""
         click.echo(
-            f"verified with seed {verified.seed}, {verified.requests:,} requests at {verified.rate_per_s:.4g}/s per replica: targets {held}"
+            f"verified with seed {verified.seed}, {verified.requests:,} requests at {verified.rate_per_s:.4g}/s for "
+            f"{' + '.join(map(str, verified.replicas))} replica{'s' if sum(verified.replicas) > 1 else ''}: targets {held}"
             f"{grown}; {100 * verified.kept_fraction:.2f} % kept every limit"
         )
         latency = verified.latency

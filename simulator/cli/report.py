@@ -100,13 +100,17 @@ def _mean_step(folder: Path, result: "Result") -> "StepReport | None":
     """The decode step at a run's mean batch and context; None where a replica is several parts or batches nothing."""
     from simulator.roofline.analysis import step_report
     from simulator.run import load_scenario
+    from simulator.run.fleets import resolve_fleet
     from simulator.run.resolve import resolve
 
     s = result.summary
-    batch = round(s.occupancy.mean_decode_batch)
+    # Of several pools the last decodes.
+    occupancy = s.pools[-1].occupancy if s.pools else s.occupancy
+    batch = round(occupancy.mean_decode_batch)
     if batch < 1 or s.requests.finished == 0:
         return None
-    resolved = resolve(load_scenario(str(folder)))
+    scenario = load_scenario(str(folder))
+    resolved = resolve_fleet(scenario).pools[-1] if scenario.pool else resolve(scenario)
     if resolved.cost.parts > 1:
         return None
     tokens = (s.requests.prompt_tokens + s.requests.output_tokens / 2) / s.requests.finished

@@ -23,11 +23,12 @@ def list_scenarios(as_json: bool = False) -> None:
 
     loaded = [load_scenario(name) for name in scenario_names()]
     if as_json:
-        fields = ("name", "description", "model", "slice", "precision", "replicas")
-        print_json({"scenarios": [{field: getattr(s, field) for field in fields} for s in loaded]})
+        fields = ("name", "description", "model", "slice", "precision")
+        rows = [{field: getattr(s, field) for field in fields} | {"replicas": s.all_replicas} for s in loaded]
+        print_json({"scenarios": rows})
         return
-    rows = [[s.name, s.model, s.slice, s.precision, s.description] for s in loaded]
-    print_table("", ["scenario", "model", "slice", "precision", "what it is"], rows)
+    lines = [[s.name, s.model, s.slice, s.precision, s.description] for s in loaded]
+    print_table("", ["scenario", "model", "slice", "precision", "what it is"], lines)
 
 
 @scenarios.command("show")

@@ -75,6 +75,7 @@ def simulate(
     from simulator.report.tables import summary_text
     from simulator.results import check_writable, write_result
     from simulator.run import load_scenario, run_scenario
+    from simulator.run.fleets import demand_turns
 
     if out is not None:
         check_writable(out)
@@ -82,6 +83,8 @@ def simulate(
     window = _check_pictures(
         plot, timeline, trace, trace_window, out, rows_kept=not (summary_only or loaded.run.summary_only)
     )
+    if trace is not None:
+        demand_turns(loaded, "--trace")
     started = time.perf_counter()
     run = run_scenario(
         loaded,

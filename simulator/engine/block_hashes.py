@@ -56,7 +56,7 @@ class BlockHashes:
         """Return the number of rows."""
         return len(self.offsets) - 1
 
-    def rows(self, chosen: slice) -> "BlockHashes":
+    def rows(self, chosen: slice | Ids) -> "BlockHashes":
         """The same for some of the requests."""
         starts, counts = self.offsets[:-1][chosen], np.diff(self.offsets)[chosen]
         return BlockHashes(

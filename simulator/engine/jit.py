@@ -33,6 +33,7 @@ COMPILED_SOURCES = (
     "heaps.py",
     "jit.py",
     "kv_memory.py",
+    "many.py",
     "parts.py",
     "prefix_cache.py",
     "progressions.py",

@@ -299,7 +299,7 @@ class Requests:
         """Return the number of requests."""
         return len(self.arrival_s)
 
-    def take(self, rows: slice, *, concurrency: int | None = None) -> "Requests":
+    def take(self, rows: slice | NDArray[np.int64], *, concurrency: int | None = None) -> "Requests":
         """Some of the rows, with all their columns; ``concurrency`` instead of the stream's own if given."""
         columns = {name: column[rows] for name in COLUMNS if (column := getattr(self, name)) is not None}
         return Requests(

@@ -39,8 +39,15 @@ def price_of(chip: ChipSpec, name: str, template: Scenario, options: PlanOptions
         return None
 
 
-def pool(found: Found, role: Role = "unified", *, needed: int | None = None, replicas: int | None = None) -> Pool:
-    """A deployment as a pool of a planned fleet."""
+def pool(
+    found: Found,
+    role: Role = "unified",
+    *,
+    needed: int | None = None,
+    replicas: int | None = None,
+    share: float = 1.0,
+) -> Pool:
+    """A deployment as a pool of a planned fleet; ``share`` of the queries come there."""
     settings, rated, place = found.resolved.settings, found.rated, found.place
     return Pool(
         role=role,
@@ -53,8 +60,8 @@ def pool(found: Found, role: Role = "unified", *, needed: int | None = None, rep
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         num_kv_blocks=settings.num_kv_blocks,
-        saturated_per_s=rated.saturated_per_s,
-        rate_per_s=rated.rate_per_s,
+        saturated_per_s=rated.saturated_per_s / share,
+        rate_per_s=rated.rate_per_s / share,
         load=rated.rate_per_s / rated.saturated_per_s,
         binding=list(rated.binding),
         needed_replicas=found.needed if needed is None else needed,
@@ -90,29 +97,23 @@ def planned_fleet(
     )
 
 
-def waterfall(pool: Pool, provisioning: Provisioning, ideal_chip_s: float) -> list[WaterfallStep]:
+def waterfall(pools: Sequence[Pool], provisioning: Provisioning, ideal_chip_s: float) -> list[WaterfallStep]:
     """Factors from the ideal roofline to the fleet; their product times the ideal is the fleet's chips ÷ mean rate."""
-    usable = pool.rate_per_s * (1 - provisioning.headroom_fraction)
-    exact = provisioning.peak_qps / usable
+    saturated = sum(p.chips_per_replica / p.saturated_per_s for p in pools)
+    rated = sum(p.chips_per_replica / p.rate_per_s for p in pools)
+    needed = sum(p.chips_per_replica * p.needed_replicas for p in pools)
+    margin = 1 / (1 - provisioning.headroom_fraction)
     factors = [
         (
             "efficiency",
-            pool.chips_per_replica / pool.saturated_per_s / ideal_chip_s,
+            saturated / ideal_chip_s,
             "kernels, links and overheads at full load, against every efficiency at 1",
         ),
-        (
-            "queueing headroom",
-            pool.saturated_per_s / pool.rate_per_s,
-            "running below saturation, so that latencies keep the targets",
-        ),
-        (
-            "safety margin",
-            1 / (1 - provisioning.headroom_fraction),
-            "part of that rate left free even at the peak",
-        ),
+        ("queueing headroom", rated / saturated, "running below saturation, so that latencies keep the targets"),
+        ("safety margin", margin, "part of that rate left free even at the peak"),
         ("daily peak", provisioning.peak_to_mean, "built for the busiest hour, paid for all day"),
-        ("whole replicas", pool.needed_replicas / exact, "no fractions of a slice"),
-        ("redundancy", pool.replicas / pool.needed_replicas, "spares, and slices that are down"),
+        ("whole replicas", needed / (provisioning.peak_qps * rated * margin), "no fractions of a slice"),
+        ("redundancy", sum(p.chips for p in pools) / needed, "spares, and slices that are down"),
     ]
     at = ideal_chip_s
     steps = [

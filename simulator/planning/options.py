@@ -20,6 +20,8 @@ class PlanOptions(Record):
     """Chips of one replica at most."""
     shardings: tuple[ShardingKind, ...] = ("tp", "pp", "ep")
     """``tp``: all chips of the slice; ``pp``: pipeline stages of them; ``ep``: attention ranks that share experts."""
+    kinds: tuple[Literal["unified", "disaggregated"], ...] = ("unified",)
+    """Whether replicas do both, or prompts are computed in one pool and answers decoded in another."""
     max_stages: PositiveInt = 4
     """Pipeline stages at most."""
     batch_limits: tuple[PositiveInt, ...] = (16, 32, 64, 128, 256)

@@ -1,6 +1,7 @@
 """QPS and targets → the cheapest fleet: the one function of this room that others call."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from simulator.errors import InputError, UnpriceableError
 from simulator.planning.fleet import planned_fleet, pool, price_of, waterfall
 from simulator.planning.loads import Loads, at_rate
 from simulator.planning.options import PlanOptions
+from simulator.planning.pools import Handover, RoleLoads, Split, fleet_scenario, of_role, of_share, small_fleet
 from simulator.planning.rating import Sample
 from simulator.planning.search import Answer, ChipSearch, Found, with_spares
 from simulator.planning.space import check_precisions
@@ -29,23 +31,26 @@ from simulator.results.plan import (
     Plan,
     PlannedFleet,
     Provisioning,
+    Role,
     Searched,
     Target,
     Targets,
     Verification,
 )
 from simulator.results.summary import Assumption
+from simulator.roofline.precision import parse_precision
 from simulator.roofline.sweep import pareto_front
 from simulator.run.consumption import ideal_chip_seconds
 from simulator.run.options import SloOptions
 from simulator.run.resolve import Resolved
 from simulator.run.scenario import Scenario
 from simulator.run.simulate import Run, prepare_engine, queued_at_once, run_scenario, simulate_fleet
-from simulator.run.window import measured_window
 from simulator.traffic import TrafficSpec
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+Choice = Found | Split
 
 #: Called with (steps done, steps in all, what is done now).
 Progress = Callable[[int, int, str], None]
@@ -119,7 +124,7 @@ class _OnChip:
 
     chip: str
     answer: Answer
-    counts: dict[str, int]
+    counts: Counter[str]
     why_not: str
     unpriceable: bool
     any_fits: bool
@@ -127,13 +132,20 @@ class _OnChip:
     """If nothing was found: least factor on some limits that lets an idle deployment keep them, or a bound of it."""
     idle_s: dict[str, float] = field(default_factory=dict)
     """Then also the least of each latency."""
+    split: Split | None = None
+    """Prefill and decode pools, if they were asked for."""
     searcher: ChipSearch | None = None
     """The search itself, for other targets; None: it was let go, because its tables take memory."""
 
     @property
-    def best(self) -> Found | None:
-        """The best fleet for the targets as asked."""
-        return self.answer.found[0] if self.answer.found else None
+    def choices(self) -> tuple[Choice, ...]:
+        """What keeps the targets as asked."""
+        return (*self.answer.found, *([self.split] if self.split else []))
+
+    @property
+    def best(self) -> Choice | None:
+        """The fewest chips for the targets as asked."""
+        return min(self.choices, key=lambda choice: choice.rank, default=None)
 
 
 @dataclass(frozen=True)
@@ -229,14 +241,14 @@ class _Question:
             say(total, total, "done")
             return Plan(best=None, idle_latency_s=idle, nearest=nearest, **common)
         say(total - 2, total, "verifying the best fleet")
-        found, fleet, verification, run = self._verified(ranked[0])
+        fleet, verification, run = self._verified(ranked[0])
         say(total - 1, total, "a day's mean load")
-        consumption = self._consumption(found, fleet, run, verification)
+        consumption = self._consumption(ranked[0], fleet, run, verification)
         say(total, total, "done")
         summary = run.summary
         return Plan(
             best=fleet,
-            waterfall=waterfall(fleet.pools[0], self.provisioning, consumption.ideal_chip_s),
+            waterfall=waterfall(fleet.pools, self.provisioning, consumption.ideal_chip_s),
             verification=verification,
             consumption=consumption,
             runners_up=[self._fleet(f) for f in _unlike(ranked[1:], ranked[0])][: self.options.runners_up],
@@ -265,20 +277,15 @@ class _Question:
         for site in searcher.sites[:1]:
             if site.base.cost.parts == 1 and not site.base.settings.expert_skew.on:
                 prepare_engine(say, site.base)
-        answer = searcher.search(self.targets)
-        benches = [entry.bench for entry in searcher.opened]
-        counts = {
-            "considered": searcher.considered,
-            "illegal": searcher.illegal,
-            "unfit": searcher.unfit,
-            "pruned_by_latency": answer.pruned_by_latency,
-            "pruned_by_cost": answer.pruned_by_cost,
-            "simulated": sum(bench.simulations > 0 for bench in benches),
-            "simulations": sum(bench.simulations for bench in benches),
-        }
+        answer = searcher.search(self.targets) if "unified" in self.options.kinds else Answer((), 0, 0)
+        counts = _counts(searcher, answer) if "unified" in self.options.kinds else Counter()
+        split = None
+        if "disaggregated" in self.options.kinds:
+            split, more = self._split(chip, self.targets)
+            counts += more
         scales: dict[tuple[str, ...], float] = {}
         idle_s: dict[str, float] = {}
-        if not answer.found and searcher.sites:
+        if not answer.found and not split and searcher.sites:
             how = searcher.least_scale if self.explain else searcher.floor_scale
             for metrics in _subsets([t.metric for t in self.targets.limits]):
                 if all(math.isinf(scale) for known, scale in scales.items() if len(known) < len(metrics)):
@@ -298,15 +305,55 @@ class _Question:
             any_fits=bool(searcher.sites),
             scales=scales,
             idle_s={name: value for name, value in idle_s.items() if math.isfinite(value)},
+            split=split,
             searcher=searcher if (scales and self.explain) or len(self.chips) <= self.options.front_chips else None,
         )
 
-    def _fleet(self, found: Found, *, needed: int | None = None) -> PlannedFleet:
-        chip = found.resolved.slice.chip
-        name = found.place.slice.rpartition(":")[0]
-        price = price_of(chip, name, self.template, self.options)
-        replicas = None if needed is None else with_spares(self.provisioning, needed)
-        return planned_fleet([pool(found, needed=needed, replicas=replicas)], self.provisioning, [price])
+    def _split(self, chip: str, targets: Targets) -> tuple[Split | None, Counter[str]]:
+        """The fewest chips of a prefill and of a decode pool, and how the search went.
+
+        None if either keeps no part of the targets, or nothing joins them.
+        """
+        options = self.options.model_copy(update={"shardings": tuple(s for s in self.options.shardings if s != "pp")})
+        loads = RoleLoads(self.template, options.seed, options.requests, "prefill")
+        searcher = ChipSearch(self.architecture, chip, self.template, options, loads, self.provisioning)
+        answer = searcher.search(of_role(targets, "prefill"))
+        counts = _counts(searcher, answer)
+        if not answer.found:
+            return None, counts
+        prefill = answer.found[0]
+        try:
+            handover = Handover.of(prefill)
+        except UnpriceableError:
+            return None, counts
+        kv = prefill.resolved.deployment.precision.kv
+        same = tuple(text for text in options.precisions if parse_precision(text).kv == kv)
+        later = RoleLoads(self.template, options.seed, options.requests, "decode", handover)
+        searcher = ChipSearch(
+            self.architecture,
+            chip,
+            self.template,
+            options.model_copy(update={"precisions": same}),
+            later,
+            of_share(self.provisioning, later.share),
+        )
+        answer = searcher.search(of_role(targets, "decode"))
+        counts += _counts(searcher, answer)
+        return (Split(prefill, answer.found[0], later.share) if answer.found else None), counts
+
+    def _fleet(self, choice: Choice, *, needed: Sequence[int] | None = None) -> PlannedFleet:
+        """A choice as a fleet, with other numbers of needed replicas than it has itself if given."""
+        parts = _parts(choice)
+        counts = needed or [found.needed for _, found, _ in parts]
+        pools = [
+            pool(found, role, needed=n, replicas=with_spares(self.provisioning, n), share=share)
+            for (role, found, share), n in zip(parts, counts, strict=True)
+        ]
+        prices = [
+            price_of(f.resolved.slice.chip, f.place.slice.rpartition(":")[0], self.template, self.options)
+            for _, f, _ in parts
+        ]
+        return planned_fleet(pools, self.provisioning, prices)
 
     def _order(self, fleet: PlannedFleet | None) -> tuple[bool, bool, float, int]:
         """Ranks fleets: those with a price first where cost decides, chips among the others."""
@@ -315,11 +362,11 @@ class _Question:
         cost = fleet.usd_per_hour if self.options.rank_by == "cost" else None
         return False, cost is None and self.options.rank_by == "cost", cost or 0.0, fleet.chips
 
-    def _ranked(self, on_chip: Iterable[_OnChip]) -> list[Found]:
+    def _ranked(self, on_chip: Iterable[_OnChip]) -> list[Choice]:
         """Fleets that may win, best first: by cost, only those with a price."""
-        return self._ranked_of(f for one in on_chip for f in one.answer.found)
+        return self._ranked_of(choice for one in on_chip for choice in one.choices)
 
-    def _ranked_of(self, fleets: Iterable[Found]) -> list[Found]:
+    def _ranked_of(self, fleets: Iterable[Choice]) -> list[Choice]:
         found = [(self._order(self._fleet(f)), f) for f in fleets]
         kept = [item for item in found if not item[0][1]]
         kept.sort(key=lambda item: (item[0], item[1].rank[1:]))
@@ -336,8 +383,8 @@ class _Question:
             return ChipOutcome(chip=one.chip, status="does_not_fit", reason=one.why_not)
         return ChipOutcome(chip=one.chip, status="infeasible", reason=_shortfall(self.targets, one))
 
-    def _at(self, found: Found, rate_per_s: float, n_requests: int) -> Scenario:
-        """The deployment as a scenario at a rate, judged by the targets as far as ``[slo]`` can say them."""
+    def _at(self, choice: Choice, replicas: Sequence[int], rate_per_s: float, n_requests: int) -> Scenario:
+        """A choice as a scenario at a rate, judged by the targets as far as ``[slo]`` can say them."""
         load = self.loads.first(n_requests)
         traffic = at_rate(self.loads.spec, load, rate_per_s, n_requests)
         limits: dict[str, float] = {t.metric: t.limit_s for t in self.targets.limits}
@@ -345,6 +392,7 @@ class _Question:
         if share is None:
             share = min((t.percentile / 100 for t in self.targets.limits if t.percentile), default=0.99)
         slo = SloOptions(**limits, percentile=100 * share)
+        found = _parts(choice)[-1][1]
         chip = found.resolved.slice.chip
         price = price_of(chip, found.place.slice.rpartition(":")[0], self.template, self.options)
         by_hand = price is not None and price.term == "by hand"
@@ -352,51 +400,62 @@ class _Question:
         prices = prices.model_copy(update={"usd_per_chip_hour": price.usd_per_chip_hour if price and by_hand else None})
         run = self.template.run.model_copy(update={"seed": self.options.seed + 1, "seeds": 1, "summary_only": False})
         changes = {"traffic": traffic, "slo": slo, "prices": prices, "run": run}
-        return found.resolved.scenario.model_copy(update=changes)
+        if isinstance(choice, Split):
+            prefill, decode = replicas
+            return fleet_scenario(self.template, choice, (prefill, decode)).model_copy(update=changes)
+        return choice.resolved.scenario.model_copy(update=changes)
 
-    def _simulate(self, found: Found, rate_per_s: float) -> tuple[Run, Sample]:
-        n = max(VERIFYING_REQUESTS, len(found.load.requests))
-        scenario = self._at(found, rate_per_s, n)
-        run = run_scenario(scenario, architecture=self.architecture)
-        window = measured_window(
-            run.outcome, warm_up_fraction=scenario.run.warm_up_fraction, drain_fraction=scenario.run.drain_fraction
-        )
-        return run, Sample.of(run.result.requests, window.rows)
+    def _simulate(self, choice: Choice, replicas: Sequence[int], rate_per_s: float) -> tuple[Run, Sample]:
+        longest = max(len(found.load.requests) for _, found, _ in _parts(choice))
+        n = max(VERIFYING_REQUESTS, longest * sum(replicas) if isinstance(choice, Split) else longest)
+        run = run_scenario(self._at(choice, replicas, rate_per_s, n), architecture=self.architecture)
+        window, table = run.summary.window, run.result.requests
+        arrival = np.asarray(table["arrival_s"], dtype=np.float64)
+        return run, Sample.of(table, np.flatnonzero((arrival >= window.start_s) & (arrival <= window.stop_s)))
 
-    def _verified(self, found: Found) -> tuple[Found, PlannedFleet, Verification, Run]:
-        """The planned replica with another seed, and more replicas until it keeps the targets there too."""
-        needed = found.needed
+    def _verified(self, choice: Choice) -> tuple[PlannedFleet, Verification, Run]:
+        """The plan with another seed, and more replicas until it keeps the targets there too."""
+        first = [found.needed for _, found, _ in _parts(choice)]
+        needed = list(first)
         for growth in range(GROWTHS + 1):
-            rate = self.provisioning.peak_qps / needed
-            run, sample = self._simulate(found, rate)
-            kept = sample.holds(self.targets) and run.summary.latency is not None
+            replicas = _simulated(choice, needed)
+            rate = self.provisioning.peak_qps * max(k / n for k, n in zip(replicas, needed, strict=True))
+            run, sample = self._simulate(choice, replicas, rate)
+            missed = sample.missed(self.targets)
+            kept = not missed and run.summary.latency is not None
             if kept or growth == GROWTHS:
                 break
-            needed = max(needed + 1, math.ceil(needed * 1.02))
-        latency = run.summary.latency
+            # What is missed tells which of two pools is short; a backlog, or anything else, both.
+            short = {0 if name.startswith("ttft") else len(needed) - 1 for name in missed} or set(range(len(needed)))
+            needed = [max(n + 1, math.ceil(n * 1.02)) if i in short else n for i, n in enumerate(needed)]
         verification = Verification(
+            replicas=list(replicas),
             rate_per_s=rate,
-            requests=len(run.outcome.requests),
+            requests=len(run.result.requests["arrival_s"]),
             seed=run.result.seed,
             kept=kept,
             kept_fraction=sample.kept_fraction(self.targets),
-            added_replicas=needed - found.needed,
-            latency=latency,
+            added_replicas=sum(needed) - sum(first),
+            latency=run.summary.latency,
         )
-        return found, self._fleet(found, needed=needed), verification, run
+        return self._fleet(choice, needed=needed), verification, run
 
-    def _consumption(self, found: Found, fleet: PlannedFleet, run: Run, verified: Verification) -> Consumption:
-        """A replica at the mean load of the day, and the ideal at a saturated one's batch."""
-        rate = self.provisioning.qps / fleet.replicas
-        if rate != verified.rate_per_s:
-            run, _ = self._simulate(found, rate)
+    def _consumption(self, choice: Choice, fleet: PlannedFleet, run: Run, verified: Verification) -> Consumption:
+        """The fleet at the mean load of the day, and the ideal at a saturated replica's batch."""
+        counts = [p.replicas for p in fleet.pools]
+        replicas = _simulated(choice, counts)
+        rate = self.provisioning.qps * max(k / n for k, n in zip(replicas, counts, strict=True))
+        if rate != verified.rate_per_s or list(replicas) != verified.replicas:
+            run, _ = self._simulate(choice, replicas, rate)
         energy = run.summary.energy
         provisioned = fleet.chips / self.provisioning.qps
-        # The run's own rate is its sample's, and its last requests are served by a replica that empties.
+        # The run's own rate is its sample's, and its last requests are served by a fleet that empties.
         scale = provisioned / run.summary.chip_seconds_per_query.provisioned
         return Consumption(
             rate_per_s=rate,
-            ideal_chip_s=ideal_chip_s(found.resolved, found.load.requests),
+            ideal_chip_s=sum(
+                share * ideal_chip_s(found.resolved, found.load.requests) for _, found, share in _parts(choice)
+            ),
             busy_chip_s=provisioned * run.summary.utilisation.busy_fraction,
             provisioned_chip_s=provisioned,
             joules_per_query=None if energy is None else scale * energy.joules_per_query,
@@ -414,8 +473,17 @@ class _Question:
 
         def of_chip(one: _OnChip) -> dict[float, PlannedFleet]:
             searcher = one.searcher or self._searcher(one.chip)
-            found = {scale: searcher.search(self.targets.scaled(scale)).found for scale in scales}
-            return {scale: self._fleet(fleets[0]) for scale, fleets in found.items() if fleets}
+            found: dict[float, PlannedFleet] = {}
+            for scale in scales:
+                targets = self.targets.scaled(scale)
+                choices: list[Choice] = []
+                if "unified" in self.options.kinds:
+                    choices += searcher.search(targets).found[:1]
+                if "disaggregated" in self.options.kinds:
+                    choices += [split for split in self._split(one.chip, targets)[:1] if split is not None]
+                if choices:
+                    found[scale] = self._fleet(min(choices, key=lambda choice: choice.rank))
+            return found
 
         by_chip = _in_threads(of_chip, cheapest[: self.options.front_chips], workers)
         points = [
@@ -563,10 +631,34 @@ def _subsets(metrics: Sequence[str]) -> list[tuple[str, ...]]:
     return [subset for size in range(1, len(metrics) + 1) for subset in combinations(metrics, size)]
 
 
-def _unlike(found: Iterable[Found], best: Found) -> list[Found]:
+def _counts(searcher: ChipSearch, answer: Answer) -> Counter[str]:
+    """How a search went, by the names of :class:`~simulator.results.plan.Searched`."""
+    benches = [entry.bench for entry in searcher.opened]
+    return Counter(
+        considered=searcher.considered,
+        illegal=searcher.illegal,
+        unfit=searcher.unfit,
+        pruned_by_latency=answer.pruned_by_latency,
+        pruned_by_cost=answer.pruned_by_cost,
+        simulated=sum(bench.simulations > 0 for bench in benches),
+        simulations=sum(bench.simulations for bench in benches),
+    )
+
+
+def _parts(choice: Choice) -> tuple[tuple[Role, Found, float], ...]:
+    """Pools of a choice: role, deployment, and the share of the queries that come there."""
+    return choice.parts if isinstance(choice, Split) else (("unified", choice, 1.0),)
+
+
+def _simulated(choice: Choice, counts: Sequence[int]) -> tuple[int, ...]:
+    """Replicas to simulate in place of so many: one of equal independent ones, or a small fleet of two pools."""
+    return small_fleet((counts[0], counts[1])) if isinstance(choice, Split) else (1,)
+
+
+def _unlike(found: Iterable[Choice], best: Choice) -> list[Choice]:
     """Of each slice, sharding, layout and precision only the first."""
-    seen = {best.place}
-    kept = []
+    seen: set[object] = {best.place}
+    kept: list[Choice] = []
     for one in found:
         if one.place not in seen:
             seen.add(one.place)

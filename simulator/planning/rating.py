@@ -8,6 +8,7 @@ whatever the targets: looser targets then never give a smaller rate, even where 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,12 +134,16 @@ class Load:
         as they arrive at ``rate_per_s``, which is the process's own mean rate. [1/s]
     warm_up_fraction, drain_fraction
         shares of the arrival span that are left out of the statistics.
+    before_s, transfer_s
+        [n] time between a query's arrival and its request's here, and the part of it after its first token; None: none. [s]
     """
 
     requests: Requests
     rate_per_s: float
     warm_up_fraction: float = 0.1
     drain_fraction: float = 0.05
+    before_s: Array | None = None
+    transfer_s: Array | None = None
 
     @cached_property
     def measured(self) -> NDArray[np.int64]:
@@ -161,7 +166,21 @@ class Load:
 
     def first(self, n: int) -> "Load":
         """The first ``n`` requests."""
-        return self if n >= len(self.requests) else replace(self, requests=self.requests.take(slice(0, n)))
+        if n >= len(self.requests):
+            return self
+        parts: dict[str, Any] = {
+            name: None if (x := getattr(self, name)) is None else x[:n] for name in ("before_s", "transfer_s")
+        }
+        return replace(self, requests=self.requests.take(slice(0, n)), **parts)
+
+    def seen(self, sample: Sample) -> Sample:
+        """Latencies of the measured requests as users see them, of what this replica's clock says."""
+        if self.before_s is None or self.transfer_s is None:
+            return sample
+        rows = self.measured
+        e2e_s = sample.latency["e2e_s"]
+        tpot_s = (e2e_s + self.transfer_s[rows]) / self.requests.output_tokens[rows]
+        return Sample(dict(sample.latency) | {"tpot_s": tpot_s, "e2e_s": e2e_s + self.before_s[rows]})
 
 
 @dataclass(frozen=True)
@@ -210,7 +229,7 @@ class Bench:
         if step not in self._samples:
             self.simulations += 1
             outcome = simulate_fleet(self.resolved, self.load.at(self.rate_per_s(step)))
-            self._samples[step] = Sample.of(requests_table(outcome), self.load.measured)
+            self._samples[step] = self.load.seen(Sample.of(requests_table(outcome), self.load.measured))
         return self._samples[step]
 
     def rate(self, targets: Targets, *, at_least_per_s: float = 0.0) -> Rated | None:

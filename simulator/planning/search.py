@@ -105,7 +105,8 @@ class Site:
 def floor_sample(floors: Floors, load: Load) -> Sample:
     """Least latencies of the measured requests of a load."""
     rows = load.measured
-    return Sample({name: np.where(floors.accepted, getattr(floors, name), np.inf)[rows] for name in LATENCIES})
+    least = Sample({name: np.where(floors.accepted, getattr(floors, name), np.inf)[rows] for name in LATENCIES})
+    return load.seen(least)
 
 
 @dataclass(frozen=True)

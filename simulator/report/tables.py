@@ -104,6 +104,7 @@ def summary_text(summary: Summary, *, sources: bool = True) -> str:
         "",
         *_throughput(summary),
         "",
+        *_fleet(summary),
         *_cost(summary),
         "",
         "Conservation",
@@ -126,8 +127,10 @@ def summary_text(summary: Summary, *, sources: bool = True) -> str:
 
 def _heading(s: Summary) -> list[str]:
     d, r, w = s.deployment, s.requests, s.window
-    chips = d.chips_per_replica * d.replicas
-    replicas = "" if d.replicas == 1 else f" × {d.replicas} replicas, round robin"
+    chips = s.ledger.chips
+    # The slices of several pools come with their numbers.
+    replicas = f" × {d.replicas} replicas, {d.router}" if d.replicas > 1 and not s.pools else ""
+    replicas += f", {d.router}" if s.pools else ""
     return [
         f"{s.scenario} · seed {s.seed} · status: {s.status}",
         *wrapped(
@@ -356,6 +359,53 @@ def _throughput(s: Summary) -> list[str]:
         ),
         *wrapped("chip time: " + " · ".join(f"{name.replace('_', ' ')} {percent(f)}" for name, f in shares if f > 0)),
     ]
+
+
+POOL_COLUMNS = ("replicas", "chips", "busy", "running", "waiting", "KV", "chip-s/query")
+
+
+def pool_rows(s: Summary) -> list[tuple[str, ...]]:
+    """Each pool's name and :data:`POOL_COLUMNS`: requests and KV use are means of a replica."""
+    return [
+        (
+            pool.name,
+            f"{pool.deployment.replicas}",
+            f"{(pool.deployment.chips_per_replica or 0) * pool.deployment.replicas}",
+            percent(pool.utilisation.busy_fraction),
+            number(pool.occupancy.mean_running),
+            number(pool.occupancy.mean_waiting),
+            percent(pool.occupancy.mean_kv_fraction),
+            number(pool.busy_chip_s / s.requests.finished),
+        )
+        for pool in s.pools
+    ]
+
+
+def fleet_sentences(s: Summary) -> list[str]:
+    """What links carried, and what agents got done."""
+    found = [
+        f"{link.name}: {link.transfers:,} transfers of {format_si(link.moved_bytes / max(link.transfers, 1), 'B')} over "
+        f"{link.links} x {format_si(link.bandwidth_bytes_per_s, 'B/s')}, {percent(link.busy_fraction)} busy; one takes "
+        f"{seconds(link.mean_transfer_s)}, {seconds(link.mean_wait_s)} of it waiting for the link"
+        for link in s.links
+    ]
+    if s.agents is not None:
+        a = s.agents
+        found.append(
+            f"agents: {a.agents} at work, {a.tasks:,} tasks begun, {a.completed:,} completed in time, {a.left:,} left; "
+            f"{number(a.tasks_per_s)} tasks/s, half within {seconds(a.task_s.p50.value)}, 99 % within {seconds(a.task_s.p99.value)}"
+        )
+    return found
+
+
+def _fleet(s: Summary) -> list[str]:
+    """Pools, links and agents, where there are any."""
+    lines = ["Pools and links"] if s.pools or s.links or s.agents else []
+    if s.pools:
+        lines += aligned([("", *POOL_COLUMNS), *pool_rows(s)])
+    for sentence in fleet_sentences(s):
+        lines += wrapped(sentence)
+    return [*lines, ""] if lines else []
 
 
 def _cost(s: Summary) -> list[str]:

@@ -191,10 +191,12 @@ class FrontPoint(Section):
 
 
 class Verification(Section):
-    """The planned replica simulated again, with another seed, at the rate it gets at the peak."""
+    """The plan simulated again, with another seed, at the rate that its replicas get at the peak."""
 
+    replicas: list[int]
+    """Replicas simulated, of each pool; few stand for many that are loaded alike."""
     rate_per_s: float
-    """Of one replica. [1/s]"""
+    """Of all that were simulated. [1/s]"""
     requests: int
     seed: int
     kept: bool
@@ -210,7 +212,7 @@ class Consumption(Section):
     """What a query takes of the fleet, averaged over the day at the mean rate; spares share the load."""
 
     rate_per_s: float
-    """Of one replica. [1/s]"""
+    """Of the replicas simulated: one, or few of each pool. [1/s]"""
     ideal_chip_s: float
     """The query alone at efficiency 1, at the batch of a saturated replica. [chip-s]"""
     busy_chip_s: float

@@ -468,16 +468,76 @@ class Deployment(Section):
 
     model: str
     slice: str
+    """Of several pools, each with its number of replicas."""
     chip: str
-    chips_per_replica: int
+    chips_per_replica: int | None
+    """Null, as the other numbers, where pools differ in it."""
     replicas: int
+    """Of all pools."""
+    router: str = "round-robin"
+    """Who chose a replica; where pools are disaggregated, for prefill and for decode."""
     precision: str
     sharding: str
-    num_kv_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    num_kv_blocks: int | None
+    block_size: int | None
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
     traffic: str
+
+
+class Pool(Section):
+    """One pool of a fleet of several: what it is, and how it was used."""
+
+    name: str
+    role: str
+    """unified, prefill or decode."""
+    first_replica: int
+    """Its replicas are numbered from here."""
+    requests: int
+    """That it finished its part of."""
+    deployment: Deployment
+    occupancy: Occupancy
+    utilisation: Utilisation
+    prefix_cache: PrefixCache | None = None
+    """Null without one."""
+    busy_chip_s: float
+    idle_chip_s: float
+
+
+class LinkUse(Section):
+    """Links of one kind, over the whole run."""
+
+    name: str
+    """link: from prefill to decode replicas; store: from the store of cached KV."""
+    links: int
+    bandwidth_bytes_per_s: float
+    """Of each."""
+    latency_s: float
+    transfers: int
+    moved_bytes: float
+    """That requests moved."""
+    busy_fraction: float
+    """Share of the run that a link was sending, mean over the links."""
+    mean_wait_s: float
+    """Time a transfer waited for its links."""
+    mean_transfer_s: float
+    """Waiting, sending and latency together."""
+
+
+class Agents(Section):
+    """What agents got done."""
+
+    agents: int
+    tasks: int
+    """Started."""
+    completed: int
+    """All turns of which were answered, within the deadline if there is one."""
+    left: int
+    """Whose rest was left because the deadline had passed."""
+    tasks_per_s: float
+    """Completed, over the whole run."""
+    task_s: Distribution
+    """From a completed task's first request to its last answer; over the whole run, without intervals."""
 
 
 class Summary(Section):
@@ -506,6 +566,12 @@ class Summary(Section):
     """Null without speculative decoding."""
     kv_memory: KvMemory | None = None
     """Null where KV blocks live in HBM alone."""
+    pools: list[Pool] = []
+    """Empty where there is but one, of unified replicas."""
+    links: list[LinkUse] = []
+    """Empty where KV caches cross none."""
+    agents: Agents | None = None
+    """Null without agents."""
     chip_seconds_per_query: ChipSeconds
     prices: Prices | None
     """Null when the chip has no price and the scenario sets none."""

@@ -35,14 +35,23 @@ class Column:
 
 REQUEST_COLUMNS = (
     Column("request", "int64", "index of the request in the stream, from 0; the row order"),
-    Column("replica", "int32", "replica that served it"),
+    Column("replica", "int32", "replica that gave its last token, or was to; counted over all pools, −1: none"),
+    Column("pool", "int32", "that replica's pool, in the order of the scenario; −1: none"),
+    Column(
+        "prefill_replica", "int32", "replica that computed its prompt: another one only where pools are disaggregated"
+    ),
     Column("status", "state", "one of " + ", ".join(REQUEST_STATES)),
     Column("arrival_s", "float64 or null", "arrival; null if a closed loop ended before it arrived"),
     Column("scheduled_s", "float64 or null", "start of the first step it was part of"),
     Column("first_token_s", "float64 or null", "end of the step that gave its first token"),
     Column("finish_s", "float64 or null", "end of the step that gave its last token"),
     Column("queue_s", "float64 or null", "scheduled_s − arrival_s"),
-    Column("load_s", "float64", "time waited for KV blocks to be loaded from below HBM, part of queue_s"),
+    Column("load_s", "float64", "time waited for KV blocks from below HBM or from the fleet's store, part of queue_s"),
+    Column(
+        "transfer_s",
+        "float64",
+        "time from the end of its prefill until its KV cache was at the decode replica; 0 without",
+    ),
     Column("ttft_s", "float64 or null", "time to first token: first_token_s − arrival_s"),
     Column("tpot_s", "float64 or null", "(e2e_s − ttft_s)/(output_tokens − 1); null for one-token outputs"),
     Column("e2e_s", "float64 or null", "end-to-end latency: finish_s − arrival_s"),

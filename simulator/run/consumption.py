@@ -193,8 +193,23 @@ def ideal_chip_seconds(
         B̄, mean decoding sequences per step (of a rank, or a micro-batch) of the pool, at least 1. The step is taken at B̄ of the
         query's own mean context, prompt + output/2; between whole B̄ the tables are interpolated.
     """
+    prefill = ideal_prefill_chip_seconds(prompt_tokens, cached_tokens, cost=cost, settings=settings)
+    return prefill + ideal_decode_chip_seconds(prompt_tokens, output_tokens, cost=cost, mean_batch=mean_batch)
+
+
+def ideal_prefill_chip_seconds(
+    prompt_tokens: NDArray[np.int64], cached_tokens: NDArray[np.int64], *, cost: StepCost, settings: EngineSettings
+) -> Array:
+    """[n] the part of :func:`ideal_chip_seconds` that is prefill. [chip-s]"""
+    alone_s = _prefill_alone_s(prompt_tokens, cached_tokens, cost, settings.max_num_batched_tokens)
+    return np.asarray(cost.chips / cost.parts * alone_s)
+
+
+def ideal_decode_chip_seconds(
+    prompt_tokens: NDArray[np.int64], output_tokens: NDArray[np.int64], *, cost: StepCost, mean_batch: float
+) -> Array:
+    """[n] the part of :func:`ideal_chip_seconds` that is not: output × step(B̄)/B̄. [chip-s]"""
     batch = max(mean_batch, 1.0)
-    prefill = _prefill_alone_s(prompt_tokens, cached_tokens, cost, settings.max_num_batched_tokens)
     context = prompt_tokens + output_tokens / 2
     keys = batch * context
     knot = np.searchsorted(cost.decode_knots, keys, side="right") - 1
@@ -205,7 +220,7 @@ def ideal_chip_seconds(
         batch, np.arange(len(cost.head_s)), cost.head_s
     )
     step = shared + attention + cost.decode_seq_s * batch
-    return np.asarray(cost.chips / cost.parts * (prefill + output_tokens * step / batch))
+    return np.asarray(cost.chips / cost.parts * (output_tokens * step / batch))
 
 
 def _prefill_alone_s(

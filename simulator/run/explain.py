@@ -11,6 +11,7 @@ from simulator.engine.compiled import Engine, simulate
 from simulator.engine.event_log import MAX_STEPS, EventLog, Phase, Step, record
 from simulator.engine.records import FINISHED, REJECTED, EngineResult, EngineSettings, Requests
 from simulator.errors import InfeasibleError, InputError
+from simulator.run.fleets import demand_turns
 from simulator.run.outcome import split
 from simulator.run.resolve import Resolved, check_contradictions
 from simulator.run.simulate import scenario_requests
@@ -95,6 +96,7 @@ def record_fleet(
 ) -> list[EventLog]:
     """Logs of a stretch of every replica's run, at most ``max_steps`` steps together."""
     resolved.demand_plain("a trace")
+    demand_turns(resolved.scenario, "a trace")
     n = resolved.scenario.replicas
     return [
         record(Engine(resolved.cost, resolved.settings, part), start_s, end_s, max_steps=max(max_steps // n, 1))
@@ -120,6 +122,7 @@ def explain(resolved: Resolved, request: int, *, seed: int | None = None) -> Exp
         If the request was rejected: its time went nowhere.
     """
     resolved.demand_plain("explain")
+    demand_turns(resolved.scenario, "explain")
     scenario = resolved.scenario
     used = scenario.run.seed if seed is None else seed
     stream = build_stream(scenario.traffic, used, base_folder=Path.cwd())

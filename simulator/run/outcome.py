@@ -18,6 +18,7 @@ from simulator.engine.records import (
     Requests,
     SpeculationResult,
 )
+from simulator.fleet.records import joined
 from simulator.results.tables import REQUEST_STATES, Table
 from simulator.roofline.step_cost import StepCost
 
@@ -36,7 +37,7 @@ class ConservationError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A stream of requests served by equal replicas, request i by replica i mod N.
+    """A stream of requests served by equal replicas.
 
     ``requests`` is the whole stream; ``replicas`` are the engines' results, each over its own rows.
     """
@@ -47,6 +48,25 @@ class Outcome:
     itl_counts_measured: NDArray[np.int64] | None = None
     """Inter-token latencies, by the bins of :mod:`simulator.engine.records`, of the steps that started inside the measured
     window, all replicas. None if the window was not known during the run."""
+    rows: tuple[NDArray[np.int64], ...] | None = None
+    """Which requests each replica was sent; None: request i went to replica i mod N."""
+    until_s: float = 0.0
+    """When the whole fleet was done, of which these replicas are a part. [s]"""
+
+    @property
+    def own_rows(self) -> Sequence[NDArray[np.int64] | slice]:
+        """Which requests each replica was sent."""
+        if self.rows is not None:
+            return self.rows
+        return [slice(r, None, self.n_replicas) for r in range(self.n_replicas)]
+
+    @property
+    def replica_of(self) -> NDArray[np.int32]:
+        """[n] who was sent each request; −1: nobody."""
+        found = np.full(len(self.requests), -1, dtype=np.int32)
+        for r, rows in enumerate(self.own_rows):
+            found[rows] = r
+        return found
 
     @property
     def n_replicas(self) -> int:
@@ -61,7 +81,7 @@ class Outcome:
     @property
     def end_s(self) -> float:
         """Clock when the last replica ended. [s]"""
-        return max(replica.end_s for replica in self.replicas)
+        return max(self.until_s, *(replica.end_s for replica in self.replicas))
 
     @property
     def busy_s(self) -> float:
@@ -84,9 +104,9 @@ class Outcome:
         parts = [replica.speculation for replica in self.replicas if replica.speculation is not None]
         if not parts:
             return None
-        wasted = np.empty(len(self.requests))
-        for r, part in enumerate(parts):
-            wasted[r :: self.n_replicas] = part.wasted_s
+        wasted = np.zeros(len(self.requests))
+        for rows, part in zip(self.own_rows, parts, strict=True):
+            wasted[rows] = part.wasted_s
         return SpeculationResult(
             passes=np.asarray(np.sum([part.passes for part in parts], axis=0)),
             keys=np.asarray(np.sum([part.keys for part in parts], axis=0)),
@@ -100,11 +120,7 @@ class Outcome:
 
     def column(self, name: str) -> NDArray[Any]:
         """One per-request array of the engine results, in stream order."""
-        parts = [getattr(replica, name) for replica in self.replicas]
-        joined = np.empty(len(self.requests), dtype=parts[0].dtype)
-        for r, part in enumerate(parts):
-            joined[r :: self.n_replicas] = part
-        return joined
+        return joined(len(self.requests), name, self.own_rows, self.replicas)
 
     def total(self, name: str) -> float:
         """Sum of one entry of ``totals`` over replicas."""
@@ -158,7 +174,9 @@ def requests_table(outcome: Outcome) -> Table:
     np.divide(e2e - ttft, gaps, out=tpot, where=gaps > 0)
     return {
         "request": np.arange(n),
-        "replica": np.arange(n, dtype=np.int32) % np.int32(outcome.n_replicas),
+        "replica": outcome.replica_of,
+        "pool": np.zeros(n, dtype=np.int32),
+        "prefill_replica": outcome.replica_of,
         "status": outcome.column("status"),
         "arrival_s": arrival,
         "scheduled_s": scheduled,
@@ -166,6 +184,7 @@ def requests_table(outcome: Outcome) -> Table:
         "finish_s": finish,
         "queue_s": scheduled - arrival,
         "load_s": outcome.column("load_s"),
+        "transfer_s": np.zeros(n),
         "ttft_s": ttft,
         "tpot_s": tpot,
         "e2e_s": e2e,

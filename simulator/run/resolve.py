@@ -362,6 +362,7 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
             chip=chip.name,
             chips_per_replica=resolved.cost.chips,
             replicas=scenario.replicas,
+            router=scenario.router.policy,
             precision=d.precision.name,
             sharding=_sharding_text(resolved.sharding),
             num_kv_blocks=resolved.settings.num_kv_blocks,

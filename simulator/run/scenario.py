@@ -20,8 +20,18 @@ from simulator.catalog.records import Record
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.records import EngineSettings
 from simulator.engine.scheduling import HostOverheads, Scheduling
+from simulator.errors import InputError
 from simulator.roofline.deployment import DEQUANTIZATION_FLOPS, WORKSPACE_BYTES
 from simulator.run.clients import ClientOptions
+from simulator.run.fleet_options import (
+    TABLES,
+    VALUES,
+    AgentOptions,
+    LinkOptions,
+    PoolOptions,
+    RouterOptions,
+    StoreOptions,
+)
 from simulator.run.kv_memory import TierOptions
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
 from simulator.run.speculation import SpeculationOptions
@@ -206,6 +216,10 @@ def _base_from_word(value: Any) -> Any:
     return {"base": value} if isinstance(value, str) else value
 
 
+def _policy_from_word(value: Any) -> Any:
+    return {"policy": value} if isinstance(value, str) else value
+
+
 class Scenario(Record):
     """One deployment under one traffic, with what it is judged by."""
 
@@ -220,7 +234,15 @@ class Scenario(Record):
     quantize_head: bool = False
     """Whether embedding and output head are held in the weights' format too."""
     replicas: PositiveInt = 1
-    router: Literal["round-robin"] = "round-robin"
+    router: Annotated[RouterOptions, BeforeValidator(_policy_from_word)] = RouterOptions()
+    pool: Annotated[tuple[PoolOptions, ...], BeforeValidator(_as_tuple)] = ()
+    """Pools of replicas; none: one pool of ``replicas`` equal ones."""
+    link: LinkOptions | None = None
+    """Between prefill and decode pools."""
+    store: StoreOptions | None = None
+    """Where cached tokens' KV is fetched from; None: it is in HBM already."""
+    agents: AgentOptions | None = None
+    """Who sends the requests, if not the traffic by itself."""
     sharding: ShardingOptions = ShardingOptions()
     deployment: DeploymentOptions = DeploymentOptions()
     engine: EngineOptions = EngineOptions()
@@ -230,6 +252,62 @@ class Scenario(Record):
     slo: SloOptions = SloOptions()
     prices: PriceOptions = PriceOptions()
     run: RunOptions = RunOptions()
+
+    @model_validator(mode="after")
+    def _pools_make_a_path(self) -> "Scenario":
+        names = [pool.name for pool in self.pool]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pool: names must differ, got {', '.join(names)}")
+        roles = {pool.role for pool in self.pool}
+        if len(roles) > 1 and "unified" in roles:
+            raise ValueError("pool: either all are unified, or there are prefill and decode pools")
+        if roles in ({"prefill"}, {"decode"}):
+            raise ValueError("pool: prefill and decode pools need each other; state at least one of each")
+        if self.pool and self.replicas != 1:
+            raise ValueError(f"replicas = {self.replicas}: each pool states its own; leave it out beside [[pool]]")
+        if (self.link is not None) != self.disaggregated:
+            raise ValueError("link: to be stated with prefill and decode pools, and only then ([link] may be empty)")
+        if self.agents is not None and self.traffic.arrival is not None:
+            raise ValueError("traffic.arrival: agents send requests when they have their answers; leave it out")
+        if self.agents is not None and self.clients.may_leave:
+            raise ValueError("clients: agents wait for their answers; state agents.deadline_s instead of timeouts")
+        if self.disaggregated and self.clients.may_leave:
+            raise ValueError(
+                "clients: timeouts and cancellations are not followed from one pool to another; leave them out"
+            )
+        for pool in self.pool:
+            self.of_pool(pool)
+        return self
+
+    @property
+    def disaggregated(self) -> bool:
+        """Whether prompts are computed and answers decoded in pools of their own."""
+        return any(pool.role != "unified" for pool in self.pool)
+
+    @property
+    def all_replicas(self) -> int:
+        """Replicas of all pools."""
+        return sum(pool.replicas for pool in self.pool) if self.pool else self.replicas
+
+    def of_pool(self, pool: PoolOptions) -> "Scenario":
+        """The scenario as one of its pools has it, alone.
+
+        Raises
+        ------
+        ValueError
+            If the pool states a field that there is not, or a value it cannot have; it names the pool.
+        """
+        own = {name: value for name in VALUES if (value := getattr(pool, name)) is not None}
+        for name in TABLES:
+            stated = getattr(pool, name)
+            if stated:
+                common = getattr(self, name)
+                try:
+                    data = {**common.model_dump(mode="json", exclude_unset=True), **stated}
+                    own[name] = parse(type(common), data, f"pool {pool.name!r}, {name}")
+                except InputError as error:
+                    raise ValueError(str(error)) from None
+        return self.model_copy(update={**own, "replicas": pool.replicas, "pool": (), "link": None})
 
     def as_toml(self) -> dict[str, Any]:
         """The resolved scenario as plain data: every value stated, unset ones left out."""
@@ -312,14 +390,15 @@ def _make_way_for_trace(data: dict[str, Any], paths: list[list[str]]) -> None:
 
 
 #: Tables that a file may write as one word, and the field that the word is short for.
-_SHORT = {"efficiency": "base", "traffic.trace": "file"}
+_SHORT = {"efficiency": "base", "router": "policy", "traffic.trace": "file"}
 
 
 def _absolute_paths(data: dict[str, Any], base: Path) -> None:
     """Make the file names in a scenario absolute: the models', the chips', the profile's, the mix's and the trace's."""
     traffic, engine = data.get("traffic"), data.get("engine")
     drafting = engine.get("speculation") if isinstance(engine, dict) else None
-    for table in (data, drafting):
+    pools = data.get("pool")
+    for table in (data, drafting, *(pools if isinstance(pools, list | tuple) else ())):
         if isinstance(table, dict):
             _absolute_model_and_slice(table, base)
     profile = engine.get("profile") if isinstance(engine, dict) else None

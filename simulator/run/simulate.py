@@ -1,9 +1,8 @@
-"""Run a scenario: resolve, split the stream over replicas, drive an engine each, summarise."""
+"""Run a scenario: resolve, drive its replicas, summarise."""
 
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -18,14 +17,26 @@ from pydantic import ValidationError
 from simulator import __version__
 from simulator.catalog.architecture import Architecture
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.records import FINISHED, EngineResult, Requests, needs_queue
+from simulator.engine.records import FINISHED, Requests, needs_queue
 from simulator.errors import InfeasibleError, InputError
+from simulator.fleet.records import Fleet, Router
 from simulator.results.store import Result
 from simulator.results.summary import Figure, Replications, Summary
 from simulator.results.tables import Table
 from simulator.roofline.intervals import DRAWS, check_level
+from simulator.run.fleet_options import PoolOptions
+from simulator.run.fleets import (
+    ResolvedFleet,
+    agents_of,
+    follows_paths,
+    link_assumptions,
+    looks_at_replicas,
+    pool_of,
+    resolve_fleet,
+    serve_fleet,
+)
 from simulator.run.options import RunOptions
-from simulator.run.outcome import Outcome, requests_table, split
+from simulator.run.outcome import Outcome, requests_table
 from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
 from simulator.run.scenario import Scenario
 from simulator.run.speculation import with_acceptance
@@ -112,17 +123,35 @@ def run_scenario(
     say = progress or _silent
     total = 2 * n_seeds + 1
     say(0, total, "compiling step costs")
-    resolved = resolve(scenario, architecture=architecture)
+    fleet = resolve_fleet(scenario, architecture=architecture) if follows_paths(scenario) else None
+    if fleet is not None and scenario.run.summary_only:
+        raise InputError(
+            f"{scenario.name}: a run in blocks knows one pool of equal replicas; leave pools, store and agents out, or keep the "
+            "requests (summary_only = false)"
+        )
+    resolved = resolve(scenario, architecture=architecture) if fleet is None else fleet.pools[-1]
     if scenario.run.interval is not None:
         from simulator.run.intervals import check  # noqa: PLC0415 - imports this module
 
+        if fleet is not None:
+            raise InputError(
+                f"{scenario.name}: run.interval draws the parameters of one pool of equal replicas; leave pools, store and agents out"
+            )
         check(resolved)
-    prepare_engine(partial(say, 0, total), resolved)
+    for one in (resolved,) if fleet is None else fleet.pools:
+        prepare_engine(partial(say, 0, total), one)
+    if scenario.all_replicas > 1 and looks_at_replicas(scenario):
+        say(0, total, "loading the engine for fleets (some 25 s the first time)")
     runs = []
     for k in range(n_seeds):
         say(1 + 2 * k, total, f"simulating, seed {first + k}")
-        once = _run_summary_only if scenario.run.summary_only else _run_once
-        runs.append(once(resolved, first + k, workers, partial(say, 2 + 2 * k, total)))
+        tell = partial(say, 2 + 2 * k, total)
+        if fleet is not None:
+            runs.append(_run_fleet(fleet, first + k, workers, tell))
+        elif scenario.run.summary_only:
+            runs.append(_run_summary_only(resolved, first + k, workers, tell))
+        else:
+            runs.append(_run_once(resolved, first + k, workers, tell))
     say(total, total, "done")
     summary, requests, timeline, outcome = runs[0]
     if n_seeds > 1:
@@ -184,7 +213,7 @@ def _run_once(
     check_contradictions(scenario, stream.concurrency)
     requests = scenario_requests(scenario, stream, seed)
     window = _itl_window_s(requests, scenario)
-    outcome = simulate_fleet(resolved, requests, workers=workers, itl_window_s=window)
+    outcome = simulate_fleet(resolved, requests, workers=workers, itl_window_s=window, seed=seed)
     finished = int((outcome.column("status") == FINISHED).sum())
     if finished == 0:
         raise InfeasibleError(_nothing_fits(resolved, requests))
@@ -192,11 +221,11 @@ def _run_once(
     if requests.concurrency == 0 and float(requests.arrival_s[-1]) == 0:
         at_once = outcome
     else:
-        at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers)
-    notes = stream.notes
-    if stream.blocks is not None and scenario.engine.prefix_cache == "off":
-        notes += ('the traffic says which prompts share a prefix; engine.prefix_cache = "off" makes no use of it',)
-    about = facts(resolved, seed=seed, traffic=_source(stream.source, scenario), notes=notes)
+        # Requests that are there at once find all replicas alike: who looks at them takes turns.
+        entry = scenario.router.entry
+        router = entry if entry.state_free else Router()
+        at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers, router=router, seed=seed)
+    about = facts(resolved, seed=seed, traffic=_source(stream.source, scenario), notes=_notes(stream, scenario))
     summary, table, timeline = summarise(outcome, at_once, about)
     if scenario.run.interval is not None and seed == scenario.run.seed:
         from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
@@ -218,14 +247,58 @@ def _run_once(
     return summary, table, timeline, outcome
 
 
+def _notes(stream: Stream, scenario: Scenario) -> tuple[str, ...]:
+    notes = stream.notes
+    if stream.blocks is not None and scenario.engine.prefix_cache == "off":
+        notes += ('the traffic says which prompts share a prefix; engine.prefix_cache = "off" makes no use of it',)
+    return notes
+
+
+def _run_fleet(
+    resolved: ResolvedFleet, seed: int, workers: int, say: Callable[[str], None]
+) -> tuple[Summary, Table, Table, Outcome]:
+    """As :func:`_run_once`, for pools, a store, or clients who wait for a router that looks at replicas."""
+    from simulator.run.fleet_summary import summarise_fleet  # noqa: PLC0415 - imports the engine, which imports numba
+
+    scenario = resolved.scenario
+    traffic = scenario.traffic
+    if scenario.agents is not None:
+        traffic = traffic.model_copy(update={"arrival": scenario.agents.arrival})
+    stream = build_stream(traffic, seed, base_folder=Path.cwd())
+    if len(stream) == 0:
+        raise InputError(f"{scenario.name}: the traffic has no requests")
+    # Where answers are decoded says what the scheduler and the drafts must know of each request.
+    agents, requests = agents_of(scenario, scenario_requests(resolved.pools[-1].scenario, stream, seed), seed)
+    window = None if agents is not None else _itl_window_s(requests, scenario)
+    served = serve_fleet(resolved, requests, agents, seed=seed, workers=workers, itl_window_s=window)
+    if not served.finished.any():
+        raise InfeasibleError(_nothing_fits(resolved.pools[-1], requests))
+    say(f"measuring capacity, seed {seed}")
+    at_once = serve_fleet(resolved, queued_at_once(requests), None, seed=seed, workers=workers, itl_window_s=None)
+    source = _source(stream.source, scenario)
+    if scenario.agents is not None:
+        source = f"{source.rpartition('; arrivals: ')[0]}; {scenario.agents.in_words}"
+    about = [
+        replace(facts(pool, seed=seed, traffic=source, notes=_notes(stream, scenario)), role=options.role)
+        for options, pool in zip(resolved.options, resolved.pools, strict=True)
+    ]
+    about[-1] = replace(about[-1], assumptions=(*about[-1].assumptions, *link_assumptions(resolved)))
+    return summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=scenario.agents is not None)
+
+
 def _run_summary_only(
     resolved: Resolved, seed: int, workers: int, say: Callable[[str], None]
 ) -> tuple[Summary, Table, Table, Outcome]:
     """As :func:`_run_once`, block by block: the requests table is empty."""
-    from simulator.run.streaming import Fleet, run_streaming  # noqa: PLC0415 - imports the engine, which imports numba
+    from simulator.run.streaming import EqualReplicas, run_streaming  # noqa: PLC0415 - imports the engine, which imports numba
 
     resolved.demand_plain("run.summary_only")
     scenario = resolved.scenario
+    if scenario.replicas > 1 and scenario.router.policy != "round-robin":
+        raise InputError(
+            f"{scenario.name}: router.policy = {scenario.router.policy!r}: a run in blocks sends request i to replica i mod N; use "
+            "round-robin, or keep the requests (summary_only = false)"
+        )
     if scenario.clients.may_leave:
         raise InputError(
             f"{scenario.name}: a run in blocks knows only clients who wait; leave the timeouts and cancellations of [clients] "
@@ -235,7 +308,7 @@ def _run_summary_only(
     check_contradictions(scenario, blocks.concurrency)
     if len(blocks) < scenario.replicas:
         raise InputError(f"{scenario.name}: {len(blocks)} requests cannot occupy replicas = {scenario.replicas}")
-    fleet = Fleet(resolved.cost, resolved.settings, scenario.replicas, workers)
+    fleet = EqualReplicas(resolved.cost, resolved.settings, scenario.replicas, workers)
     about = facts(resolved, seed=seed, traffic=_source(blocks.source, scenario), notes=blocks.notes())
     found = run_streaming(fleet, blocks, about, say)
     if found is None:
@@ -294,34 +367,31 @@ def queued_at_once(requests: Requests) -> Requests:
 
 
 def simulate_fleet(
-    resolved: Resolved, requests: Requests, *, workers: int = 1, itl_window_s: tuple[float, float] | None = None
+    resolved: Resolved,
+    requests: Requests,
+    *,
+    workers: int = 1,
+    itl_window_s: tuple[float, float] | None = None,
+    router: Router | None = None,
+    seed: int | None = None,
 ) -> Outcome:
-    """Serve a stream with the scenario's replicas, request i by replica i mod N, each independently of the others.
+    """Serve a stream with the scenario's equal replicas, sent there by ``router``, or else by the scenario's.
 
     ``itl_window_s``: count the inter-token latencies of the steps that start in this stretch of time by themselves. [s]
     """
-    from simulator.engine.compiled import new_engine  # noqa: PLC0415 - numba takes a while to import
+    from simulator.fleet import serve  # noqa: PLC0415 - numba takes a while to import
 
-    n = resolved.scenario.replicas
+    scenario = resolved.scenario
+    n = scenario.replicas
     if len(requests) < n:
-        raise InputError(f"{resolved.scenario.name}: {len(requests)} requests cannot occupy replicas = {n}")
-    parts = split(requests, n)
-
-    def one(part: Requests) -> tuple[EngineResult, NDArray[np.int64] | None]:
-        engine = new_engine(resolved.engine_cost, resolved.settings, part)
-        measured = None if itl_window_s is None else engine.itl_between(*itl_window_s)
-        engine.advance()
-        return engine.result(), measured
-
-    if workers == 1 or n == 1:
-        served = [one(part) for part in parts]
-    else:
-        # The compiled engine holds no lock while it runs, so threads do; map keeps the order of replicas.
-        with ThreadPoolExecutor(max_workers=min(workers, n)) as pool:
-            served = list(pool.map(one, parts))
-    results, counts = zip(*served, strict=True)
-    measured = None if itl_window_s is None else np.sum(counts, axis=0)
-    return Outcome(requests, results, resolved.cost.chips, measured)
+        raise InputError(f"{scenario.name}: {len(requests)} requests cannot occupy replicas = {n}")
+    router = router or scenario.router.entry
+    pool = pool_of(PoolOptions(name="replicas", replicas=n), resolved, carried=False)
+    seed = scenario.run.seed if seed is None else seed
+    found = serve(Fleet((pool,), router), requests, seed=seed, workers=workers, itl_window_s=itl_window_s)
+    (served,) = found.pools
+    rows = None if router.policy == "round-robin" else served.rows
+    return Outcome(requests, served.replicas, resolved.cost.chips, found.itl_counts, rows)
 
 
 def _itl_window_s(requests: Requests, scenario: Scenario) -> tuple[float, float] | None:
@@ -420,6 +490,7 @@ def _input_digests(scenario: Scenario) -> dict[str, str]:
         "engine.speculation.model": drafting.model if drafting else None,
         "engine.speculation.slice": (drafting.slice or "").rpartition(":")[0] if drafting else None,
         "slice": chip,
+        **{f"pool {pool.name}, slice": (pool.slice or "").rpartition(":")[0] for pool in scenario.pool},
         "traffic.mix": scenario.traffic.mix,
         "traffic.trace": trace.file if trace else None,
     }

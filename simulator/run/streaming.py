@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +44,12 @@ from simulator.traffic import Stream, StreamBlocks
 from simulator.traffic.blocks import BLOCK_ROWS
 
 _NONE = np.zeros(0, dtype=np.int64)
+REPLICA_ROWS = 4_096
+"""Requests of a block per replica, if there are many replicas: Python spends half a millisecond around each replica's share …"""
+MOST_ROWS = 3_000_000
+"""… and of a block in all: 120 MB."""
+GATHERED_ROWS = 1 << 16
+"""Requests counted at a time."""
 
 
 class Consumer(Protocol):
@@ -53,7 +61,7 @@ class Consumer(Protocol):
 
 
 @dataclass(frozen=True)
-class Fleet:
+class EqualReplicas:
     """What serves a stream: equal replicas, request i by replica i mod ``replicas``."""
 
     cost: StepCost
@@ -61,6 +69,17 @@ class Fleet:
     replicas: int
     workers: int = 1
     block_rows: int = BLOCK_ROWS
+
+    @property
+    def groups(self) -> list[range]:
+        """Replicas that share a worker, and what counts their requests."""
+        edges = np.linspace(0, self.replicas, min(self.workers, self.replicas) + 1).astype(int)
+        return [range(first, last) for first, last in pairwise(edges.tolist())]
+
+    @property
+    def rows(self) -> int:
+        """Requests per block: as many for each replica as make what Python does around them small."""
+        return max(self.block_rows, min(self.replicas * REPLICA_ROWS, MOST_ROWS))
 
     def serve(
         self,
@@ -74,6 +93,8 @@ class Fleet:
     ) -> tuple[list[EngineResult], NDArray[np.int64] | None]:
         """Serve the whole stream; results have no per-request columns. Second, the inter-token latencies of the window.
 
+        ``consumers`` are one for each of :attr:`groups`; the rows they are given are those of the whole stream.
+
         ``at_once``: everything is queued at t = 0. A queue of ``max_num_seqs`` + 1 is as good as an endless one, because a
         step admits no more; so the replica serves a closed loop of 2 · ``max_num_seqs`` + 1 clients without think time.
         """
@@ -81,42 +102,81 @@ class Fleet:
         clients = [len(range(r, concurrency, n)) for r in range(n)]
         if at_once:
             clients = [2 * self.settings.max_num_seqs + 1] * n
-        engines = [
-            StreamingEngine(
-                self.cost,
-                self.settings,
-                consumers[r].consume,
-                concurrency=clients[r],
-                timeline_interval_s=None if interval_s is None else interval_s[r],
-                itl_window_s=itl_window_s,
-            )
-            for r in range(n)
-        ]
+        gathering = [_Gathering(consumer, n) for consumer in consumers]
+        engines: list[StreamingEngine] = []
+        for group, gathers in zip(self.groups, gathering, strict=True):
+            engines += [
+                StreamingEngine(
+                    self.cost,
+                    self.settings,
+                    partial(gathers.take, r),
+                    concurrency=clients[r],
+                    timeline_interval_s=None if interval_s is None else interval_s[r],
+                    itl_window_s=itl_window_s,
+                )
+                for r in group
+            ]
         held: list[list[Requests]] = [[] for _ in range(n)]
 
-        def feed(r: int, part: Requests) -> None:
-            held[r].append(part)
-            # A backlog that grows is copied less and less often: its blocks grow with it.
-            if sum(map(len, held[r])) >= engines[r].live_rows:
-                engines[r].feed(_joined(held[r]))
-                held[r].clear()
+        def feed(block: Stream, start: int, group: range, gathers: _Gathering) -> None:
+            for r in group:
+                held[r].append(_part(block, (r - start) % n, n, clients[r], at_once=at_once))
+                # A backlog that grows is copied less and less often: its blocks grow with it.
+                if sum(map(len, held[r])) >= engines[r].live_rows:
+                    engines[r].feed(_joined(held[r]))
+                    held[r].clear()
+            gathers.flush()
 
-        def finish(r: int) -> EngineResult:
-            if held[r]:
-                engines[r].feed(_joined(held[r]))
-            return engines[r].finish()
+        def finish(group: range, gathers: _Gathering) -> list[EngineResult]:
+            found = []
+            for r in group:
+                if held[r]:
+                    engines[r].feed(_joined(held[r]))
+                found.append(engines[r].finish())
+            gathers.flush()
+            return found
 
         start = 0
-        with ThreadPoolExecutor(min(self.workers, n)) if min(self.workers, n) > 1 else nullcontext() as pool:
+        with ThreadPoolExecutor(len(gathering) + 1) if len(gathering) > 1 else nullcontext() as pool:
             each: Callable[..., Iterator[Any]] = map if pool is None else pool.map
-            for block in blocks.blocks(self.block_rows):
-                parts = [_part(block, (r - start) % n, n, clients[r], at_once=at_once) for r in range(n)]
-                list(each(feed, range(n), parts))
+            for block in _ahead(blocks.blocks(self.rows), pool):
+                list(each(partial(feed, block, start), self.groups, gathering))
                 start += len(block)
-            results = list(each(finish, range(n)))
+            results = [result for found in each(finish, self.groups, gathering) for result in found]
         counts = [engine.itl_counts_measured for engine in engines]
         known = [one for one in counts if one is not None]
         return results, np.asarray(np.sum(known, axis=0)) if known else None
+
+
+class _Gathering:
+    """Requests that the replicas of a group are done with, handed on many at a time, with their rows in the whole stream."""
+
+    def __init__(self, consumer: Consumer, replicas: int) -> None:
+        self._consumer, self._replicas = consumer, replicas
+        self._held: list[Retired] = []
+        self._rows = 0
+
+    def take(self, replica: int, done: Retired) -> None:
+        self._held.append(done._replace(row=done.row * self._replicas + replica))
+        self._rows += len(done.row)
+        if self._rows >= GATHERED_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._held:
+            self._consumer.consume(Retired(*(np.concatenate(column) for column in zip(*self._held, strict=True))))
+        self._held, self._rows = [], 0
+
+
+def _ahead(blocks: Iterator[Stream], pool: ThreadPoolExecutor | None) -> Iterator[Stream]:
+    """The same, the next one in the making while one is worked on."""
+    if pool is None:
+        yield from blocks
+        return
+    coming = pool.submit(next, blocks, None)
+    while (block := coming.result()) is not None:
+        coming = pool.submit(next, blocks, None)
+        yield block
 
 
 def _part(block: Stream, first: int, step: int, clients: int, *, at_once: bool) -> Requests:
@@ -179,15 +239,15 @@ class RunningTally:
 
     Parameters
     ----------
-    replica, replicas
-        row i of the replica is row ``replica`` + i · ``replicas`` of the stream.
+    replicas
+        of the stream: row i went to replica i mod ``replicas``.
     """
 
-    def __init__(self, placing: Placing, slo: SloOptions, cost: StepCost, *, replica: int, replicas: int) -> None:
+    def __init__(self, placing: Placing, slo: SloOptions, cost: StepCost, *, replicas: int) -> None:
         self._placing = placing
         self._slo = slo
         self._cost = cost
-        self._replica, self._replicas = replica, replicas
+        self.replica_busy = [0] * replicas
         self.counts: Counter[str] = Counter()
         self.times: Counter[str] = Counter()
         self.samples = {name: LogHistogram() for name in (*LATENCIES, "busy_s")}
@@ -196,7 +256,11 @@ class RunningTally:
         self.first_accepted_s, self.last_accepted_s = np.inf, -np.inf
 
     def consume(self, done: Retired) -> None:
-        """Add requests that are finished or rejected."""
+        """Add requests that are finished or rejected, by their rows in the stream."""
+        replica = done.row % len(self.replica_busy)
+        edges = np.flatnonzero(np.diff(replica, prepend=-1))
+        for start, stop in pairwise([*edges.tolist(), len(replica)]):
+            self.replica_busy[replica[start]] += fixed_sum(done.busy_s[start:stop])
         finished = done.status == FINISHED
         accepted = done.arrival_s[finished]
         if len(accepted):
@@ -236,7 +300,7 @@ class RunningTally:
             decoding=fixed_sum((done.finish_s - done.first_token_s)[finished]),
         )
         inside = self._placing.inside(done.arrival_s)
-        batch = self._placing.batch(done.row[inside] * self._replicas + self._replica, done.arrival_s[inside])
+        batch = self._placing.batch(done.row[inside], done.arrival_s[inside])
         latencies: Table = {"ttft_s": ttft, "tpot_s": tpot, "e2e_s": e2e, "queue_s": queue, "busy_s": done.busy_s}
         met = met_limits(latencies, finished, self._slo)[inside]
         self.inside += np.bincount(batch, minlength=BATCHES)
@@ -250,6 +314,7 @@ class RunningTally:
 
     def merge(self, other: "RunningTally") -> None:
         """Add what another replica counted."""
+        self.replica_busy = [a + b for a, b in zip(self.replica_busy, other.replica_busy, strict=True)]
         self.counts += other.counts
         self.times += other.times
         for name, sample in self.samples.items():
@@ -347,7 +412,7 @@ class _Ideal:
 
 
 def run_streaming(
-    fleet: Fleet, blocks: StreamBlocks, facts: Facts, say: Callable[[str], None]
+    fleet: EqualReplicas, blocks: StreamBlocks, facts: Facts, say: Callable[[str], None]
 ) -> tuple[Summary, Table, Outcome] | None:
     """Serve a stream block by block; return summary, timeline and an outcome without requests. None: all were rejected.
 
@@ -358,7 +423,7 @@ def run_streaming(
     """
     n = fleet.replicas
     placing, interval_s = _place(fleet, blocks, facts, say)
-    tallies = [RunningTally(placing, facts.slo, fleet.cost, replica=r, replicas=n) for r in range(n)]
+    tallies = [RunningTally(placing, facts.slo, fleet.cost, replicas=n) for _ in fleet.groups]
     say("simulating block by block")
     open_loop = not blocks.concurrency and not placing.offline
     results, itl = fleet.serve(
@@ -370,13 +435,13 @@ def run_streaming(
     )
     requests = Requests(np.zeros(0), _NONE, _NONE, _NONE, _NONE, concurrency=blocks.concurrency)
     outcome = Outcome(requests, tuple(results), fleet.cost.chips, itl)
-    _check(outcome, tallies, len(blocks), fleet.cost)
     for other in tallies[1:]:
         tallies[0].merge(other)
+    _check(outcome, tallies[0], len(blocks), fleet.cost)
     if not tallies[0].counts["finished"]:
         return None
     say("measuring capacity")
-    ideals = [_Ideal(facts, outcome.total("decode_tokens") / outcome.total("steps")) for _ in range(n)]
+    ideals = [_Ideal(facts, outcome.total("decode_tokens") / outcome.total("steps")) for _ in fleet.groups]
     at_once, _ = fleet.serve(blocks, ideals, concurrency=0, at_once=True)
     capacity = Capacity(
         finished=sum(ideal.finished for ideal in ideals),
@@ -397,7 +462,7 @@ def run_streaming(
 
 
 def _place(
-    fleet: Fleet, blocks: StreamBlocks, facts: Facts, say: Callable[[str], None]
+    fleet: EqualReplicas, blocks: StreamBlocks, facts: Facts, say: Callable[[str], None]
 ) -> tuple[Placing, list[float | None] | None]:
     """Place the measured window; and the timeline intervals that an engine would choose that knew the whole stream."""
     cuts = {
@@ -406,18 +471,18 @@ def _place(
     }
     if blocks.concurrency:
         say("finding when requests arrive")
-        spans = [_Span() for _ in range(fleet.replicas)]
+        spans = [_Span() for _ in fleet.groups]
         fleet.serve(blocks, spans, concurrency=blocks.concurrency)
         first, last = min(span.first_s for span in spans), max(span.last_s for span in spans)
         return Placing(*cut_window(first, last, np.nan, **cuts)), None
     say("finding when requests arrive")
     first, tail = np.inf, np.zeros(0)
-    for arrival in blocks.arrivals_s(fleet.block_rows):
+    for arrival in blocks.arrivals_s(fleet.rows):
         first = min(first, float(arrival[0]))
         tail = np.concatenate([tail, arrival[-fleet.replicas :]])[-fleet.replicas :]
     window, offline = cut_window(first, float(tail[-1]), np.nan, **cuts)
     before = inside = 0
-    for arrival in blocks.arrivals_s(fleet.block_rows):
+    for arrival in blocks.arrivals_s(fleet.rows):
         below = int(np.searchsorted(arrival, window.start_s, side="left"))
         before += below
         if not offline:
@@ -429,16 +494,13 @@ def _place(
     return placing, [max(ends[r] / 512, shortest) for r in range(fleet.replicas)]
 
 
-def _check(outcome: Outcome, tallies: Sequence[RunningTally], total: int, cost: StepCost) -> None:
+def _check(outcome: Outcome, tally: RunningTally, total: int, cost: StepCost) -> None:
     """The laws of :func:`simulator.run.outcome.check_conservation`, from sums."""
-    served = sum(tally.counts["rows"] for tally in tallies)
-    if served != total:
-        raise ConservationError(f"{total} requests entered, {served} were finished or rejected")
-    for r, (replica, tally) in enumerate(zip(outcome.replicas, tallies, strict=True)):
-        demand_equal(
-            f"replica {r}: busy + idle", as_float(tally.times["busy"]) + replica.idle_s, "its time", replica.end_s
-        )
-    counts: Counter[str] = sum((tally.counts for tally in tallies), Counter())
+    counts = tally.counts
+    if counts["rows"] != total:
+        raise ConservationError(f"{total} requests entered, {counts['rows']} were finished or rejected")
+    for r, (replica, busy) in enumerate(zip(outcome.replicas, tally.replica_busy, strict=True)):
+        demand_equal(f"replica {r}: busy + idle", as_float(busy) + replica.idle_s, "its time", replica.end_s)
     computed = counts["prompt_tokens"] - counts["cached_tokens"] + counts["output_tokens"] - counts["finished"]
     check_tokens(outcome, computed, counts["output_tokens"])
     if counts["finished"]:

@@ -58,6 +58,8 @@ class Facts:
     ----------
     cost, ideal_cost
         tables of the deployment, and of the same at efficiency 1 without overheads.
+    role
+        of the pool.
     price
         of a chip; None if it has none.
     power
@@ -76,6 +78,7 @@ class Facts:
     settings: EngineSettings
     slo: SloOptions
     options: RunOptions
+    role: str = "unified"
     price: ChipPrice | None = None
     power: PowerModel | None = None
     site: Site | None = None
@@ -134,39 +137,31 @@ def compose(
     load = measure_load(outcome, measured, arrivals, capacity)
     plan = facts.settings.speculation
     work = total_work(outcome, cost, sums.useful_pairs, plan.cost if plan else None)
-    energy, busy_power_w = _energy(outcome, work, sums, facts)
-    latency = None if load.overloaded else _latency(outcome, sums, measured)
-    slo = None if load.overloaded else _slo(sums, measured, facts.slo)
-    counts = sums.counts
-    status: Status = "ok"
-    if load.overloaded:
-        status = "overloaded"
-    elif counts.finished < counts.total:
-        status = "partial"
-    elif slo is not None and not slo.met:
-        status = "slo_missed"
+    used, busy_power_w = energy(outcome, work, sums, facts)
+    latency = None if load.overloaded else latency_of(outcome, sums, measured)
+    slo = None if load.overloaded else slo_of(sums, measured, facts.slo)
     summary = Summary(
         scenario=facts.scenario,
         seed=facts.seed,
-        status=status,
+        status=status_of(load, sums, slo),
         deployment=facts.deployment,
-        requests=counts,
+        requests=sums.counts,
         window=measured.window,
         load=load,
         latency=latency,
         slo=slo,
-        throughput=_throughput(outcome, sums, measured),
-        occupancy=_occupancy(outcome, measured, facts),
+        throughput=throughput(outcome, sums, measured),
+        occupancy=occupancy(outcome, measured, facts),
         utilisation=utilisation(outcome, cost, work),
-        prefix_cache=_prefix_cache(outcome, facts),
-        speculation=_speculation(outcome, sums, facts),
-        kv_memory=_kv_memory(outcome, facts),
-        chip_seconds_per_query=_chip_seconds(outcome, sums),
-        prices=_prices(outcome, sums, facts),
-        energy=energy,
-        breakdown=_breakdown(outcome, cost),
+        prefix_cache=prefix_cache_of(outcome, facts),
+        speculation=speculation_of(outcome, sums, facts),
+        kv_memory=kv_memory_of(outcome, facts),
+        chip_seconds_per_query=chip_seconds(outcome, sums),
+        prices=prices_of(outcome, sums, facts),
+        energy=used,
+        breakdown=breakdown(outcome, cost),
         ledger=_ledger(outcome, sums),
-        warnings=_warnings(outcome, sums, measured, load, facts),
+        warnings=warnings_of(outcome, sums, measured, load, facts),
         assumptions=list(facts.assumptions),
     )
     timeline = timeline_table(
@@ -178,7 +173,18 @@ def compose(
     return summary, timeline
 
 
-def _latency(outcome: Outcome, sums: Tally, measured: Measured) -> Latency:
+def status_of(load: Load, sums: Tally, slo: Slo | None) -> Status:
+    """The run in a word."""
+    if load.overloaded:
+        return "overloaded"
+    if sums.counts.finished < sums.counts.total:
+        return "partial"
+    return "slo_missed" if slo is not None and not slo.met else "ok"
+
+
+def latency_of(outcome: Outcome, sums: Tally, measured: Measured) -> Latency:
+    """What users see."""
+
     def column(name: str) -> Distribution:
         found = sums.latency[name]
         return _without_intervals(found, "everything arrived at once") if measured.offline else found
@@ -226,7 +232,8 @@ def _itl(outcome: Outcome, sums: Tally, *, per_pass: bool = False) -> Distributi
     return Distribution(n=n, mean=mean, p50=p50, p90=p90, p95=p95, p99=p99)
 
 
-def _slo(sums: Tally, measured: Measured, options: SloOptions) -> Slo | None:
+def slo_of(sums: Tally, measured: Measured, options: SloOptions) -> Slo | None:
+    """How far the limits were met; None without limits, or without requests to measure."""
     if not options.limits or not sums.inside:
         return None
     share = sums.met_share
@@ -246,7 +253,7 @@ def _slo(sums: Tally, measured: Measured, options: SloOptions) -> Slo | None:
     )
 
 
-def _throughput(outcome: Outcome, sums: Tally, measured: Measured) -> Throughput:
+def throughput(outcome: Outcome, sums: Tally, measured: Measured) -> Throughput:
     """Rates of the requests that finished inside the window."""
     length, chips = measured.length_s, outcome.chips
     queries = sums.window_requests / length
@@ -264,7 +271,8 @@ def _throughput(outcome: Outcome, sums: Tally, measured: Measured) -> Throughput
     )
 
 
-def _occupancy(outcome: Outcome, measured: Measured, facts: Facts) -> Occupancy:
+def occupancy(outcome: Outcome, measured: Measured, facts: Facts) -> Occupancy:
+    """How full the replicas were."""
     edges = np.array([measured.window.start_s, measured.window.stop_s])
 
     def mean(name: str) -> float:
@@ -286,7 +294,8 @@ def _occupancy(outcome: Outcome, measured: Measured, facts: Facts) -> Occupancy:
     )
 
 
-def _prefix_cache(outcome: Outcome, facts: Facts) -> PrefixCache | None:
+def prefix_cache_of(outcome: Outcome, facts: Facts) -> PrefixCache | None:
+    """What the prefix cache found; None without one."""
     if facts.settings.prefix_cache == "off":
         return None
     queried, hit = int(outcome.total("cache_queried_tokens")), int(outcome.total("cache_hit_tokens"))
@@ -303,7 +312,8 @@ def _prefix_cache(outcome: Outcome, facts: Facts) -> PrefixCache | None:
     )
 
 
-def _speculation(outcome: Outcome, sums: Tally, facts: Facts) -> Speculation | None:
+def speculation_of(outcome: Outcome, sums: Tally, facts: Facts) -> Speculation | None:
+    """What speculative decoding did; None without it."""
     found, plan = outcome.speculation, facts.settings.speculation
     if found is None or plan is None:
         return None
@@ -323,7 +333,8 @@ def _speculation(outcome: Outcome, sums: Tally, facts: Facts) -> Speculation | N
     )
 
 
-def _kv_memory(outcome: Outcome, facts: Facts) -> KvMemory | None:
+def kv_memory_of(outcome: Outcome, facts: Facts) -> KvMemory | None:
+    """What happened to KV blocks outside of HBM; None where they stay there."""
     settings, bytes_ = facts.settings, facts.kv_block_bytes
     if settings.swap is None and not settings.tiers:
         return None
@@ -353,7 +364,8 @@ def _kv_memory(outcome: Outcome, facts: Facts) -> KvMemory | None:
     )
 
 
-def _chip_seconds(outcome: Outcome, sums: Tally) -> ChipSeconds:
+def chip_seconds(outcome: Outcome, sums: Tally) -> ChipSeconds:
+    """Chip-seconds per finished query."""
     queries = sums.finished
     ideal = sums.ideal_chip_s / queries
     provisioned = outcome.chips * outcome.end_s / queries
@@ -372,7 +384,8 @@ def _chip_seconds(outcome: Outcome, sums: Tally) -> ChipSeconds:
     )
 
 
-def _prices(outcome: Outcome, sums: Tally, facts: Facts) -> Prices | None:
+def prices_of(outcome: Outcome, sums: Tally, facts: Facts) -> Prices | None:
+    """What a query costs; None without a price."""
     price = facts.price
     if price is None:
         return None
@@ -403,7 +416,7 @@ def _prices(outcome: Outcome, sums: Tally, facts: Facts) -> Prices | None:
     )
 
 
-def _energy(outcome: Outcome, work: Work, sums: Tally, facts: Facts) -> tuple[Energy | None, float | None]:
+def energy(outcome: Outcome, work: Work, sums: Tally, facts: Facts) -> tuple[Energy | None, float | None]:
     """Energy of the run, and a chip's mean power while busy."""
     power, site = facts.power, facts.site
     if power is None or site is None:
@@ -446,7 +459,8 @@ def _energy(outcome: Outcome, work: Work, sums: Tally, facts: Facts) -> tuple[En
     ), busy_power_w
 
 
-def _breakdown(outcome: Outcome, cost: StepCost) -> Breakdown:
+def breakdown(outcome: Outcome, cost: StepCost) -> Breakdown:
+    """Where the chip time went."""
     whole = outcome.n_replicas * outcome.end_s
     parts = step_time_s(outcome, cost) | {"idle": outcome.idle_s}
     return Breakdown(fractions={name: time / whole for name, time in parts.items()})
@@ -467,7 +481,7 @@ def _ledger(outcome: Outcome, sums: Tally) -> Ledger:
     )
 
 
-def _warnings(outcome: Outcome, sums: Tally, measured: Measured, load: Load, facts: Facts) -> list[str]:
+def warnings_of(outcome: Outcome, sums: Tally, measured: Measured, load: Load, facts: Facts) -> list[str]:
     """What a reader must know before using the figures."""
     found = list(facts.notes)
     window, counts = measured.window, sums.counts

@@ -18,7 +18,7 @@ from simulator.run.histogram import BINS, BINS_PER_OCTAVE, LogHistogram, as_floa
 from simulator.run.outcome import Outcome, split
 from simulator.run.simulate import as_requests
 from simulator.run.statistics import BATCHES, distribution, quantile
-from simulator.run.streaming import Fleet, run_streaming
+from simulator.run.streaming import EqualReplicas, run_streaming
 from simulator.run.summarise import summarise
 from simulator.traffic import TrafficSpec, build_stream, stream_blocks
 
@@ -71,7 +71,7 @@ def both(bench, name, block_rows):
     blocks = stream_blocks(spec, 3, base_folder=HERE)
     said = []
     found = [
-        run_streaming(Fleet(cost, limits, replicas, workers, rows), blocks, facts, said.append)
+        run_streaming(EqualReplicas(cost, limits, replicas, workers, rows), blocks, facts, said.append)
         for rows, workers in ((block_rows, 1), (2 * block_rows + 1, 2))
     ]
     return whole, found
@@ -125,7 +125,7 @@ def test_a_stream_of_which_nothing_fits_gives_nothing(bench):
     spec = TrafficSpec.model_validate({"prompt": 100, "output": 9, "arrival": POISSON, "n_requests": 40})
     cost, limits = bench.cost(), replace(bench.settings, max_model_len=50)
     blocks = stream_blocks(spec, 3, base_folder=HERE)
-    assert run_streaming(Fleet(cost, limits, 1), blocks, bench.facts(cost, limits), lambda _: None) is None
+    assert run_streaming(EqualReplicas(cost, limits, 1), blocks, bench.facts(cost, limits), lambda _: None) is None
 
 
 @given(

@@ -13,11 +13,13 @@ from simulator.report.html.uncertainty import parameter_notes, uncertainty_secti
 from simulator.report.roofline_plot import draw_roofline
 from simulator.report.run_plot import draw_cdfs, draw_load, measured_values, metric_label
 from simulator.report.tables import (
+    POOL_COLUMNS,
     conservation_lines,
     latency_rows,
     number,
     overload_sentence,
     percent,
+    pool_rows,
     price_text,
     range_text,
     seconds,
@@ -26,6 +28,7 @@ from simulator.report.tables import (
 )
 from simulator.results import Result
 from simulator.results.summary import Distribution, Energy, Summary, TokenPrices
+from simulator.units import format_si
 
 if TYPE_CHECKING:
     from simulator.roofline.analysis import StepReport
@@ -41,7 +44,8 @@ def run_page(result: Result, *, step: "StepReport | None" = None) -> Page:
     s = result.summary
     d = s.deployment
     chips = s.ledger.chips
-    replicas = "" if d.replicas == 1 else f" × {d.replicas} replicas"
+    # The slices of several pools come with their numbers.
+    replicas = "" if d.replicas == 1 or s.pools else f" × {d.replicas} replicas"
     return Page(
         title=s.scenario,
         status=s.status.replace("slo_missed", "SLO missed"),
@@ -231,7 +235,7 @@ def _load_blocks(result: Result) -> tuple[Prose | Grid | Picture, ...]:
 
 
 def _cost_blocks(s: Summary) -> tuple[Prose | Grid | Bars, ...]:
-    c, ledger = s.chip_seconds_per_query, s.ledger
+    c = s.chip_seconds_per_query
     served = c.busy - c.recompute - c.wasted
     steps = [
         ("alone, at full efficiency", c.ideal, number(c.ideal)),
@@ -255,7 +259,7 @@ def _cost_blocks(s: Summary) -> tuple[Prose | Grid | Bars, ...]:
     blocks: list[Prose | Grid | Bars] = [
         Bars(waterfall(steps), "chip-seconds per query, from the ideal to what the fleet provides"),
         Grid(("busy chip-seconds per query", ""), parts, marked=frozenset({len(parts) - 1})),
-        _fleet_sizes(s, ledger.chips // ledger.replicas),
+        _fleet_sizes(s),
     ]
     if s.prices:
         p = s.prices
@@ -300,16 +304,18 @@ def _energy_grid(e: Energy) -> Grid:
     )
 
 
-def _fleet_sizes(s: Summary, chips_per_replica: int) -> Grid:
-    """Chips for other rates: replicas of this run's size, each at this run's load."""
+def _fleet_sizes(s: Summary) -> Grid:
+    """Chips for other rates: replicas of this run's size, or fleets of its pools, each at this run's load."""
+    unit = s.ledger.chips if s.pools else s.ledger.chips // s.ledger.replicas
     rows = []
     for qps in QPS:
-        replicas = math.ceil(qps * s.chip_seconds_per_query.provisioned / chips_per_replica)
-        chips = replicas * chips_per_replica
+        replicas = math.ceil(qps * s.chip_seconds_per_query.provisioned / unit)
+        chips = replicas * unit
         hourly = usd(chips * s.prices.usd_per_chip_hour) if s.prices else usd(None)
         rows.append((f"{qps:,}", f"{replicas:,}", f"{chips:,}", hourly))
     caption = "fleets at this run's load per replica; no redundancy, no daily peak: plan adds them"
-    return Grid(("queries per second", "replicas", "chips", "per hour"), tuple(rows), caption=caption)
+    unit_name = "fleets of these pools" if s.pools else "replicas"
+    return Grid(("queries per second", unit_name, "chips", "per hour"), tuple(rows), caption=caption)
 
 
 def _time_blocks(s: Summary, step: "StepReport | None") -> tuple[Prose | Grid | Bars | Picture, ...]:
@@ -343,8 +349,48 @@ def _time_blocks(s: Summary, step: "StepReport | None") -> tuple[Prose | Grid | 
     return tuple(blocks)
 
 
+def _fleet_blocks(s: Summary) -> tuple[Grid, ...]:
+    blocks = []
+    rows: tuple[tuple[str, ...], ...]
+    if s.pools:
+        rows = tuple(
+            (name, pool.role, pool.deployment.slice, pool.deployment.sharding, *cells)
+            for pool, (name, *cells) in zip(s.pools, pool_rows(s), strict=True)
+        )
+        columns = ("pool", "role", "slice", "sharding", *POOL_COLUMNS)
+        blocks.append(Grid(columns, rows, caption="requests and KV use are means of a replica", left=4))
+    if s.links:
+        rows = tuple(
+            (
+                link.name,
+                f"{link.links} × {format_si(link.bandwidth_bytes_per_s, 'B/s')}",
+                f"{link.transfers:,}",
+                format_si(link.moved_bytes / max(link.transfers, 1), "B"),
+                percent(link.busy_fraction),
+                seconds(link.mean_transfer_s),
+                seconds(link.mean_wait_s),
+            )
+            for link in s.links
+        )
+        names = ("links", "rate", "transfers", "moved by one", "busy", "one takes", "of it waiting")
+        blocks.append(Grid(names, rows, left=2))
+    if s.agents:
+        a = s.agents
+        rows = (
+            ("agents at work", f"{a.agents:,}"),
+            ("tasks begun", f"{a.tasks:,}"),
+            ("completed in time", f"{a.completed:,} ({number(a.tasks_per_s)}/s)"),
+            ("left at the deadline", f"{a.left:,}"),
+            ("time of a task, p50 / p99", f"{seconds(a.task_s.p50.value)} / {seconds(a.task_s.p99.value)}"),
+        )
+        blocks.append(Grid(("agents", ""), rows))
+    return tuple(blocks)
+
+
 def _feature_sections(s: Summary) -> tuple[Section, ...]:
     found = []
+    if s.pools or s.links or s.agents:
+        found.append(Section("pools", "Pools, links and agents", _fleet_blocks(s)))
     if s.prefix_cache:
         p = s.prefix_cache
         rows = (
