@@ -343,6 +343,21 @@ def test_intervals_of_sampling_and_of_parameters_are_told_apart(runs):
     assert "[0.500 … 0.600] apart" in whole_and_self_contained(compared)
 
 
+def test_page_of_a_fleet_shows_its_pools_links_and_agents():
+    sets = ["agents.count=3", "agents.turns=2", "traffic.n_requests=60"]
+    result = run_scenario(load_scenario("web-agent-fleet", sets)).result
+    words = whole_and_self_contained(run_page(result))
+    s = result.summary
+    assert len(s.pools) == 2
+    for pool in s.pools:
+        assert pool.name in words
+        assert pool.deployment.slice in words
+    for link in s.links:
+        assert f"{link.transfers:,}" in words
+    assert f"{s.agents.completed:,} (" in words
+    assert "fleets of these pools" in words
+
+
 def test_texts_are_escaped(runs):
     result = runs["h100"]
     sly = result.summary.model_copy(update={"scenario": "<script>alert(1)</script>", "warnings": ["a < b & c"]})
