@@ -117,7 +117,7 @@ def policies(cost: StepCost, requests: Requests, repeats: int) -> None:
     chosen |= {batching: Scheduling(batching=batching) for batching in ("orca", "prefill_first", "static")}
     chosen["chunks of 512"] = Scheduling(long_prefill_token_threshold=512)
     print("\nPolicies, batching modes, clients")
-    warm_up(by_policy=True)
+    warm_up("policies")
     rates = {}
     for name, scheduling in chosen.items():
         settings = replace(base, scheduling=scheduling)

@@ -185,7 +185,9 @@ def _with_the_catalogues(own: CalibrationFile, known: ChipSpec) -> tuple[Calibra
     theirs = read_calibration(known.calibration)
     measured = {(fit.op, fit.dtype, fit.kv_dtype) for fit in own.fits}
     kept = [fit for fit in theirs.fits if (fit.op, fit.dtype, fit.kv_dtype) not in measured]
-    fits = sorted([*own.fits, *kept], key=lambda fit: (fit.op, fit.dtype, fit.kv_dtype, fit.framework, fit.chips))
+    fits = sorted(
+        [*own.fits, *kept], key=lambda fit: (fit.op, fit.dtype, fit.kv_dtype, fit.framework, fit.chips, fit.head_dim)
+    )
     changes = {
         "fits": tuple(fits),
         "source": (*own.source, *theirs.source),

@@ -3,7 +3,11 @@
 *Closed loop.* ``clients`` keep one request each in flight until ``n_requests`` are done; the burst at the start counts, as in
 the published means. A client sees its first token ``request_s`` later than the engine had it, and neither a chip nor the next
 request waits for that: delays between a finish and the next request, of more than a step, would bunch runs of fixed lengths as
-no measurement shows. Where the scheduler looks for new requests only every ``poll_steps`` steps, a request waits for a uniform share of that many mean steps.
+no measurement shows. Where the scheduler looks for new requests only every ``poll_steps`` steps, a request waits for a uniform share of
+that many mean steps; where it holds prompts back for company, for all ``hold_steps``.
+
+*Admission.* Engines that reserve a request's whole length before they admit it (``reserve_output``) run at most as many requests as
+fit at their mean length, prompt and output, and so never preempt.
 
 *Layouts.* Tensor-parallel engines run as they are. Three layouts are approximated by one engine that stands for its
 equals:
@@ -28,6 +32,7 @@ from numpy.typing import NDArray
 
 from simulator.calibration.measurements import Measurement, Pool
 from simulator.calibration.tables import latency_metrics
+from simulator.catalog.architecture import GatedDeltaNet, Mamba2, MoEFFN
 from simulator.catalog.chips import ChipSpec, Efficiency, load_chip
 from simulator.catalog.draws import Draws, drawn_efficiencies
 from simulator.catalog.engines import EngineProfile, engine_profile
@@ -47,6 +52,8 @@ BLOCK_SIZE = 16
 HANDOVERS = 4
 """Rounds between a prefill and a decode pool; the means move by less than 1 % after three."""
 
+FEWEST_SEATS = 16
+"""Seats of a model with recurrent states, of which each takes memory."""
 TABLE_STEP = 512
 """Tokens by which cost tables grow."""
 
@@ -76,8 +83,8 @@ class Replica:
     max_num_seqs: int
     max_num_batched_tokens: int
 
-    def settings(self, profile: EngineProfile) -> EngineSettings:
-        """Scheduler limits and KV blocks under a profile.
+    def settings(self, profile: EngineProfile, requests: Requests) -> EngineSettings:
+        """Scheduler limits and KV blocks under a profile, for some requests.
 
         Raises
         ------
@@ -90,7 +97,11 @@ class Replica:
                 f"the model does not fit: weights take {self.fit.weights_bytes / 1e9:.1f} GB of the "
                 f"{self.fit.capacity_bytes / 1e9:.1f} GB of a chip, and nothing is left for the KV cache"
             )
-        return EngineSettings(self.max_num_seqs, self.max_num_batched_tokens, BLOCK_SIZE, blocks)
+        seats = self.max_num_seqs
+        if profile.reserve_output:
+            whole = float(np.ceil((requests.prompt_tokens + requests.output_tokens) / BLOCK_SIZE).mean())
+            seats = max(1, min(seats, int(blocks / whole)))
+        return EngineSettings(seats, self.max_num_batched_tokens, BLOCK_SIZE, blocks)
 
 
 @dataclass(frozen=True)
@@ -100,15 +111,15 @@ class KernelDraw:
     draws: Draws
     index: int
 
-    def efficiency(self, chip: ChipSpec) -> Efficiency:
-        """The efficiencies of a chip in this draw."""
-        return _drawn_efficiencies(chip.name, self.draws)[self.index]
+    def efficiency(self, chip: ChipSpec, kernels: str) -> Efficiency:
+        """The efficiencies of a chip in this draw, under an engine with the kernels of a framework."""
+        return _drawn_efficiencies(chip.name, kernels, self.draws)[self.index]
 
 
 @lru_cache(maxsize=8)
-def _drawn_efficiencies(chip: str, draws: Draws) -> list[Efficiency]:
+def _drawn_efficiencies(chip: str, kernels: str, draws: Draws) -> list[Efficiency]:
     spec = load_chip(chip)
-    return drawn_efficiencies(spec, spec.efficiency, draws)
+    return drawn_efficiencies(spec, spec.efficiency, draws, kernels=kernels)
 
 
 def replica(m: Measurement, pool: Pool, profile: EngineProfile, draw: KernelDraw | None = None) -> Replica:
@@ -122,13 +133,28 @@ def replica(m: Measurement, pool: Pool, profile: EngineProfile, draw: KernelDraw
         If the model cannot be laid out so, or not be priced.
     """
     sequences = pool.max_num_seqs or profile.max_num_seqs
+    if m.load == "closed" and _has_states(m.model):
+        # Room for a state is kept for every seat; no more are taken than there are clients. In powers of two, for the tables' sake.
+        clients = -(-m.clients // (pool.workers * pool.pp * pool.dp))
+        sequences = min(sequences, max(FEWEST_SEATS, 1 << (clients - 1).bit_length()))
     tokens = max(pool.max_num_batched_tokens or profile.max_num_batched_tokens, sequences)
     layout = replace(pool, max_num_seqs=None, max_num_batched_tokens=None, workers=1)
+    skew = profile.routing_skew if _has_experts(m.model) else 0.0
     # Tables are made for round sizes, so that runs with nearly the same limits share one.
     room = TABLE_STEP * -(-tokens // TABLE_STEP)
     price = _replica if draw is None else _drawn_replica
-    found = price(m.model, m.chip, m.precision, layout, pool.workers, sequences, room, draw)
+    found = price(m.model, m.chip, m.precision, layout, pool.workers, sequences, room, profile.kernels, skew, draw)
     return found if room == tokens else replace(found, max_num_batched_tokens=tokens)
+
+
+@lru_cache(maxsize=256)
+def _has_states(model: str) -> bool:
+    return any(isinstance(group.mixer, GatedDeltaNet | Mamba2) for group in load_model(model).layers)
+
+
+@lru_cache(maxsize=256)
+def _has_experts(model: str) -> bool:
+    return any(isinstance(group.ffn, MoEFFN) for group in load_model(model).layers)
 
 
 def _priced(
@@ -139,6 +165,8 @@ def _priced(
     workers: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    kernels: str,
+    routing_skew: float,
     draw: KernelDraw | None,
 ) -> Replica:
     architecture, formats = load_model(model), parse_precision(precision)
@@ -149,14 +177,14 @@ def _priced(
         a_slice,
         Sharding(tp=pool.tp, pp=pool.pp, dp=pool.dp, ep=pool.ep),
         precision=formats,
-        efficiency=None if draw is None else draw.efficiency(a_slice.chip),
+        efficiency=None if draw is None else draw.efficiency(a_slice.chip, kernels),
         **limits,
     )
     one = whole.stages[0]
     if pool.pp > 1:
         one = replace(one, architecture=architecture, stage=(1, 1))
     return Replica(
-        kernels=kernel_cost(one, equal_ranks=True),
+        kernels=kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True),
         fit=whole.memory,
         equals=workers * pool.pp * pool.dp,
         micro_batches=pool.pp,
@@ -219,7 +247,12 @@ def requests_of(m: Measurement, equals: int, profile: EngineProfile) -> Requests
     arrival = np.zeros(n)
     if m.load == "poisson":
         arrival = np.cumsum(-np.log1p(-uniform(0, f"{cause}/arrival", 0, n)) * equals / m.rate_per_s)
-    return Requests(arrival, prompt, output, np.zeros(n, dtype=np.int64), output, clients if m.load == "closed" else 0)
+    cached = np.zeros(n * m.beams, dtype=np.int64)
+    if m.beams > 1:
+        arrival = np.repeat(arrival, m.beams)
+        prompt, output = (np.repeat(column, m.beams) for column in (prompt, output))
+        cached = np.where(np.arange(n * m.beams) % m.beams, np.maximum(prompt - 1, 0), 0)
+    return Requests(arrival, prompt, output, cached, output, clients if m.load == "closed" else 0)
 
 
 def predict(m: Measurement, profile: EngineProfile | None = None, draw: KernelDraw | None = None) -> Prediction:
@@ -248,12 +281,14 @@ def _predict_unified(m: Measurement, profile: EngineProfile, draw: KernelDraw | 
 
     one = replica(m, m.pools[0], profile, draw)
     requests = requests_of(m, one.equals, profile)
-    cost, settings = _cost(one.kernels, profile), one.settings(profile)
+    kept = profile if m.memory_fraction is None else profile.with_values(memory_fraction=m.memory_fraction)
+    cost, settings = _cost(one.kernels, profile), one.settings(kept, requests)
     result = simulate(cost, settings, requests, timeline_interval_s=TIMELINE_S)
     waits = np.zeros(len(requests))
-    if m.poll_steps:
+    if m.poll_steps or m.hold_steps:
         step_s = (result.end_s - result.idle_s) / max(1.0, result.totals["steps"])
         waits = uniform(0, f"{m.model}/{m.clients}/poll", 0, len(requests)) * (m.poll_steps * step_s)
+        waits += m.hold_steps * step_s
         requests = replace(requests, arrival_s=requests.arrival_s + waits)
         result = simulate(cost, settings, requests, timeline_interval_s=TIMELINE_S)
     served = result.status == FINISHED
@@ -262,7 +297,9 @@ def _predict_unified(m: Measurement, profile: EngineProfile, draw: KernelDraw | 
     output = requests.output_tokens
     sent = result.arrival_s - waits
     # A batch queued inside the engine, or an engine's own log, has no client at the other end of a connection.
-    client_s = profile.request_s if m.load in {"closed", "poisson"} else 0.0
+    client_s = (
+        profile.request_s + profile.request_token_s * requests.prompt_tokens if m.load in {"closed", "poisson"} else 0.0
+    )
     ttft, e2e = (time_s - sent + client_s for time_s in (result.first_token_s, result.finish_s))
     several = output > 1
     tpot = (result.finish_s - result.first_token_s)[several] / (output - 1)[several]
@@ -272,7 +309,8 @@ def _predict_unified(m: Measurement, profile: EngineProfile, draw: KernelDraw | 
         latency_s = found["ttft_s"] + (m.output_tokens - 1) * found.get("tpot_s", 0.0)
         found["output_tokens_per_s"] = m.clients * m.output_tokens / latency_s
     else:
-        found["output_tokens_per_s"] = one.equals * float(output.sum()) / (result.end_s - float(sent.min()))
+        counted = float(output.sum()) / m.beams
+        found["output_tokens_per_s"] = one.equals * counted / (result.end_s - float(sent.min()))
     return found
 
 
@@ -322,7 +360,7 @@ def _dealt(one: Replica, profile: EngineProfile, requests: Requests) -> tuple[ND
     """
     from simulator.engine.compiled import simulate  # noqa: PLC0415  # numba takes a while to import
 
-    cost, settings = _cost(one.kernels, profile), one.settings(profile)
+    cost, settings = _cost(one.kernels, profile), one.settings(profile, requests)
     engines = min(one.equals, requests.concurrency or one.equals, len(requests))
     arrival, finish = np.empty(len(requests)), np.empty(len(requests))
     for k in range(engines):

@@ -78,7 +78,7 @@ def calibrate_chip(
             command=command,
             source=tuple(source),
             tables={f"{t.kind}_{t.framework}".rstrip("_"): t.digest for t in tables},
-            fits=tuple(sorted(fits, key=lambda f: (f.op, f.dtype, f.kv_dtype, f.framework, f.chips))),
+            fits=tuple(sorted(fits, key=lambda f: (f.op, f.dtype, f.kv_dtype, f.framework, f.chips, f.head_dim))),
         )
     )
 
@@ -175,6 +175,7 @@ def _record(best: _Fitted, outside: Array) -> KernelFit:
         kv_dtype=problem.kv_dtype,
         framework=problem.framework,
         chips=problem.chips,
+        head_dim=problem.head_dim,
         rows=len(problem.measured),
         left_out=problem.left_out,
         left_out_why=problem.why,
@@ -217,6 +218,8 @@ def toml_lines(file: CalibrationFile) -> Iterator[str]:
                 yield f"{name} = {_text(getattr(fit, name))}"
         if fit.chips > 1:
             yield f"chips = {fit.chips}"
+        if fit.head_dim:
+            yield f"head_dim = {fit.head_dim}"
         yield f"rows = {fit.rows}"
         if fit.left_out:
             yield f"left_out = {fit.left_out}"

@@ -70,7 +70,7 @@ class Problem:
 
     Attributes
     ----------
-    op, dtype, kv_dtype, framework, chips
+    op, dtype, kv_dtype, framework, chips, head_dim
         what it is the curve of.
     measured
         times of its rows. [s]
@@ -103,6 +103,7 @@ class Problem:
     regimes: tuple[tuple[str, NDArray[np.bool_]], ...]
     choices: tuple[str, tuple[float, ...]] = ("", ())
     chips: int = 1
+    head_dim: int = 0
     left_out: int = 0
     why: str = ""
 
@@ -123,18 +124,29 @@ def problems(chip: ChipSpec, tables: list[Table]) -> Iterator[Problem]:
                 for (dtype,) in table.groups("dtype"):
                     if _has_peak(chip, dtype):
                         yield _moe(chip, table, dtype)
-            case "attention_prefill" | "mla_prefill":
+            case "attention_prefill" | "mla_prefill" | "attention_decode" | "mla_decode":
+                kind = _prefill if table.kind.endswith("prefill") else _decode
                 for dtype, kv_dtype in table.groups("dtype", "kv_dtype"):
                     if _has_peak(chip, dtype) and kv_dtype in KV_BYTES:
-                        yield _prefill(chip, table, dtype, kv_dtype)
-            case "attention_decode" | "mla_decode":
-                for dtype, kv_dtype in table.groups("dtype", "kv_dtype"):
-                    if _has_peak(chip, dtype) and kv_dtype in KV_BYTES:
-                        yield _decode(chip, table, dtype, kv_dtype)
+                        of = table.where((table.columns["dtype"] == dtype) & (table.columns["kv_dtype"] == kv_dtype))
+                        for width, rows in _widths(of):
+                            yield replace(kind(chip, rows, dtype, kv_dtype), head_dim=width)
             case "comm":
                 yield from _collectives(chip, table)
             case _:
                 pass
+
+
+LEAST_ROWS = 200
+"""Rows of one width of heads from which it is fitted on its own."""
+
+
+def _widths(table: Table) -> list[tuple[int, Table]]:
+    """A table of attention by width of heads, if there is enough of each; latent attention has one, and is 0."""
+    widths = table.columns.get("head_dim")
+    if widths is None or np.unique(widths, return_counts=True)[1].min() < LEAST_ROWS:
+        return [(0, table)]
+    return [(int(width), table.where(widths == width)) for width in np.unique(widths)]
 
 
 def _has_peak(chip: ChipSpec, dtype: str) -> bool:
@@ -366,7 +378,8 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
         flops, key_bytes = 4.0 * heads * width, 2 * kv_heads * width * KV_BYTES[kv_dtype]
         token_bytes = _wide_bytes(dtype) * 2 * heads * width + key_bytes
         shape, by = _numbered(heads, kv_heads, width), "head configurations (heads, kv_heads, head_dim)"
-    pairs, tokens = batch * seq * (seq + 1) / 2, batch * seq
+    history = rows.get("history", np.zeros_like(seq))
+    pairs, tokens = batch * seq * (history + (seq + 1) / 2), batch * seq
     few = heads / kv_heads <= MOST_HEADS_PER_KV_HEAD if op == "attention_prefill" else np.ones(len(time), dtype=bool)
     fast = pairs * flops / peak > time
     keep = np.flatnonzero(few & ~fast)
@@ -375,7 +388,7 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
         c, at = PrefillCurve(**values), keep[among]
         products = pairs[at] * (flops[at] + 4 * heads[at] * c.softmax) / (peak * c.peak)
         walk = c.serial * 4 * QUERY_TILE * width[at] * units / peak
-        keys = seq[at] * np.maximum(walk, key_bytes[at] / hbm)
+        keys = (history + seq)[at] * np.maximum(walk, key_bytes[at] / hbm)
         return np.asarray(c.launch_s + products + keys + c.traffic * tokens[at] * token_bytes[at] / hbm)
 
     free = (

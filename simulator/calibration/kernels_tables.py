@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.calibration.measurements import model_name
+from simulator.catalog.architecture import SoftmaxAttention
 from simulator.catalog.chips import chip_names
+from simulator.catalog.models import load_model
 from simulator.errors import InputError, nearest
 
 Column = NDArray[Any]
@@ -25,9 +28,10 @@ FOLDERS = {
     "b200_sxm": "b200",
     "l40s": "l40s",
     "rtx_pro_6000_server": "rtx-pro-6000",
+    "tpu_v6e": "tpu-v6e",
 }
 
-_TEXT = {"dtype", "kv_dtype", "collective", "impl", "distribution"}
+_TEXT = {"dtype", "kv_dtype", "collective", "impl", "distribution", "model", "phase"}
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "gemm": ("dtype", "m", "n", "k"),
@@ -39,8 +43,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "comm": ("collective", "impl", "dtype", "num_gpus", "bytes"),
     "act_quant_compute_scale": ("dtype", "m", "k"),
     "act_quant_scale_matrix": ("dtype", "m", "k"),
+    "attention_tpu": ("model", "phase", "batch", "chunk", "kv_cache"),
 }
-"""Columns each table must have besides ``latency_us``; further ones are ignored."""
+"""Columns each table must have besides ``latency_us``; further ones are ignored. The last is of one model, in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def read_tables(folder: Path) -> list[Table]:
         If there is none, or one lacks a column or holds a time that is not positive.
     """
     files = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if ".csv" in p.suffixes)
-    found = [read_table(file) for file in files if folder.is_file() or _kind(file)]
+    found = [table for file in files if folder.is_file() or _kind(file) for table in _by_kernel(file, read_table(file))]
     if not found:
         raise InputError(
             f"{folder}: no table to fit; a file is called after what it holds and the framework, such as gemm_vllm.csv or "
@@ -123,6 +128,45 @@ def read_table(file: Path) -> Table:
     for name in needed:
         digest.update("\n".join(map(str, raw[name])).encode())
     return Table(kind, framework, columns, digest.hexdigest()[:16])
+
+
+def _by_kernel(file: Path, table: Table) -> list[Table]:
+    """The two tables of a table of a model's attention; any other is one already."""
+    if table.kind != "attention_tpu":
+        return [table]
+    names = {str(name) for name in table.columns["model"]}
+    if len(names) > 1:
+        raise InputError(f"{file}: attention of {len(names)} models; one table is of one model")
+    mixer = load_model(model_name(names.pop())).layers[0].mixer
+    if not isinstance(mixer, SoftmaxAttention):
+        raise InputError(f"{file}: not a model with plain attention")
+    return _attention(table, mixer)
+
+
+def _attention(table: Table, mixer: SoftmaxAttention) -> list[Table]:
+    """A chunk of a prompt on its cached history, and decoding sequences over their cached keys and the new one."""
+    found = []
+    for phase in ("decode", "prefill"):
+        rows = table.where(table.columns["phase"] == phase).columns
+        count = len(rows["latency_s"])
+        columns = {
+            **{name: np.full(count, "bfloat16") for name in ("dtype", "kv_dtype")},
+            **{
+                name: np.full(count, float(value))
+                for name, value in (
+                    ("heads", mixer.n_heads),
+                    ("kv_heads", mixer.n_kv_heads),
+                    ("head_dim", mixer.head_dim),
+                )
+            },
+            "batch": rows["batch"],
+            "seq": rows["chunk"],
+            "history": rows["kv_cache"],
+            "kv_len": rows["kv_cache"] + 1,
+            "latency_s": rows["latency_s"],
+        }
+        found.append(Table(f"attention_{phase}", "llmservingsim", columns, table.digest))
+    return found
 
 
 def chip_folders(data: Path, chip: str | None) -> dict[str, Path]:

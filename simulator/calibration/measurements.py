@@ -81,6 +81,14 @@ class Measurement:
         metric -> value: those of :data:`METRICS`, and ``<metric>_p50`` … where a log has every request.
     poll_steps
         steps between two looks of the scheduler for new requests, where the recipe sets it; 0: every step.
+    hold_steps
+        steps for which the scheduler holds a prompt back for company, where the recipe sets it.
+    beams
+        sequences that a request is decoded into, of which one counts: beam search. They share the computed prompt.
+    unclear
+        what the table leaves open about the run, in words: such a run is predicted but not fitted to. Empty: nothing.
+    memory_fraction
+        of the engine's rule for its memory, where the recipe sets it; None: the engine profile's.
     replay
         the log's requests, of a replay.
     """
@@ -103,6 +111,10 @@ class Measurement:
     measured: Mapping[str, float] = field(hash=False)
     rate_per_s: float = 0.0
     poll_steps: int = 0
+    hold_steps: int = 0
+    memory_fraction: float | None = None
+    unclear: str = ""
+    beams: int = 1
     replay: Requests | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -6,10 +6,11 @@ from typing import Any
 
 from simulator.calibration.serving import Fit
 from simulator.catalog.engines import EngineSpec, FitErrors
+from simulator.catalog.records import Quantity
 from simulator.results.toml import dumps
 
 #: Units of a profile file, by what a field ends in, and the factor to SI.
-_UNITS = {"_s": ("us", 1e-6), "_bytes": ("GB", 1e9), "_slowdown": ("1", 1.0)}
+_UNITS = {"_s": ("us", 1e-6), "_bytes": ("GB", 1e9), "_slowdown": ("1", 1.0), "_skew": ("1", 1.0)}
 
 
 def fitted_quantities(
@@ -44,15 +45,17 @@ def fitted_quantities(
 def place(field: str) -> tuple[str, str]:
     """Table and key of a profile's field in its file.
 
-    >>> place("step_s"), place("layer_s"), place("experts_slowdown"), place("workspace_bytes")
-    (('host', 'step'), ('launch', 'layer'), ('slowdown', 'experts'), ('memory', 'workspace'))
+    >>> place("step_s"), place("kernel_s"), place("experts_slowdown"), place("workspace_bytes"), place("routing_skew")
+    (('host', 'step'), ('launch', 'kernel'), ('slowdown', 'experts'), ('memory', 'workspace'), ('routing', 'skew'))
     """
     name = field.removesuffix("_s").removesuffix("_slowdown").removesuffix("_bytes")
     if field.endswith("_slowdown"):
         return "slowdown", name
     if field.endswith("_bytes"):
         return "memory", name
-    return ("launch" if name in {"layer", "collective"} else "host"), name
+    if name.startswith("routing_"):
+        return "routing", name.removeprefix("routing_")
+    return ("launch" if name in {"kernel", "eager"} else "host"), name
 
 
 def profile_text(
@@ -62,15 +65,21 @@ def profile_text(
     command: str,
     errors: FitErrors | None = None,
 ) -> str:
-    """A profile file: ``spec`` with some quantities replaced, and how well they are known; the same text for the same values."""
+    """A profile file: ``spec`` with some quantities replaced, and how well they are known; the same text for the same values.
+
+    A quantity that comes out as it was keeps its date, so that a fit made again gives the same file.
+    """
     lines = [f"# Written by: {command}", ""]
-    plain = {name: getattr(spec, name) for name in ("schema_version", "name", "title", "versions", "note")}
+    plain = {name: getattr(spec, name) for name in ("schema_version", "name", "title", "versions", "kernels", "note")}
     lines += dumps({k: v for k, v in plain.items() if v != ""}).rstrip().split("\n")
-    for table in ("host", "launch", "slowdown", "memory", "scheduler"):
+    for table in ("host", "launch", "routing", "slowdown", "memory", "scheduler"):
         lines += ["", f"[{table}]"]
         for key, value in getattr(spec, table):
             fitted = quantities.get(table, {}).get(key)
-            if fitted is not None:
+            if fitted is not None and isinstance(value, Quantity):
+                fitted = dict(fitted)
+                if Quantity(**{**fitted, "retrieved": value.retrieved}) == value:
+                    fitted["retrieved"] = value.retrieved
                 lines.append(f"{key} = {_inline(fitted)}")
             elif hasattr(value, "unit"):
                 lines.append(f"{key} = {_inline(value.model_dump(exclude_defaults=True))}")

@@ -41,7 +41,7 @@ class ServingCalibration:
     data
         everything that was read.
     rows
-        those the fit has used: all that one pool of engines served.
+        those of the fit's tables that one pool of engines served; it has used the ones whose settings are clear.
     splits
         errors on rows left out, of those splits that were asked for.
     after
@@ -89,7 +89,7 @@ class ServingCalibration:
             "rows": self.data.n_rows,
             "rows_simulated": len(self.after.rows),
             "coverage": self.after.coverage,
-            "rows_fitted": len(self.rows),
+            "rows_fitted": sum(not m.unclear for m in self.rows),
             "parameters": [
                 {
                     "name": p.field,
@@ -194,7 +194,8 @@ def calibrate_serving(
         compiled.warm_up()
     start = {engine: engine_profile(engine) for engine in {m.engine for m in rows}} | dict(base or {})
     with Simulators(rows, workers) as simulators:
-        fit = fit_serving(rows, simulators=simulators, base=start, say=say)
+        clear = np.array([not m.unclear for m in rows])
+        fit = fit_serving(rows, simulators=simulators, base=start, keep=clear, say=say)
         left_out = tuple(leave_out(name, rows, fit, simulators=simulators, say=say) for name in splits)
         coverage = None
         if "group" in splits and len({m.group for m in rows}) > 1:

@@ -5,9 +5,9 @@ The residual of a row and metric is log(predicted / measured) over the metric's 
 with a Jacobian from finite differences; parameters stay inside physical bounds. Rows are weighted by the inverse root of the
 size of their group, so that a model measured a hundred times does not drown one measured ten times.
 
-Parameters are few and physical: how much slower kernels are in a server than alone, by kind, for all engines; fixed times
-per layer and collective, for all engines; and per engine the host's times per step, sequence and request. There is none for a
-row, a model or a chip.
+Parameters are few and physical: how much slower kernels are in a server than alone, by kind, the fixed time of a kernel in a
+captured graph, and how unevenly tokens choose experts, for all engines; and per engine the host's times per step, sequence and
+request, and its memory. There is none for a row, a model or a chip.
 
 .. [1] P. Huber, "Robust estimation of a location parameter", Ann. Math. Statist. 35, 1964 (recalled).
 """
@@ -75,33 +75,29 @@ class Parameter:
 #: graphs and fused kernels hide part of the launches and of what goes on between products.
 SLOWDOWNS = {
     "weights_slowdown": (3.0, 1.0, 0.15),
-    "products_slowdown": (3.0, 1.0, 0.15),
     "experts_slowdown": (3.0, 1.0, 0.15),
     "elementwise_slowdown": (3.0, 0.8, 0.3),
     "collective_slowdown": (3.0, 1.0, 0.25),
-    "launches_slowdown": (3.0, 0.7, 0.3),
     "decode_attention_slowdown": (3.0, 1.0, 0.15),
     "prefill_attention_slowdown": (3.0, 1.0, 0.15),
 }
-#: Fixed times per layer and collective [s]: upper bound, prior, spread.
-LAUNCHES = {"layer_s": (200e-6, 20e-6, 20e-6), "collective_s": (40e-6, 2e-6, 5e-6)}
+#: Fixed time of a kernel [s], and skew of the choice of experts: upper bound, prior, spread.
+SHARED = {"kernel_s": (20e-6, 3e-6, 3e-6), "routing_skew": (1.5, 0.5, 0.3)}
 #: Times of one engine's host [s] and its memory [bytes], as above.
 HOSTS = {
     "step_s": (10e-3, 0.8e-3, 1e-3),
     "sequence_s": (100e-6, 10e-6, 15e-6),
-    "chunk_s": (50e-3, 2e-3, 5e-3),
+    "eager_s": (50e-6, 3e-6, 5e-6),
     "request_s": (0.5, 15e-3, 20e-3),
+    "request_token_s": (100e-6, 3e-6, 5e-6),
     "workspace_bytes": (12e9, 2e9, 3e9),
 }
 
 
 def parameters_for(engines: Iterable[str]) -> tuple[Parameter, ...]:
     """Parameters of a fit over rows of these engines."""
-    found = [
-        Parameter(name, None, 0.0 if name == "launches_slowdown" else 0.5, *values)
-        for name, values in SLOWDOWNS.items()
-    ]
-    found += [Parameter(name, None, 0.0, *values) for name, values in LAUNCHES.items()]
+    found = [Parameter(name, None, 0.5, *values) for name, values in SLOWDOWNS.items()]
+    found += [Parameter(name, None, 0.0, *values) for name, values in SHARED.items()]
     for engine in sorted(set(engines)):
         found += [Parameter(name, engine, 0.0, *values) for name, values in HOSTS.items()]
     return tuple(found)

@@ -83,6 +83,7 @@ def leave_out(
     parts = split_parts(name, rows)
     found = np.full((len(rows), len(SPREADS)), np.nan)
     names = list(dict.fromkeys(parts))
+    clear = np.array([not m.unclear for m in rows])
     for part in names:
         inside = np.array([p == part for p in parts])
         if inside.all():
@@ -94,7 +95,7 @@ def leave_out(
             parameters=full.parameters,
             base=full.base,
             start=full.values,
-            keep=~inside,
+            keep=~inside & clear,
             jacobian=full.slopes,
         )
         found[inside] = fit.after[inside]

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from simulator.calibration.measurements import Measurement, Pool, chip_name, model_name
+from simulator.calibration.recipes import launched
 from simulator.catalog.engines import engine_names
 from simulator.catalog.files import parse, read_toml
 from simulator.catalog.records import Record
@@ -45,11 +46,9 @@ PROMPTS_PER_CLIENT = 10
 
 ON_DEFAULTS = "nvidia_internal_gap_analysis"
 """Subset of the published dump that was measured on the engines' defaults, with fixed lengths for these models."""
+PUBLISHED = ("inferencex", ON_DEFAULTS)
+"""Subsets whose runs were launched by published recipes; of the second, those with lengths that are not fixed."""
 FIXED_LENGTHS = {"llama-3-8b", "llama-3-70b", "qwen3-32b", "qwen3-235b-a22b"}
-
-SGLANG_POLL_STEPS = 30
-"""Steps between two looks for new requests in published SGLang recipes (scheduler-recv-interval), from 16 clients on; a third of that
-below. Recalled, and borne out by TTFTs that grow with the time of 30 steps."""
 
 #: Engine profile by the engine's name in tables.
 ENGINES = {"trtllm": "tensorrt-llm", "vllm-tpu": "vllm", "tensorrt": "tensorrt-llm"}
@@ -243,7 +242,7 @@ def _aggregated(identity: str, table: str, row: Row) -> Measurement:
     if fixed and engine == "tensorrt-llm":
         # Its TTFT grows with the output length, which no steady server does: start-up requests weigh in.
         del measured["ttft_s"], measured["output_tokens_per_s"]
-    return Measurement(
+    run = Measurement(
         id=identity,
         table=table,
         model=model,
@@ -259,9 +258,10 @@ def _aggregated(identity: str, table: str, row: Row) -> Measurement:
         output_tokens=_count(row, "osl"),
         range_ratio=1.0 if fixed else RANGE_RATIO,
         n_requests=PROMPTS_PER_CLIENT * clients,
-        poll_steps=(0 if engine != "sglang" else SGLANG_POLL_STEPS if clients >= 16 else SGLANG_POLL_STEPS // 3),
         measured=measured,
     )
+    published = row.get("subset", "").startswith(PUBLISHED) and not fixed
+    return launched(run) if published else run
 
 
 def with_throughput(measured: Mapping[str, float], clients: int, output_tokens: int) -> dict[str, float]:
@@ -368,9 +368,95 @@ def _client_row(identity: str, table: str, row: Row) -> Measurement:
     )
 
 
-def _without_lengths(identity: str, table: str, row: Row) -> Measurement:
-    del identity, table
-    raise UnpriceableError(f"{row['benchmark']}: input lengths are not in the log")
+@dataclass(frozen=True)
+class Benchmark:
+    """What an MLPerf log does not say about its benchmark.
+
+    Attributes
+    ----------
+    model, precision
+        catalogue name, and the formats of closed submissions with TensorRT.
+    prompt_tokens
+        mean, assumed: logs have no input lengths.
+    output_tokens
+        mean, where a log has none.
+    tp
+        chips of one engine, assumed: the fewest that hold the weights and a cache beside them.
+    beams
+        of the beam search that the benchmark's rules ask for (recalled).
+    """
+
+    model: str
+    precision: str
+    prompt_tokens: int
+    output_tokens: int
+    tp: Mapping[str, int]
+    beams: int = 1
+
+
+#: Outputs: 294 in the reference of llama2-70b, at most 128 of the summaries, of which logs report 69.
+MLPERF = {
+    "llama2-70b": Benchmark(
+        "llama-2-70b", "fp8kv8", 300, 294, {"l40s": 4, "h100-sxm": 2, "h100-nvl": 2, "h100-pcie": 2}
+    ),
+    "gptj": Benchmark("gpt-j-6b", "fp8kv8", 780, 69, {}, beams=4),
+}
+MLPERF_REQUESTS = 1500
+"""Requests simulated per engine, of the many thousands of a run: its means have settled by then."""
+SHORTEST = 0.02
+"""Shortest over longest request of texts, whose lengths are spread from a few tokens to twice the mean."""
+
+
+def _mlperf(identity: str, table: str, row: Row) -> Measurement:
+    """A submission with TensorRT; the requests of its Server scenario are a Poisson process."""
+    name = row["benchmark"].rsplit("-", 1)[0]
+    known, chip = MLPERF.get(name), chip_name(row["gpu"])
+    if known is None:
+        raise UnpriceableError(f"benchmark {row['benchmark']!r} is not known{nearest(name, MLPERF)}")
+    if not row["framework"].startswith("TensorRT"):
+        raise UnpriceableError(
+            f"{name} with {row['framework'] or 'an unnamed engine'}: the log does not say its formats"
+        )
+    tp = _count(row, "tp", known.tp.get(chip, 1))
+    pool = Pool(workers=max(1, _count(row, "n_gpus") // tp), tp=tp, pp=_count(row, "pp"), max_num_seqs=_limit(row))
+    pool = replace(pool, workers=max(1, pool.workers // pool.pp))
+    output = round(float(row.get("mean_output_tokens") or known.output_tokens))
+    queued = row["scenario"] == "Offline"
+    if not (row["samples_per_s"] or row["target_qps"]):
+        raise UnpriceableError(f"{name}, {row['scenario']}: the log has no rate")
+    rate = float(row["samples_per_s"] or row["target_qps"]) * pool.workers * pool.chips / _count(row, "n_gpus")
+    measured = {"output_tokens_per_s": rate * output} if queued else {}
+    for metric, column in (("ttft_s", "ttft_mean_ms"), ("tpot_s", "tpot_mean_ms")):
+        if not queued and row.get(column):
+            measured[metric] = float(row[column]) / 1e3
+    if not measured:
+        raise UnpriceableError(
+            f"{name}, {row['scenario']}: the log has no latency of tokens, and its rate is the arrivals'"
+        )
+    return Measurement(
+        id=identity,
+        table=table,
+        model=known.model,
+        chip=chip,
+        engine="tensorrt-llm",
+        engine_version=row["framework"].split(",")[0],
+        dtype="fp8",
+        precision=known.precision,
+        pools=(pool,),
+        load="queued" if queued else "poisson",
+        clients=0,
+        prompt_tokens=round(2 * known.prompt_tokens / (1 + SHORTEST)),
+        output_tokens=round(2 * output / (1 + SHORTEST)),
+        range_ratio=SHORTEST,
+        n_requests=MLPERF_REQUESTS * pool.workers * pool.pp,
+        rate_per_s=rate,
+        beams=known.beams,
+        measured=measured,
+    )
+
+
+def _limit(row: Row) -> int | None:
+    return _count(row, "max_batch") if row.get("max_batch") else None
 
 
 def _kv_transfer(identity: str, table: str, row: Row) -> Measurement:
@@ -386,7 +472,7 @@ _READERS: list[tuple[set[str], Callable[[str, str, Row], Measurement]]] = [
     ({"isl", "osl", "num_requests", "out_tok_s", "gpu"}, _offline),
     ({"isl", "osl", "batch", "out_tok_s", "gpu"}, _static_batch),
     ({"isl", "batch", "first_token_ms", "gpu"}, _static_batch),
-    ({"benchmark", "samples_per_s", "scenario", "gpu"}, _without_lengths),
+    ({"benchmark", "samples_per_s", "scenario", "gpu"}, _mlperf),
     ({"kv_transfer_ms", "gpu"}, _kv_transfer),
 ]
 

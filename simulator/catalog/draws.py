@@ -30,6 +30,7 @@ from simulator.catalog.chips import ChipSpec, Efficiency, load_chip
 from simulator.catalog.engines import EngineProfile, EngineSpec, FitErrors, LeftOut, field_of
 from simulator.catalog.kernel_curves import (
     CURVES,
+    KERNELS_FROM,
     CollectiveCurve,
     Curve,
     DecodeCurve,
@@ -37,6 +38,7 @@ from simulator.catalog.kernel_curves import (
     GroupedCurve,
     KernelCurves,
     KernelFit,
+    Key,
     PrefillCurve,
     VectorCurve,
     calibration_names,
@@ -197,7 +199,7 @@ def _triangular(u: Array, low: float, value: float, high: float) -> Array:
 
 
 def drawn_efficiencies(
-    chip: ChipSpec, efficiency: Efficiency, draws: Draws, *, held: Collection[str] = ()
+    chip: ChipSpec, efficiency: Efficiency, draws: Draws, *, held: Collection[str] = (), kernels: str = ""
 ) -> list[Efficiency]:
     """``n`` efficiencies of a chip.
 
@@ -205,6 +207,8 @@ def drawn_efficiencies(
     ----------
     efficiency
         those in force; what differs from the chip's own was chosen by hand and stays, as do the constants in ``held``.
+    kernels
+        framework whose own kernels the engine runs; those of others stay as they are.
 
     Raises
     ------
@@ -216,7 +220,7 @@ def drawn_efficiencies(
     constants = _drawn_constants(chip, efficiency, draws, held) if "assumed" in draws.sources else {}
     curves: Sequence[KernelCurves | None] = [efficiency.curves] * draws.n
     if efficiency.curves is not None and "kernels" in draws.sources:
-        curves = _drawn_curves(chip, efficiency.curves, draws)
+        curves = _drawn_curves(chip, efficiency.curves, draws, kernels)
     return [
         replace(efficiency, curves=curve, **{name: float(values[k]) for name, values in constants.items()})
         for k, curve in enumerate(curves)
@@ -237,19 +241,50 @@ def _drawn_constants(chip: ChipSpec, efficiency: Efficiency, draws: Draws, held:
     return found
 
 
-def _drawn_curves(chip: ChipSpec, curves: KernelCurves, draws: Draws) -> list[KernelCurves]:
-    fits = _fits(chip.calibration)
+def _drawn_curves(chip: ChipSpec, curves: KernelCurves, draws: Draws, kernels: str) -> list[KernelCurves]:
     spreads = {} if curves.chip == chip.name else chip_spreads(_links(chip))
-    columns = {
-        key: _drawn_curve(curve, fits[key], "/".join(map(str, (curves.chip, *key))), draws, spreads)
+    plain = {
+        key: _drawn_curve(curve, _preferred(chip.calibration)[key], _cause(curves.chip, key), draws, spreads)
         for key, curve in curves.curves.items()
     }
-    return [replace(curves, curves={key: column[k] for key, column in columns.items()}) for k in range(draws.n)]
+    # The same causes: where two frameworks' kernels of one kind were measured, they are off alike.
+    own = {}
+    for key, curve in curves.own.get(kernels, {}).items():
+        fit, stand_in = _fit_of(chip.calibration, kernels, key)
+        own[key] = _drawn_curve(
+            curve, fit, _cause(curves.chip, key), draws, chip_spreads(_links(chip)) if stand_in else spreads
+        )
+    return [
+        replace(
+            curves,
+            curves={key: column[k] for key, column in plain.items()},
+            own={**curves.own, kernels: {key: column[k] for key, column in own.items()}} if own else curves.own,
+        )
+        for k in range(draws.n)
+    ]
+
+
+def _cause(chip: str, key: Key) -> str:
+    return "/".join(map(str, (chip, *key)))
 
 
 @cache
-def _fits(calibration: str) -> dict[tuple[str, str, str, int], KernelFit]:
-    return {(f.op, f.dtype, f.kv_dtype, f.chips): f for f in preferred_fits(read_calibration(calibration))}
+def _preferred(calibration: str) -> dict[Key, KernelFit]:
+    return {fit.key: fit for fit in preferred_fits(read_calibration(calibration))}
+
+
+@cache
+def _by_framework(calibration: str) -> dict[tuple[str, Key], KernelFit]:
+    return {(fit.framework, fit.key): fit for fit in read_calibration(calibration).fits}
+
+
+def _fit_of(calibration: str, framework: str, key: Key) -> tuple[KernelFit, bool]:
+    """A framework's fit, and whether it is of another chip that stands in."""
+    fit = _by_framework(calibration).get((framework, key))
+    if fit is not None:
+        return fit, False
+    donor = KERNELS_FROM[read_calibration(calibration).chip][framework]
+    return _by_framework(donor)[framework, key], True
 
 
 def _drawn_curve(
@@ -328,12 +363,11 @@ def chip_spreads(links: str) -> dict[tuple[str, str], float]:
     alike = [name for name, chip in measured.items() if _links(chip) == links]
     values: dict[tuple[Any, ...], list[float]] = {}
     for name in alike if len(alike) > 1 else measured:
-        for fit in _fits(name).values():
+        for key, fit in _preferred(name).items():
             for field in _LEADING[_curve_type(fit)]:
-                key = (fit.op, field, fit.dtype, fit.kv_dtype, fit.chips)
-                values.setdefault(key, []).append(float(np.log(fit.parameters[field])))
+                values.setdefault((field, *key), []).append(float(np.log(fit.parameters[field])))
     spreads: dict[tuple[str, str], list[float]] = {}
-    for (op, field, *_), logs in values.items():
+    for (field, op, *_), logs in values.items():
         if len(logs) > 1:
             spreads.setdefault((op, field), []).append(float(np.std(logs, ddof=1)))
     return {key: float(np.median(found)) for key, found in spreads.items()}
@@ -375,7 +409,7 @@ def _fitted_values(spec: EngineSpec, errors: FitErrors, draws: Draws) -> dict[st
         correlation[i, : i + 1] = correlation[: i + 1, i] = row
     # Values shared by all engines have causes of their own: two engines compared by the same draws share them.
     causes = [
-        f"profile/{path}" if path.startswith(("slowdown.", "launch.")) else f"profile/{spec.name}/{path}"
+        f"profile/{path}" if path.startswith(("slowdown.", "launch.", "routing.")) else f"profile/{spec.name}/{path}"
         for path in errors.parameters
     ]
     independent = np.stack([draws.normal(cause) for cause in causes])

@@ -48,21 +48,28 @@ class HostTable(Record):
     """Per step: scheduling, inputs, launches, sampling."""
     sequence: Time
     """Per decoding sequence and step."""
-    chunk: Time
-    """Per prefill chunk."""
     token: Time
     """Per token of a step."""
     request: Time
-    """What a client waits for its first token beyond the engine's steps: tokenising, routing, opening the stream. No chip waits for it."""
+    """What a client waits for its first token beyond the engine's steps: routing, opening the stream. No chip waits for it."""
+    request_token: Time
+    """The same per token of its prompt: reading and tokenising it."""
 
 
 class LaunchTable(Record):
-    """``[launch]``: fixed times that the layers of one step add to the kernels' own."""
+    """``[launch]``: fixed times of a step's kernels."""
 
-    layer: Time
-    """Per layer."""
-    collective: Time
-    """Per all-reduce."""
+    kernel: Time
+    """Per kernel, collectives apart: what is left of a launch in a captured graph, and the time of the smallest kernel."""
+    eager: Time
+    """Per kernel and prompt chunk of a step, besides: steps with prompts are not replayed from a graph, so the host launches every kernel."""
+
+
+class RoutingTable(Record):
+    """``[routing]``: how tokens choose routed experts. Of models and texts more than of engines, but measured with them."""
+
+    skew: Annotated[Quantity, _between("1", 0.0, 2)]
+    """Exponent of the popularity of experts by rank; 0: all alike."""
 
 
 class SlowdownTable(Record):
@@ -97,6 +104,8 @@ class SchedulerTable(Record):
     max_num_seqs: PositiveInt
     max_num_batched_tokens: PositiveInt
     prefix_caching: bool
+    reserve_output: bool = False
+    """Whether a request is admitted only once KV blocks for its whole length, prompt and output, can be set aside."""
     source: str
     note: str = ""
 
@@ -153,9 +162,12 @@ class EngineSpec(Record):
     title: str
     versions: str
     """Those that the figures stand for."""
+    kernels: str = ""
+    """Framework in chips' calibrations whose kernels the engine runs, where they were measured; empty: whichever stands for the chip."""
     note: str = ""
     host: HostTable
     launch: LaunchTable
+    routing: RoutingTable
     slowdown: SlowdownTable
     memory: MemoryTable
     scheduler: SchedulerTable
@@ -171,7 +183,13 @@ class EngineSpec(Record):
 
     def quantities(self) -> dict[str, Quantity]:
         """Every sourced number by its dotted path, e.g. ``host.step``."""
-        tables = {"host": self.host, "launch": self.launch, "slowdown": self.slowdown, "memory": self.memory}
+        tables = {
+            "host": self.host,
+            "launch": self.launch,
+            "routing": self.routing,
+            "slowdown": self.slowdown,
+            "memory": self.memory,
+        }
         return {
             f"{name}.{key}": value
             for name, table in tables.items()
@@ -183,16 +201,17 @@ class EngineSpec(Record):
     def profile(self) -> "EngineProfile":
         """The values in SI units."""
         si = {path: to_si(q.value, q.unit) for path, q in self.quantities().items() if q.value is not None}
-        names = {field_of(path): path for path in si}
-        values = {f.name: si[names[f.name]] for f in fields(EngineProfile) if f.name.endswith(("_s", "_slowdown"))}
+        values = {field_of(path): value for path, value in si.items() if not path.startswith("memory.")}
         return EngineProfile(
             name=self.name,
+            kernels=self.kernels,
             memory_rule=self.memory.rule,
             memory_fraction=si["memory.fraction"],
             workspace_bytes=si["memory.workspace"],
             max_num_seqs=self.scheduler.max_num_seqs,
             max_num_batched_tokens=self.scheduler.max_num_batched_tokens,
             prefix_caching=self.scheduler.prefix_caching,
+            reserve_output=self.scheduler.reserve_output,
             **values,
         )
 
@@ -206,7 +225,7 @@ def field_of(path: str) -> str:
     table, _, key = path.partition(".")
     if table == "memory":
         return {"fraction": "memory_fraction", "workspace": "workspace_bytes"}[key]
-    return f"{key}_slowdown" if table == "slowdown" else f"{key}_s"
+    return {"slowdown": f"{key}_slowdown", "routing": f"routing_{key}"}.get(table, f"{key}_s")
 
 
 @dataclass(frozen=True)
@@ -217,13 +236,15 @@ class EngineProfile:
     """
 
     name: str = "none"
+    kernels: str = ""
     step_s: float = 0.0
     sequence_s: float = 0.0
-    chunk_s: float = 0.0
     token_s: float = 0.0
     request_s: float = 0.0
-    layer_s: float = 0.0
-    collective_s: float = 0.0
+    request_token_s: float = 0.0
+    kernel_s: float = 0.0
+    eager_s: float = 0.0
+    routing_skew: float = 0.0
     weights_slowdown: float = 1.0
     products_slowdown: float = 1.0
     experts_slowdown: float = 1.0
@@ -238,6 +259,7 @@ class EngineProfile:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     prefix_caching: bool = True
+    reserve_output: bool = False
 
     def __post_init__(self) -> None:
         """Refuse times below 0, and factors that are none."""

@@ -6,9 +6,10 @@ the parameters do to a kernel's time is in :mod:`simulator.roofline.kernel_times
 that it was not fitted to.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from math import log
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
@@ -38,6 +39,12 @@ FRAMEWORKS = ("vllm", "sglang", "trtllm", "nccl", "llmservingsim", "user")
 #: A framework whose curve is off by more than this multiple of another's does not stand for a chip: its kernels change with
 #: shape in ways that the parameters do not follow, so they would be off elsewhere too.
 POOR_FIT = 1.5
+
+
+#: Measured chip -> framework -> chip whose measurements of that framework's kernels stand in for those missing here, as fractions
+#: of the datasheet. On A100 only SGLang's attention and experts were measured, and TensorRT-LLM has kernels of its own. On
+#: Blackwell vLLM and SGLang run TensorRT-LLM's (through FlashInfer), so nothing stands in there.
+KERNELS_FROM: Mapping[str, Mapping[str, str]] = {"a100-80-sxm": {"trtllm": "h100-sxm"}}
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,10 @@ CURVES: dict[str, type[Any]] = {
 """The curve of each op."""
 
 
+Key = tuple[str, str, str, int]
+"""Op, format, KV format and size of a curve: chips of a collective, width of attention's heads, else 1."""
+
+
 class Residuals(Record):
     """How far off a fit is in one regime: relative errors, predicted over measured less 1."""
 
@@ -268,6 +279,8 @@ class KernelFit(Record):
     framework: str
     chips: PositiveInt = 1
     """Chips of a collective."""
+    head_dim: NonNegativeInt = 0
+    """Width of attention's heads, for which its kernels are compiled one by one; 0: of every width."""
     rows: PositiveInt
     left_out: NonNegativeInt = 0
     """Rows not fitted to; ``left_out_why`` says why."""
@@ -292,6 +305,11 @@ class KernelFit(Record):
             raise ValueError(f"parameters {sorted(self.parameters)} must be {sorted(known)}")
         _curve_of(self)
         return self
+
+    @property
+    def key(self) -> Key:
+        """What the curve is of."""
+        return self.op, self.dtype, self.kv_dtype, self.head_dim or self.chips
 
 
 class CalibrationFile(Record):
@@ -323,16 +341,31 @@ class KernelCurves:
     chip
         where they were measured.
     curves
-        by (op, format, KV format, chips); the first framework of :data:`FRAMEWORKS` that was measured.
+        by (op, format, KV format, chips); of several frameworks the :func:`preferred` one's.
+    own
+        framework -> its curves, of those that were measured: what :meth:`of` puts in force.
     """
 
     chip: str
-    curves: Mapping[tuple[str, str, str, int], Curve] = field(default_factory=dict)
+    curves: Mapping[Key, Curve] = field(default_factory=dict)
+    own: Mapping[str, Mapping[Key, Curve]] = field(default_factory=dict)
+
+    def of(self, framework: str) -> "KernelCurves":
+        """With a framework's own kernels in force wherever they were measured; as they are, for one that was not."""
+        return replace(self, curves={**self.curves, **self.own[framework]}) if framework in self.own else self
 
     def get(self, kind: type[C], op: KernelOp, dtype: str = "", kv_dtype: str = "", chips: int = 1) -> C | None:
         """The curve of an op, if it was measured."""
         found = self.curves.get((op, dtype, kv_dtype, chips))
         return found if isinstance(found, kind) else None
+
+    def at_width(self, kind: type[C], op: KernelOp, dtype: str, kv_dtype: str, head_dim: int) -> C | None:
+        """The curve of attention with heads so wide; of the measured width that is nearest in proportion."""
+        widths = [size for (name, fmt, kv, size) in self.curves if (name, fmt, kv) == (op, dtype, kv_dtype)]
+        if not widths:
+            return None
+        nearest = min(widths, key=lambda width: (abs(log(width / head_dim)), width))
+        return self.get(kind, op, dtype, kv_dtype, nearest)
 
     def measured_chips(self, op: KernelOp) -> list[int]:
         """Group sizes of a collective that were measured, ascending."""
@@ -340,16 +373,22 @@ class KernelCurves:
 
     def without(self, *ops: str) -> "KernelCurves":
         """Without the curves of some ops, which the constant efficiencies price then."""
-        return replace(self, curves={key: curve for key, curve in self.curves.items() if key[0] not in ops})
+        return self._mapped(lambda curves: {key: curve for key, curve in curves.items() if key[0] not in ops})
 
     def with_fixed_times(self, *, kernels: float, collectives: float) -> "KernelCurves":
         """Launches and other fixed times of kernels, and latencies of collectives, multiplied."""
-        changed: dict[tuple[str, str, str, int], Curve] = {}
-        for key, curve in self.curves.items():
+
+        def changed(curve: Curve) -> Curve:
             factor = collectives if isinstance(curve, CollectiveCurve) else kernels
-            times = {f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")}
-            changed[key] = replace(curve, **times)
-        return replace(self, curves=changed)
+            return replace(
+                curve, **{f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")}
+            )
+
+        return self._mapped(lambda curves: {key: changed(curve) for key, curve in curves.items()})
+
+    def _mapped(self, change: Callable[[Mapping[Key, Curve]], dict[Key, Curve]]) -> "KernelCurves":
+        own = {framework: change(curves) for framework, curves in self.own.items()}
+        return replace(self, curves=change(self.curves), own=own)
 
 
 def read_calibration(name_or_path: str) -> CalibrationFile:
@@ -373,23 +412,30 @@ def calibration_names() -> list[str]:
 def load_curves(name_or_path: str) -> KernelCurves:
     """The curves of a calibration; of frameworks measured side by side the :func:`preferred` one."""
     calibration = read_calibration(name_or_path)
-    return KernelCurves(
-        calibration.chip,
-        {(fit.op, fit.dtype, fit.kv_dtype, fit.chips): _curve_of(fit) for fit in preferred_fits(calibration)},
-    )
+    frameworks = sorted({fit.framework for fit in calibration.fits} - {"nccl"})
+    own = {name: _by_key([fit for fit in calibration.fits if fit.framework == name]) for name in frameworks}
+    for framework, donor in KERNELS_FROM.get(calibration.chip, {}).items():
+        own[framework] = {**load_curves(donor).own[framework], **own.get(framework, {})}
+    return KernelCurves(calibration.chip, _by_key(preferred_fits(calibration)), own)
+
+
+def _by_key(fits: Sequence[KernelFit]) -> dict[Key, Curve]:
+    return {fit.key: _curve_of(fit) for fit in fits}
 
 
 def preferred_fits(calibration: CalibrationFile) -> list[KernelFit]:
-    """One fit per op, format and number of chips: the :func:`preferred` of those measured side by side.
+    """One fit per op, format and size: the :func:`preferred` of those measured side by side.
 
-    A collective's numbers of chips are all of one framework, so that what lies between them can be interpolated.
+    A collective's numbers of chips are all of one framework, so that what lies between them can be interpolated; so are attention's widths.
     """
     side_by_side: dict[tuple[str, str, str], dict[str, list[KernelFit]]] = {}
     for fit in calibration.fits:
         side_by_side.setdefault((fit.op, fit.dtype, fit.kv_dtype), {}).setdefault(fit.framework, []).append(fit)
     found = []
     for by_framework in side_by_side.values():
-        framework = preferred([max(fits, key=lambda fit: fit.chips) for fits in by_framework.values()]).framework
+        framework = preferred(
+            [max(fits, key=lambda fit: (fit.chips, fit.rows)) for fits in by_framework.values()]
+        ).framework
         found += by_framework[framework]
     return found
 

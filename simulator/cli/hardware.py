@@ -226,7 +226,11 @@ def _print_curves(calibration: str) -> None:
     for fit in preferred_fits(file):
         error = fit.residuals[0]
         kinds = " ".join(filter(None, (fit.op.replace("_", " "), fit.dtype, fit.kv_dtype and f"kv {fit.kv_dtype}")))
-        name = kinds + (f" on {fit.chips}" if fit.chips > 1 else "")
+        name = (
+            kinds
+            + (f" on {fit.chips}" if fit.chips > 1 else "")
+            + (f", heads of {fit.head_dim}" if fit.head_dim else "")
+        )
         rows.append(
             (
                 name,

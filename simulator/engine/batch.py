@@ -3,21 +3,33 @@
 Nobody in it is visited from step to step; :mod:`simulator.engine.skip_ahead` says how that can be.
 """
 
+from typing import Any
+
 from simulator.engine import speculation
 from simulator.engine.core import (
+    AFTER,
     BATCH,
+    BEFORE,
+    COMPUTED,
     DECODE_ATTENTION,
     DECODE_KEYS,
     DECODE_TOKENS,
+    EMITTED,
+    EVENT_STEP,
+    FINISH_STEP,
     FIRST,
+    GROWING,
     HEAP_SIZE,
+    JOINED,
     KEYS_SUM,
     KNOT,
     LAST,
     N_EVENTS,
     N_GROWING,
     N_RUNNING,
-    PARTIAL,
+    SETTLED_R0,
+    SETTLED_R1,
+    SETTLED_W,
     SHARE_R0,
     SHARE_R1,
     SHARE_W,
@@ -33,11 +45,9 @@ from simulator.engine.core import (
     State,
     Stream,
 )
-from simulator.engine.heaps import pop_key, push_key
+from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.prefix_cache import (
-    watch,
-)
+from simulator.engine.prefix_cache import moment_of, watch
 from simulator.engine.progressions import (
     blocks_for,
     residue,
@@ -61,30 +71,40 @@ def chunk_keys(cost: CostTable, done: int, size: int) -> int:
     return min(done + size, size + cost.window - 1)
 
 
+@compiled
+def _rebuilt(state: State, heap: Any, column: int, slot: int) -> int:
+    """Fill a heap of (step, slot) keys anew from a column of steps, without those of ``slot``; return its size.
+
+    Not from the keys that still hold: a slot that changed hands may have left the same key several times.
+    """
+    size = 0
+    group = state.ints[STEP] >> GROUP_BITS
+    for other in range(len(state.slots)):
+        step = state.slots[other, column]
+        if other != slot and step >= 0 and step >> GROUP_BITS == group:
+            size = push_key(heap, size, step << SLOT_BITS | other)
+    return size
+
+
 @inlined
 def push_window_event(cost: CostTable, state: State, slot: int, seen: int) -> None:
     """Note when a sequence that now sees ``seen`` keys stops growing, or starts over; full windows that slide never do."""
     ints = state.ints
     step = ints[STEP]
     if seen < cost.window:
-        state.growing[slot] = 1
+        state.slots[slot, GROWING] = 1
         ints[N_GROWING] += 1
-        state.event_step[slot] = step + cost.window - seen
+        state.slots[slot, EVENT_STEP] = step + cost.window - seen
     elif cost.window_chunked and cost.window > 1:
-        state.growing[slot] = 0
-        state.event_step[slot] = step + 1
+        state.slots[slot, GROWING] = 0
+        state.slots[slot, EVENT_STEP] = step + 1
     else:
-        state.growing[slot] = 0
-        state.event_step[slot] = -1
+        state.slots[slot, GROWING] = 0
+        state.slots[slot, EVENT_STEP] = -1
         return
     if ints[N_EVENTS] == len(state.events):
-        size = 0
-        for i in range(ints[N_EVENTS]):
-            key = state.events[i]
-            if state.event_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
-                size = push_key(state.events, size, key)
-        ints[N_EVENTS] = size
-    ints[N_EVENTS] = push_key(state.events, ints[N_EVENTS], state.event_step[slot] << SLOT_BITS | slot)
+        ints[N_EVENTS] = _rebuilt(state, state.events, EVENT_STEP, slot)
+    ints[N_EVENTS] = push_key(state.events, ints[N_EVENTS], state.slots[slot, EVENT_STEP] << SLOT_BITS | slot)
 
 
 @inlined
@@ -94,11 +114,11 @@ def pass_window_events(cost: CostTable, state: State) -> None:
     while ints[N_EVENTS] > 0:
         key = state.events[0]
         slot = key & ((1 << SLOT_BITS) - 1)
-        if state.event_step[slot] == key >> SLOT_BITS:
+        if state.slots[slot, EVENT_STEP] == key >> SLOT_BITS:
             if key >> SLOT_BITS > ints[STEP]:
                 return
             ints[N_EVENTS] = pop_key(state.events, ints[N_EVENTS])
-            if state.growing[slot] == 1:  # the window is full
+            if state.slots[slot, GROWING] == 1:  # the window is full
                 ints[N_GROWING] -= 1
                 push_window_event(cost, state, slot, cost.window)
             else:  # the next chunk of the context begins
@@ -114,40 +134,40 @@ def settle(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slo
     floats = state.floats
     if extra is not None and extra.spec.on:
         sequences, tariff = extra.spec.batch, extra.spec.tariff
-        w, r0 = floats[SHARE_W] - state.w[slot], floats[SHARE_R0] - state.r0[slot]
-        r1 = floats[SHARE_R1] - state.r1[slot]
+        w, r0 = floats[SHARE_W] - state.sums[slot, SETTLED_W], floats[SHARE_R0] - state.sums[slot, SETTLED_R0]
+        r1 = floats[SHARE_R1] - state.sums[slot, SETTLED_R1]
         pays, wasted = speculation.settle(
             sequences, tariff.levels, tariff.floats, tariff.v, slot, step, state.ints[STEP_ORIGIN], w, r0, r1
         )
         out.busy[state.row[slot]] += pays
         tariff.wasted[state.row[slot]] += wasted
-        state.emitted[slot] = speculation.emitted_of(sequences, slot)
-        state.computed[slot] = sequences.slots[slot, speculation.BASE] + state.emitted[slot]
-        state.joined[slot] = step
+        state.slots[slot, EMITTED] = speculation.emitted_of(sequences, slot)
+        state.slots[slot, COMPUTED] = sequences.slots[slot, speculation.BASE] + state.slots[slot, EMITTED]
+        state.slots[slot, JOINED] = step
         return
     if cost.window > 0:
-        start = state.computed[slot]
-        keys = window_pairs(start + step - state.joined[slot], cost.window, cost.window_chunked)
+        start = state.slots[slot, COMPUTED]
+        keys = window_pairs(start + step - state.slots[slot, JOINED], cost.window, cost.window_chunked)
         keys -= window_pairs(start, cost.window, cost.window_chunked)
         out.busy[state.row[slot]] += cost.window_slope * keys
-    first_keys = state.computed[slot] + 1 - (state.joined[slot] - state.ints[STEP_ORIGIN])
+    first_keys = state.slots[slot, COMPUTED] + 1 - (state.slots[slot, JOINED] - state.ints[STEP_ORIGIN])
     out.busy[state.row[slot]] += (
-        (floats[SHARE_W] - state.w[slot])
-        + first_keys * (floats[SHARE_R0] - state.r0[slot])
-        + (floats[SHARE_R1] - state.r1[slot])
+        (floats[SHARE_W] - state.sums[slot, SETTLED_W])
+        + first_keys * (floats[SHARE_R0] - state.sums[slot, SETTLED_R0])
+        + (floats[SHARE_R1] - state.sums[slot, SETTLED_R1])
     )
-    state.computed[slot] += step - state.joined[slot]
-    state.emitted[slot] += step - state.joined[slot]
-    state.joined[slot] = step
+    state.slots[slot, COMPUTED] += step - state.slots[slot, JOINED]
+    state.slots[slot, EMITTED] += step - state.slots[slot, JOINED]
+    state.slots[slot, JOINED] = step
 
 
 @inlined
 def mark_joined(state: State, slot: int, step: int) -> None:
     """Remember the running sums at which a sequence starts (or goes on) decoding."""
-    state.joined[slot] = step
-    state.w[slot] = state.floats[SHARE_W]
-    state.r0[slot] = state.floats[SHARE_R0]
-    state.r1[slot] = state.floats[SHARE_R1]
+    state.slots[slot, JOINED] = step
+    state.sums[slot, SETTLED_W] = state.floats[SHARE_W]
+    state.sums[slot, SETTLED_R0] = state.floats[SHARE_R0]
+    state.sums[slot, SETTLED_R1] = state.floats[SHARE_R1]
 
 
 @compiled
@@ -157,12 +177,12 @@ def rebase_sums(cost: CostTable, state: State, out: Outcome, extra: Extra | None
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
-        if state.finish_step[slot] >= 0:
+        if state.slots[slot, FINISH_STEP] >= 0:
             settle(cost, state, out, extra, slot, step)
-            state.w[slot] = 0.0
-            state.r0[slot] = 0.0
-            state.r1[slot] = 0.0
-        slot = state.after[slot]
+            state.sums[slot, SETTLED_W] = 0.0
+            state.sums[slot, SETTLED_R0] = 0.0
+            state.sums[slot, SETTLED_R1] = 0.0
+        slot = state.slots[slot, AFTER]
     state.floats[SHARE_W] = 0.0
     state.floats[SHARE_R0] = 0.0
     state.floats[SHARE_R1] = 0.0
@@ -186,31 +206,31 @@ def change_level(cost: CostTable, stream: Stream, out: Outcome, state: State, ex
     step = ints[STEP]
     slot = ints[FIRST]
     while slot >= 0:
-        if slot != ints[PARTIAL]:
+        if state.slots[slot, FINISH_STEP] >= 0:
             settle(cost, state, out, extra, slot, step)
             mark_joined(state, slot, step)
-        slot = state.after[slot]
+        slot = state.slots[slot, AFTER]
     spec.batch.ints[speculation.LEVEL] = level
     ints[HEAP_SIZE] = 0
     slot = ints[FIRST]
     while slot >= 0:
-        if slot != ints[PARTIAL]:
+        if state.slots[slot, FINISH_STEP] >= 0:
             row = state.row[slot]
             speculation.change_rate(spec.batch, slot, step, rate_of(spec, row))
-            state.finish_step[slot] = step + speculation.passes_left(spec.batch, slot, stream.output[row])
-            key = state.finish_step[slot] << SLOT_BITS | slot
+            state.slots[slot, FINISH_STEP] = step + speculation.passes_left(spec.batch, slot, stream.output[row])
+            key = state.slots[slot, FINISH_STEP] << SLOT_BITS | slot
             ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], key)
-        slot = state.after[slot]
+        slot = state.slots[slot, AFTER]
 
 
 @inlined
 def append_running(state: State, slot: int) -> None:
     """Put a request at the end of the running list."""
     ints = state.ints
-    state.before[slot] = ints[LAST]
-    state.after[slot] = -1
+    state.slots[slot, BEFORE] = ints[LAST]
+    state.slots[slot, AFTER] = -1
     if ints[LAST] >= 0:
-        state.after[ints[LAST]] = slot
+        state.slots[ints[LAST], AFTER] = slot
     else:
         ints[FIRST] = slot
     ints[LAST] = slot
@@ -221,13 +241,13 @@ def append_running(state: State, slot: int) -> None:
 def unlink_running(state: State, slot: int) -> None:
     """Take a request out of the running list."""
     ints = state.ints
-    before, after = state.before[slot], state.after[slot]
+    before, after = state.slots[slot, BEFORE], state.slots[slot, AFTER]
     if before >= 0:
-        state.after[before] = after
+        state.slots[before, AFTER] = after
     else:
         ints[FIRST] = after
     if after >= 0:
-        state.before[after] = before
+        state.slots[after, BEFORE] = before
     else:
         ints[LAST] = before
     ints[N_RUNNING] -= 1
@@ -245,14 +265,14 @@ def leave_batch(cost: CostTable, state: State, out: Outcome, extra: Extra | None
         return
     if cost.window > 0:
         ints[WINDOW_SUM] -= cost.window
-        if state.growing[slot] == 1:
-            ints[WINDOW_SUM] += state.event_step[slot] - step
+        if state.slots[slot, GROWING] == 1:
+            ints[WINDOW_SUM] += state.slots[slot, EVENT_STEP] - step
             ints[N_GROWING] -= 1
-        state.event_step[slot] = -1
+        state.slots[slot, EVENT_STEP] = -1
     settle(cost, state, out, extra, slot, step)
     ints[BATCH] -= 1
-    ints[KEYS_SUM] -= state.computed[slot] + 1
-    state.residues[residue(state.computed[slot] - step, block_size)] -= 1
+    ints[KEYS_SUM] -= state.slots[slot, COMPUTED] + 1
+    state.residues[residue(state.slots[slot, COMPUTED] - step, block_size)] -= 1
 
 
 @inlined
@@ -260,28 +280,16 @@ def blocks_owned(state: State, extra: Extra | None, slot: int, decoded: bool, bl
     """Blocks of a request, which looks ahead once it has decoded (P2)."""
     if extra is not None and extra.spec.on and decoded:
         return int(extra.spec.batch.slots[slot, speculation.BLOCKS])
-    return blocks_for(state.computed[slot], block_size)
+    return blocks_for(state.slots[slot, COMPUTED], block_size)
 
 
 @inlined
 def publishing_moment(state: State, extra: Extra) -> int:
-    """Stamp of what is published now: the step, or with speculation, which publishes nothing late, a count."""
+    """Moment of what a chunk publishes now; with speculation, which publishes nothing late, a count."""
     if extra.spec.on:
         extra.spec.batch.ints[speculation.MOMENT] += 1
         return int(extra.spec.batch.ints[speculation.MOMENT])
-    return int(state.ints[STEP])
-
-
-@inlined
-def drop_stale_keys(state: State) -> None:
-    """Rebuild the finish heap from the keys that still hold."""
-    ints = state.ints
-    size = 0
-    for i in range(ints[HEAP_SIZE]):
-        key = state.heap[i]
-        if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
-            size = push_key(state.heap, size, key)
-    ints[HEAP_SIZE] = size
+    return int(moment_of(extra.cache, state.ints[STEP], True))  # noqa: FBT003 - compiled code takes no keywords here
 
 
 @inlined
@@ -300,7 +308,7 @@ def blocks_needed(state: State, extra: Extra | None, slot: int, block_size: int)
     if extra is not None and extra.spec.on:
         slots = extra.spec.batch.slots
         return int(slots[slot, speculation.NEED]) if slots[slot, speculation.BLOCK_STEP] == step else 0
-    return int(residue(state.computed[slot] + step - state.joined[slot], block_size) == 0)
+    return int(residue(state.slots[slot, COMPUTED] + step - state.slots[slot, JOINED], block_size) == 0)
 
 
 @inlined
@@ -319,14 +327,14 @@ def start_decoding(
     """Let a request whose prompt is computed join the decoding batch, ``rest`` tokens from its end."""
     ints = state.ints
     step = ints[STEP]
-    done = state.computed[slot]
+    done = state.slots[slot, COMPUTED]
     mark_joined(state, slot, step)
     ints[BATCH] += 1
     if extra is not None and extra.spec.on:
         row = state.row[slot]
         speculation.mark(extra.spec.tariff.floats, extra.spec.tariff.v, slot)
         speculation.join(
-            extra.spec.batch, slot, step, rate_of(extra.spec, row), stream.prompt[row], state.emitted[slot]
+            extra.spec.batch, slot, step, rate_of(extra.spec, row), stream.prompt[row], state.slots[slot, EMITTED]
         )
         rest = speculation.passes_left(extra.spec.batch, slot, stream.output[row])
     else:
@@ -338,9 +346,9 @@ def start_decoding(
         state.residues[residue(done - step, block_size)] += 1
         if extra is not None and extra.cache.late:
             watch(extra.cache, slot, state.row[slot], done, step)
-    state.finish_step[slot] = step + rest
+    state.slots[slot, FINISH_STEP] = step + rest
     if ints[HEAP_SIZE] == len(state.heap):
-        drop_stale_keys(state)
+        ints[HEAP_SIZE] = _rebuilt(state, state.heap, FINISH_STEP, slot)
     ints[HEAP_SIZE] = push_key(state.heap, ints[HEAP_SIZE], (step + rest) << SLOT_BITS | slot)
 
 

@@ -5,13 +5,15 @@
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import by_policy, core, jit, prefix_cache, queues, skip_ahead, speculation, swap, tiers
+from simulator.engine import core, full_loop, jit, prefix_cache, queues, skip_ahead, speculation, swap, tiers
 from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.kv_memory import HostSwap
 from simulator.engine.new_queue import new_queue
 from simulator.engine.records import (
     ITL_BINS,
@@ -26,6 +28,7 @@ from simulator.engine.records import (
     fixed_drafting_s,
     needs_queue,
 )
+from simulator.engine.refusals import check_mixture
 from simulator.engine.scheduling import Scheduling
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
@@ -54,6 +57,10 @@ class Engine:
         If the cost table is smaller than the settings ask for.
     """
 
+    _of_parts = False
+    """Whether there are several ranks or stages."""
+    _in_stages = False
+
     def __init__(
         self,
         cost: StepCost,
@@ -64,6 +71,7 @@ class Engine:
         log_size: int = 0,
     ) -> None:
         _check(cost, settings, timeline_interval_s)
+        check_mixture(cost, settings, requests)
         check_columns(settings, requests)
         n = len(requests)
         self._settings = settings
@@ -117,17 +125,20 @@ class Engine:
         n_pending = requests.concurrency + (n if settings.retries.max_attempts > 1 else 0)
         self._state = _new_state(n, n_pending, settings)
         self._queue: queues.Queue | None = None
-        if needs_queue(settings, clients_leave=requests.clients_may_leave):
-            self._queue = new_queue(settings, requests)
         self._extra: core.Extra | None = None
         hashes = cache_hashes(settings, requests)
-        if hashes is not None or settings.speculation is not None or settings.swap is not None:
+        remembers = hashes is not None or settings.speculation is not None or settings.swap is not None
+        if remembers or self._of_parts or needs_queue(settings, clients_leave=requests.clients_may_leave):
+            self._queue = new_queue(settings, requests, counts_by_step=not self._in_stages)
+        if remembers:
             self._extra = core.Extra(
-                cache=_new_cache(hashes, settings, n, log_size),
+                cache=_new_cache(hashes, settings, n, log_size, by_epoch=self._in_stages),
                 spec=_new_spec(cost, settings, requests),
                 swap=swap.new_swap(settings.swap, max_num_seqs=m, n=n),
                 loads=tiers.new_loads(settings.load_policy, n, on=bool(settings.tiers)),
             )
+        if self._extra is not None and settings.tiers and requests.stored_tokens is not None:
+            _warm_store(self._extra.cache, requests)
         floats, ints = self._state.floats, self._state.ints
         last = 0.0 if requests.concurrency or n == 0 else float(requests.arrival_s[-1])
         floats[core.INTERVAL] = timeline_interval_s or max(last / 512, 64 * float(cost.dense_s[1]))
@@ -144,13 +155,23 @@ class Engine:
         """End of the last step. [s]"""
         return float(self._state.floats[core.CLOCK])
 
+    def _parts(self) -> Iterable[tuple[core.State, queues.Queue | None, core.Extra | None]]:
+        """State, queue and features of each part that serves requests."""
+        return [(self._state, self._queue, self._extra)]
+
+    def _whole(self) -> core.Extra | None:
+        """The features of all parts, what they count summed up."""
+        return self._extra
+
     @property
     def n_waiting(self) -> int:
-        """Requests in the queue."""
-        if self._queue is not None:
-            return int(self._queue.ints[queues.N_QUEUED])
-        ints = self._state.ints
-        return int(ints[core.N_PREEMPTED] + ints[core.FIFO_TAIL] - ints[core.FIFO_HEAD])
+        """Requests in the queue, without those that load."""
+        found = 0
+        for state, queue, _ in self._parts():
+            ints = state.ints
+            plain = ints[core.N_PREEMPTED] + ints[core.FIFO_TAIL] - ints[core.FIFO_HEAD]
+            found += int(plain if queue is None else queue.ints[queues.N_QUEUED])
+        return found
 
     @property
     def clients_come_and_go(self) -> bool:
@@ -160,9 +181,10 @@ class Engine:
     @property
     def next_load_s(self) -> float:
         """When the next load from the tiers below HBM will be there; infinite if none is on its way. [s]"""
-        if self._extra is None:
-            return math.inf
-        return tiers.next_ready(self._extra.loads, int(self._state.ints[core.N_LOADING]))
+        return min(
+            tiers.next_ready(extra.loads, int(state.ints[core.N_LOADING])) if extra is not None else math.inf
+            for state, _, extra in self._parts()
+        )
 
     @property
     def cache_log(self) -> NDArray[np.int64]:
@@ -177,9 +199,9 @@ class Engine:
         """Run every step that starts before ``until_s``."""
         replica = self._cost, self._limits, self._stream, self._out, self._state
         if self._queue is not None:
-            self.done = bool(by_policy.advance(*replica, self._queue, float(until_s)))
+            self.done = bool(full_loop.advance(*replica, self._queue, self._extra, float(until_s)))
         else:
-            self.done = bool(skip_ahead.advance(*replica, self._extra, float(until_s)))
+            self.done = bool(skip_ahead.advance(*replica, float(until_s)))
 
     def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
         """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``).
@@ -196,21 +218,25 @@ class Engine:
     @property
     def decode_keys(self) -> float:
         """Σ S so far: keys that decoding sequences have seen."""
-        if self._extra is not None and self._extra.spec.on:
-            return float(self._extra.spec.tariff.keys[0].sum())
-        return int(self._state.ints[core.DECODE_KEYS])
+        extra = self._whole()
+        if extra is not None and extra.spec.on:
+            return float(extra.spec.tariff.keys[0].sum())
+        return int(self._figures()[0][core.DECODE_KEYS])
 
     def _extra_tokens(self) -> int:
         """Tokens emitted beyond one per pass of speculative decoding, those of sequences not yet settled included."""
-        if self._extra is None or not self._extra.spec.on:
-            return 0
-        batch = self._extra.spec.batch
-        slots = batch.slots[batch.slots[:, speculation.BLOCK_STEP] >= 0]
-        passes = self._state.ints[core.STEP] - slots[:, speculation.SINCE]
-        before = slots[:, speculation.PROGRESS]
-        after = before + passes * slots[:, speculation.RATE]
-        extra = (after >> speculation.UNIT_BITS) - (before >> speculation.UNIT_BITS) - passes
-        return int(batch.ints[speculation.EXTRA_TOKENS] + extra.sum())
+        found = 0
+        for state, _, extra in self._parts():
+            if extra is None or not extra.spec.on:
+                continue
+            batch = extra.spec.batch
+            slots = batch.slots[batch.slots[:, speculation.BLOCK_STEP] >= 0]
+            passes = state.ints[core.STEP] - slots[:, speculation.SINCE]
+            before = slots[:, speculation.PROGRESS]
+            after = before + passes * slots[:, speculation.RATE]
+            together = (after >> speculation.UNIT_BITS) - (before >> speculation.UNIT_BITS) - passes
+            found += int(batch.ints[speculation.EXTRA_TOKENS] + together.sum())
+        return found
 
     def _figures(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Counts and times, as the state keeps them."""
@@ -218,7 +244,7 @@ class Engine:
 
     def result(self) -> EngineResult:
         """What has happened so far; requests still decoding are not yet charged for their latest steps."""
-        (ints, floats), out = self._figures(), self._out
+        (ints, floats), out, whole = self._figures(), self._out, self._whole()
         counts = out.steps_by_tokens
         rows = out.steps_by_rows
         totals = {
@@ -247,8 +273,8 @@ class Engine:
         }
         # Of a plain replica, what it was told; nobody is admitted without it.
         reused = np.where(np.isnan(out.scheduled), 0, self._stream.cached)
-        if self._extra is not None and self._extra.cache.on:
-            cache = self._extra.cache
+        if whole is not None and whole.cache.on:
+            cache = whole.cache
             reused = cache.reused
             totals |= {
                 "cache_queried_tokens": int(cache.ints[prefix_cache.QUERIED]),
@@ -259,12 +285,12 @@ class Engine:
         first_token, finish = out.first_token, out.finish
         attempts = np.asarray(out.status != NOT_ARRIVED, dtype=np.int32)
         wasted = np.zeros(len(attempts))
-        clients = np.zeros(queues.N_QUEUE_INTS, dtype=np.int64)
+        clients = np.zeros(queues.N_COUNTS, dtype=np.int64)
         host_s = 0.0
         if self._queue is not None:
             attempts = self._queue.row_ints[:, queues.ATTEMPTS].astype(np.int32)
-            wasted, clients = self._queue.row_floats[:, queues.WASTED], self._queue.ints
-            host_s = float(self._queue.floats[queues.HOST])
+            wasted, clients = self._queue.row_floats[:, queues.WASTED], self._queue.counts
+            host_s = sum(float(queue.floats[queues.HOST]) for _, queue, _ in self._parts() if queue is not None)
             first_token = first_token + self._settings.host.output_s  # H3
             finish = finish + self._settings.host.output_s
         totals |= {
@@ -276,19 +302,19 @@ class Engine:
             "host_s": host_s,
         }
         swap_s = np.zeros(len(reused))
-        if self._extra is not None and self._extra.swap.on:
-            host = self._extra.swap
+        if whole is not None and whole.swap.on:
+            host = whole.swap
             swap_s = host.charged
             totals |= {
                 "swap_out_blocks": int(host.ints[swap.OUT_BLOCKS]),
                 "swap_in_blocks": int(host.ints[swap.IN_BLOCKS]),
                 "swap_fallbacks": int(host.ints[swap.FALLBACKS]),
-                "max_host_blocks": int(host.ints[swap.MAX_HOST]),
+                "max_host_blocks": max(int(extra.swap.ints[swap.MAX_HOST]) for _, _, extra in self._parts() if extra),
                 "swap_s": float(host.delay[0]),
             }
         load_start_s = load_end_s = np.full(len(reused), np.nan)
-        if self._extra is not None and self._extra.loads.on:
-            loads, counts_by_tier = self._extra.loads, self._extra.cache.tiers.counts
+        if whole is not None and whole.loads.on:
+            loads, counts_by_tier = whole.loads, whole.cache.tiers.counts
             load_start_s, load_end_s = loads.start_s, loads.end_s
             totals |= {"loads": int(loads.ints[tiers.STARTED]), "loads_declined": int(loads.ints[tiers.DECLINED])}
             for i, tier in enumerate(counts_by_tier):
@@ -342,10 +368,11 @@ class Engine:
         )
 
     def _speculation(self) -> SpeculationResult | None:
-        if self._extra is None or not self._extra.spec.on:
+        whole = self._whole()
+        if whole is None or not whole.spec.on:
             return None
         plan = self._settings.speculation
-        batch, tariff = self._extra.spec.batch, self._extra.spec.tariff
+        batch, tariff = whole.spec.batch, whole.spec.tariff
         found = SpeculationResult(
             passes=tariff.passes,
             keys=tariff.keys[0],
@@ -360,9 +387,10 @@ class Engine:
 
     def _decode_drafting_s(self, found: SpeculationResult) -> float:
         plan = self._settings.speculation
-        if plan is None or self._extra is None:
+        whole = self._whole()
+        if plan is None or whole is None:
             return 0.0
-        return fixed_drafting_s(plan.cost, found.passes) + float(self._extra.spec.tariff.floats[speculation.KEYS_DRAFT])
+        return fixed_drafting_s(plan.cost, found.passes) + float(whole.spec.tariff.floats[speculation.KEYS_DRAFT])
 
 
 def simulate(
@@ -400,14 +428,27 @@ def new_engine(
     return RankEngine(cost, settings, requests, timeline_interval_s=timeline_interval_s)
 
 
-def warm_up(*, by_policy: bool = False) -> None:
-    """Compile the engine into the disk cache (about 20 s, once per version) so that later calls start at once.
+def form_of(cost: StepCost | PipelineCost, settings: EngineSettings, *, clients_leave: bool) -> str:
+    """Name of the loop, as it is compiled, that a run takes.
 
-    ``by_policy``: the loop for policies, batching modes, hosts and clients that leave, instead of the plain one.
+    ``plain``; ``policies``, with a queue; ``features``, with all that remembers too; and ``ranks`` and ``stages``, with ``-features`` or without.
     """
+    remembers = settings.prefix_cache != "off" or settings.speculation is not None or settings.swap is not None
+    if isinstance(cost, PipelineCost) and len(cost.stages) > 1:
+        return "stages-features" if remembers else "stages"
+    table = cost.stages[0] if isinstance(cost, PipelineCost) else cost
+    if table.ranks > 1 or settings.expert_skew.on:
+        return "ranks-features" if remembers else "ranks"
+    if remembers:
+        return "features"
+    return "policies" if needs_queue(settings, clients_leave=clients_leave) else "plain"
+
+
+def warm_up(form: str = "plain") -> None:
+    """Compile one of the engine's loops into the disk cache (once per version) so that later calls start at once."""
     one = np.ones(1, dtype=np.int64)
     table = np.array([0.0, 1.0])
-    cost = StepCost(
+    cost: StepCost | PipelineCost = StepCost(
         dense_s=table,
         head_s=table,
         decode_knots=np.zeros(1),
@@ -424,11 +465,19 @@ def warm_up(*, by_policy: bool = False) -> None:
         kv_bytes_per_token=0.0,
         peak_flops_per_s=1.0,
         hbm_bandwidth_bytes_per_s=1.0,
+        ranks=2 if form.startswith("ranks") else 1,
     )
-    scheduling = Scheduling(policy="priority" if by_policy else "fcfs")
-    settings = EngineSettings(max_num_seqs=1, max_num_batched_tokens=1, num_kv_blocks=1, scheduling=scheduling)
+    if isinstance(cost, StepCost) and form.startswith("stages"):
+        cost = PipelineCost((cost, cost), np.zeros((1, 2)))
+    settings = EngineSettings(
+        max_num_seqs=1,
+        max_num_batched_tokens=1,
+        num_kv_blocks=1,
+        scheduling=Scheduling(policy="priority" if form == "policies" else "fcfs"),
+        swap=HostSwap(0) if form.endswith("features") else None,
+    )
     simulate(cost, settings, Requests(np.zeros(1), one, one, one * 0, one, priority=one))
-    jit.mark_warm(by_policy=by_policy)
+    jit.mark_warm(form)
 
 
 def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float | None) -> None:
@@ -454,7 +503,9 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
         raise InputError(f"timeline_interval_s = {timeline_interval_s}: must be positive and finite")
 
 
-def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log_size: int = 0) -> prefix_cache.Cache:
+def _new_cache(
+    hashes: BlockHashes | None, settings: EngineSettings, n: int, log_size: int, *, by_epoch: bool
+) -> prefix_cache.Cache:
     return prefix_cache.new_cache(
         hashes,
         num_blocks=settings.num_kv_blocks,
@@ -462,9 +513,22 @@ def _new_cache(hashes: BlockHashes | None, settings: EngineSettings, n: int, log
         block_size=settings.block_size,
         n=n,
         radix=settings.prefix_cache == "radix",
+        prompts_first=settings.scheduling.batching in {"prefill_first", "static"},
+        late=settings.speculation is None,
+        by_epoch=by_epoch,
         tiers=settings.tiers,
         log_size=log_size,
     )
+
+
+def _warm_store(cache: prefix_cache.Cache, requests: Requests) -> None:
+    """F10: let the last tier hold the leading prompt blocks that requests say are stored, of each the last first."""
+    if requests.stored_tokens is None:
+        return
+    stored = np.minimum(requests.stored_tokens, requests.prompt_tokens) // cache.block_size
+    blocks = np.minimum(stored, np.diff(cache.offsets))
+    last = np.repeat(cache.offsets[:-1] + blocks - 1, blocks)
+    tiers.warm_up(cache.tiers, cache.ids[last - (np.arange(len(last)) - np.repeat(np.cumsum(blocks) - blocks, blocks))])
 
 
 def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:
@@ -475,9 +539,9 @@ def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:
     ints[core.N_FREE_SLOTS] = m
     ints[core.STOP_ROW] = np.iinfo(np.int64).max
 
-    def slots() -> NDArray[np.int64]:
-        return np.zeros(m, dtype=np.int64)
-
+    slots = np.zeros((m, core.N_SLOT_COLUMNS), dtype=np.int64)
+    slots[:, [core.FINISH_STEP, core.AFTER, core.BEFORE, core.EVENT_STEP]] = -1
+    slots[:, core.FREE_SLOT] = np.arange(m)[::-1]
     bits = np.zeros(1)
     return core.State(
         ints=ints,
@@ -487,26 +551,11 @@ def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:
         pending_row=np.zeros(n_pending + 1, dtype=np.int64),
         heap=np.zeros(2 * m + 2, dtype=np.int64),
         residues=np.zeros(settings.block_size, dtype=np.int64),
-        stack=slots(),
-        free_slots=np.arange(m, dtype=np.int64)[::-1].copy(),
-        row=slots(),
-        computed=slots(),
-        joined=slots(),
-        emitted=slots(),
-        seen=slots(),
-        finish_step=slots() - 1,
-        after=slots() - 1,
-        before=slots() - 1,
-        w=np.zeros(m),
-        r0=np.zeros(m),
-        r1=np.zeros(m),
-        last_token=np.zeros(m),
+        row=np.zeros(m, dtype=np.int64),
+        slots=slots,
+        sums=np.zeros((m, core.N_SUMS)),
         events=np.zeros(2 * m + 2, dtype=np.int64),
-        event_step=slots() - 1,
-        growing=slots(),
-        chunk_slot=slots(),
-        chunk_size=slots(),
-        chunk_start=slots(),
+        chunks=np.zeros((m, core.N_CHUNK_COLUMNS), dtype=np.int64),
         timeline=np.zeros((5, TIMELINE_INTERVALS)),
         bits_f=bits,
         bits_i=bits.view(np.int64),
@@ -574,4 +623,5 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
         level_by_batch=whole(plan.levels(m, settings.max_num_batched_tokens) if plan else None, 1),
         rates=whole(plan.rates if plan else None, 2),
         classes=whole(requests.acceptance_class if plan else None, 1),
+        fraction=np.zeros(n, dtype=np.int64),
     )

@@ -51,8 +51,9 @@ from simulator.engine.tiers import Loads
     WINDOW_KEYS,
     STOP_ROW,
     N_LOADING,
+    N_ADMITTED,
     N_INTS,
-) = range(38)
+) = range(39)
 # indices into State.floats
 (
     CLOCK,
@@ -72,6 +73,27 @@ from simulator.engine.tiers import Loads
 ) = range(14)
 # rows of State.timeline
 T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY, T_PREEMPTIONS = range(5)
+
+# columns of State.slots; ADMITTED is the number of the admission (where policies are), the last two list slots out of use, and the preempted ones, the last on top
+(
+    COMPUTED,
+    JOINED,
+    EMITTED,
+    SEEN,
+    FINISH_STEP,
+    AFTER,
+    BEFORE,
+    EVENT_STEP,
+    GROWING,
+    ADMITTED,
+    FREE_SLOT,
+    PREEMPTED_SLOT,
+    N_SLOT_COLUMNS,
+) = range(13)
+# columns of State.sums: the running sums when a sequence was last settled, and the time of its last token before a preemption
+SETTLED_W, SETTLED_R0, SETTLED_R1, LAST_TOKEN, N_SUMS = range(5)
+# columns of State.chunks
+CHUNK_SLOT, CHUNK_SIZE, CHUNK_START, N_CHUNK_COLUMNS = range(4)
 
 SLOT_BITS = 20
 """A finish key is step << SLOT_BITS | slot."""
@@ -136,7 +158,10 @@ class Outcome(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything that changes, and survives a cut."""
+    """Everything that changes, and survives a cut. Few arrays: the fewer there are, the sooner a function is compiled and called.
+
+    ``row``, ``slots``, ``sums`` [slots, …] are of running requests: see the columns' names; ``chunks`` lists those of the step being scheduled.
+    """
 
     ints: Any
     floats: Any
@@ -145,26 +170,11 @@ class State(NamedTuple):
     pending_row: Any
     heap: Any
     residues: Any
-    stack: Any
-    free_slots: Any
     row: Any
-    computed: Any
-    joined: Any
-    emitted: Any
-    seen: Any
-    finish_step: Any
-    after: Any
-    before: Any
-    w: Any
-    r0: Any
-    r1: Any
-    last_token: Any
+    slots: Any
+    sums: Any
     events: Any
-    event_step: Any
-    growing: Any
-    chunk_slot: Any
-    chunk_size: Any
-    chunk_start: Any
+    chunks: Any
     timeline: Any
     bits_f: Any
     bits_i: Any
@@ -173,7 +183,7 @@ class State(NamedTuple):
 class Extra(NamedTuple):
     """What goes beyond a plain replica: a record of arrays and flags for each feature.
 
-    Numba compiles ``advance`` twice: without (None) every ``if extra is not None`` vanishes; with it, all features are
+    Where it is None every ``if extra is not None`` vanishes when Numba compiles; where it is not, all features are
     compiled in, and their flags switch them at run time.
     """
 
@@ -184,14 +194,12 @@ class Extra(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """The tokens of a step: those of the decoding batch, and the chunks in ``State.chunk_slot``."""
+    """The tokens of a step: those of the decoding batch, and the chunks in ``State.chunks``."""
 
     n: int
     tokens: int
     free: int
     preempted: bool
-    unsure: bool
-    """The first of the queue lacks blocks, but decoding may publish one that it can share."""
 
 
 class Price(NamedTuple):

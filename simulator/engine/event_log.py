@@ -147,7 +147,7 @@ class Recorder:
     def _find_slots(self) -> None:
         state = self._state
         used = np.ones(len(state.row), dtype=bool)
-        used[state.free_slots[: state.ints[core.N_FREE_SLOTS]]] = False
+        used[state.slots[: state.ints[core.N_FREE_SLOTS], core.FREE_SLOT]] = False
         slots = np.flatnonzero(used)
         self._slot[state.row[slots]] = slots
 
@@ -155,7 +155,7 @@ class Recorder:
         """Phase of a request that was scheduled at least once and is not done."""
         if self._out.status[row] != RUNNING:
             return Phase.PREEMPTED
-        if self._state.finish_step[self._slot[row]] >= 0:
+        if self._state.slots[self._slot[row], core.FINISH_STEP] >= 0:
             return Phase.DECODE
         return Phase.RECOMPUTE if self._out.preemptions[row] else Phase.PREFILL
 

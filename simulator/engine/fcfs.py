@@ -2,44 +2,46 @@
 
 import math
 
-from simulator.engine import speculation
 from simulator.engine.batch import (
     append_running,
     blocks_needed,
-    blocks_owned,
-    chunk_keys,
-    chunk_pairs,
     leave_batch,
-    publishing_moment,
-    tokens_per_sequence,
     unlink_running,
 )
 from simulator.engine.core import (
+    AFTER,
     BATCH,
+    CHUNK_SIZE,
+    CHUNK_SLOT,
+    CHUNK_START,
     CLOCK,
+    COMPUTED,
+    EMITTED,
     FIFO_HEAD,
     FIFO_TAIL,
+    FINISH_STEP,
     FIRST,
     FREE_BLOCKS,
+    FREE_SLOT,
     INTERVAL,
     LAST,
     LAST_START,
+    LAST_TOKEN,
     MAX_WAITING,
     N_FREE_SLOTS,
-    N_LOADING,
     N_PENDING,
     N_PREEMPTED,
     N_RUNNING,
     NEXT_ROW,
     PARTIAL,
+    PREEMPTED_SLOT,
     PREEMPTIONS,
-    STEP,
+    SEEN,
     T_PREEMPTIONS,
     T_WAITING,
     WAITING_INTEGRAL,
     Chunks,
     CostTable,
-    Extra,
     Limits,
     Outcome,
     State,
@@ -47,21 +49,11 @@ from simulator.engine.core import (
 )
 from simulator.engine.heaps import pop_arrival, push_arrival
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.prefix_cache import (
-    admit,
-    give_back,
-    grow,
-    look_up,
-    publish,
-    take,
-)
 from simulator.engine.progressions import (
     blocks_for,
     spread,
 )
 from simulator.engine.records import REJECTED, RUNNING, WAITING
-from simulator.engine.swap import SAVED, copy_in, copy_out
-from simulator.engine.tiers import BLOCKED, N_READY, Loads, find_run, start_load
 
 
 @inlined
@@ -117,7 +109,7 @@ def receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_n
         if when < now:
             floats[WAITING_INTEGRAL] += now - when
             if when <= floats[LAST_START]:  # it waited while later steps of the segment were scheduled
-                waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD] + ints[N_LOADING]
+                waiting = ints[N_PREEMPTED] + ints[FIFO_TAIL] - ints[FIFO_HEAD]
                 ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
             spread(state.timeline, T_WAITING, floats[INTERVAL], when, now, 1.0)
 
@@ -134,31 +126,22 @@ def release_next(stream: Stream, state: State, now: float) -> None:
 
 
 @compiled
-def preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
+def preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size: int) -> None:
     """R6: free all blocks, forget the cache, go to the front of the queue."""
     ints = state.ints
-    decoded = slot != ints[PARTIAL]
-    if not decoded:
+    if slot == ints[PARTIAL]:
         ints[PARTIAL] = -1
     else:
-        leave_batch(cost, state, out, extra, slot, block_size)
-        if extra is not None and extra.cache.on and extra.spec.on and not extra.cache.radix:  # P6
-            full = state.computed[slot] // block_size
-            publish(extra.cache, slot, state.row[slot], full, publishing_moment(state, extra))
-        state.finish_step[slot] = -1
-        state.last_token[slot] = state.floats[CLOCK]
-    computed = state.computed[slot]
-    state.seen[slot] = max(state.seen[slot], computed)
+        leave_batch(cost, state, out, None, slot, block_size)
+        state.slots[slot, FINISH_STEP] = -1
+        state.sums[slot, LAST_TOKEN] = state.floats[CLOCK]
+    computed = state.slots[slot, COMPUTED]
+    state.slots[slot, SEEN] = max(state.slots[slot, SEEN], computed)
     row = state.row[slot]
-    freed = blocks_owned(state, extra, slot, decoded, block_size)
-    if extra is not None and extra.swap.on:
-        copy_out(extra.swap, slot, computed, freed)
-    if extra is not None and extra.cache.on:
-        freed = give_back(extra.cache, slot, row, freed, ints[STEP])
-    ints[FREE_BLOCKS] += freed
-    state.computed[slot] = 0
+    ints[FREE_BLOCKS] += blocks_for(computed, block_size)
+    state.slots[slot, COMPUTED] = 0
     unlink_running(state, slot)
-    state.stack[ints[N_PREEMPTED]] = slot
+    state.slots[ints[N_PREEMPTED], PREEMPTED_SLOT] = slot
     ints[N_PREEMPTED] += 1
     ints[PREEMPTIONS] += 1
     state.timeline[T_PREEMPTIONS, int(state.floats[CLOCK] / state.floats[INTERVAL])] += 1.0
@@ -167,81 +150,22 @@ def preempt(cost: CostTable, state: State, out: Outcome, extra: Extra | None, sl
 
 
 @compiled
-def make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, extra: Extra | None) -> bool:
-    """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run.
-
-    Return whether one had to preempt itself, which ends R5.
-    """
+def make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> None:
+    """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run."""
     ints = state.ints
     bs = limits.block_size
     slot = ints[FIRST]
     while slot >= 0:
-        need = blocks_needed(state, extra, slot, bs) if slot != ints[PARTIAL] else 0
-        if need > 0:
+        if slot != ints[PARTIAL] and blocks_needed(state, None, slot, bs) > 0:
             gone = False
-            while ints[FREE_BLOCKS] < need and not gone:
+            while ints[FREE_BLOCKS] < 1 and not gone:
                 victim = ints[LAST]
-                preempt(cost, state, out, extra, victim, bs)
+                preempt(cost, state, out, victim, bs)
                 gone = victim == slot
             if gone:
-                return True
-            ints[FREE_BLOCKS] -= need
-            if extra is not None and extra.cache.on:
-                take(extra.cache, need)
-            if extra is not None and extra.spec.on:
-                speculation.take_own_blocks(extra.spec.batch, slot, ints[STEP])
-        slot = state.after[slot]
-    return False
-
-
-@compiled
-def goes_loading(
-    cost: CostTable, limits: Limits, stream: Stream, state: State, extra: Extra, row: int, hits: int
-) -> bool:
-    """F3 to F6: ask the tiers for what follows the ``hits`` of the first in the queue; return whether it left to load it."""
-    cache, loads, ints, bs = extra.cache, extra.loads, state.ints, limits.block_size
-    if loads.loaded[row] != 0:
-        return False
-    longest = min((stream.prompt[row] - 1) // bs, cache.offsets[row + 1] - cache.offsets[row])
-    first = max(hits, stream.cached[row] // bs)
-    offset = cache.offsets[row]
-    run = find_run(cache.tiers, cache.ids, offset + first, offset + longest) if first < longest else 0
-    if run == 0:
-        return False
-    past, tokens = first * bs, run * bs
-    attention = 0.0
-    for j in range(cost.planes.shape[0]):
-        value = cost.planes[j, 0] * (tokens * past + tokens * (tokens + 1) // 2)
-        value += cost.planes[j, 1] * (past + tokens) + cost.planes[j, 2]
-        if cost.window > 0:
-            value += cost.planes[j, 3] * chunk_pairs(cost, past, tokens)
-            value += cost.planes[j, 4] * chunk_keys(cost, past, tokens)
-        attention = max(attention, value)
-    prefill_s = tokens * cost.dense[limits.budget] / limits.budget + attention
-    start = offset + first
-    now = state.floats[CLOCK]
-    if not start_load(cache.tiers, loads, cache.ids, start, start + run, row, ints[N_LOADING], now, prefill_s):
-        return False
-    loads.loaded[row] = past + tokens
-    ints[N_LOADING] += 1
-    ints[FIFO_HEAD] += 1
-    return True
-
-
-@compiled
-def end_loads(state: State, loads: Loads) -> None:
-    """F5: who has loaded comes back to the queue, before all who were never admitted, behind those who came back earlier."""
-    ints = state.ints
-    while ints[N_LOADING] > 0 and loads.times[0] <= state.floats[CLOCK]:
-        row = loads.rows[0]
-        ints[N_LOADING] = pop_arrival(loads.times, loads.rows, ints[N_LOADING])
-        ints[FIFO_HEAD] -= 1
-        place = ints[FIFO_HEAD]
-        for _ in range(loads.ints[N_READY]):
-            state.fifo[place] = state.fifo[place + 1]
-            place += 1
-        state.fifo[place] = row
-        loads.ints[N_READY] += 1
+                return
+            ints[FREE_BLOCKS] -= 1
+        slot = state.slots[slot, AFTER]
 
 
 @inlined
@@ -251,113 +175,72 @@ def schedule_chunks(
     stream: Stream,
     out: Outcome,
     state: State,
-    extra: Extra | None,
     free: int,
     preempted: bool,
-    in_flight: bool,
 ) -> Chunks:
-    """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach.
-
-    ``in_flight``: the prompt under way has a chunk in flight, so it waits for blocks instead of giving up its own (P3).
-    """
+    """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach."""
     ints = state.ints
     bs = limits.block_size
     chunks = 0
-    tokens = ints[BATCH] * tokens_per_sequence(extra)
+    tokens = ints[BATCH]
     room = limits.budget - tokens
-    unsure = False
     closed = preempted
     slot = ints[PARTIAL]
     if slot >= 0:
         row = state.row[slot]
-        done = state.computed[slot]
-        want = min(stream.prompt[row] + state.emitted[slot] - done, room)
+        done = state.slots[slot, COMPUTED]
+        want = min(stream.prompt[row] + state.slots[slot, EMITTED] - done, room)
         missing = blocks_for(done + want, bs) - blocks_for(done, bs)
         if missing > free:
             closed = True
-            if not in_flight:
-                free -= ints[FREE_BLOCKS]
-                preempt(cost, state, out, extra, slot, bs)
-                preempted = True
-                free += ints[FREE_BLOCKS]
+            free -= ints[FREE_BLOCKS]
+            preempt(cost, state, out, slot, bs)
+            preempted = True
+            free += ints[FREE_BLOCKS]
         else:
             free -= missing
-            if extra is not None and extra.cache.on:
-                grow(extra.cache, slot, row, missing, (done + want) // bs, publishing_moment(state, extra))
             room -= want
             tokens += want
-            state.chunk_slot[0] = slot
-            state.chunk_size[0] = want
-            state.chunk_start[0] = done
+            state.chunks[0, CHUNK_SLOT] = slot
+            state.chunks[0, CHUNK_SIZE] = want
+            state.chunks[0, CHUNK_START] = done
             chunks = 1
-    if extra is not None:
-        extra.loads.ints[BLOCKED] = 0
     if not closed:
         waiting = n_waiting(state)
         while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
             resumed = ints[N_PREEMPTED] > 0
             if resumed:
-                slot = state.stack[ints[N_PREEMPTED] - 1]
+                slot = state.slots[ints[N_PREEMPTED] - 1, PREEMPTED_SLOT]
                 row = state.row[slot]
-                known = stream.prompt[row] + state.emitted[slot]
+                known = stream.prompt[row] + state.slots[slot, EMITTED]
             else:
                 row = state.fifo[ints[FIFO_HEAD]]
                 known = stream.prompt[row]
             done = stream.cached[row]
-            held = 0
-            hits = 0
-            if extra is not None and extra.cache.on:
-                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, ints[STEP])
-                done = max(done, hits * bs)
-            loaded = 0
-            if extra is not None and extra.loads.on and not resumed:
-                if goes_loading(cost, limits, stream, state, extra, row, hits):
-                    waiting -= 1
-                    continue
-                loaded = max(extra.loads.loaded[row], 0)
-                done = max(done, loaded)
-            start = done
-            saved = 0
-            if extra is not None and extra.swap.on and resumed:
-                saved = extra.swap.slots[slot, SAVED]
-                done = max(done, saved)
             want = min(known - done, room)
             need = blocks_for(done + want, bs)
-            if need - held > free or (limits.reserve_full and blocks_for(known, bs) - held > free):
-                if extra is not None:
-                    unsure = extra.cache.late
-                    if extra.loads.on and not resumed and extra.loads.loaded[row] == 0:
-                        extra.loads.ints[BLOCKED] = 1
+            if need > free or (limits.reserve_full and blocks_for(known, bs) > free):
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1
             else:
                 ints[FIFO_HEAD] += 1
                 ints[N_FREE_SLOTS] -= 1
-                slot = state.free_slots[ints[N_FREE_SLOTS]]
+                slot = state.slots[ints[N_FREE_SLOTS], FREE_SLOT]
                 state.row[slot] = row
-                state.emitted[slot] = 0
-                state.seen[slot] = 0
+                state.slots[slot, EMITTED] = 0
+                state.slots[slot, SEEN] = 0
                 out.scheduled[row] = state.floats[CLOCK]
             out.status[row] = RUNNING
-            state.computed[slot] = done
+            state.slots[slot, COMPUTED] = done
             append_running(state, slot)
             waiting -= 1
             free -= need
-            if extra is not None and extra.cache.on:
-                free += hits - admit(extra.cache, slot, row, hits, loaded, known, start, state.seen[slot])
-                grow(extra.cache, slot, row, need - hits, (done + want) // bs, publishing_moment(state, extra))
-            if extra is not None and extra.loads.on and not resumed:
-                extra.loads.loaded[row] = -1
-                if extra.loads.ints[N_READY] > 0:
-                    extra.loads.ints[N_READY] -= 1
-            if extra is not None and saved > 0:
-                copy_in(extra.swap, slot, blocks_for(saved, bs), hits)
             room -= want
             tokens += want
-            state.chunk_slot[chunks] = slot
-            state.chunk_size[chunks] = want
-            state.chunk_start[chunks] = done
+            state.chunks[chunks, CHUNK_SLOT] = slot
+            state.chunks[chunks, CHUNK_SIZE] = want
+            state.chunks[chunks, CHUNK_START] = done
             chunks += 1
             ints[PARTIAL] = slot
-    return Chunks(chunks, tokens, free, preempted, unsure)
+    return Chunks(chunks, tokens, free, preempted)

@@ -4,25 +4,52 @@ The rules are in ``docs/engine-ranks.md``, the algorithms in :mod:`simulator.eng
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import core, parts, ranks, stages
+from simulator.engine import core, heaps, parts, prefix_cache, queues, ranks, speculation, stages, swap, tiers
 from simulator.engine.compiled import Engine
-from simulator.engine.records import EngineResult, EngineSettings, Requests, needs_queue, of_the_whole
+from simulator.engine.records import EngineResult, EngineSettings, Requests, of_the_whole
+from simulator.engine.refusals import check_mixture
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
 
-#: Fields of a state that are one for all ranks.
-_ONE = ("pending_time", "pending_row", "timeline", "bits_f", "bits_i")
+#: What each rank has for itself; columns of rows, and what is known of all requests, are one.
+_OF_RANK: dict[type, tuple[str, ...]] = {
+    core.State: tuple(
+        name
+        for name in core.State._fields
+        if name not in {"pending_time", "pending_row", "timeline", "bits_f", "bits_i"}
+    ),
+    queues.Queue: ("ints", "floats", "tenants", "slots", "heap_rank", "heap_entry"),
+    prefix_cache.Cache: ("nodes", "first", "table", "slots", "fills", "n_fills", "ints"),
+    tiers.Tiers: ("rings", "counts", "times"),
+    tiers.Loads: ("times", "rows", "ints"),
+    swap.Swap: ("moves", "ints", "delay"),
+    speculation.Batch: ("ints", "slots", "ring", "events"),
+    speculation.Tariff: ("floats", "v", "passes", "keys", "chunk_steps"),
+}
 
-#: Fields of a state that each micro-batch has for itself.
-_OF_GROUP = ("ints", "floats", "heap", "residues", "events", "chunk_slot", "chunk_size", "chunk_start")
+#: Counts and times of each rank, which are summed for a result.
+_COUNTED: dict[type, tuple[str, ...]] = {
+    prefix_cache.Cache: ("ints",),
+    tiers.Tiers: ("counts",),
+    tiers.Loads: ("ints",),
+    swap.Swap: ("ints", "delay"),
+    speculation.Batch: ("ints",),
+    speculation.Tariff: ("floats", "passes", "keys", "chunk_steps"),
+}
+
+#: What each micro-batch has for itself.
+_OF_GROUP: dict[type, tuple[str, ...]] = {
+    core.State: ("ints", "floats", "heap", "residues", "events", "chunks"),
+    prefix_cache.Cache: ("fills", "n_fills"),
+}
 
 
 class RankEngine(Engine):
@@ -35,23 +62,21 @@ class RankEngine(Engine):
         of a table without any.
     """
 
+    _of_parts = True
+
     def __init__(
         self, cost: StepCost, settings: EngineSettings, requests: Requests, *, timeline_interval_s: float | None = None
     ) -> None:
-        refuse_features(settings, requests, "several ranks, or uneven experts")
+        check_mixture(cost, settings, requests)
         check_experts(cost, settings)
         super().__init__(replace(cost, ranks=1), settings, requests, timeline_interval_s=timeline_interval_s)
         self._ranks = cost.ranks
         self._least_loaded = settings.rank_routing == "least-loaded"
-        one_each = [name for name in self._state._fields if name not in _ONE]
-        self._states = stacked(self._state, cost.ranks + 1, one_each)
-        self._state = part(self._states, cost.ranks, one_each)
-        self._board = ranks.Board(
-            np.zeros((cost.ranks, ranks.N_SCHEDULED), dtype=np.int64),
-            np.zeros((cost.ranks, parts.N_PRICES)),
-            np.zeros(ranks.N_BOARD_FLOATS),
-            np.zeros(1, dtype=np.int64),
-        )
+        self._states = stacked(self._state, cost.ranks + 1, _OF_RANK)
+        self._queues = stacked(self._queue, cost.ranks + 1, _OF_RANK)
+        self._extras = None if self._extra is None else stacked(self._extra, cost.ranks + 1, _OF_RANK)
+        self._state = part(self._states, cost.ranks, _OF_RANK)
+        self._board = ranks.new_board(cost.ranks, len(requests))
         self._experts = ranks.Experts(np.ascontiguousarray(cost.expert_s), settings.expert_skew.excess())
 
     def advance(self, until_s: float = math.inf) -> None:
@@ -64,11 +89,23 @@ class RankEngine(Engine):
                 self._stream,
                 self._out,
                 self._states,
+                self._queues,
+                self._extras,
                 self._board,
                 self._least_loaded,
                 float(until_s),
             )
         )
+
+    def _parts(self) -> Iterable[tuple[core.State, queues.Queue | None, core.Extra | None]]:
+        for g in range(self._ranks):
+            extra = None if self._extras is None else part(self._extras, g, _OF_RANK)
+            yield part(self._states, g, _OF_RANK), part(self._queues, g, _OF_RANK), extra
+
+    def _whole(self) -> core.Extra | None:
+        if self._extras is None:
+            return None
+        return taken(self._extras, _COUNTED, lambda array: array[:-1].sum(axis=0))  # type: ignore[no-any-return]
 
     def _figures(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         return merged(self._states)
@@ -91,6 +128,9 @@ class StageEngine(Engine):
         As :class:`RankEngine`.
     """
 
+    _of_parts = True
+    _in_stages = True
+
     def __init__(
         self,
         cost: PipelineCost,
@@ -99,12 +139,14 @@ class StageEngine(Engine):
         *,
         timeline_interval_s: float | None = None,
     ) -> None:
-        refuse_features(settings, requests, "pipeline stages")
+        check_mixture(cost, settings, requests)
         check_experts(cost.total, settings)
         super().__init__(replace(cost.total, stages=1), settings, requests, timeline_interval_s=timeline_interval_s)
-        n = self._stages = len(cost.stages)
+        self._stages = len(cost.stages)
+        n = self._stages + 1
         self._states = stacked(self._state, n + 1, _OF_GROUP)
-        first_steps = np.arange(n + 1) << stages.GROUP_BITS
+        self._extras = None if self._extra is None else stacked(self._extra, n, _OF_GROUP)
+        first_steps = np.arange(n + 1) << heaps.GROUP_BITS
         for name in (core.STEP, core.STEP_ORIGIN):
             self._states.ints[:, name] = first_steps
         self._state = part(self._states, n, _OF_GROUP)
@@ -112,8 +154,8 @@ class StageEngine(Engine):
             done=np.full(n, np.inf),
             last=np.zeros(n),
             chunks=np.zeros(n, dtype=np.int64),
-            free=np.zeros(n),
-            held=np.zeros(settings.max_num_seqs, dtype=np.int64),
+            free=np.zeros(self._stages),
+            group=np.full(settings.max_num_seqs, -1, dtype=np.int64),
             prices=np.zeros((n, parts.N_PRICES)),
             floats=np.zeros(stages.N_FLIGHT_FLOATS),
         )
@@ -129,6 +171,8 @@ class StageEngine(Engine):
                 self._stream,
                 self._out,
                 self._states,
+                cast("queues.Queue", self._queue),  # there is one in every replica of parts
+                self._extras,
                 self._flight,
                 float(until_s),
             )
@@ -173,28 +217,6 @@ def stage_table(cost: PipelineCost, settings: EngineSettings) -> stages.StageTab
     )
 
 
-def refuse_features(settings: EngineSettings, requests: Requests, what: str) -> None:
-    """Refuse settings that replicas of several parts do not follow.
-
-    Raises
-    ------
-    InputError
-        Naming the setting.
-    """
-    if settings.prefix_cache != "off":
-        raise InputError(f"engine.prefix_cache = {settings.prefix_cache!r}: not together with {what}; use 'off'")
-    if settings.swap is not None or settings.tiers:
-        raise InputError(f"engine.preemption = 'swap' and engine.cache_tiers: not together with {what}")
-    if settings.speculation is not None:
-        raise InputError(f"engine.speculation: not together with {what}")
-    if needs_queue(settings, clients_leave=requests.clients_may_leave):
-        raise InputError(
-            f"{what}: only with engine.policy and batching at their defaults, long_prefill_token_threshold and watermark 0, a "
-            f"host that costs nothing, and clients that do not leave; here {settings.scheduling}, {settings.host}, "
-            f"clients_may_leave={requests.clients_may_leave}"
-        )
-
-
 def check_experts(cost: StepCost, settings: EngineSettings) -> None:
     """Refuse uneven experts of a table without any.
 
@@ -210,23 +232,35 @@ def check_experts(cost: StepCost, settings: EngineSettings) -> None:
         )
 
 
-def stacked(state: core.State, parts: int, names: Collection[str]) -> core.State:
-    """As many states in one set of arrays; only the fields ``names`` are there for each."""
+def stacked(record: Any, parts: int, own: Mapping[type, Collection[str]]) -> Any:
+    """As many records in one set of arrays; only the fields that ``own`` names for a record's type are there for each."""
+    fields = []
+    for name, value in zip(record._fields, record, strict=True):
+        if hasattr(value, "_fields"):
+            fields.append(stacked(value, parts, own))
+        elif name not in own.get(type(record), ()):
+            fields.append(value)
+        elif not value.any():  # of zeros the system gives memory only where it is used
+            fields.append(np.zeros((parts, *value.shape), dtype=value.dtype))
+        else:
+            fields.append(np.stack([value] * parts))
+    return type(record)(*fields)
 
-    def stack(name: str, array: NDArray[Any]) -> NDArray[Any]:
-        if name not in names:
-            return array
-        if not array.any():  # of zeros the system gives memory only where it is used
-            return np.zeros((parts, *array.shape), dtype=array.dtype)
-        return np.stack([array] * parts)
 
-    return core.State(*(stack(name, array) for name, array in zip(state._fields, state, strict=True)))
+def taken(record: Any, own: Mapping[type, Collection[str]], take: Callable[[NDArray[Any]], Any]) -> Any:
+    """One record of the stacked ones: what ``take`` makes of each array that is there for each part."""
+    fields = []
+    for name, value in zip(record._fields, record, strict=True):
+        if hasattr(value, "_fields"):
+            fields.append(taken(value, own, take))
+        else:
+            fields.append(take(value) if name in own.get(type(record), ()) else value)
+    return type(record)(*fields)
 
 
-def part(states: core.State, g: int, names: Collection[str]) -> core.State:
-    """View of one of the stacked states."""
-    fields = zip(states._fields, states, strict=True)
-    return core.State(*(array[g] if name in names else array for name, array in fields))
+def part(record: Any, g: int, own: Mapping[type, Collection[str]]) -> Any:
+    """View of one of the stacked records."""
+    return taken(record, own, lambda array: array[g])
 
 
 def merged(states: core.State) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

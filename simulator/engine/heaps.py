@@ -4,6 +4,9 @@ from typing import Any
 
 from simulator.engine.jit import compiled
 
+GROUP_BITS = 38
+"""Micro-batches of group g number their steps from g << 38, so that keys of one group mean nothing to another."""
+
 
 @compiled
 def push_key(heap: Any, size: int, key: int) -> int:

@@ -27,9 +27,10 @@ F = TypeVar("F", bound=Callable[..., object])
 COMPILED_SOURCES = (
     "batch.py",
     "block_hashes.py",
-    "by_policy.py",
+    "clients.py",
     "core.py",
     "fcfs.py",
+    "full_loop.py",
     "heaps.py",
     "jit.py",
     "kv_memory.py",
@@ -41,6 +42,7 @@ COMPILED_SOURCES = (
     "ranks.py",
     "records.py",
     "scheduling.py",
+    "scheduler.py",
     "segments.py",
     "skip_ahead.py",
     "speculation.py",
@@ -84,44 +86,45 @@ def is_compiled_mode() -> bool:
     return numba is not None and not numba.config.DISABLE_JIT
 
 
-def is_warm(*, by_policy: bool = False) -> bool:
-    """Whether the machine code is on disk already, so that the next call starts at once.
+def is_warm(form: str = "plain") -> bool:
+    """Whether the machine code of one of the engine's loops is on disk already, so that the next call starts at once.
 
-    ``by_policy``: that of the loop with policies, which is compiled only when it is wanted.
+    ``form``: one of those of :func:`simulator.engine.compiled.form_of`; each is compiled when it is first wanted.
     """
-    return CACHE_FOLDER is not None and (CACHE_FOLDER / _mark(by_policy=by_policy)).exists()
+    return CACHE_FOLDER is not None and (CACHE_FOLDER / f"ready-{form}").exists()
 
 
-def mark_warm(*, by_policy: bool = False) -> None:
+def mark_warm(form: str) -> None:
     """Record that a loop has been compiled into the cache folder."""
     if CACHE_FOLDER is not None:
-        (CACHE_FOLDER / _mark(by_policy=by_policy)).touch()
+        (CACHE_FOLDER / f"ready-{form}").touch()
 
 
-def _mark(*, by_policy: bool) -> str:
-    return "ready-by-policy" if by_policy else "ready"
-
-
-def compiled(function: F) -> F:
-    """Compile ``function`` with Numba, or return it unchanged when there is none.
+def entry(function: F) -> F:
+    """Compile ``function`` with Numba, or return it unchanged when there is none; for what Python calls.
 
     ``fastmath`` stays off: results must not depend on the compiler's freedom to reorder sums. ``error_model="numpy"``
     only drops the zero-division checks; the code guards its divisors.
     """
-    return _compile(function, forceinline=False)
+    return _compile(function, no_cfunc_wrapper=True)
+
+
+def compiled(function: F) -> F:
+    """As :func:`entry`, for what compiled functions alone call: without the wrapper for Python, half the time of a first compile."""
+    return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def inlined(function: F) -> F:
     """As :func:`compiled`, for a helper that takes the engine's records: a call would copy every array header in them."""
-    return _compile(function, forceinline=True)
+    return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 
-def _compile(function: F, *, forceinline: bool) -> F:
+def _compile(function: F, **more: bool) -> F:
     if not is_compiled_mode():
         return function
     # The compiled code allocates nothing, and its caller holds every array; without _nrt=False, two thirds of the time
     # would go to counting references.
-    options = {"error_model": "numpy", "nogil": True, "forceinline": forceinline, "_nrt": False}
+    options = {"error_model": "numpy", "nogil": True, "_nrt": False, **more}
     if CACHE_FOLDER is None:
         return cast("F", numba.njit(**options)(function))
     before = numba.config.CACHE_DIR

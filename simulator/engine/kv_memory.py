@@ -53,12 +53,15 @@ class Tier:
         time from the request of a load to its first byte. [s]
     name
         for results.
+    write_through
+        whether blocks of prompts are put into it when they are computed, not only when those above evict them (rule F9).
     """
 
     blocks: int
     block_s: float
     latency_s: float = 0.0
     name: str = "host"
+    write_through: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges."""

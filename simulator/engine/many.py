@@ -22,6 +22,7 @@ from simulator.engine.core import (
     FIFO_HEAD,
     FIFO_TAIL,
     FREE_BLOCKS,
+    FREE_SLOT,
     N_FREE_SLOTS,
     N_PENDING,
     N_PREEMPTED,
@@ -33,7 +34,8 @@ from simulator.engine.core import (
     Stream,
 )
 from simulator.engine.heaps import push_arrival
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.jit import compiled, entry, inlined
+from simulator.engine.parts import part_of
 from simulator.engine.progressions import blocks_for
 from simulator.engine.skip_ahead import advance
 
@@ -231,43 +233,6 @@ def _limits(kinds: Kinds, kind: int) -> Limits:
 
 
 @inlined
-def _state(states: State, r: int) -> State:
-    """State of one replica."""
-    return State(
-        states.ints[r],
-        states.floats[r],
-        states.fifo[r],
-        states.pending_time[r],
-        states.pending_row[r],
-        states.heap[r],
-        states.residues[r],
-        states.stack[r],
-        states.free_slots[r],
-        states.row[r],
-        states.computed[r],
-        states.joined[r],
-        states.emitted[r],
-        states.seen[r],
-        states.finish_step[r],
-        states.after[r],
-        states.before[r],
-        states.w[r],
-        states.r0[r],
-        states.r1[r],
-        states.last_token[r],
-        states.events[r],
-        states.event_step[r],
-        states.growing[r],
-        states.chunk_slot[r],
-        states.chunk_size[r],
-        states.chunk_start[r],
-        states.timeline[r],
-        states.bits_f[r],
-        states.bits_i[r],
-    )
-
-
-@inlined
 def _outcome(out: Outcome, r: int) -> Outcome:
     """Common columns, and the counts of one replica."""
     return Outcome(
@@ -298,7 +263,7 @@ def look(
     floats: Any,
     pending_time: Any,
     fifo: Any,
-    free_slots: Any,
+    slots: Any,
     rows: Any,
     r: int,
 ) -> None:
@@ -326,7 +291,7 @@ def look(
     mine[ENDING_BLOCKS] = 0
     # Who finished last gave back the slots on top of the stack; a slot that nobody ever had is of row −1.
     for i in range(ints[N_FREE_SLOTS] - 1, -1, -1):
-        row = rows[free_slots[i]]
+        row = rows[slots[i, FREE_SLOT]]
         if row < 0 or finish[row] != clock:
             break
         mine[ENDING] += 1
@@ -411,7 +376,7 @@ def _by_prefix(board: Board, prefixes: Prefixes, stage: Stage, request: int, now
     return best
 
 
-@compiled
+@entry
 def choose(board: Board, prefixes: Prefixes, stage: Stage, request: int, now: float) -> int:
     """F3 to F5: the replica that a request goes to."""
     if stage.policy == PREFIX:
@@ -457,7 +422,7 @@ def _transfer(links: Links, stage: Stage, request: int, now: float, since: float
     return float(end + stage.latency_s)
 
 
-@compiled
+@entry
 def transfer_in_order(links: Links, stage: Stage, order: Any, when: Any, since: Any, source: Any) -> None:
     """Send the KV caches of requests ``order``, whose replicas are given, off at their times in ``when``."""
     for i in range(len(order)):
@@ -480,7 +445,7 @@ def accepts(kind: Any, longest: int) -> bool:
     return bool(blocks_for(longest - 1 + kind[LOOKAHEAD], kind[BLOCK_SIZE]) <= kind[NUM_BLOCKS])
 
 
-@compiled
+@entry
 def run(
     many: Many,
     stage: Stage,
@@ -581,8 +546,7 @@ def run(
             _limits(kinds, kind_of),
             many.stream,
             _outcome(many.out, r),
-            _state(states, r),
-            None,
+            part_of(states, r),
             target,
         )
         look(
@@ -595,7 +559,7 @@ def run(
             states.floats[r],
             states.pending_time[r],
             states.fifo[r],
-            states.free_slots[r],
+            states.slots[r],
             states.row[r],
             r,
         )
@@ -603,7 +567,7 @@ def run(
             # Slots were taken by those admitted, and given back, on top of the stack, by those that finished.
             finished = ints[N_FREE_SLOTS] - free + ints[FIFO_HEAD] - head
             for i in range(finished):
-                rows[found] = states.row[r, states.free_slots[r, ints[N_FREE_SLOTS] - 1 - i]]
+                rows[found] = states.row[r, states.slots[r, ints[N_FREE_SLOTS] - 1 - i, FREE_SLOT]]
                 found += 1
             if finished > 0:
                 limit = min(limit, states.floats[r, CLOCK])

@@ -10,8 +10,11 @@ from simulator.engine.records import EngineSettings, Requests
 from simulator.engine.scheduling import BATCHINGS, POLICIES
 
 
-def new_queue(settings: EngineSettings, requests: Requests) -> queues.Queue:
-    """Return an empty queue for ``requests``; columns that the settings do not read are not kept."""
+def new_queue(settings: EngineSettings, requests: Requests, *, counts_by_step: bool = True) -> queues.Queue:
+    """Return an empty queue for ``requests``; columns that the settings do not read are not kept.
+
+    ``counts_by_step``: whether tenants' counts follow from the number of steps, or are kept up by each micro-batch (M22).
+    """
     scheduling, host = settings.scheduling, settings.host
     n, m = len(requests), settings.max_num_seqs
     leave = requests.clients_may_leave
@@ -22,6 +25,7 @@ def new_queue(settings: EngineSettings, requests: Requests) -> queues.Queue:
         longest_chunk=scheduling.long_prefill_token_threshold or settings.max_num_batched_tokens,
         max_partials=scheduling.max_num_partial_prefills,
         margin=math.floor(scheduling.watermark * settings.num_kv_blocks),
+        lookahead=settings.lookahead,
         prompt_weight=scheduling.prompt_weight,
         output_weight=scheduling.output_weight,
         host_step=float(host.step_s),
@@ -32,6 +36,7 @@ def new_queue(settings: EngineSettings, requests: Requests) -> queues.Queue:
         output_s=float(host.output_s),
         max_attempts=settings.retries.max_attempts,
         clients_leave=leave,
+        counts_by_step=counts_by_step,
     )
     fair = scheduling.policy == "fair"
     row_ints = _whole(n, queues.TENANT + 1 if fair else queues.AFTER)
@@ -62,11 +67,12 @@ def new_queue(settings: EngineSettings, requests: Requests) -> queues.Queue:
     return queues.Queue(
         rules=rules,
         ints=ints,
+        counts=np.zeros(queues.N_COUNTS, dtype=np.int64),
         floats=np.zeros(queues.N_QUEUE_FLOATS),
         row_ints=row_ints,
         row_floats=row_floats,
         tenants=by_tenant,
-        slots=_whole(m, queues.GONE_SLOT + 1),
+        slots=_whole(m, queues.HELD + 1),
         heap_rank=np.zeros(waiting),
         heap_entry=np.zeros(waiting, dtype=np.int64),
         due_time=np.zeros(due),

@@ -16,23 +16,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.heaps import pop_key, push_key
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
+from simulator.engine.jit import compiled, entry, inlined
 from simulator.engine.kv_memory import Tier
 from simulator.engine.tiers import Tiers, move_down, new_tiers
 
 # columns of Cache.nodes
 NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
 # indices into Cache.ints
-N_NODES, SPARE, BLANK, N_FILLS, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, N_INTS = range(12)
+N_NODES, SPARE, BLANK, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, EPOCH, N_INTS = range(12)
 # columns of Cache.slots
-PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, N_COLUMNS = range(8)
+PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, ENDED_KEY, N_COLUMNS = range(9)
 NOBODY = -1
 """Id of a run of blocks that nobody can find."""
 SLOT_BITS = 20
 """A key of the fill heap is step << SLOT_BITS | slot."""
 STAMP_BITS = 31
-"""A stamp is step << STAMP_BITS | the number of its owner's admission: the order in which R5 and R7 schedule."""
+"""A stamp is (2·step + turn) << STAMP_BITS | the number of its owner's admission: the order in which R5 and R7 schedule.
+
+Where prompts may be cut, decoding requests have turn 0 and chunks 1 (B1); where prompts come first (B3, B4) it is the other way round.
+"""
 # kinds of entries in Cache.log
 TAKES, ADMITS, PUBLISHES, FREES = range(4)
 
@@ -54,11 +57,11 @@ class Cache(NamedTuple):
     table, stride
         nodes that slot s owns are ``table[s * stride :]``, as many as it has published.
     slots
-        [slots, 7] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
-        admission, and the step that fills its next block with an id (-1: none). The last three columns list the slots
-        whose requests finished in this step, the blocks they have to give back, and how many of them are full.
-    fills
-        heap of the steps that fill blocks.
+        [slots, 8] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
+        admission, and the step that fills its next block with an id (-1: none). The last four columns list the slots
+        whose requests finished in this step, the blocks they have to give back, how many of them are full, and the keys by which they are ordered.
+    fills, n_fills
+        heap of the steps that fill blocks, and [1] its size.
     reused
         [requests] tokens never computed (C8).
     tiers
@@ -70,6 +73,8 @@ class Cache(NamedTuple):
     on: bool
     radix: bool
     late: bool
+    prompts_first: bool
+    by_epoch: bool
     block_size: int
     nodes: Any
     first: Any
@@ -79,6 +84,7 @@ class Cache(NamedTuple):
     stride: int
     slots: Any
     fills: Any
+    n_fills: Any
     reused: Any
     tiers: Tiers
     log: Any
@@ -93,11 +99,15 @@ def new_cache(
     block_size: int,
     n: int,
     radix: bool = False,
+    prompts_first: bool = False,
+    by_epoch: bool = False,
+    late: bool = True,
     tiers: tuple[Tier, ...] = (),
     log_size: int = 0,
 ) -> Cache:
     """An empty cache over ``num_blocks`` free blocks, or the stand-in of none if ``hashes`` is None.
 
+    ``prompts_first``: whether a step is prompts or decodes (B3, B4). ``by_epoch``: whether ``ints[EPOCH]`` orders what is published, because groups count steps each for itself. ``late``: whether blocks that decoding fills are published as they are filled.
     ``log_size``: entries of the record that tests replay.
     """
     on = hashes is not None
@@ -110,7 +120,9 @@ def new_cache(
     cache = Cache(
         on=on,
         radix=radix,
-        late=hashes.covers_output and not radix,
+        late=late and hashes.covers_output and not radix,
+        prompts_first=prompts_first,
+        by_epoch=by_epoch,
         block_size=block_size,
         nodes=np.zeros((num_blocks + 2, 8), dtype=np.int64),
         first=np.zeros(n_ids, dtype=np.int64),
@@ -120,6 +132,7 @@ def new_cache(
         stride=stride,
         slots=np.zeros((max_num_seqs, N_COLUMNS), dtype=np.int64),
         fills=np.zeros(2 * max_num_seqs + 2, dtype=np.int64),
+        n_fills=np.zeros(1, dtype=np.int64),
         reused=np.zeros(n, dtype=np.int64),
         tiers=new_tiers(tiers, n_ids),
         log=np.zeros((log_size, 4), dtype=np.int64),
@@ -184,7 +197,7 @@ def _remove(cache: Cache, node: int) -> None:
     nodes[after, PREVIOUS] = before
 
 
-@compiled
+@entry
 def _append_run(cache: Cache, count: int) -> None:
     """Put ``count`` unpublished blocks at the end of the queue; a tree has them apart."""
     if cache.radix:
@@ -278,7 +291,7 @@ def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int) -> tuple
     ``rows`` are those of the slots.
     """
     if cache.late:
-        _catch_up(cache, rows, step)
+        catch_up(cache, rows, step)
     start = cache.offsets[row]
     longest = min(longest, cache.offsets[row + 1] - start)
     held = 0
@@ -324,8 +337,8 @@ def admit(cache: Cache, slot: int, row: int, hits: int, loaded: int, known: int,
 
 
 @compiled
-def publish(cache: Cache, slot: int, row: int, full: int, step: int) -> int:
-    """C3: let the first ``full`` blocks of a request be found from ``step`` on, as far as they have ids.
+def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
+    """C3: let the first ``full`` blocks of a request be found from ``moment`` on, as far as they have ids.
 
     D3: in a tree, those already there replace the request's own. Return how many blocks that frees.
     """
@@ -336,7 +349,7 @@ def publish(cache: Cache, slot: int, row: int, full: int, step: int) -> int:
     if full <= done:
         return 0
     if len(cache.log) > 0:
-        _note(cache, PUBLISHES, row, full, step)
+        _note(cache, PUBLISHES, row, full, moment)
     base = slot * cache.stride
     freed = 0
     for j in range(done, full):
@@ -354,19 +367,19 @@ def publish(cache: Cache, slot: int, row: int, full: int, step: int) -> int:
         node = _new_node(cache)
         nodes[node, ID] = cache.ids[offset + j]
         nodes[node, OWNERS] = 1
-        nodes[node, STAMP] = step << STAMP_BITS | cache.slots[slot, ORDER]
+        nodes[node, STAMP] = moment << STAMP_BITS | cache.slots[slot, ORDER]
         _enter(cache, node)
         cache.table[base + j] = node
     cache.slots[slot, PUBLISHED] = full
     return freed
 
 
-@compiled
-def grow(cache: Cache, slot: int, row: int, count: int, full: int, step: int) -> None:
-    """C2, C3: give a request ``count`` blocks for a chunk of ``step``, and publish the first ``full`` it has then."""
-    take(cache, count)
-    if not cache.radix:
-        publish(cache, slot, row, full, step)
+@inlined
+def moment_of(cache: Cache, step: int, is_chunk: bool) -> int:
+    """Moment at which what a chunk, or the decoding, of ``step`` fills is published."""
+    if cache.by_epoch:
+        step = cache.ints[EPOCH]
+    return int(2 * step + int(is_chunk != cache.prompts_first))
 
 
 @compiled
@@ -400,50 +413,48 @@ def release(cache: Cache, slot: int, row: int, owned: int) -> int:
 @compiled
 def watch(cache: Cache, slot: int, row: int, computed: int, step: int) -> None:
     """C4: note the step at which a decoding request, at ``computed`` tokens before ``step``, fills its next block with an id."""
-    ints = cache.ints
     done = cache.slots[slot, PUBLISHED]
     if cache.offsets[row] + done >= cache.offsets[row + 1]:
         cache.slots[slot, FILL_STEP] = -1
         return
     when = step + (done + 1) * cache.block_size - 1 - computed
     cache.slots[slot, FILL_STEP] = when
-    if ints[N_FILLS] == len(cache.fills):
+    if cache.n_fills[0] == len(cache.fills):
         # Not from the keys that still hold: a slot that changed hands may have left the same key several times.
         size = 0
         for other in range(len(cache.slots)):
-            if other != slot and cache.slots[other, FILL_STEP] >= 0:
+            other_step = cache.slots[other, FILL_STEP]
+            if other != slot and other_step >= 0 and other_step >> GROUP_BITS == when >> GROUP_BITS:
                 size = push_key(cache.fills, size, cache.slots[other, FILL_STEP] << SLOT_BITS | other)
-        ints[N_FILLS] = size
-    ints[N_FILLS] = push_key(cache.fills, ints[N_FILLS], when << SLOT_BITS | slot)
+        cache.n_fills[0] = size
+    cache.n_fills[0] = push_key(cache.fills, cache.n_fills[0], when << SLOT_BITS | slot)
 
 
 @compiled
 def next_fill(cache: Cache) -> int:
     """The next step that fills a decoding request's block with an id; -1: none. Stale keys are dropped."""
-    ints = cache.ints
-    while ints[N_FILLS] > 0:
+    while cache.n_fills[0] > 0:
         key = cache.fills[0]
         if cache.slots[key & ((1 << SLOT_BITS) - 1), FILL_STEP] == key >> SLOT_BITS:
             return int(key >> SLOT_BITS)
-        ints[N_FILLS] = pop_key(cache.fills, ints[N_FILLS])
+        cache.n_fills[0] = pop_key(cache.fills, cache.n_fills[0])
     return -1
 
 
 @compiled
 def steps_to_fill(cache: Cache, step: int) -> int:
-    """Steps from ``step`` on, whose own fills have been published, before another block with an id is filled."""
+    """Steps that may follow ``step``, whose own fills have been published, before R7 may find another block."""
     when = next_fill(cache)
     return int(when - step) if when >= 0 else 1 << SLOT_BITS
 
 
 @compiled
-def _catch_up(cache: Cache, rows: Any, step: int) -> None:
+def catch_up(cache: Cache, rows: Any, step: int) -> None:
     """C3, C4: publish every block that decoding fills in steps up to ``step``."""
-    ints = cache.ints
     when = next_fill(cache)
     while 0 <= when <= step:
         slot = cache.fills[0] & ((1 << SLOT_BITS) - 1)
-        ints[N_FILLS] = pop_key(cache.fills, ints[N_FILLS])
+        cache.n_fills[0] = pop_key(cache.fills, cache.n_fills[0])
         _fill(cache, slot, rows[slot], when)
         when = next_fill(cache)
 
@@ -451,7 +462,7 @@ def _catch_up(cache: Cache, rows: Any, step: int) -> None:
 @compiled
 def _fill(cache: Cache, slot: int, row: int, step: int) -> None:
     """Publish the block that a decoding request fills in ``step``, and look out for its next."""
-    publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, step)
+    publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, moment_of(cache, step, False))  # noqa: FBT003
     watch(cache, slot, row, cache.slots[slot, PUBLISHED] * cache.block_size, step + 1)
 
 
@@ -460,7 +471,7 @@ def _leave(cache: Cache, slot: int, row: int, step: int) -> None:
     """C4: a decoding request stops before ``step``: publish what it has filled, and watch it no longer."""
     when = cache.slots[slot, FILL_STEP]
     while 0 <= when < step:
-        publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, when)
+        publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, moment_of(cache, when, False))  # noqa: FBT003
         when += cache.block_size
         if cache.offsets[row] + cache.slots[slot, PUBLISHED] >= cache.offsets[row + 1]:
             break
@@ -468,25 +479,31 @@ def _leave(cache: Cache, slot: int, row: int, step: int) -> None:
 
 
 @compiled
-def note_end(cache: Cache, slot: int, row: int, computed: int, owned: int, step: int) -> None:
-    """A request has finished before ``step`` with ``computed`` tokens in ``owned`` blocks; :func:`release_ended` gives its blocks back, in the order of admission."""
+def note_end(cache: Cache, slot: int, row: int, computed: int, owned: int, step: int, by_chunk: bool) -> None:
+    """A request has finished before ``step`` with ``computed`` tokens in ``owned`` blocks; :func:`release_ended` gives its blocks back.
+
+    That happens in the order in which they were scheduled: decoding requests, then ``by_chunk`` those whose last chunk it was, by admission.
+    """
     ints = cache.ints
     _leave(cache, slot, row, step)
     i = ints[N_ENDED]
     ints[N_ENDED] = i + 1
-    while i > 0 and cache.slots[cache.slots[i - 1, ENDED], ORDER] > cache.slots[slot, ORDER]:
+    key = int(by_chunk) << STAMP_BITS | cache.slots[slot, ORDER]
+    while i > 0 and cache.slots[i - 1, ENDED_KEY] > key:
+        cache.slots[i, ENDED_KEY] = cache.slots[i - 1, ENDED_KEY]
         cache.slots[i, ENDED] = cache.slots[i - 1, ENDED]
         cache.slots[i, ENDED_BLOCKS] = cache.slots[i - 1, ENDED_BLOCKS]
         cache.slots[i, ENDED_FULL] = cache.slots[i - 1, ENDED_FULL]
         i -= 1
+    cache.slots[i, ENDED_KEY] = key
     cache.slots[i, ENDED] = slot
     cache.slots[i, ENDED_BLOCKS] = owned
     cache.slots[i, ENDED_FULL] = computed // cache.block_size
 
 
 @compiled
-def release_ended(cache: Cache, rows: Any, step: int) -> int:
-    """C7: the requests that finished before ``step`` give back their blocks; return how many become free.
+def release_ended(cache: Cache, rows: Any, moment: int) -> int:
+    """C7: the requests that finished give back their blocks; return how many become free.
 
     Blocks of outputs that have not been published are now (D2, P6).
     """
@@ -494,7 +511,7 @@ def release_ended(cache: Cache, rows: Any, step: int) -> int:
     for i in range(cache.ints[N_ENDED]):
         slot = cache.slots[i, ENDED]
         row = rows[slot]
-        freed += publish(cache, slot, row, cache.slots[i, ENDED_FULL], step)
+        freed += publish(cache, slot, row, cache.slots[i, ENDED_FULL], moment)
         freed += release(cache, slot, row, cache.slots[i, ENDED_BLOCKS])
     cache.ints[N_ENDED] = 0
     return freed

@@ -16,10 +16,9 @@ from simulator.engine.scheduling import FAIR, FCFS
 (
     N_QUEUED,
     HEAP,
-    TICKETS,
     PUT_BACKS,
+    RETURNS,
     N_PARTIALS,
-    N_DUE,
     LAST_TENANT,
     IS_OPEN,
     RESERVED,
@@ -27,31 +26,40 @@ from simulator.engine.scheduling import FAIR, FCFS
     N_GONE,
     GRANTED,
     CHUNK_TOKENS,
+    TRIES,
+    N_QUEUE_INTS,
+) = range(14)
+# indices into Queue.counts
+(
+    TICKETS,
+    N_DUE,
     TIMEOUTS,
     CANCELLATIONS,
     RETRIES,
     ABANDONED_TOKENS,
     ABANDONED_OUTPUTS,
-    N_QUEUE_INTS,
-) = range(19)
+    N_COUNTS,
+) = range(8)
 # indices into Queue.floats
 HOST, STALL_START, N_QUEUE_FLOATS = range(3)
 
-# columns of Queue.row_ints: GONE is the status of one who leaves at the end of the step, EMITTED and SEEN are kept while a
-# preempted request waits, PUT_BACK_AT is the segment of its last preemption, AFTER and BEFORE link a tenant's list
-TICKET, EMITTED, SEEN, PUT_BACK_AT, SLOT, ATTEMPTS, GONE, AFTER, BEFORE, TENANT = range(10)
+# columns of Queue.row_ints: GONE is the status of one who leaves at the end of the step, KEPT_EMITTED and KEPT_SEEN are kept while a
+# preempted request waits, PUT_BACK_AT is the try at scheduling of its last preemption (-1: none in this attempt), AFTER and BEFORE link a tenant's list
+TICKET, KEPT_EMITTED, KEPT_SEEN, PUT_BACK_AT, SLOT, ATTEMPTS, GONE, AFTER, BEFORE, TENANT = range(10)
 # columns of Queue.row_floats: ATTEMPT_S is the arrival of the attempt
-RANK, LAST_TOKEN, WASTED, ATTEMPT_S, DEADLINE_S, TTFT_TIMEOUT_S, TIMEOUT_S, CANCEL_S = range(8)
+RANK, KEPT_LAST_TOKEN, WASTED, ATTEMPT_S, DEADLINE_S, TTFT_TIMEOUT_S, TIMEOUT_S, CANCEL_S = range(8)
 # columns of Queue.tenants: a count is BASE + output_weight · DECODING · step
 FRONT, BACK, BASE, DECODING = range(4)
-# columns of Queue.slots
-PARTIAL_SLOT, CHUNK, HAS_BLOCK, GONE_SLOT = range(4)
+# columns of Queue.slots: HELD counts the chunks that a pipeline has in flight
+PARTIAL_SLOT, CHUNK, HAS_BLOCK, GONE_SLOT, HELD = range(5)
 
 NOBODY, SOME, ALL = range(3)
 """Values of GRANTED: which decoding sequences already own the block of this step's token."""
 ROW_BITS = 32
 """Entries of the heaps are ticket << ROW_BITS | row, or the other way round: both stay below 2**31."""
 ROW_MASK = (1 << ROW_BITS) - 1
+RETURN_STEP = 2.0**-40
+"""Ranks of those who return from loading, under ``fcfs``, lie between -1, the last preempted, and 0, new arrivals."""
 
 
 class Rules(NamedTuple):
@@ -63,6 +71,7 @@ class Rules(NamedTuple):
     longest_chunk: int
     max_partials: int
     margin: int
+    lookahead: int
     prompt_weight: int
     output_weight: int
     host_step: float
@@ -73,6 +82,7 @@ class Rules(NamedTuple):
     output_s: float
     max_attempts: int
     clients_leave: bool
+    counts_by_step: bool
 
 
 class Queue(NamedTuple):
@@ -80,10 +90,12 @@ class Queue(NamedTuple):
 
     Attributes
     ----------
+    ints, counts
+        of the queue; of all clients, which several queues of one replica share.
     row_ints, row_floats
         [n, columns] of requests; columns that nobody will read are left out at the end.
     tenants, slots
-        [tenants, 4], [slots, 4]; PARTIAL_SLOT and GONE_SLOT are lists of slots, in order of admission and of leaving.
+        [tenants, 4], [slots, 5]; PARTIAL_SLOT and GONE_SLOT are lists of slots, in order of admission and of leaving.
     heap_rank, heap_entry
         who waits, but for ``fair``.
     due_time, due_entry
@@ -94,6 +106,7 @@ class Queue(NamedTuple):
 
     rules: Rules
     ints: Any
+    counts: Any
     floats: Any
     row_ints: Any
     row_floats: Any
@@ -142,7 +155,7 @@ def count_of(queue: Queue, tenant: int, step: int) -> int:
 @inlined
 def start_counting(queue: Queue, row: int, step: int) -> None:
     """Count a decoding request's tokens from ``step`` on."""
-    if queue.rules.policy == FAIR:
+    if queue.rules.policy == FAIR and queue.rules.counts_by_step:
         tenant = queue.row_ints[row, TENANT]
         queue.tenants[tenant, DECODING] += 1
         queue.tenants[tenant, BASE] -= queue.rules.output_weight * step
@@ -151,7 +164,7 @@ def start_counting(queue: Queue, row: int, step: int) -> None:
 @inlined
 def stop_counting(queue: Queue, row: int, step: int) -> None:
     """Count a decoding request's tokens up to ``step`` and no further."""
-    if queue.rules.policy == FAIR:
+    if queue.rules.policy == FAIR and queue.rules.counts_by_step:
         tenant = queue.row_ints[row, TENANT]
         queue.tenants[tenant, DECODING] -= 1
         queue.tenants[tenant, BASE] += queue.rules.output_weight * step
@@ -184,10 +197,9 @@ def _lift(queue: Queue, tenant: int, step: int) -> None:
 @inlined
 def join_queue(queue: Queue, status: Any, row: int, step: int) -> None:
     """Give an attempt its ticket and its place (Q1)."""
-    ints = queue.ints
-    queue.row_ints[row, TICKET] = ints[TICKETS]
-    ints[TICKETS] += 1
-    ints[N_QUEUED] += 1
+    queue.row_ints[row, TICKET] = queue.counts[TICKETS]
+    queue.counts[TICKETS] += 1
+    queue.ints[N_QUEUED] += 1
     if queue.rules.policy != FAIR:
         if queue.rules.policy == FCFS:
             queue.row_floats[row, RANK] = 0.0
@@ -205,11 +217,11 @@ def join_queue(queue: Queue, status: Any, row: int, step: int) -> None:
 
 
 @compiled
-def join_again(queue: Queue, status: Any, row: int, segment: int) -> None:
+def join_again(queue: Queue, status: Any, row: int) -> None:
     """Let a preempted request wait again (Q1)."""
     ints = queue.ints
     ints[N_QUEUED] += 1
-    queue.row_ints[row, PUT_BACK_AT] = segment
+    queue.row_ints[row, PUT_BACK_AT] = ints[TRIES]
     if queue.rules.policy != FAIR:
         if queue.rules.policy == FCFS:
             ints[PUT_BACKS] += 1
@@ -225,6 +237,37 @@ def join_again(queue: Queue, status: Any, row: int, segment: int) -> None:
     else:
         queue.tenants[tenant, BACK] = row
     queue.tenants[tenant, FRONT] = row
+
+
+@compiled
+def come_back(queue: Queue, status: Any, row: int) -> None:
+    """F5, M11: let who has loaded wait again, where its key puts it; under ``fcfs`` behind the preempted, before all others."""
+    ints = queue.ints
+    ints[N_QUEUED] += 1
+    if queue.rules.policy != FAIR:
+        if queue.rules.policy == FCFS:
+            ints[RETURNS] += 1
+            queue.row_floats[row, RANK] = -1.0 + ints[RETURNS] * RETURN_STEP
+        _push(queue, status, row)
+        return
+    tenant = queue.row_ints[row, TENANT]
+    before = -1
+    after = queue.tenants[tenant, FRONT]
+    while after >= 0 and (
+        queue.row_ints[after, PUT_BACK_AT] >= 0 or queue.row_ints[after, TICKET] < queue.row_ints[row, TICKET]
+    ):
+        before = after
+        after = queue.row_ints[after, AFTER]
+    queue.row_ints[row, BEFORE] = before
+    queue.row_ints[row, AFTER] = after
+    if before >= 0:
+        queue.row_ints[before, AFTER] = row
+    else:
+        queue.tenants[tenant, FRONT] = row
+    if after >= 0:
+        queue.row_ints[after, BEFORE] = row
+    else:
+        queue.tenants[tenant, BACK] = row
 
 
 @inlined
@@ -256,14 +299,19 @@ def leave_queue(queue: Queue, row: int) -> None:
 
 
 @inlined
-def take_first(queue: Queue, row: int, tokens: int) -> None:
-    """Admit ``row``, which ``first_queued`` said is first, and count ``tokens`` of its prompt (Q4)."""
+def take_first(queue: Queue, row: int) -> None:
+    """Take ``row``, which ``first_queued`` said is first, from the queue."""
     leave_queue(queue, row)
+    if queue.rules.policy != FAIR:
+        queue.ints[HEAP] = pop_arrival(queue.heap_rank, queue.heap_entry, queue.ints[HEAP])
+
+
+@inlined
+def count_prompt(queue: Queue, row: int, tokens: int) -> None:
+    """Q4: count ``tokens`` of the prompt of a request that is admitted."""
     if queue.rules.policy == FAIR:
         queue.ints[LAST_TENANT] = queue.row_ints[row, TENANT]
         queue.tenants[queue.row_ints[row, TENANT], BASE] += queue.rules.prompt_weight * tokens
-    else:
-        queue.ints[HEAP] = pop_arrival(queue.heap_rank, queue.heap_entry, queue.ints[HEAP])
 
 
 @inlined
@@ -302,14 +350,14 @@ def add_due(queue: Queue, status: Any, row: int, has_token: bool) -> None:
         due = min(due, queue.row_floats[row, ATTEMPT_S] + queue.row_floats[row, TTFT_TIMEOUT_S])
     if due == math.inf:
         return
-    size = queue.ints[N_DUE]
+    size = queue.counts[N_DUE]
     if size == len(queue.due_time):
         kept = 0
         for i in range(size):
             if _is_present(queue, status, queue.due_entry[i]):
                 kept = push_arrival(queue.due_time, queue.due_entry, kept, queue.due_time[i], queue.due_entry[i])
         size = kept
-    queue.ints[N_DUE] = push_arrival(
+    queue.counts[N_DUE] = push_arrival(
         queue.due_time, queue.due_entry, size, due, row << ROW_BITS | queue.row_ints[row, TICKET]
     )
 
@@ -317,15 +365,15 @@ def add_due(queue: Queue, status: Any, row: int, has_token: bool) -> None:
 @inlined
 def next_due(queue: Queue, status: Any) -> float:
     """When the next client leaves; infinity if none will."""
-    ints = queue.ints
-    while ints[N_DUE] > 0 and not _is_present(queue, status, queue.due_entry[0]):
-        ints[N_DUE] = pop_arrival(queue.due_time, queue.due_entry, ints[N_DUE])
-    return float(queue.due_time[0]) if ints[N_DUE] > 0 else math.inf
+    counts = queue.counts
+    while counts[N_DUE] > 0 and not _is_present(queue, status, queue.due_entry[0]):
+        counts[N_DUE] = pop_arrival(queue.due_time, queue.due_entry, counts[N_DUE])
+    return float(queue.due_time[0]) if counts[N_DUE] > 0 else math.inf
 
 
 @inlined
 def pop_due(queue: Queue) -> int:
     """Row of the client who leaves next, which ``next_due`` said there is."""
     row = queue.due_entry[0] >> ROW_BITS
-    queue.ints[N_DUE] = pop_arrival(queue.due_time, queue.due_entry, queue.ints[N_DUE])
+    queue.counts[N_DUE] = pop_arrival(queue.due_time, queue.due_entry, queue.counts[N_DUE])
     return int(row)

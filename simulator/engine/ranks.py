@@ -1,19 +1,30 @@
-"""Replicas of several schedulers' worth of state: attention ranks in lock-step.
+"""Attention ranks in lock-step: schedulers, batches and caches of their own, whose steps start and end together.
 
-Each rank is a :class:`~simulator.engine.core.State` of its own, and all of them lie in one set of arrays with a
-leading axis; :func:`part_of` is the view of one. The last row belongs to the replica as a whole: its clock, the arrivals not
-yet given to a rank, integrals and peaks. The phases of a step are those of a plain replica. Rules G1 to G6 of
-``docs/engine-ranks.md``.
+Each rank has a :class:`~simulator.engine.core.State`, a queue and features of its own, and all of them lie in one set of arrays with a leading axis
+(:mod:`simulator.engine.parts`). The last row belongs to the replica as a whole: its clock, the arrivals not yet given to a rank, integrals and
+peaks. The phases of a step are those of a replica of one part. Rules G1 to G6 of ``docs/engine-ranks.md``, and of ``docs/engine-mixtures.md`` above all M17.
 """
 
 import math
 from typing import Any, NamedTuple
 
-from simulator.engine.batch import advance_decodes, pass_window_events, rebase_sums
+import numpy as np
+
+from simulator.engine import speculation
+from simulator.engine.batch import advance_decodes
+from simulator.engine.clients import (
+    client_leaves,
+    end_any_load,
+    is_rejected,
+    join,
+    next_departure,
+    next_seen,
+    peaks_at,
+    take_arrival,
+)
 from simulator.engine.core import (
     BATCH,
     CLOCK,
-    FIFO_TAIL,
     FREE_BLOCKS,
     IDLE,
     INTERVAL,
@@ -21,42 +32,56 @@ from simulator.engine.core import (
     MAX_BLOCKS,
     MAX_RUNNING,
     MAX_WAITING,
-    N_GROWING,
-    N_PENDING,
+    N_LOADING,
     N_RUNNING,
-    NEXT_ROW,
-    REBASE_STEPS,
     SEGMENTS,
     STEP,
-    STEP_ORIGIN,
     STEPS,
-    T_WAITING,
-    WAITING_INTEGRAL,
     CostTable,
+    Extra,
     Limits,
     Outcome,
+    Price,
     State,
     Stream,
 )
-from simulator.engine.fcfs import make_room, n_waiting, next_arrival_s, release_next, schedule_chunks
-from simulator.engine.heaps import pop_arrival
-from simulator.engine.jit import compiled, inlined
-from simulator.engine.parts import OWN_GROWTH, load_price, part_of, store_price
-from simulator.engine.progressions import blocks_for, end_of_steps, residue, spread, take_blocks
-from simulator.engine.records import REJECTED, WAITING
-from simulator.engine.segments import (
-    count_latencies,
-    end_chunks,
-    end_decodes,
-    price_step,
-    record_segment,
-    steps_alike,
-    steps_until,
-    widen_timeline,
+from simulator.engine.fcfs import release_next
+from simulator.engine.full_loop import (
+    Pace,
+    begin_step,
+    charge_host,
+    count_segment,
+    end_step,
+    longest_segment,
+    pace_of,
+    price_of,
+    stop_of,
+    take_segment,
+    wait_for,
 )
+from simulator.engine.jit import compiled, entry, inlined
+from simulator.engine.parts import (
+    COPIES,
+    HOST_SHARE,
+    N_PRICES,
+    OWN_D0,
+    OWN_GROWTH,
+    OWN_Q,
+    extra_of,
+    load_price,
+    part_of,
+    queue_of,
+    store_price,
+)
+from simulator.engine.progressions import end_of_steps
+from simulator.engine.queues import N_QUEUED, Queue, pop_due
+from simulator.engine.scheduler import Scheduled, schedule
+from simulator.engine.scheduling import PREFILL_FIRST
+from simulator.engine.segments import lengthen, price_step, record_segment, steps_alike, steps_until
+from simulator.engine.swap import N_MOVED, charge_copies, delay_of
 
-# columns of Board.scheduled
-N_CHUNKS, TOKENS, FREE, SHORT, STEP_NEED, PREEMPTED, N_SCHEDULED = range(7)
+# columns of Board.scheduled: the fields of Scheduled, the longest segment, and the decoding sequences that sit the step out (-1: none do)
+N_CHUNKS, TOKENS, NEED, PREEMPTED, UNSURE, LONGEST, SITTING, N_SCHEDULED = range(8)
 # indices into Board.floats: rank-seconds of busy time that no table of the cost accounts for
 PADDING, IMBALANCE, N_BOARD_FLOATS = range(3)
 
@@ -69,6 +94,8 @@ class Board(NamedTuple):
     floats: Any
     turn: Any
     """[1] accepted arrivals so far, whose remainder is the next rank by turns."""
+    rank: Any
+    """[n] the rank that a request's present attempt joined."""
 
 
 class Experts(NamedTuple):
@@ -78,16 +105,27 @@ class Experts(NamedTuple):
     excess: Any
 
 
+def new_board(n_ranks: int, n: int) -> Board:
+    """A board for ``n_ranks`` ranks and ``n`` requests."""
+    return Board(
+        np.zeros((n_ranks, N_SCHEDULED), dtype=np.int64),
+        np.zeros((n_ranks, N_PRICES)),
+        np.zeros(N_BOARD_FLOATS),
+        np.zeros(1, dtype=np.int64),
+        np.zeros(n, dtype=np.int64),
+    )
+
+
 @inlined
-def _total_waiting(states: State, n_ranks: int) -> int:
+def _total_waiting(states: State, queues: Queue, n_ranks: int) -> int:
     total = 0
     for g in range(n_ranks):
-        total += n_waiting(part_of(states, g))
+        total += queues.ints[g, N_QUEUED] + states.ints[g, N_LOADING]
     return total
 
 
 @compiled
-def _choose_rank(states: State, n_ranks: int, turn: Any, least_loaded: bool) -> int:
+def _choose_rank(states: State, queues: Queue, n_ranks: int, turn: Any, least_loaded: bool) -> int:
     """G1: the rank that an accepted arrival joins."""
     best = int(turn[0] % n_ranks)
     turn[0] += 1
@@ -95,8 +133,7 @@ def _choose_rank(states: State, n_ranks: int, turn: Any, least_loaded: bool) -> 
         best = 0
         best_load = -1
         for g in range(n_ranks):
-            rank = part_of(states, g)
-            load = 4 * n_waiting(rank) + rank.ints[N_RUNNING]
+            load = 4 * (queues.ints[g, N_QUEUED] + states.ints[g, N_LOADING]) + states.ints[g, N_RUNNING]
             if best_load < 0 or load < best_load:
                 best = g
                 best_load = load
@@ -104,94 +141,160 @@ def _choose_rank(states: State, n_ranks: int, turn: Any, least_loaded: bool) -> 
 
 
 @inlined
+def _next_load(states: State, extras: Extra | None, n_ranks: int) -> tuple[float, int]:
+    """When the next load will be there, of equals that of the smallest row; and on which rank."""
+    best = math.inf
+    rank = -1
+    if extras is not None and extras.loads.on:
+        for g in range(n_ranks):
+            if states.ints[g, N_LOADING] > 0:
+                when = extras.loads.times[g, 0]
+                if when < best or (when == best and extras.loads.rows[g, 0] < extras.loads.rows[rank, 0]):
+                    best = when
+                    rank = g
+    return float(best), rank
+
+
+@compiled
 def _receive_for_ranks(
-    stream: Stream,
+    cost: CostTable,
     limits: Limits,
+    stream: Stream,
     out: Outcome,
     states: State,
+    queues: Queue,
+    extras: Extra | None,
     board: Board,
     n_ranks: int,
     least_loaded: bool,
-    before_now: bool,
+    in_step: bool,
 ) -> None:
-    """R2, R4, G1: let everything that has arrived by now (or before now) join a rank's queue, or be rejected."""
+    """M1, G1: let clients leave, loads end and requests join a rank, in order of time, up to now, or before now at the end of a step."""
     shared = part_of(states, n_ranks)
-    ints, floats = shared.ints, shared.floats
-    now = floats[CLOCK]
+    queue = queue_of(queues, n_ranks)
+    now = shared.floats[CLOCK]
     while True:
-        when = next_arrival_s(stream, shared)
-        if when > now or when == math.inf or (before_now and when == now):
+        due = next_departure(out, queue)
+        ready, g = _next_load(states, extras, n_ranks)
+        first = min(due, ready, next_seen(stream, shared, queue))
+        if first > now or (in_step and first == now) or first == math.inf:
             return
-        if stream.concurrency > 0:
-            row = shared.pending_row[0]
-            ints[N_PENDING] = pop_arrival(shared.pending_time, shared.pending_row, ints[N_PENDING])
+        if due == first:
+            row = pop_due(queue)
+            g = board.rank[row]
+            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
+            client_leaves(cost, limits, stream, out, shared, rank, own, extra, row, due, in_step)
+        elif ready == first:
+            end_any_load(out, part_of(states, g), queue_of(queues, g), extra_of(extras, g))
         else:
-            row = ints[NEXT_ROW]
-            ints[NEXT_ROW] = row + 1
-        out.arrival[row] = when
-        longest = stream.prompt[row] + stream.max_tokens[row]
-        blocks = blocks_for(longest - 1, limits.block_size)
-        if (0 < limits.max_model_len < longest) or blocks > limits.num_blocks:
-            out.status[row] = REJECTED
-            if stream.concurrency > 0:
-                release_next(stream, shared, when)
-            continue
-        out.status[row] = WAITING
-        rank = part_of(states, _choose_rank(states, n_ranks, board.turn, least_loaded))
-        rank.fifo[rank.ints[FIFO_TAIL]] = row
-        rank.ints[FIFO_TAIL] += 1
-        if when < now:
-            floats[WAITING_INTEGRAL] += now - when
-            if when <= floats[LAST_START]:  # it waited while later steps of the segment were scheduled
-                ints[MAX_WAITING] = max(ints[MAX_WAITING], _total_waiting(states, n_ranks))
-            spread(shared.timeline, T_WAITING, floats[INTERVAL], when, now, 1.0)
+            row, arrival = take_arrival(stream, shared)
+            if is_rejected(stream, limits, out, shared, queue, row, arrival):
+                continue
+            g = _choose_rank(states, queues, n_ranks, board.turn, least_loaded)
+            board.rank[row] = g
+            join(out, shared, part_of(states, g), queue_of(queues, g), extra_of(extras, g), row, arrival)
+            if peaks_at(shared, arrival + queue.rules.request_s):
+                waiting = _total_waiting(states, queues, n_ranks)
+                shared.ints[MAX_WAITING] = max(shared.ints[MAX_WAITING], waiting)
 
 
 @inlined
-def _schedule_rank(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, rank: State, scheduled: Any) -> None:
-    """R5 and R7 on one rank."""
-    ints = rank.ints
-    if cost.window > 0:
-        pass_window_events(cost, rank)
-    if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-        rebase_sums(cost, rank, out, None)
-    need = rank.residues[residue(-ints[STEP], limits.block_size)]
-    short = need > ints[FREE_BLOCKS]
-    if short:
-        make_room(cost, limits, out, rank, None)
-    free = ints[FREE_BLOCKS] - (0 if short else need)
-    chunks = schedule_chunks(cost, limits, stream, out, rank, None, free, short, in_flight=False)
-    scheduled[N_CHUNKS] = chunks.n
-    scheduled[TOKENS] = chunks.tokens
-    scheduled[FREE] = chunks.free
-    scheduled[SHORT] = short
-    scheduled[STEP_NEED] = need
-    scheduled[PREEMPTED] = chunks.preempted
+def _read(scheduled: Any) -> Scheduled:
+    """What a rank scheduled."""
+    return Scheduled(
+        int(scheduled[N_CHUNKS]),
+        int(scheduled[TOKENS]),
+        int(scheduled[NEED]),
+        bool(scheduled[PREEMPTED]),
+        bool(scheduled[UNSURE]),
+    )
 
 
 @inlined
-def _own_blocks(
-    limits: Limits, rank: State, scheduled: Any, d0: float, q: float, k: int, t: float, end: float
+def _is_segment(scheduled: Any) -> bool:
+    """Whether a rank decodes alone, and goes on with it."""
+    return bool(scheduled[TOKENS] > 0 and scheduled[N_CHUNKS] == 0 and scheduled[PREEMPTED] == 0)
+
+
+@compiled
+def _schedule_rank(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    rank: State,
+    queue: Queue,
+    extra: Extra | None,
+    scheduled: Any,
+    until: float,
+    next_arrival: float,
 ) -> float:
-    """Blocks that a rank takes in k steps; return its blocks × time."""
-    ints = rank.ints
-    if scheduled[N_CHUNKS] > 0:
-        ints[FREE_BLOCKS] = scheduled[FREE]
-        return float((limits.num_blocks - scheduled[FREE]) * (end - t))
-    owned = limits.num_blocks - ints[FREE_BLOCKS]
-    if scheduled[SHORT] or ints[BATCH] == 0:
-        return float(owned * (end - t))
-    owned, integral = take_blocks(rank.residues, limits.block_size, ints[STEP], k, ints[BATCH], owned, d0, q)
-    ints[FREE_BLOCKS] = limits.num_blocks - owned
-    return integral
+    """R5 to R8 on one rank; return when something may change there."""
+    begin_step(cost, out, rank, extra)
+    found = schedule(cost, limits, stream, out, rank, queue, extra)
+    scheduled[N_CHUNKS] = found.n
+    scheduled[TOKENS] = found.tokens
+    scheduled[NEED] = found.need
+    scheduled[PREEMPTED] = found.preempted
+    scheduled[UNSURE] = found.unsure
+    scheduled[LONGEST] = longest_segment(limits, rank, queue, extra, found)
+    scheduled[SITTING] = -1
+    if found.n > 0 and queue.rules.batching >= PREFILL_FIRST:
+        scheduled[SITTING] = rank.ints[BATCH]
+        rank.ints[BATCH] = 0
+    return stop_of(limits, out, rank, queue, extra, until, next_arrival)
 
 
-@inlined
+@compiled
+def _price_rank(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    rank: State,
+    queue: Queue,
+    extra: Extra | None,
+    scheduled: Any,
+    prices: Any,
+    g: int,
+    dense: float,
+    alike: bool,
+) -> int:
+    """G3, M17: what a step takes on one rank; return how many steps it can go on alike."""
+    prices[g, COPIES] = 0.0
+    if scheduled[TOKENS] == 0:
+        prices[g, OWN_D0] = dense
+        prices[g, OWN_Q] = 0.0
+        prices[g, OWN_GROWTH] = 0.0
+        if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
+            prices[g, COPIES] = delay_of(extra.swap, dense)
+            charge_copies(extra.swap, out.busy, prices[g, COPIES])
+            prices[g, OWN_D0] += prices[g, COPIES]
+        return int(scheduled[LONGEST])
+    price = price_step(cost, stream, rank, extra, scheduled[N_CHUNKS], scheduled[TOKENS], dense)
+    if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
+        delay = delay_of(extra.swap, price.d0)
+        charge_copies(extra.swap, out.busy, delay)
+        price = lengthen(price, delay)
+    pace = pace_of(cost, rank, queue.rules, extra, price, scheduled[N_CHUNKS], scheduled[TOKENS], scheduled[LONGEST])
+    store_price(prices, g, price)
+    prices[g, OWN_D0] = pace.d0
+    prices[g, OWN_Q] = pace.q
+    prices[g, OWN_GROWTH] = pace.growth
+    if not alike:
+        return 1
+    k = min(pace.longest, steps_alike(cost, limits, rank, extra))
+    if extra is not None and extra.spec.on:
+        k = speculation.steps_with_room(extra.spec.batch, rank.ints[STEP], k, rank.ints[FREE_BLOCKS])
+    return int(k)
+
+
+@compiled
 def _steps_while_slowest(prices: Any, n_ranks: int, slowest: int, k: int) -> int:
     """How many of k steps pass until another rank than ``slowest`` takes longer."""
-    d0, q = prices[slowest, 0], prices[slowest, OWN_GROWTH]
+    d0, q = prices[slowest, OWN_D0], prices[slowest, OWN_Q]
     for g in range(n_ranks):
-        d0_g, q_g = prices[g, 0], prices[g, OWN_GROWTH]
+        d0_g, q_g = prices[g, OWN_D0], prices[g, OWN_Q]
         if q_g > q and d0_g + q_g * (k - 1) > d0 + q * (k - 1):
             k = min(k, max(1, int((d0 - d0_g) / (q_g - q)) + 2))
             while k > 1 and d0_g + q_g * (k - 1) > d0 + q * (k - 1):
@@ -199,7 +302,69 @@ def _steps_while_slowest(prices: Any, n_ranks: int, slowest: int, k: int) -> int
     return k
 
 
+@inlined
+def _pace(prices: Any, g: int) -> Pace:
+    return Pace(prices[g, OWN_D0], prices[g, OWN_Q], prices[g, OWN_GROWTH], 1)
+
+
 @compiled
+def _run_rank(
+    cost: CostTable,
+    limits: Limits,
+    out: Outcome,
+    rank: State,
+    queue: Queue,
+    extra: Extra | None,
+    scheduled: Any,
+    prices: Any,
+    g: int,
+    d0: float,
+    q: float,
+    k: int,
+    t: float,
+    end: float,
+) -> float:
+    """R10, R13, G4: k steps of one rank, within those of the replica (``d0``, ``q``); return its blocks × time."""
+    owned = limits.num_blocks - rank.ints[FREE_BLOCKS]
+    blocks_integral = float(owned * (end - t))
+    if _is_segment(scheduled):
+        k, owned, blocks_integral = take_segment(limits, rank, extra, _read(scheduled), d0, q, k)
+    tokens = scheduled[TOKENS]
+    out.steps_by_tokens[tokens] += k
+    rank.floats[CLOCK] = end
+    if tokens == 0:
+        out.steps_by_rows[0] += k
+        return blocks_integral
+    price, pace = load_price(prices, g), _pace(prices, g)
+    out.steps_by_rows[price.rows] += k
+    if rank.ints[BATCH] > 0:
+        advance_decodes(cost, rank, extra, price, pace.growth, k)
+        count_segment(out, rank, queue, t, d0, q, k)
+    prices[g, HOST_SHARE] = charge_host(rank, queue, extra, price, pace, tokens, k) / tokens
+    if scheduled[SITTING] >= 0:
+        rank.ints[BATCH] = scheduled[SITTING]
+    else:
+        rank.ints[STEP] += k
+    return blocks_integral
+
+
+@compiled
+def _end_rank(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    rank: State,
+    queue: Queue,
+    extra: Extra | None,
+    chunks: int,
+    price: Price,
+) -> int:
+    """M2 on one rank; return how many requests finish."""
+    return int(end_step(cost, limits, stream, out, rank, queue, extra, chunks, price))
+
+
+@entry
 def advance_ranks(
     cost: CostTable,
     experts: Experts,
@@ -207,6 +372,8 @@ def advance_ranks(
     stream: Stream,
     out: Outcome,
     states: State,
+    queues: Queue,
+    extras: Extra | None,
     board: Board,
     least_loaded: bool,
     until: float,
@@ -214,47 +381,62 @@ def advance_ranks(
     """Run ranks in lock-step until no step can start before ``until``; return whether everything is done."""
     n_ranks = board.scheduled.shape[0]
     shared = part_of(states, n_ranks)
+    queue = queue_of(queues, n_ranks)
     ints, floats = shared.ints, shared.floats
     skewed = len(experts.excess) > 0
     while True:
-        _receive_for_ranks(stream, limits, out, states, board, n_ranks, least_loaded, before_now=False)
+        _receive_for_ranks(
+            cost,
+            limits,
+            stream,
+            out,
+            states,
+            queues,
+            extras,
+            board,
+            n_ranks,
+            least_loaded,
+            False,  # noqa: FBT003
+        )
         t = floats[CLOCK]
-        next_arrival = next_arrival_s(stream, shared)
-        present = _total_waiting(states, n_ranks)
+        next_arrival = next_seen(stream, shared, queue)
+        present = 0
+        loading = 0
         for g in range(n_ranks):
-            present += states.ints[g, N_RUNNING]
+            present += queues.ints[g, N_QUEUED] + states.ints[g, N_RUNNING]
+            loading += states.ints[g, N_LOADING]
         if present == 0:
-            if next_arrival == math.inf:
+            wakes = min(next_arrival, _next_load(states, extras, n_ranks)[0])
+            if loading > 0:
+                wakes = min(wakes, next_departure(out, queue))
+            if wakes == math.inf:
                 return True
-            if next_arrival >= until:
+            if wakes >= until:
                 return False
-            widen_timeline(shared.timeline, floats, next_arrival)
-            floats[IDLE] += next_arrival - t
-            floats[CLOCK] = next_arrival
+            wait_for(shared, loading, wakes)
             continue
         if t >= until:
             return False
 
-        # --- what runs, rank by rank: R5, R7 ---
+        # --- what runs, rank by rank: R5 to R8 ---
         width = 0
-        waiting = 0
         running = 0
         alike = not skewed
         stop = until
         for g in range(n_ranks):
-            rank = part_of(states, g)
-            rank.floats[CLOCK] = t
-            rank.floats[INTERVAL] = floats[INTERVAL]
+            states.floats[g, CLOCK] = t
+            states.floats[g, INTERVAL] = floats[INTERVAL]
             scheduled = board.scheduled[g]
-            _schedule_rank(cost, limits, stream, out, rank, scheduled)
+            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
+            when = _schedule_rank(cost, limits, stream, out, rank, own, extra, scheduled, until, next_arrival)
+            stop = min(stop, when)
             width = max(width, scheduled[TOKENS])
-            queued = n_waiting(rank)
-            waiting += queued
-            running += rank.ints[N_RUNNING]
-            if scheduled[N_CHUNKS] > 0 or scheduled[PREEMPTED]:
+            running += states.ints[g, N_RUNNING]
+            if (scheduled[TOKENS] > 0 and not _is_segment(scheduled)) or scheduled[PREEMPTED] != 0:
                 alike = False
-            if queued == 0 and rank.ints[N_RUNNING] < limits.max_num_seqs:
-                stop = min(stop, next_arrival)
+        if width == 0:  # all who waited load
+            continue
+        waiting = _total_waiting(states, queues, n_ranks)
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
@@ -264,26 +446,19 @@ def advance_ranks(
             excess = experts.excess[ints[STEPS] % len(experts.excess)] * experts.time[width]
         dense = cost.dense[width] + excess
         slowest = 0
-        k = 1 << 62
+        k = 1 << 60
+        prices = board.prices
         for g in range(n_ranks):
-            rank = part_of(states, g)
-            tokens = board.scheduled[g, TOKENS]
-            growth = 0.0
-            if tokens == 0:
-                board.prices[g, :] = 0.0
-                board.prices[g, 0] = dense
-            else:
-                price = price_step(cost, stream, rank, None, board.scheduled[g, N_CHUNKS], tokens, dense)
-                if alike:
-                    growth = price.slope * rank.ints[BATCH] + cost.window_slope * rank.ints[N_GROWING]
-                    k = min(k, steps_alike(cost, limits, rank, None))
-                store_price(board.prices, g, price, growth)
-            d0, q = board.prices[slowest, 0], board.prices[slowest, OWN_GROWTH]
-            if board.prices[g, 0] > d0 or (board.prices[g, 0] == d0 and growth > q):
+            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
+            scheduled = board.scheduled[g]
+            few = _price_rank(cost, limits, stream, out, rank, own, extra, scheduled, prices, g, dense, alike)
+            k = min(k, few)
+            longer = prices[g, OWN_D0] > prices[slowest, OWN_D0]
+            if longer or (prices[g, OWN_D0] == prices[slowest, OWN_D0] and prices[g, OWN_Q] > prices[slowest, OWN_Q]):
                 slowest = g
-        d0, q = board.prices[slowest, 0], board.prices[slowest, OWN_GROWTH]
+        d0, q = prices[slowest, OWN_D0], prices[slowest, OWN_Q]
         if alike:
-            k = _steps_while_slowest(board.prices, n_ranks, slowest, k)
+            k = _steps_while_slowest(prices, n_ranks, slowest, k)
             k = steps_until(shared, d0, q, stop, k)
         else:
             k = 1
@@ -294,28 +469,19 @@ def advance_ranks(
         owned = 0
         busy = 0.0
         for g in range(n_ranks):
-            rank = part_of(states, g)
-            blocks_integral += _own_blocks(limits, rank, board.scheduled[g], d0, q, k, t, end)
-            owned += limits.num_blocks - rank.ints[FREE_BLOCKS]
             tokens = board.scheduled[g, TOKENS]
-            out.steps_by_tokens[tokens] += k
             if tokens == 0:
-                out.steps_by_rows[0] += k
-                continue
-            board.floats[PADDING] += k * (cost.dense[width] - cost.dense[tokens])
-            board.floats[IMBALANCE] += k * excess
-            growth = board.prices[g, OWN_GROWTH]
-            busy += end - t
-            if g != slowest:
-                busy -= k * (d0 - board.prices[g, 0]) + (q - growth) * (k * (k - 1) // 2)
-            price = load_price(board.prices, g)
-            out.steps_by_rows[price.rows] += k
-            if rank.ints[BATCH] > 0:
-                batch = rank.ints[BATCH]
-                advance_decodes(cost, rank, None, price, growth, k)
-                count_latencies(out, rank, batch, d0, q, k)
-            rank.ints[STEP] += k
-            rank.floats[CLOCK] = end
+                busy += prices[g, COPIES]
+            else:
+                board.floats[PADDING] += k * (cost.dense[width] - cost.dense[tokens])
+                board.floats[IMBALANCE] += k * excess
+                busy += end - t
+                if g != slowest:
+                    busy -= k * (d0 - prices[g, OWN_D0]) + (q - prices[g, OWN_Q]) * (k * (k - 1) // 2)
+            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
+            scheduled = board.scheduled[g]
+            blocks_integral += _run_rank(cost, limits, out, rank, own, extra, scheduled, prices, g, d0, q, k, t, end)
+            owned += limits.num_blocks - states.ints[g, FREE_BLOCKS]
         if busy != n_ranks * (end - t):
             floats[IDLE] += (end - t) - busy / n_ranks
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], owned)
@@ -324,17 +490,25 @@ def advance_ranks(
         floats[CLOCK] = end
         floats[LAST_START] = end_of_steps(t, d0, q, k - 1)
         record_segment(shared, t, end, running, waiting, blocks_integral, busy / n_ranks)
-        _receive_for_ranks(stream, limits, out, states, board, n_ranks, least_loaded, before_now=True)
+        _receive_for_ranks(
+            cost,
+            limits,
+            stream,
+            out,
+            states,
+            queues,
+            extras,
+            board,
+            n_ranks,
+            least_loaded,
+            True,  # noqa: FBT003
+        )
         n_done = 0
         for g in range(n_ranks):
             if board.scheduled[g, TOKENS] > 0:
-                rank = part_of(states, g)
-                if board.scheduled[g, N_CHUNKS] > 0:
-                    price = load_price(board.prices, g)
-                    n_done += end_chunks(
-                        cost, stream, out, rank, None, board.scheduled[g, N_CHUNKS], price, limits.block_size
-                    )
-                n_done += end_decodes(cost, stream, out, rank, None, limits.block_size)
+                rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
+                price = price_of(load_price(prices, g), prices[g, HOST_SHARE])
+                n_done += _end_rank(cost, limits, stream, out, rank, own, extra, board.scheduled[g, N_CHUNKS], price)
         if stream.concurrency > 0:
             for _ in range(n_done):
-                release_next(stream, shared, end)
+                release_next(stream, shared, end + queue.rules.output_s)

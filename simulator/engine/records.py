@@ -234,6 +234,8 @@ class Requests:
         [n] time from arrival after which the client gives up if it has no first token, or is not finished; inf: never.
     cancel_s
         [n] time from arrival after which the client cancels, whatever it has got; inf: never.
+    stored_tokens
+        [n] leading prompt tokens whose blocks the last of ``EngineSettings.tiers`` holds at the start (rule F10); None: none.
     """
 
     arrival_s: NDArray[np.float64]
@@ -251,6 +253,7 @@ class Requests:
     ttft_timeout_s: NDArray[np.float64] | None = None
     timeout_s: NDArray[np.float64] | None = None
     cancel_s: NDArray[np.float64] | None = None
+    stored_tokens: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, ranges and order; the message names the first bad row."""
@@ -278,6 +281,9 @@ class Requests:
                 checks.append((name, ~np.isfinite(column) | (np.abs(column) > 2.0**53), "must be finite"))
         if self.tenant is not None:
             checks.append(("tenant", self.tenant < 0, "must be 0 or more"))
+        if self.stored_tokens is not None:
+            beyond = (self.stored_tokens < 0) | (self.stored_tokens > self.prompt_tokens)
+            checks.append(("stored_tokens", beyond, "must be 0 … prompt_tokens"))
         for name in LEAVING:
             column = getattr(self, name)
             if column is not None:
@@ -341,21 +347,6 @@ def check_columns(settings: EngineSettings, requests: Requests) -> None:
     InputError
         if the policy's column is missing, or a client would give up before the scheduler sees its request.
     """
-    remembers = settings.prefix_cache != "off" or settings.swap is not None
-    if remembers and needs_queue(settings, clients_leave=requests.clients_may_leave):
-        cached = f"engine.prefix_cache = {settings.prefix_cache!r}"
-        raise InputError(
-            f"{cached if settings.prefix_cache != 'off' else 'engine.preemption = swap'}: only with policy and batching at their "
-            "defaults, a host that costs nothing and clients that do not leave"
-        )
-    if settings.speculation is not None and needs_queue(settings, clients_leave=requests.clients_may_leave):
-        raise InputError(
-            "engine.speculation: only with policy and batching at their defaults, a host that costs nothing and clients that do "
-            "not leave"
-        )
-    if settings.speculation is not None and (settings.swap is not None or settings.tiers):
-        name = "preemption = swap" if settings.swap is not None else "cache_tiers"
-        raise InputError(f"engine.{name}: not together with speculative decoding")
     needed = {"priority": "priority", "sjf": "predicted_tokens", "edf": "deadline_s", "fair": "tenant"}
     policy = settings.scheduling.policy
     if policy in needed and getattr(requests, needed[policy]) is None:
@@ -520,15 +511,26 @@ class EngineResult:
 
 
 #: Columns and totals that an engine of several parts, ranks or stages, counts in seconds of one part.
-PART_COLUMNS = ("busy_s", "busy_prefill_s", "busy_cached_s", "recompute_s")
-PART_TOTALS = ("decode_attention_s", "prefill_attention_s", "padding_s", "imbalance_s")
+PART_COLUMNS = ("busy_s", "busy_prefill_s", "busy_cached_s", "recompute_s", "wasted_s", "swap_s")
+PART_TOTALS = (
+    "decode_attention_s",
+    "prefill_attention_s",
+    "padding_s",
+    "imbalance_s",
+    "host_s",
+    "swap_s",
+    "draft_s",
+)
 
 
 def of_the_whole(result: EngineResult, parts: int) -> EngineResult:
     """Turn seconds of ``parts`` parts of a replica into seconds of the whole: Σ busy_s + idle_s = end_s again."""
     columns = {name: getattr(result, name) / parts for name in PART_COLUMNS}
     totals = {name: result.totals[name] / parts for name in PART_TOTALS if name in result.totals}
-    return replace(result, **columns, totals=result.totals | totals)
+    drafts = result.speculation
+    if drafts is not None:
+        drafts = replace(drafts, wasted_s=drafts.wasted_s / parts, draft_s=drafts.draft_s / parts)
+    return replace(result, **columns, totals=result.totals | totals, speculation=drafts)
 
 
 def itl_bin(value_s: float) -> int:

@@ -1,6 +1,6 @@
-"""The reference engine's prefix cache: blocks as objects, moved one by one.
+"""The KV blocks of one scheduler of the reference engine: counted, or with a prefix cache as objects that are moved one by one.
 
-Written from docs/engine-prefix-cache.md to be read; the comments name the rule a line carries out.
+Written from docs/engine-prefix-cache.md to be read; the comments name the rule a line carries out. All pools have the same methods.
 """
 
 from collections import OrderedDict
@@ -25,8 +25,55 @@ class Block:
     owners: int = 0
 
 
+class CountedPool:
+    """Blocks that nobody finds again: as many as there are is all there is to know."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.free = num_blocks
+        self.tables: dict[int, int] = {}
+        """Blocks by row."""
+        self.counts: dict[str, int] = {}
+
+    def owned(self, row: int) -> int:
+        """Blocks that a request owns."""
+        return self.tables.get(row, 0)
+
+    def lookup(self, row: int, longest: int) -> list[Block]:
+        """Nothing."""
+        del row, longest
+        return []
+
+    def ids_of(self, row: int) -> list[int]:
+        """Nothing has an id."""
+        del row
+        return []
+
+    def share(self, row: int, hits: list[Block]) -> None:
+        """Let a request in that is admitted."""
+        del hits
+        self.tables[row] = 0
+
+    def take(self, row: int, count: int) -> None:
+        """Give a request new blocks."""
+        self.free -= count
+        self.tables[row] += count
+
+    def publish(self, row: int, full: int) -> None:
+        """Nothing can be found."""
+
+    def publish_at_end(self, row: int, full: int) -> None:
+        """Nothing can be found."""
+
+    def release(self, row: int) -> None:
+        """Take a request's blocks away."""
+        self.free += self.tables.pop(row, 0)
+
+    def count_admission(self, known: int, hit_tokens: int) -> None:
+        """Nothing is counted."""
+
+
 class BlockPool:
-    """All blocks of a replica, whoever owns them, and what each request owns.
+    """All blocks of a scheduler, whoever owns them, and what each request owns.
 
     Requests are named by their rows. ``tables[row]`` are a request's blocks from the first token on.
     """
@@ -37,7 +84,9 @@ class BlockPool:
         self.published: dict[int, list[Block]] = {}
         """Blocks by id, the oldest first (C3)."""
         self.tables: dict[int, list[Block]] = {}
-        self.ids = [hashes.ids[start:stop].tolist() for start, stop in pairwise(hashes.offsets.tolist())]
+        self.ids: list[list[int]] = [
+            hashes.ids[start:stop].tolist() for start, stop in pairwise(hashes.offsets.tolist())
+        ]
         self.counts = dict.fromkeys(
             ("cache_queried_tokens", "cache_hit_tokens", "cache_hit_pairs", "evicted_blocks"), 0
         )
@@ -48,6 +97,14 @@ class BlockPool:
     def free(self) -> int:
         """Blocks in the queue."""
         return len(self.queue)
+
+    def owned(self, row: int) -> int:
+        """Blocks that a request owns."""
+        return len(self.tables.get(row, ()))
+
+    def ids_of(self, row: int) -> list[int]:
+        """Ids of a request's blocks, from the first on, as far as they have some."""
+        return self.ids[row]
 
     def lookup(self, row: int, longest: int) -> list[Block]:
         """The blocks, at most ``longest``, that a request need not compute (C5)."""
@@ -79,7 +136,7 @@ class BlockPool:
     def evict(self, block: Block) -> None:
         """Let a block no longer be found in HBM (C2, F2)."""
         if self.tiers is not None:
-            self.tiers.move_down(block.id)
+            self.tiers.keep(block.id)
         self.withdraw(block)
         self.counts["evicted_blocks"] += 1
 
@@ -93,14 +150,14 @@ class BlockPool:
 
     def publish(self, row: int, full: int) -> None:
         """Let the first ``full`` blocks of a request be found, as far as they have ids (C3)."""
-        for block, block_id in zip(self.tables[row][:full], self.ids[row], strict=False):
+        for block, block_id in zip(self.tables.get(row, [])[:full], self.ids[row], strict=False):
             if block.id == NOBODY:
                 block.id = block_id
                 self.published.setdefault(block_id, []).append(block)
 
     def release(self, row: int) -> None:
         """Take a request's blocks away, the last first (C7)."""
-        for block in reversed(self.tables.pop(row)):
+        for block in reversed(self.tables.pop(row, [])):
             block.owners -= 1
             if not block.owners:
                 self.queue[block] = None

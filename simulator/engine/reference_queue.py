@@ -12,7 +12,7 @@ from simulator.engine.scheduling import Scheduling
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from simulator.engine.reference import Request
+    from simulator.engine.reference_state import Request
 
 Key = tuple[float, ...]
 
@@ -46,7 +46,7 @@ class Queue:
             return (-request.put_back, request.returned_s, request.row if came_back else request.ticket)
         if self.scheduling.policy == "fair":
             return (self.counts[request.tenant], request.tenant, -request.put_back, request.ticket)
-        return (request.rank, request.ticket)
+        return (request.order, request.ticket)
 
     def join(self, request: "Request") -> None:
         """Let an attempt join, with a ticket; a tenant of whom nobody waits is lifted (Q4)."""
@@ -71,33 +71,32 @@ class Queue:
         self.requests.append(request)
 
     def come_back(self, request: "Request") -> None:
-        """Let a request wait again that has loaded (F5)."""
+        """Let a request wait again that has loaded (F5, M11): no ticket and no lift (M9)."""
         self.requests.append(request)
 
     def first(self) -> "Request":
         """Who is served next."""
         return min(self.requests, key=self.key)
 
-    def take(self, request: "Request", *, is_new: bool) -> None:
-        """Take an admitted request out and count its prompt if it was not admitted before in this attempt."""
+    def take(self, request: "Request", start: int, *, is_new: bool) -> None:
+        """Take a request out that is admitted, and count its prompt from ``start`` on if it is the attempt's first time (Q4, M9)."""
         self.requests.remove(request)
         if self.scheduling.policy == "fair":
             self.last_tenant = request.tenant
             if is_new:
-                computed = request.prompt_tokens - request.cached_tokens
-                self.counts[request.tenant] += self.scheduling.prompt_weight * computed
+                self.counts[request.tenant] += self.scheduling.prompt_weight * (request.prompt_tokens - start)
 
     def leave(self, request: "Request") -> None:
-        """Let a request go whose client has left."""
+        """Let a request go whose client has left, or which loads."""
         self.requests.remove(request)
 
     def count_output(self, request: "Request") -> None:
-        """Count a token that will be emitted."""
+        """Count a token that will be emitted, or the tokens of a pass (Q4, M9)."""
         if self.scheduling.policy == "fair":
             self.counts[request.tenant] += self.scheduling.output_weight
 
     def victim(self, running: "Sequence[Request]") -> "Request":
-        """Who is preempted when blocks are short (Q2)."""
+        """Who of ``running`` is preempted when blocks are short (Q2)."""
         if self.scheduling.policy in {"fcfs", "fair"}:
             return running[-1]
         return max(running, key=self.key)
@@ -107,4 +106,4 @@ class Queue:
         if not self.scheduling.preempt_lower or not running:
             return None
         victim = self.victim(running)
-        return victim if victim.rank > first.rank else None
+        return victim if victim.order > first.order else None

@@ -36,7 +36,7 @@ class Sequence(Protocol):
 
 @dataclass
 class Speculator:
-    """Passes of one replica.
+    """Passes of one replica, on all its ranks; ``level`` is that of the rank's step.
 
     ``acceptance_seed`` None: progress by P3; otherwise every pass draws its accepted drafts.
     """
@@ -47,7 +47,6 @@ class Speculator:
     requests: Requests
     acceptance_seed: int | None = None
 
-    level: int = 0
     progress: list[int] = field(default_factory=list)
     """Tokens by row, in units of 2**-16."""
     passes_of: list[int] = field(default_factory=list)
@@ -66,24 +65,26 @@ class Speculator:
         self.keys, self.window_keys = np.zeros(len(self.passes)), np.zeros(len(self.passes))
         self.chunk_steps = np.zeros(tokens + 1, dtype=np.int64)
 
-    @property
-    def queries(self) -> int:
-        """Tokens verified per sequence in this step."""
-        return int(self.plan.cost.queries[self.level])
+    def queries(self, level: int) -> int:
+        """Tokens verified per sequence."""
+        return int(self.plan.cost.queries[level])
 
-    def begin(self, decoding: int) -> None:
-        """Choose the step's level from the decoding sequences before anything is scheduled (P1)."""
-        if decoding:
-            self.level = int(self.levels[decoding])
+    def level(self, decoding: int) -> int:
+        """The level of a step from the decoding sequences before anything is scheduled (P1)."""
+        return int(self.levels[decoding]) if decoding else 0
+
+    def begin_attempt(self, row: int) -> None:
+        """Start from nothing (M20)."""
+        self.progress[row] = 0
 
     def slots(self, request: Sequence) -> int:
         """KV slots a decoding request must own before its pass (P2)."""
         return request.computed + 1 + self.plan.cost.lookahead
 
-    def rate(self, request: Sequence) -> int:
-        """Tokens per pass at the step's level, in units of 2**-16 (P3)."""
+    def rate(self, request: Sequence, level: int) -> int:
+        """Tokens per pass, in units of 2**-16 (P3)."""
         classes = self.requests.acceptance_class
-        return int(self.plan.rates[0 if classes is None else classes[request.row], self.level])
+        return int(self.plan.rates[0 if classes is None else classes[request.row], level])
 
     def context(self, request: Sequence) -> float:
         """Keys the request's last token sees, with the fraction of its progress (P4)."""
@@ -96,21 +97,21 @@ class Speculator:
             return (context - 1) % window + 1
         return min(context, window)
 
-    def decode_s(self, B: int, S: float, SW: float) -> float:
+    def decode_s(self, level: int, B: int, S: float, SW: float) -> float:
         """What decoding sequences add to a step besides dense layers and head (P4)."""
-        return self.plan.cost.decode_s(self.level, B=B, S=S, SW=SW)
+        return self.plan.cost.decode_s(level, B=B, S=S, SW=SW)
 
     def chunk_s(self, tokens: int) -> float:
         """The drafter's pass over a step's chunks (P4)."""
         return float(self.plan.cost.chunk_s[tokens])
 
-    def draft_s(self, B: int, S: float) -> float:
+    def draft_s(self, level: int, B: int, S: float) -> float:
         """Drafting, within :meth:`decode_s`."""
-        return self.plan.cost.drafting_s(self.level, B=B, S=S)
+        return self.plan.cost.drafting_s(level, B=B, S=S)
 
-    def share(self, request: Sequence, B: int, S: float, per_token_s: float, per_row_s: float) -> float:
+    def share(self, request: Sequence, level: int, B: int, S: float, per_token_s: float, per_row_s: float) -> float:
         """A decoding request's share of a step, dense layers and head included; notes what of it is wasted (P5)."""
-        cost, level, q = self.plan.cost, self.level, self.queries
+        cost, q = self.plan.cost, self.queries(level)
         piece = max(j for j, knot in enumerate(cost.knots) if knot <= S)
         knot = float(cost.knots[piece])
         slope_s, draft_slope_s = float(cost.slope_s[level, piece]), float(cost.draft_slope_s[level, piece])
@@ -119,19 +120,19 @@ class Speculator:
         draft_s = (float(cost.draft_s[level, B] + cost.draft_value_s[level, piece]) - draft_slope_s * knot) / B
         draft_s += draft_slope_s * context
         if q > 1:
-            rejected = q - self.rate(request) / UNIT
+            rejected = q - self.rate(request, level) / UNIT
             self.wasted_s[request.row] += rejected * (per_token_s + per_row_s + draft_s / (q - 1))
         window_s = float(cost.window_slope_s[level]) * self.seen(request) if self.cost.window else 0.0
         own_s = slope_s * context + intercept_s / B + float(cost.seq_s[level]) + window_s
         return q * (per_token_s + per_row_s) + own_s + draft_s
 
-    def count(self, B: int, S: float, SW: float, chunk_tokens: int) -> None:
+    def count(self, level: int, B: int, S: float, SW: float, chunk_tokens: int) -> None:
         """Count a step."""
         if B:
-            self.decode_draft_s += self.draft_s(B, S)
-            self.passes[self.level, B] += 1
-            self.keys[self.level] += S
-            self.window_keys[self.level] += SW
+            self.decode_draft_s += self.draft_s(level, B, S)
+            self.passes[level, B] += 1
+            self.keys[level] += S
+            self.window_keys[level] += SW
         if chunk_tokens:
             self.chunk_steps[chunk_tokens] += 1
             self.chunk_draft_s += self.chunk_s(chunk_tokens)
@@ -140,19 +141,19 @@ class Speculator:
         """Note the token that a completed prompt emits: one, without drafts (P3)."""
         self.progress[request.row] += UNIT
 
-    def take(self, request: Sequence) -> int:
+    def take(self, request: Sequence, level: int) -> int:
         """End a pass: return the tokens it emits (P3)."""
         row = request.row
         before = self.progress[row] // UNIT
         if self.acceptance_seed is None:
-            self.progress[row] += self.rate(request)
+            self.progress[row] += self.rate(request, level)
         else:
-            self.progress[row] += UNIT * (1 + self._accepted(request))
+            self.progress[row] += UNIT * (1 + self._accepted(request, level))
         tokens = min(self.progress[row] // UNIT - before, request.output_tokens - request.emitted)
         self.extra_tokens += tokens - 1
         return tokens
 
-    def _accepted(self, request: Sequence) -> int:
+    def _accepted(self, request: Sequence, level: int) -> int:
         """Accepted drafts of the request's next pass: a function of (seed, row, pass)."""
         row = request.row
         number = self.passes_of[row]
@@ -160,7 +161,7 @@ class Speculator:
         if number % BLOCK == 0:
             self.draws[row] = uniform(self.acceptance_seed or 0, f"acceptance/{row}", number, number + BLOCK)
         classes = self.requests.acceptance_class
-        survival = self.plan.survival[0 if classes is None else classes[row], self.level]
+        survival = self.plan.survival[0 if classes is None else classes[row], level]
         return int((self.draws[row][number % BLOCK] < survival).sum())
 
     def result(self) -> SpeculationResult:

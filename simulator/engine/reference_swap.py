@@ -4,7 +4,10 @@ from simulator.engine.kv_memory import HostSwap
 
 
 class HostPool:
-    """What of which request is in host memory, and the copies of the step being scheduled. Requests are named by their rows."""
+    """What of which request is in host memory, and the copies of the step being scheduled. Requests are named by their rows.
+
+    Copies wait for the next step of their scheduler that has tokens (M18).
+    """
 
     def __init__(self, settings: HostSwap) -> None:
         self.settings = settings
@@ -12,8 +15,6 @@ class HostPool:
         """Blocks in host memory."""
         self.copies: list[tuple[int, int]] = []
         """Rows and blocks that the step copies, out or in."""
-        self.delay_s = 0.0
-        """Time by which the latest step was lengthened."""
         names = ("swap_out_blocks", "swap_in_blocks", "swap_fallbacks", "max_host_blocks")
         self.counts: dict[str, float] = dict.fromkeys(names, 0) | {"swap_s": 0.0}
 
@@ -35,12 +36,17 @@ class HostPool:
             self.copies.append((row, blocks))
         self.counts["swap_in_blocks"] += blocks
 
-    def end_copies(self, step_s: float) -> dict[int, float]:
-        """Close the copies of a step that would last ``step_s``; return each row's share of the delay (E3, E4)."""
+    def forget(self, row: int) -> None:
+        """Free the host memory of a request whose client has left (M13)."""
+        self.held.pop(row, None)
+
+    def delay_s(self, device_s: float) -> float:
+        """Time by which the copies lengthen a step that would take the device ``device_s`` (E3)."""
+        copying_s = sum(blocks for _, blocks in self.copies) * self.settings.block_s
+        return max(0.0, copying_s - device_s) if self.settings.overlapped else copying_s
+
+    def shares(self, delay_s: float) -> list[tuple[int, float]]:
+        """Rows, and what they pay of a delay (E4)."""
         total = sum(blocks for _, blocks in self.copies)
-        copying_s = total * self.settings.block_s
-        self.delay_s = max(0.0, copying_s - step_s) if self.settings.overlapped else copying_s
-        self.counts["swap_s"] += self.delay_s
-        shares = {row: self.delay_s * blocks / total for row, blocks in self.copies}
-        self.copies.clear()
-        return shares
+        self.counts["swap_s"] += delay_s
+        return [(row, delay_s * blocks / total) for row, blocks in self.copies]

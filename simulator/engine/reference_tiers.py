@@ -1,4 +1,4 @@
-"""The reference engine's memory below HBM, written from docs/engine-kv-memory.md (rules F1 to F8)."""
+"""The reference engine's memory below HBM, written from docs/engine-kv-memory.md (rules F1 to F10)."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ class TierStack:
         for i in range(len(tiers)):
             self.counts |= {f"tier{i}_stored_blocks": 0, f"tier{i}_loaded_blocks": 0}
 
-    def move_down(self, block_id: int, tier: int = 0) -> None:
-        """Keep a block that was evicted from above ``tier``; pass on the one it drives out (F2)."""
+    def keep(self, block_id: int, tier: int = 0) -> None:
+        """Keep a block in ``tier``, where it was evicted from above or put; pass on the one it drives out (F2)."""
         if tier == len(self.tiers):
             return
         held = self.held[tier]
@@ -28,7 +28,22 @@ class TierStack:
         held[block_id] = None
         self.counts[f"tier{tier}_stored_blocks"] += 1
         if len(held) > self.tiers[tier].blocks:
-            self.move_down(held.popitem(last=False)[0], tier + 1)
+            self.keep(held.popitem(last=False)[0], tier + 1)
+
+    def put(self, block_ids: Sequence[int]) -> None:
+        """Write computed blocks through, into the tiers that want them (F9)."""
+        for tier, settings in enumerate(self.tiers):
+            for block_id in block_ids if settings.write_through else ():
+                self.keep(block_id, tier)
+
+    def warm(self, block_ids: Sequence[int]) -> None:
+        """Let the last tier hold some blocks already (F10)."""
+        held = self.held[-1]
+        for block_id in reversed(block_ids):
+            held[block_id] = None
+            held.move_to_end(block_id)
+            if len(held) > self.tiers[-1].blocks:
+                held.popitem(last=False)
 
     def run(self, block_ids: Sequence[int]) -> list[tuple[int, int]]:
         """The leading ones of ``block_ids`` that some tier holds, each with the first tier that does (F3)."""

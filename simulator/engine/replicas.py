@@ -297,6 +297,9 @@ def _stacked_states(engines: Sequence[_Replica], kind_of: Ints, n: int) -> core.
         else:  # of zeros the system gives memory only where it is used
             arrays[name] = np.zeros((replicas, *common.shape[1:]), dtype=common.dtype)
     arrays["row"][:] = -1  # nobody has had a slot yet
+    for r, kind in enumerate(kind_of):  # slots that smaller replicas do not have are never in use
+        beyond = engines[kind].parts.settings.max_num_seqs
+        arrays["slots"][r, beyond:, [core.FINISH_STEP, core.EVENT_STEP]] = -1
     arrays["bits_i"] = arrays["bits_f"].view(np.int64)  # the same bits
     arrays["ints"][:, core.NEXT_ROW] = n  # nobody is released
     return core.State(**arrays)

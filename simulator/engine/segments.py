@@ -20,14 +20,22 @@ from simulator.engine.batch import (
 from simulator.engine.core import (
     BATCH,
     BLOCKS_INTEGRAL,
+    CHUNK_SIZE,
+    CHUNK_SLOT,
+    CHUNK_START,
     CHUNKS,
     CLOCK,
+    COMPUTED,
+    EMITTED,
+    FINISH_STEP,
     FREE_BLOCKS,
+    FREE_SLOT,
     HEAP_SIZE,
     INTERVAL,
     ITL_MAX,
     KEYS_SUM,
     KNOT,
+    LAST_TOKEN,
     N_EVENTS,
     N_FREE_SLOTS,
     PARTIAL,
@@ -36,6 +44,7 @@ from simulator.engine.core import (
     PREFILL_PAIRS,
     RECOMPUTED,
     RUNNING_INTEGRAL,
+    SEEN,
     SLOT_BITS,
     STEP,
     T_BLOCKS,
@@ -69,7 +78,10 @@ from simulator.engine.progressions import (
     steps_to_reach,
     steps_with_blocks,
 )
+from simulator.engine.queues import GONE, RESERVED, Queue, start_counting, stop_counting
 from simulator.engine.records import FINISHED
+from simulator.engine.scheduling import STATIC
+from simulator.engine.tiers import write_through
 
 
 @compiled
@@ -116,16 +128,16 @@ def price_step(
     seen_pairs = 0
     seen_keys = 0
     for c in range(chunks):
-        slot = state.chunk_slot[c]
+        slot = state.chunks[c, CHUNK_SLOT]
         row = state.row[slot]
-        done = state.chunk_start[c]
-        size = state.chunk_size[c]
+        done = state.chunks[c, CHUNK_START]
+        size = state.chunks[c, CHUNK_SIZE]
         pairs += size * done + size * (size + 1) // 2
         keys += done + size
         if cost.window > 0:
             seen_pairs += chunk_pairs(cost, done, size)
             seen_keys += chunk_keys(cost, done, size)
-        if done + size == stream.prompt[row] + state.emitted[slot]:
+        if done + size == stream.prompt[row] + state.slots[slot, EMITTED]:
             rows += 1
     d0 = dense + cost.head[rows]
     slope = 0.0
@@ -206,7 +218,7 @@ def steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | No
     step = ints[STEP]
     while True:
         key = state.heap[0]
-        if state.finish_step[key & ((1 << SLOT_BITS) - 1)] == key >> SLOT_BITS:
+        if state.slots[key & ((1 << SLOT_BITS) - 1), FINISH_STEP] == key >> SLOT_BITS:
             break
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
     k = (key >> SLOT_BITS) - step
@@ -261,22 +273,46 @@ def count_latencies(out: Outcome, state: State, batch: int, d0: float, q: float,
 
 
 @inlined
-def finish_request(state: State, out: Outcome, extra: Extra | None, slot: int, owned: int) -> None:
-    """Free the ``owned`` blocks and the slot of a request that has left the batch."""
+def finish_request(state: State, out: Outcome, extra: Extra | None, slot: int, owned: int, by_chunk: bool) -> None:
+    """Free the ``owned`` blocks and the slot of a request that has left the batch, or whose last chunk was all it needed."""
     ints = state.ints
     row = state.row[slot]
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
     if extra is not None and extra.cache.on:
-        note_end(extra.cache, slot, row, state.computed[slot], owned, ints[STEP])
+        note_end(extra.cache, slot, row, state.slots[slot, COMPUTED], owned, ints[STEP], by_chunk)
         owned = 0
     ints[FREE_BLOCKS] += owned
-    if extra is not None and extra.spec.on:
-        extra.spec.batch.slots[slot, speculation.PROGRESS] = 0
-    state.finish_step[slot] = -1
+    state.slots[slot, FINISH_STEP] = -1
     unlink_running(state, slot)
-    state.free_slots[ints[N_FREE_SLOTS]] = slot
+    state.slots[ints[N_FREE_SLOTS], FREE_SLOT] = slot
     ints[N_FREE_SLOTS] += 1
+
+
+@inlined
+def cut_to_length(stream: Stream, state: State, extra: Extra, slot: int) -> None:
+    """Take from a request that has left the batch what its last pass gave beyond its output."""
+    row = state.row[slot]
+    if state.slots[slot, EMITTED] >= stream.output[row]:
+        speculation.cut_surplus(extra.spec.batch, slot, stream.output[row])
+        state.slots[slot, EMITTED] = stream.output[row]
+        state.slots[slot, COMPUTED] = stream.prompt[row] + stream.output[row] - 1
+
+
+@inlined
+def reserved_blocks(stream: Stream, row: int, lookahead: int, block_size: int) -> int:
+    """B4: blocks that a static batch keeps for a request."""
+    return int(blocks_for(stream.prompt[row] + stream.max_tokens[row] - 1 + lookahead, block_size))
+
+
+@inlined
+def retire(stream: Stream, state: State, queue: Queue, slot: int, block_size: int) -> None:
+    """Forget what the queue keeps of a running request that ends."""
+    row = state.row[slot]
+    if state.slots[slot, FINISH_STEP] >= 0:
+        stop_counting(queue, row, state.ints[STEP])
+    if queue.rules.batching == STATIC:
+        queue.ints[RESERVED] -= reserved_blocks(stream, row, queue.rules.lookahead, block_size)
 
 
 @inlined
@@ -285,12 +321,16 @@ def end_chunks(
     stream: Stream,
     out: Outcome,
     state: State,
+    queue: Queue | None,
     extra: Extra | None,
     chunks: int,
     price: Price,
     block_size: int,
 ) -> int:
-    """R10 to R12 for chunks; return how many requests finish. ``State`` is already at the step's end."""
+    """R10 to R12 for chunks; return how many requests finish. ``State`` is already at the step's end.
+
+    A request whose client has left (L3) is left as it is, even with its last token.
+    """
     ints, floats = state.ints, state.floats
     end = floats[CLOCK]
     plane = price.plane
@@ -303,11 +343,11 @@ def end_chunks(
     floats[PREFILL_ATTENTION] += price.prefill
     ints[PARTIAL] = -1
     for c in range(chunks):
-        slot = state.chunk_slot[c]
-        size = state.chunk_size[c]
+        slot = state.chunks[c, CHUNK_SLOT]
+        size = state.chunks[c, CHUNK_SIZE]
         row = state.row[slot]
-        done = state.chunk_start[c]
-        known = stream.prompt[row] + state.emitted[slot]
+        done = state.chunks[c, CHUNK_START]
+        known = stream.prompt[row] + state.slots[slot, EMITTED]
         pays = (
             price.per_chunk_token * size
             + cost.planes[plane, 0] * (size * done + size * (size + 1) // 2)
@@ -325,36 +365,53 @@ def end_chunks(
             pays += price.per_row
         out.busy[row] += pays
         out.busy_prefill[row] += pays
-        again = min(done + size, state.seen[slot]) - done
+        again = min(done + size, state.slots[slot, SEEN]) - done
         if again > 0:
             out.recompute[row] += pays * again / size
             ints[RECOMPUTED] += again
         done += size
-        state.computed[slot] = max(done, state.computed[slot])  # a later chunk may be in flight already
+        state.slots[slot, COMPUTED] = max(done, state.slots[slot, COMPUTED])  # a later chunk may be in flight already
         if extra is not None and extra.cache.radix:
             ints[FREE_BLOCKS] += publish(extra.cache, slot, row, done // block_size, publishing_moment(state, extra))
+        if extra is not None and extra.cache.tiers.through:
+            offset = extra.cache.offsets[row]
+            stop = min(min(done, stream.prompt[row]) // block_size, extra.cache.offsets[row + 1] - offset)
+            write_through(extra.cache.tiers, extra.cache.ids, offset + (done - size) // block_size, offset + stop)
         if done < known:
             ints[PARTIAL] = slot
             continue
-        if state.emitted[slot] == 0:
+        if state.slots[slot, EMITTED] == 0:
             out.first_token[row] = end
         else:
-            gap = end - state.last_token[slot]
+            gap = end - state.sums[slot, LAST_TOKEN]
             count_itl(out.itl, state.bits_f, state.bits_i, gap, 0.0, 1, 1)
             floats[ITL_MAX] = max(floats[ITL_MAX], gap)
-        state.emitted[slot] += 1
-        rest = stream.output[row] - state.emitted[slot]
+        state.slots[slot, EMITTED] += 1
+        rest = stream.output[row] - state.slots[slot, EMITTED]
         if rest == 0:
-            finish_request(state, out, extra, slot, blocks_for(done, block_size))
+            if queue is not None:
+                if queue.row_ints[row, GONE] != 0:
+                    continue
+                retire(stream, state, queue, slot, block_size)
+            finish_request(state, out, extra, slot, blocks_for(done, block_size), True)  # noqa: FBT003 - compiled code takes no keywords here
             n_done += 1
         else:
             start_decoding(cost, stream, state, extra, slot, rest, block_size)
+            if queue is not None:
+                state.sums[slot, LAST_TOKEN] = end
+                start_counting(queue, row, ints[STEP])
     return n_done
 
 
 @inlined
 def end_decodes(
-    cost: CostTable, stream: Stream, out: Outcome, state: State, extra: Extra | None, block_size: int
+    cost: CostTable,
+    stream: Stream,
+    out: Outcome,
+    state: State,
+    queue: Queue | None,
+    extra: Extra | None,
+    block_size: int,
 ) -> int:
     """R10: decoding requests whose last token has come; return how many."""
     ints = state.ints
@@ -363,13 +420,13 @@ def end_decodes(
         key = state.heap[0]
         ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
         slot = key & ((1 << SLOT_BITS) - 1)
-        if state.finish_step[slot] == key >> SLOT_BITS:
+        if state.slots[slot, FINISH_STEP] == key >> SLOT_BITS:
+            if queue is not None:
+                retire(stream, state, queue, slot, block_size)
             leave_batch(cost, state, out, extra, slot, block_size)
             owned = blocks_owned(state, extra, slot, True, block_size)  # noqa: FBT003 - compiled code takes no keywords here
             if extra is not None and extra.spec.on:
-                row = state.row[slot]
-                speculation.cut_surplus(extra.spec.batch, slot, stream.output[row])
-                state.computed[slot] = stream.prompt[row] + stream.output[row] - 1
-            finish_request(state, out, extra, slot, owned)
+                cut_to_length(stream, state, extra, slot)
+            finish_request(state, out, extra, slot, owned, False)  # noqa: FBT003
             n_done += 1
     return n_done

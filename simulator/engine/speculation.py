@@ -27,7 +27,7 @@ SLOT_BITS = 20
 SLOT_MASK = (1 << SLOT_BITS) - 1
 
 # indices into Batch.ints; contexts and rates are in units of 2**-16 tokens
-LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT, N_SPEC_INTS = range(9)
+LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT, BATCH_SIZE, N_SPEC_INTS = range(10)
 # columns of Batch.slots
 (
     BASE,
@@ -111,7 +111,8 @@ class Tariff(NamedTuple):
 class Spec(NamedTuple):
     """Speculative decoding of a replica; with ``on`` False all arrays are empty.
 
-    ``level_by_batch``; ``rates`` by class and level; ``classes`` by row, of length 0 if all are 0.
+    ``level_by_batch``; ``rates`` by class and level; ``classes`` by row, of length 0 if all are 0; ``fraction`` [requests] of a token that a
+    preempted request's progress has beyond its emitted ones (P3).
     """
 
     on: bool
@@ -120,6 +121,7 @@ class Spec(NamedTuple):
     level_by_batch: Any
     rates: Any
     classes: Any
+    fraction: Any
 
 
 class DecodeTerms(NamedTuple):
@@ -216,6 +218,20 @@ def take_blocks_of_steps(
 
 
 @compiled
+def steps_with_room(batch: Batch, step: int, k: int, free: int) -> int:
+    """Steps, at most k, for which ``free`` blocks certainly are enough; 1 if they are for the first."""
+    # A sequence may begin a block just before the steps, ends within one, and has not looked ahead yet if it is new (P2).
+    each = 2 + (batch.lookahead + batch.block_size) // batch.block_size
+    if ((k * batch.ints[RATES]) >> UNIT_BITS) // batch.block_size + each * batch.ints[BATCH_SIZE] <= free:
+        return k
+    first = 0
+    while first < k - 1 and batch.ring[RING_NEED, (step + first) & batch.mask] == 0:
+        first += 1
+    need = batch.ring[RING_NEED, (step + first) & batch.mask]
+    return max(1, first + 1 if need <= free else first)
+
+
+@compiled
 def _window_event(batch: Batch, slot: int, step: int) -> None:
     """Set a sequence's windowed keys at ``step``, and note when they stop growing, or start over (P4)."""
     slots, ints = batch.slots, batch.ints
@@ -235,11 +251,11 @@ def _window_event(batch: Batch, slot: int, step: int) -> None:
         return
     slots[slot, EVENT_STEP] = step + (ends - seen + rate - 1) // rate
     if ints[N_WINDOW_EVENTS] == len(batch.events):
+        # Not from the keys that still hold: a slot that changed hands may have left the same key several times.
         size = 0
-        for i in range(ints[N_WINDOW_EVENTS]):
-            key = batch.events[i]
-            if slots[key & SLOT_MASK, EVENT_STEP] == key >> SLOT_BITS:
-                size = push_key(batch.events, size, key)
+        for other in range(len(slots)):
+            if other != slot and slots[other, EVENT_STEP] >= 0:
+                size = push_key(batch.events, size, slots[other, EVENT_STEP] << SLOT_BITS | other)
         ints[N_WINDOW_EVENTS] = size
     key = slots[slot, EVENT_STEP] << SLOT_BITS | slot
     ints[N_WINDOW_EVENTS] = push_key(batch.events, ints[N_WINDOW_EVENTS], key)
@@ -318,6 +334,18 @@ def emitted_of(batch: Batch, slot: int) -> int:
 
 
 @inlined
+def fraction_of(batch: Batch, slot: int) -> int:
+    """What a settled sequence's progress has beyond its emitted tokens, in units."""
+    return int(batch.slots[slot, PROGRESS] & (UNIT - 1))
+
+
+@inlined
+def start_at(batch: Batch, slot: int, fraction: int) -> None:
+    """Let a request that is admitted start with the fraction of its earlier progress (P3)."""
+    batch.slots[slot, PROGRESS] = fraction
+
+
+@inlined
 def passes_left(batch: Batch, slot: int, output: int) -> int:
     """Passes until a settled sequence has emitted ``output`` tokens."""
     rate = batch.slots[slot, RATE]
@@ -330,6 +358,7 @@ def _add(batch: Batch, slot: int, step: int, rate: int) -> None:
     batch.slots[slot, RATE] = rate
     batch.ints[KEYS] += _context(batch.slots, slot)
     batch.ints[RATES] += rate
+    batch.ints[BATCH_SIZE] += 1
     if batch.window > 0:
         _window_event(batch, slot, step)
     _ring_place(batch, slot, step)
@@ -351,6 +380,7 @@ def leave(batch: Batch, slot: int) -> None:
     """Take a settled sequence out of the batch; its blocks are the caller's to free."""
     batch.ints[KEYS] -= _context(batch.slots, slot)
     batch.ints[RATES] -= batch.slots[slot, RATE]
+    batch.ints[BATCH_SIZE] -= 1
     if batch.window > 0:
         _forget_window(batch, slot)
     _ring_remove(batch, slot)
@@ -448,6 +478,13 @@ def count_passes(spec: Spec, knots: Any, knot: int, size: int, k: int, per_token
         tariff.floats[SHARE_D1] += draft_slope * (k * since_origin + growth)
     ints[KEYS] += k * ints[RATES]
     ints[SEEN_KEYS] += k * ints[SEEN_RATES]
+
+
+@inlined
+def count_host(spec: Spec, per_token: float) -> None:
+    """H1, P5: a rejected draft wastes its share of the host's work too."""
+    if spec.batch.ints[LEVEL] > 0:
+        spec.tariff.floats[SHARE_V] += per_token
 
 
 @inlined

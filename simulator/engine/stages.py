@@ -1,50 +1,110 @@
 """Pipeline stages: several micro-batches of one replica in flight.
 
-A micro-batch is a group of requests that stay together (P2), so what a plain replica keeps of its batch is kept for each group: sums,
-residues, heaps and the running list, in arrays with a leading axis. Slots, the queue and the KV blocks are one for all
-groups; the integers that count them are lent to a group while it is being scheduled or completes. The last row belongs to the
-replica as a whole. Rules P1 to P7 of ``docs/engine-ranks.md``.
+A micro-batch is a group of requests that stay together (S2), so what a plain replica keeps of its batch is kept for each group: sums, residues, heaps and the
+list of its decoding sequences, in arrays with a leading axis. Slots, the queue, the KV blocks and the cache are one for all groups; the integers that count
+them are lent to a group while it is being scheduled or completes. The last row belongs to the replica as a whole. Where prompts go first (B3), decoding sequences
+may sit a try out: they stay in their group, the *idle* one, which others join when they complete. So there is one group more than micro-batches fly.
+
+Rules S1 to S7 of ``docs/engine-ranks.md``; M18, M21 and M22 of ``docs/engine-mixtures.md``.
 """
 
 import math
 from typing import Any, NamedTuple
 
-from simulator.engine.batch import advance_decodes, append_running, pass_window_events, rebase_sums, unlink_running
+from simulator.engine.batch import (
+    advance_decodes,
+    append_running,
+    leave_batch,
+    publishing_moment,
+    start_decoding,
+    unlink_running,
+)
+from simulator.engine.clients import (
+    departure_of,
+    end_any_load,
+    is_rejected,
+    join,
+    leave_replica,
+    leave_waiting,
+    n_waiting,
+    next_departure,
+    next_load,
+    next_seen,
+    note_gone,
+    take_arrival,
+    tries_again,
+    try_again,
+)
 from simulator.engine.core import (
+    ADMITTED,
+    AFTER,
     BATCH,
+    BEFORE,
+    CHUNK_SIZE,
+    CHUNK_SLOT,
+    CHUNK_START,
     CLOCK,
-    FIFO_HEAD,
-    FIFO_TAIL,
+    COMPUTED,
+    EMITTED,
+    FINISH_STEP,
+    FIRST,
     FREE_BLOCKS,
     INTERVAL,
     KEYS_SUM,
     KNOT,
+    LAST,
     LAST_START,
+    LAST_TOKEN,
     MAX_BLOCKS,
     MAX_RUNNING,
     MAX_WAITING,
+    N_ADMITTED,
     N_FREE_SLOTS,
-    N_PREEMPTED,
+    N_LOADING,
     N_RUNNING,
-    PARTIAL,
-    REBASE_STEPS,
     SEGMENTS,
+    SHARE_W,
     STEP,
-    STEP_ORIGIN,
     STEPS,
     T_BUSY,
     WINDOW_SUM,
     CostTable,
+    Extra,
     Limits,
     Outcome,
     Price,
     State,
     Stream,
 )
-from simulator.engine.fcfs import make_room, n_waiting, next_arrival_s, receive, release_next, schedule_chunks
-from simulator.engine.jit import compiled, inlined
-from simulator.engine.parts import load_price, part_of, store_price
-from simulator.engine.progressions import residue, spread
+from simulator.engine.fcfs import release_next
+from simulator.engine.full_loop import begin_step, count_latencies_after_stall, price_of, wait_for
+from simulator.engine.jit import compiled, entry, inlined
+from simulator.engine.parts import HOST_SHARE, extra_of, load_price, part_of, store_price
+from simulator.engine.prefix_cache import EPOCH, N_ENDED, catch_up, release_ended
+from simulator.engine.progressions import spread
+from simulator.engine.queues import (
+    BASE,
+    GONE,
+    GONE_SLOT,
+    HELD,
+    HOST,
+    KEPT_LAST_TOKEN,
+    N_GONE,
+    N_PARTIALS,
+    N_QUEUED,
+    PARTIAL_SLOT,
+    SLOT,
+    STALL_START,
+    STALLED,
+    TENANT,
+    TRIES,
+    Queue,
+    drop_partial,
+    pop_due,
+)
+from simulator.engine.records import WAITING
+from simulator.engine.scheduler import schedule
+from simulator.engine.scheduling import FAIR, PREFILL_FIRST
 from simulator.engine.segments import (
     count_latencies,
     end_chunks,
@@ -53,9 +113,7 @@ from simulator.engine.segments import (
     record_segment,
     widen_timeline,
 )
-
-GROUP_BITS = 38
-"""Group g numbers its steps from g << 38, so that a slot's stale heap keys of one group mean nothing to another."""
+from simulator.engine.swap import N_MOVED, charge_copies, delay_of
 
 # indices into Flight.floats: stage-seconds of work, and of it what uneven experts added
 WORK, IMBALANCE, N_FLIGHT_FLOATS = range(3)
@@ -80,15 +138,27 @@ class StageTable(NamedTuple):
 class Flight(NamedTuple):
     """Micro-batches in flight.
 
-    ``done`` [pp] is when each group completes, inf if it is not in flight, ``last`` when it did last; ``chunks`` [pp] how many
-    chunks it holds; ``free`` [pp] when each stage has its last one behind it; ``held`` [slots] chunks in flight of each request.
+    Attributes
+    ----------
+    done
+        [groups] when each group completes, inf if it is not in flight.
+    last
+        [groups] when each did last, which is when its sequences had their last token; −1: each sequence had it at its own time (``LAST_TOKEN``).
+    chunks
+        [groups] how many chunks it holds.
+    free
+        [pp] when each stage has its last micro-batch behind it.
+    group
+        [slots] the group whose list a running request is in: the one it decodes in, or that ends its prompt; −1 before.
+    prices
+        [groups, columns] see :func:`simulator.engine.parts.store_price`; ``floats``: see the indices above.
     """
 
     done: Any
     last: Any
     chunks: Any
     free: Any
-    held: Any
+    group: Any
     prices: Any
     floats: Any
 
@@ -96,15 +166,28 @@ class Flight(NamedTuple):
 @inlined
 def _hand_over(giver: Any, taker: Any) -> None:
     """Lend the counts of what is one for all groups."""
-    for name in (FREE_BLOCKS, N_RUNNING, N_PREEMPTED, N_FREE_SLOTS, FIFO_HEAD, FIFO_TAIL):
+    for name in (FREE_BLOCKS, N_RUNNING, N_FREE_SLOTS, N_LOADING, N_ADMITTED):
         taker[name] = giver[name]
 
 
 @inlined
 def _link(state: State, slot: int) -> None:
-    """Put a running request at the end of the group's list."""
-    append_running(state, slot)
-    state.ints[N_RUNNING] -= 1
+    """Put a running request into the group's list, at its place in the order of admission."""
+    ints, slots = state.ints, state.slots
+    before = ints[LAST]
+    while before >= 0 and slots[before, ADMITTED] > slots[slot, ADMITTED]:
+        before = slots[before, BEFORE]
+    after = ints[FIRST] if before < 0 else slots[before, AFTER]
+    slots[slot, BEFORE] = before
+    slots[slot, AFTER] = after
+    if before >= 0:
+        slots[before, AFTER] = slot
+    else:
+        ints[FIRST] = slot
+    if after >= 0:
+        slots[after, BEFORE] = slot
+    else:
+        ints[LAST] = slot
 
 
 @inlined
@@ -116,14 +199,26 @@ def _detach(state: State, slot: int) -> None:
 
 @inlined
 def _enter_stages(
-    stages: StageTable, flight: Flight, shared: State, group: State, g: int, price: Price, tokens: int, excess: float
+    stages: StageTable,
+    flight: Flight,
+    out: Outcome,
+    shared: State,
+    group: State,
+    queue: Queue,
+    extra: Extra | None,
+    g: int,
+    price: Price,
+    tokens: int,
+    excess: float,
 ) -> None:
-    """P5: send a micro-batch through the stages."""
+    """S5, M18: send a micro-batch through the stages."""
     n_stages = len(flight.free)
-    ints, floats = group.ints, shared.floats
+    ints, floats, rules = group.ints, shared.floats, queue.rules
     batch, knot = ints[BATCH], ints[KNOT]
     ready = floats[CLOCK]
     chunks = flight.chunks[g]
+    copies = 0.0
+    host = 0.0
     # The way through the stages first: the timeline must reach its end before it is marked.
     for j in range(n_stages):
         time = stages.dense[j, tokens] + stages.head[j, price.rows]
@@ -140,6 +235,14 @@ def _enter_stages(
                 value += stages.planes[j, p, 3] * price.seen_pairs + stages.planes[j, p, 4] * price.seen_keys
                 attention = max(attention, value)
             time += attention
+        if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
+            delay = delay_of(extra.swap, time)
+            copies += delay
+            time += delay
+        if j == 0:
+            work = rules.host_step + rules.host_sequence * (batch + chunks) + rules.host_token * tokens
+            host = max(work - time, 0.0) if rules.asynchronous else work
+            time += host
         start = max(ready, flight.free[j])
         end = start + time
         flight.free[j] = end
@@ -151,116 +254,399 @@ def _enter_stages(
         if j + 1 < n_stages:
             ready += stages.send[j, tokens]
     flight.done[g] = ready
+    if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
+        charge_copies(extra.swap, out.busy, copies)
+    queue.floats[HOST] += host
+    flight.prices[g, HOST_SHARE] = host / tokens
 
 
-@inlined
-def _launch(
+@compiled
+def _count_decodes(state: State, queue: Queue) -> None:
+    """Q4, M22: count a token of each decoding sequence of a micro-batch."""
+    slot = state.ints[FIRST]
+    while slot >= 0:
+        if state.slots[slot, FINISH_STEP] >= 0:
+            queue.tenants[queue.row_ints[state.row[slot], TENANT], BASE] += queue.rules.output_weight
+        slot = state.slots[slot, AFTER]
+
+
+@compiled
+def _schedule_group(
     cost: CostTable,
-    stages: StageTable,
     limits: Limits,
     stream: Stream,
     out: Outcome,
     shared: State,
     group: State,
     flight: Flight,
+    queue: Queue,
+    extra: Extra | None,
     g: int,
-) -> int:
-    """P1 to P4: try to schedule a micro-batch of group g; return its tokens, or −1 if it only preempted."""
+) -> tuple[int, int, bool]:
+    """S1 to S3, M22: schedule among the sequences of a group, unfinished prompts and the queue; return chunks, tokens, and whether it preempted.
+
+    Afterwards prompts that go on are in nobody's list; those that end with their chunk are in the group's.
+    """
     ints = group.ints
-    bs = limits.block_size
     group.floats[CLOCK] = shared.floats[CLOCK]
     group.floats[INTERVAL] = shared.floats[INTERVAL]
-    _hand_over(shared.ints, ints)
-    partial = shared.ints[PARTIAL]
-    held = partial >= 0 and flight.held[partial] > 0
-    ints[PARTIAL] = partial
-    if cost.window > 0:
-        pass_window_events(cost, group)
-    if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
-        rebase_sums(cost, group, out, None)
-    if partial >= 0 and not held:
-        _link(group, partial)
-    need = group.residues[residue(-ints[STEP], bs)]
-    short = need > ints[FREE_BLOCKS]
-    passed_over = False
-    if short:
-        passed_over = make_room(cost, limits, out, group, None) and held
-    if passed_over:
-        ints[PARTIAL] = -1
-    elif held:  # no victim of the above, but in its place in the order of admission
-        _link(group, partial)
-    free = ints[FREE_BLOCKS] - (0 if short else need)
-    chunks = schedule_chunks(cost, limits, stream, out, group, None, free, short, held)
-    if chunks.n > 0:
-        ints[FREE_BLOCKS] = chunks.free
-    elif not short:
-        ints[FREE_BLOCKS] -= need
-    flight.chunks[g] = chunks.n
-    if chunks.tokens > 0:
-        excess = 0.0
-        if len(stages.excess) > 0:
-            excess = stages.excess[shared.ints[STEPS] % len(stages.excess)]
-        dense = cost.dense[chunks.tokens]
-        if excess > 0.0:
-            for j in range(len(flight.free)):
-                dense += excess * stages.experts[j, chunks.tokens]
-        flight.floats[IMBALANCE] += dense - cost.dense[chunks.tokens]
-        price = price_step(cost, stream, group, None, chunks.n, chunks.tokens, dense)
-        store_price(flight.prices, g, price, 0.0)
-        _enter_stages(stages, flight, shared, group, g, price, chunks.tokens, excess)
-        shared.ints[STEPS] += 1
-        shared.ints[SEGMENTS] += 1
-        out.steps_by_tokens[chunks.tokens] += 1
-        out.steps_by_rows[price.rows] += 1
-    under_way = ints[PARTIAL]
-    for c in range(chunks.n):
-        slot = group.chunk_slot[c]
-        group.computed[slot] += group.chunk_size[c]
-        flight.held[slot] += 1
-        under_way = slot
-        if group.computed[slot] == stream.prompt[group.row[slot]] + group.emitted[slot]:
-            under_way = -1
-    if passed_over:
-        under_way = partial
-    elif under_way >= 0:
-        _detach(group, under_way)
-    ints[PARTIAL] = -1
-    shared.ints[PARTIAL] = under_way
-    _hand_over(ints, shared.ints)
-    if chunks.tokens == 0 and chunks.preempted:
-        return -1
-    return chunks.tokens
-
-
-@inlined
-def _complete(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, shared: State, group: State, flight: Flight, g: int
-) -> int:
-    """P4: a micro-batch takes effect; return how many requests finish."""
-    ints = group.ints
-    now = shared.floats[CLOCK]
-    group.floats[CLOCK] = now
-    _hand_over(shared.ints, ints)
-    price = load_price(flight.prices, g)
-    if ints[BATCH] > 0:
-        batch = ints[BATCH]
-        advance_decodes(cost, group, None, price, 0.0, 1)
-        count_latencies(out, group, batch, now - flight.last[g], 0.0, 1)
-    ints[STEP] += 1
-    n_done = 0
-    if flight.chunks[g] > 0:
-        for c in range(flight.chunks[g]):
-            flight.held[group.chunk_slot[c]] -= 1
-        n_done += end_chunks(cost, stream, out, group, None, flight.chunks[g], price, limits.block_size)
-        ints[PARTIAL] = -1
-    n_done += end_decodes(cost, stream, out, group, None, limits.block_size)
-    _hand_over(ints, shared.ints)
-    flight.done[g] = math.inf
-    flight.last[g] = now
-    return n_done
+    begin_step(cost, out, group, extra)
+    for i in range(queue.ints[N_PARTIALS]):
+        slot = queue.slots[i, PARTIAL_SLOT]
+        if queue.slots[slot, HELD] == 0:
+            _link(group, slot)
+    queue.ints[STALLED] = 1  # sequences had their last token when the group completed, or each at its own time
+    queue.floats[STALL_START] = flight.last[g]
+    if extra is not None:
+        extra.cache.ints[EPOCH] = queue.ints[TRIES] + 1
+    found = schedule(cost, limits, stream, out, group, queue, extra)
+    if found.n == 0 and not found.preempted:
+        ints[FREE_BLOCKS] -= found.need
+    for i in range(queue.ints[N_PARTIALS]):
+        slot = queue.slots[i, PARTIAL_SLOT]
+        if queue.slots[slot, HELD] == 0:
+            _detach(group, slot)
+    for c in range(found.n):
+        slot = group.chunks[c, CHUNK_SLOT]
+        known = stream.prompt[group.row[slot]] + group.slots[slot, EMITTED]
+        if queue.slots[slot, HELD] > 0 and group.slots[slot, COMPUTED] + group.chunks[c, CHUNK_SIZE] == known:
+            _link(group, slot)  # no victim before, but in its place now
+    if ints[BATCH] > 0 and (found.n == 0 or queue.rules.batching < PREFILL_FIRST):
+        if queue.rules.policy == FAIR:
+            _count_decodes(group, queue)
+        if extra is not None and extra.cache.late:
+            catch_up(extra.cache, group.row, ints[STEP])
+    return found.n, found.tokens, found.preempted
 
 
 @compiled
+def _launch(
+    cost: CostTable,
+    stages: StageTable,
+    stream: Stream,
+    out: Outcome,
+    shared: State,
+    group: State,
+    flight: Flight,
+    queue: Queue,
+    extra: Extra | None,
+    g: int,
+    chunks: int,
+    tokens: int,
+) -> None:
+    """S2, S5: a group's micro-batch, ``chunks`` chunks and its decoding sequences, sets off."""
+    flight.chunks[g] = chunks
+    excess = 0.0
+    if len(stages.excess) > 0:
+        excess = stages.excess[shared.ints[STEPS] % len(stages.excess)]
+    dense = cost.dense[tokens]
+    if excess > 0.0:
+        for j in range(len(flight.free)):
+            dense += excess * stages.experts[j, tokens]
+    flight.floats[IMBALANCE] += dense - cost.dense[tokens]
+    price = price_step(cost, stream, group, None, chunks, tokens, dense)
+    store_price(flight.prices, g, price)
+    _enter_stages(stages, flight, out, shared, group, queue, extra, g, price, tokens, excess)
+    shared.ints[STEPS] += 1
+    shared.ints[SEGMENTS] += 1
+    out.steps_by_tokens[tokens] += 1
+    out.steps_by_rows[price.rows] += 1
+    for c in range(chunks):
+        slot = group.chunks[c, CHUNK_SLOT]
+        group.slots[slot, COMPUTED] += group.chunks[c, CHUNK_SIZE]
+        queue.slots[slot, HELD] += 1
+        known = stream.prompt[group.row[slot]] + group.slots[slot, EMITTED]
+        flight.group[slot] = g if group.slots[slot, COMPUTED] == known else -1
+
+
+@compiled
+def _move_chunks(giver: State, taker: State, chunks: int) -> None:
+    """B3: prompts set off without the sequences that sit the try out."""
+    for c in range(chunks):
+        slot = giver.chunks[c, CHUNK_SLOT]
+        for column in (CHUNK_SLOT, CHUNK_SIZE, CHUNK_START):
+            taker.chunks[c, column] = giver.chunks[c, column]
+        unlink_running(giver, slot)
+        append_running(taker, slot)
+    giver.ints[N_RUNNING] += chunks
+    taker.ints[N_RUNNING] = giver.ints[N_RUNNING]
+
+
+@compiled
+def _merge(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    giver: State,
+    taker: State,
+    flight: Flight,
+    giver_extra: Extra | None,
+    taker_extra: Extra | None,
+    from_g: int,
+    to_g: int,
+) -> None:
+    """B3: the sequences of a group that has completed join those that are idle."""
+    if flight.last[to_g] >= 0.0:
+        slot = taker.ints[FIRST]
+        while slot >= 0:
+            taker.sums[slot, LAST_TOKEN] = flight.last[to_g]
+            slot = taker.slots[slot, AFTER]
+    slot = giver.ints[FIRST]
+    while slot >= 0:
+        after = giver.slots[slot, AFTER]
+        leave_batch(cost, giver, out, giver_extra, slot, limits.block_size)
+        _detach(giver, slot)
+        rest = stream.output[giver.row[slot]] - giver.slots[slot, EMITTED]
+        start_decoding(cost, stream, taker, taker_extra, slot, rest, limits.block_size)
+        giver.sums[slot, LAST_TOKEN] = flight.last[from_g]
+        flight.group[slot] = to_g
+        _link(taker, slot)
+        slot = after
+    flight.last[to_g] = -1.0
+
+
+@compiled
+def _let_go(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    shared: State,
+    group: State,
+    flight: Flight,
+    queue: Queue,
+    extra: Extra | None,
+) -> None:
+    """M21: those leave whose client has left and whose last micro-batch has completed, in the order of admission."""
+    for i in range(1, queue.ints[N_GONE]):
+        slot = queue.slots[i, GONE_SLOT]
+        j = i
+        while j > 0 and group.slots[queue.slots[j - 1, GONE_SLOT], ADMITTED] > group.slots[slot, ADMITTED]:
+            queue.slots[j, GONE_SLOT] = queue.slots[j - 1, GONE_SLOT]
+            j -= 1
+        queue.slots[j, GONE_SLOT] = slot
+    kept = 0
+    for i in range(queue.ints[N_GONE]):
+        slot = queue.slots[i, GONE_SLOT]
+        row = group.row[slot]
+        if _in_flight(flight, queue, slot):
+            queue.slots[kept, GONE_SLOT] = slot
+            kept += 1
+            continue
+        status = queue.row_ints[row, GONE]
+        if flight.group[slot] < 0:
+            _link(group, slot)
+        leave_replica(cost, limits, stream, out, group, queue, extra, slot, status)
+        if tries_again(queue, row, status):
+            try_again(shared, queue, row, queue.row_floats[row, KEPT_LAST_TOKEN], shared.floats[CLOCK])
+    queue.ints[N_GONE] = kept
+
+
+@inlined
+def _in_flight(flight: Flight, queue: Queue, slot: int) -> bool:
+    """S2: whether a running request is part of a micro-batch in flight."""
+    g = flight.group[slot]
+    return bool(queue.slots[slot, HELD] > 0 or (g >= 0 and flight.done[g] < math.inf))
+
+
+@compiled
+def _complete(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    shared: State,
+    group: State,
+    flight: Flight,
+    queue: Queue,
+    extra: Extra | None,
+    g: int,
+) -> int:
+    """S4, M2: a micro-batch takes effect; return how many requests finish."""
+    ints = group.ints
+    now = shared.floats[CLOCK]
+    group.floats[CLOCK] = now
+    group.floats[INTERVAL] = shared.floats[INTERVAL]
+    price = price_of(load_price(flight.prices, g), flight.prices[g, HOST_SHARE])
+    if ints[BATCH] > 0:
+        batch = ints[BATCH]
+        advance_decodes(cost, group, None, price, 0.0, 1)
+        group.floats[SHARE_W] += flight.prices[g, HOST_SHARE]
+        if flight.last[g] >= 0.0:
+            count_latencies(out, group, batch, now - flight.last[g], 0.0, 1)
+        else:
+            queue.floats[STALL_START] = -1.0
+            count_latencies_after_stall(out, group, queue, now)
+    ints[STEP] += 1
+    n_done = 0
+    chunks = flight.chunks[g]
+    flight.done[g] = math.inf
+    flight.last[g] = now
+    if chunks > 0:
+        for c in range(chunks):
+            queue.slots[group.chunks[c, CHUNK_SLOT], HELD] -= 1
+        n_done += end_chunks(cost, stream, out, group, queue, extra, chunks, price, limits.block_size)
+    if queue.ints[N_GONE] > 0:
+        _let_go(cost, limits, stream, out, shared, group, flight, queue, extra)
+    n_done += end_decodes(cost, stream, out, group, queue, extra, limits.block_size)
+    if extra is not None and extra.cache.ints[N_ENDED] > 0:
+        ints[FREE_BLOCKS] += release_ended(extra.cache, group.row, publishing_moment(group, extra))
+    return int(n_done)
+
+
+@compiled
+def _client_leaves(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    shared: State,
+    states: State,
+    flight: Flight,
+    queue: Queue,
+    extras: Extra | None,
+    row: int,
+    due: float,
+) -> None:
+    """L1 to L5, M21: a client whose time has come gives up or cancels, unless what it waited for is there."""
+    status = departure_of(out, queue, row, due)
+    if status == 0:
+        return
+    waits_to_leave = False
+    if out.status[row] == WAITING:
+        leave_waiting(limits, stream, out, shared, shared, queue, extra_of(extras, 0), row, status, due)
+    else:
+        slot = queue.row_ints[row, SLOT]
+        waits_to_leave = _in_flight(flight, queue, slot)
+        if waits_to_leave:
+            drop_partial(queue, slot)
+            note_gone(queue, row, status)
+            queue.row_floats[row, KEPT_LAST_TOKEN] = due
+        else:
+            g = max(flight.group[slot], 0)
+            group = part_of(states, g)
+            _hand_over(shared.ints, group.ints)
+            if flight.group[slot] < 0:
+                _link(group, slot)
+            leave_replica(cost, limits, stream, out, group, queue, extra_of(extras, g), slot, status)
+            _hand_over(group.ints, shared.ints)
+    if tries_again(queue, row, status):
+        if not waits_to_leave:
+            try_again(shared, queue, row, due, due)
+    elif stream.concurrency > 0:
+        release_next(stream, shared, due)
+
+
+@compiled
+def _receive_for_stages(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    shared: State,
+    states: State,
+    flight: Flight,
+    queue: Queue,
+    extras: Extra | None,
+    before_now: bool,
+) -> None:
+    """M1: let clients leave, loads end and requests arrive, in order of time, up to now, or before now."""
+    now = shared.floats[CLOCK]
+    while True:
+        due = next_departure(out, queue)
+        ready = next_load(shared, extra_of(extras, 0))
+        first = min(due, ready, next_seen(stream, shared, queue))
+        if first > now or (before_now and first == now) or first == math.inf:
+            return
+        if due == first:
+            row = pop_due(queue)
+            _client_leaves(cost, limits, stream, out, shared, states, flight, queue, extras, row, due)
+        elif ready == first:
+            end_any_load(out, shared, queue, extra_of(extras, 0))
+        else:
+            row, arrival = take_arrival(stream, shared)
+            if not is_rejected(stream, limits, out, shared, queue, row, arrival):
+                join(out, shared, shared, queue, extra_of(extras, 0), row, arrival)
+
+
+@compiled
+def _try(
+    cost: CostTable,
+    stages: StageTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    shared: State,
+    states: State,
+    flight: Flight,
+    queue: Queue,
+    extras: Extra | None,
+) -> bool:
+    """S4: try to schedule a micro-batch; return whether another try makes sense."""
+    flying = 0
+    chosen = -1
+    empty = -1
+    for g in range(len(flight.done)):
+        if flight.done[g] < math.inf:
+            flying += 1
+        elif states.ints[g, BATCH] > 0:
+            chosen = g
+        else:
+            empty = g
+    if flying == len(flight.free):
+        return False
+    g = chosen if chosen >= 0 else empty
+    group = part_of(states, g)
+    extra = extra_of(extras, g)
+    _hand_over(shared.ints, group.ints)
+    chunks, tokens, preempted = _schedule_group(cost, limits, stream, out, shared, group, flight, queue, extra, g)
+    _hand_over(group.ints, shared.ints)
+    if tokens == 0:
+        return bool(preempted)
+    if chunks > 0 and group.ints[BATCH] > 0 and queue.rules.batching >= PREFILL_FIRST:
+        taker = part_of(states, empty)
+        _move_chunks(group, taker, chunks)
+        _launch(cost, stages, stream, out, shared, taker, flight, queue, extra_of(extras, empty), empty, chunks, tokens)
+    else:
+        _launch(cost, stages, stream, out, shared, group, flight, queue, extra, g, chunks, tokens)
+    waiting = n_waiting(shared, queue)
+    shared.ints[MAX_WAITING] = max(shared.ints[MAX_WAITING], waiting)
+    shared.ints[MAX_RUNNING] = max(shared.ints[MAX_RUNNING], shared.ints[N_RUNNING])
+    shared.ints[MAX_BLOCKS] = max(shared.ints[MAX_BLOCKS], limits.num_blocks - shared.ints[FREE_BLOCKS])
+    return True
+
+
+@compiled
+def _land(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    shared: State,
+    states: State,
+    flight: Flight,
+    queue: Queue,
+    extras: Extra | None,
+    g: int,
+) -> int:
+    """S4: micro-batch g completes; return how many requests finish."""
+    group = part_of(states, g)
+    extra = extra_of(extras, g)
+    _hand_over(shared.ints, group.ints)
+    n_done = _complete(cost, limits, stream, out, shared, group, flight, queue, extra, g)
+    if queue.rules.batching >= PREFILL_FIRST and group.ints[BATCH] > 0:
+        for other in range(len(flight.done)):
+            if other != g and flight.done[other] == math.inf and states.ints[other, BATCH] > 0:
+                taker = part_of(states, other)
+                _hand_over(group.ints, taker.ints)
+                _merge(cost, limits, stream, out, group, taker, flight, extra, extra_of(extras, other), g, other)
+                break
+    _hand_over(group.ints, shared.ints)
+    return int(n_done)
+
+
+@entry
 def advance_stages(
     cost: CostTable,
     stages: StageTable,
@@ -268,66 +654,62 @@ def advance_stages(
     stream: Stream,
     out: Outcome,
     states: State,
+    queue: Queue,
+    extras: Extra | None,
     flight: Flight,
     until: float,
 ) -> bool:
     """Run until nothing can happen before ``until``; return whether everything is done. ``cost`` sums the stages."""
-    n_stages = len(flight.free)
-    shared = part_of(states, n_stages)
+    n_groups = len(flight.done)
+    shared = part_of(states, n_groups)
     ints, floats = shared.ints, shared.floats
     floats[LAST_START] = -1.0  # who arrives between two instants was there at no micro-batch's scheduling
     while True:
-        receive(stream, limits, out, shared, before_now=False)
+        _receive_for_stages(cost, limits, stream, out, shared, states, flight, queue, extras, False)  # noqa: FBT003
         t = floats[CLOCK]
-        next_arrival = next_arrival_s(stream, shared)
-        if ints[N_RUNNING] == 0 and n_waiting(shared) == 0:
-            if next_arrival == math.inf:
+        next_arrival = next_seen(stream, shared, queue)
+        if ints[N_RUNNING] == 0 and queue.ints[N_QUEUED] == 0:
+            wakes = min(next_arrival, next_load(shared, extra_of(extras, 0)))
+            if ints[N_LOADING] > 0:
+                wakes = min(wakes, next_departure(out, queue))
+            if wakes == math.inf:
                 return True
-            if next_arrival >= until:
+            if wakes >= until:
                 return False
-            widen_timeline(shared.timeline, floats, next_arrival)
-            floats[CLOCK] = next_arrival
+            wait_for(shared, ints[N_LOADING], wakes)
             continue
         if t >= until:
             return False
 
-        # --- schedule: P1 to P5 ---
-        while True:
-            chosen = -1
-            for g in range(n_stages):
-                if flight.done[g] == math.inf and (chosen < 0 or states.ints[g, BATCH] > 0):
-                    chosen = g
-            if chosen < 0:
-                break
-            tokens = _launch(cost, stages, limits, stream, out, shared, part_of(states, chosen), flight, chosen)
-            if tokens == 0:
-                break
-            if tokens > 0:
-                ints[MAX_WAITING] = max(ints[MAX_WAITING], n_waiting(shared))
-                ints[MAX_RUNNING] = max(ints[MAX_RUNNING], ints[N_RUNNING])
-                ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
+        # --- schedule: S1 to S5 ---
+        while _try(cost, stages, limits, stream, out, shared, states, flight, queue, extras):
+            pass
 
         # --- to the next instant ---
         when = math.inf
         first = -1
-        full = True
-        for g in range(n_stages):
-            if flight.done[g] == math.inf:
-                full = False
-            elif flight.done[g] < when:
-                when = flight.done[g]
-                first = g
-        if not full and next_arrival < when:
-            when = next_arrival
+        flying = 0
+        for g in range(n_groups):
+            if flight.done[g] < math.inf:
+                flying += 1
+                if flight.done[g] < when:
+                    when = flight.done[g]
+                    first = g
+        changes = min(next_load(shared, extra_of(extras, 0)), next_departure(out, queue))
+        if flying < len(flight.free):
+            changes = min(changes, next_arrival)
+        if changes < when:
+            when = changes
             first = -1
         if when >= until:
             return False
         owned = limits.num_blocks - ints[FREE_BLOCKS]
-        record_segment(shared, t, when, ints[N_RUNNING], n_waiting(shared), owned * (when - t), 0.0)
+        waiting = n_waiting(shared, queue)
+        record_segment(shared, t, when, ints[N_RUNNING], waiting, owned * (when - t), 0.0)
         floats[CLOCK] = when
         if first >= 0:
-            n_done = _complete(cost, limits, stream, out, shared, part_of(states, first), flight, first)
+            n_done = _land(cost, limits, stream, out, shared, states, flight, queue, extras, first)
             if stream.concurrency > 0 and n_done > 0:
-                receive(stream, limits, out, shared, before_now=True)
+                _receive_for_stages(cost, limits, stream, out, shared, states, flight, queue, extras, True)  # noqa: FBT003
                 for _ in range(n_done):
-                    release_next(stream, shared, when)
+                    release_next(stream, shared, when + queue.rules.output_s)

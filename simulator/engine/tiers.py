@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulator.engine.heaps import push_arrival
-from simulator.engine.jit import compiled
+from simulator.engine.jit import compiled, entry
 from simulator.engine.kv_memory import LOAD_POLICIES, Tier
 
 ALWAYS, NEVER, CHEAPER = range(len(LOAD_POLICIES))
@@ -21,27 +22,28 @@ NEXT, PREVIOUS = range(2)
 ABSENT = -1
 """NEXT of an id that a tier does not hold. Place 0 is the end of its ring, place i + 1 the id i."""
 # columns of Tiers.counts
-CAPACITY, SIZE, STORED, LOADED, ON_WAY, N_COUNTS = range(6)
+CAPACITY, SIZE, STORED, LOADED, ON_WAY, THROUGH, N_COUNTS = range(7)
 # columns of Tiers.times
 BLOCK_S, LATENCY_S, LINK_FREE_S, N_TIMES = range(4)
 # indices into Loads.ints
-N_READY, BLOCKED, STARTED, DECLINED, N_INTS = range(5)
+BLOCKED, STARTED, DECLINED, N_INTS = range(4)
 
 
 class Tiers(NamedTuple):
-    """What the memory below HBM holds. ``on`` is false where there is none.
+    """What the memory below HBM holds. ``on`` is false where there is none; ``through`` says whether any of it is written through.
 
     Attributes
     ----------
     rings
         [tiers, ids + 1, 2] the rings, see above.
     counts
-        [tiers, 5] capacity, size, blocks stored and loaded so far, and a scratch column.
+        [tiers, 6] capacity, size, blocks stored and loaded so far, a scratch column, and whether what is computed is written through.
     times
         [tiers, 3] time to load a block, latency, and when the tier's link is free. [s]
     """
 
     on: bool
+    through: bool
     rings: Any
     counts: Any
     times: Any
@@ -59,8 +61,7 @@ class Loads(NamedTuple):
     start_s, end_s
         [requests] when a request began to load, and when its load is there. NaN if it never did. [s]
     ints
-        requests at the head of the queue that have come back from loading; whether the first of the queue lacks blocks and may
-        still ask; counts of loads started and declined.
+        whether the first of the queue could not be admitted and may still ask; counts of loads started and declined.
     """
 
     on: bool
@@ -81,9 +82,21 @@ def new_tiers(tiers: Sequence[Tier], n_ids: int) -> Tiers:
     times = np.zeros((len(tiers), N_TIMES))
     for i, tier in enumerate(tiers):
         counts[i, CAPACITY] = tier.blocks
+        counts[i, THROUGH] = tier.write_through
         times[i, BLOCK_S] = tier.block_s
         times[i, LATENCY_S] = tier.latency_s
-    return Tiers(len(tiers) > 0, rings, counts, times)
+    return Tiers(len(tiers) > 0, any(tier.write_through for tier in tiers), rings, counts, times)
+
+
+def warm_up(tiers: Tiers, ids: NDArray[np.int64]) -> None:
+    """F10: let the last tier, which is empty, hold what has been used in the order of ``ids``."""
+    newest_first = ids[::-1]
+    _, first = np.unique(newest_first, return_index=True)
+    held = newest_first[np.sort(first)][: int(tiers.counts[-1, CAPACITY])]
+    ring = np.concatenate([[0], held + 1])
+    tiers.rings[-1, ring, NEXT] = np.roll(ring, -1)
+    tiers.rings[-1, ring, PREVIOUS] = np.roll(ring, 1)
+    tiers.counts[-1, SIZE] = len(held)
 
 
 def new_loads(policy: str, n: int, *, on: bool) -> Loads:
@@ -118,11 +131,26 @@ def _to_front(rings: Any, tier: int, place: int) -> None:
 
 
 @compiled
+def write_through(tiers: Tiers, ids: Any, first: int, stop: int) -> None:
+    """F9: the blocks ``ids[first:stop]`` have been computed; put them into the tiers that are written through, one tier after the other."""
+    for tier in range(len(tiers.counts)):
+        if tiers.counts[tier, THROUGH] == 1:
+            for j in range(first, stop):
+                put(tiers, tier, ids[j])
+
+
+@entry
 def move_down(tiers: Tiers, block_id: int) -> None:
-    """F2: a block is evicted from HBM; let the tiers keep it, each passing on the one it has not used for longest."""
+    """F2: a block is evicted from HBM; let the tiers keep it."""
+    put(tiers, 0, block_id)
+
+
+@compiled
+def put(tiers: Tiers, first: int, block_id: int) -> None:
+    """F2: let a tier keep a block, each passing on the one it has not used for longest."""
     rings, counts = tiers.rings, tiers.counts
     place = block_id + 1
-    for tier in range(len(counts)):
+    for tier in range(first, len(counts)):
         if rings[tier, place, NEXT] != ABSENT:
             _unlink(rings, tier, place)
             _to_front(rings, tier, place)
@@ -192,6 +220,21 @@ def start_load(
 
 
 @compiled
+def drop_load(loads: Loads, n_loading: int, row: int, now: float) -> bool:
+    """M12: a client leaves; return whether its request was loading."""
+    found = False
+    for i in range(n_loading):
+        found = found or loads.rows[i] == row
+    if found:
+        loads.end_s[row] = now
+        kept = 0
+        for i in range(n_loading):
+            if loads.rows[i] != row:
+                kept = push_arrival(loads.times, loads.rows, kept, loads.times[i], loads.rows[i])
+    return found
+
+
+@entry
 def next_ready(loads: Loads, n_loading: int) -> float:
     """When the next load will be there; infinity if none is on its way. [s]"""
     if n_loading > 0:

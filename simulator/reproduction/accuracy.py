@@ -50,7 +50,7 @@ Rows = list[tuple[str, ...]]
 
 def summary_rows(record: Mapping[str, Any]) -> Rows:
     """Errors of every way of leaving rows out, the fit itself, and the noise floor, by metric."""
-    stages = [("repeats of one configuration", record["noise_floor"]), ("fitted rows", record["in_sample"])]
+    stages = [("repeats of one configuration", record["noise_floor"]), ("in sample", record["in_sample"])]
     stages += [(text, record["splits"][name]["all"]) for name, text in SPLITS.items() if name in record["splits"]]
     return [
         (METRICS[metric], stage, *_cells(errors[metric]))

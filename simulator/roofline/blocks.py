@@ -6,6 +6,8 @@ The formulas, op by op, are in ``docs/roofline.md``; symbols as in :mod:`simulat
 """
 
 from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 from typing import assert_never
 
@@ -164,15 +166,43 @@ def norm_parameters(architecture: Architecture) -> float:
     return architecture.d_model * (2 if architecture.norm == "layer" else 1)
 
 
-def touched_experts(n_experts: int, top_k: int, n: Number) -> Number:
-    """Distinct experts that ``n`` tokens touch in expectation, each choosing ``top_k`` evenly and on its own.
+def touched_experts(n_experts: int, top_k: int, n: Number, skew: float = 0.0) -> Number:
+    """Distinct experts that ``n`` tokens touch in expectation, each token choosing ``top_k`` on its own.
+
+    With ``skew`` s the r-th most popular expert is chosen in proportion to r^−s, but by no token twice; at 0 all are alike.
 
     >>> [round(float(touched_experts(256, 8, n)), 1) for n in (0, 1, 64, 4096)]
     [0.0, 8.0, 222.4, 256.0]
+    >>> [round(float(touched_experts(256, 8, n, 0.6)), 1) for n in (0, 1, 64, 4096)]
+    [0.0, 8.0, 194.3, 256.0]
     """
-    return (
-        n_experts * -np.expm1(n * np.log1p(-top_k / n_experts)) if top_k < n_experts else n_experts * np.minimum(n, 1)
-    )
+    if top_k >= n_experts:
+        return n_experts * np.minimum(n, 1)
+    touched: Number = 0.0
+    for experts, share in _popularity(n_experts, top_k, skew):
+        touched = (
+            touched + experts * -np.expm1(n * np.log1p(-share)) if share < 1 else touched + experts * np.minimum(n, 1)
+        )
+    return touched
+
+
+POPULARITY_CLASSES = 12
+"""Classes of experts of nearly the same popularity, each twice as popular or so as the next."""
+
+
+@lru_cache(maxsize=256)
+def _popularity(n_experts: int, top_k: int, skew: float) -> tuple[tuple[int, float], ...]:
+    """Experts of each class, and the share of tokens that choose any one of them; the shares of all sum to ``top_k``."""
+    if skew == 0:
+        return ((n_experts, top_k / n_experts),)
+    weight = np.arange(1, n_experts + 1, dtype=np.float64) ** -skew
+    low, high = 0.0, n_experts / weight[-1]
+    for _ in range(60):  # shares are min(1, scale · weight)
+        scale = (low + high) / 2
+        low, high = (scale, high) if np.minimum(1.0, scale * weight).sum() < top_k else (low, scale)
+    shares = np.minimum(1.0, high * weight)
+    edges = np.unique(np.round(np.geomspace(1, n_experts + 1, POPULARITY_CLASSES + 1)).astype(int)) - 1
+    return tuple((int(b - a), float(shares[a:b].mean())) for a, b in pairwise(edges))
 
 
 def busiest_experts(n_experts: int, touched: Number, chips: int) -> Number:
@@ -294,7 +324,7 @@ def ffn_ops(d: Deployment, count: int, ffn: FeedForward, n: Number) -> list[Op]:
 def _moe_ops(d: Deployment, count: int, ffn: MoEFFN, n: Number) -> list[Op]:
     D, t, wide, some = d.architecture.d_model, d.chips, d.precision.wide_bytes, present(n)
     # Visits to, and experts touched on, this chip: its share of what the tokens of all ranks need.
-    touched = touched_experts(ffn.n_experts, ffn.top_k, n * d.expert_ranks) / d.expert_chips
+    touched = touched_experts(ffn.n_experts, ffn.top_k, n * d.expert_ranks, d.routing_skew) / d.expert_chips
     ops, routed = [], n * ffn.top_k
     if d.expert_chips > 1:
         routed = routed / t

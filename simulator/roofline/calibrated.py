@@ -76,6 +76,17 @@ def product_format(p: Precision, *, narrow: bool, experts: bool) -> str:
     return "w4a8_mxfp4_mxfp8" if weights == "fp4" and experts else inputs if inputs == "fp8" else "sq"
 
 
+def quantises_inputs(p: Precision) -> bool:
+    """Whether narrow products have inputs that are scaled by blocks, in a kernel of its own; one scale per tensor is fused.
+
+    >>> from simulator.roofline.precision import parse_precision
+    >>> [quantises_inputs(parse_precision(word)) for word in ("bf16", "fp8", "fp8g128", "int4", "nvfp4")]
+    [False, False, True, False, True]
+    """
+    narrow = {product_format(p, narrow=True, experts=experts) for experts in (False, True)}
+    return not narrow.isdisjoint({"fp8_block", "nvfp4", "sq", "w4a8_mxfp4_mxfp8"})
+
+
 @dataclass(frozen=True)
 class Product:
     """Curve of a product, and whether it was measured in the product's own format.
@@ -112,21 +123,30 @@ def kv_format(p: Precision) -> str:
     return "float32" if BITS[p.kv] == 32 else "bfloat16" if BITS[p.kv] >= 16 else "fp8"
 
 
-def prefill_curve(d: Deployment, op: KernelOp) -> PrefillCurve | None:
+def prefill_curve(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> PrefillCurve | None:
     """Curve of prefill attention; that of a cache as wide as the rest where the cache's own format was not measured."""
-    return _attention_curve(d, PrefillCurve, op)
+    return _attention_curve(d, mixer, PrefillCurve, "mla_prefill", "attention_prefill")
 
 
-def decode_curve(d: Deployment, op: KernelOp) -> DecodeCurve | None:
+def decode_curve(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> DecodeCurve | None:
     """Curve of decode attention; that of a cache as wide as the rest where the cache's own format was not measured."""
-    return _attention_curve(d, DecodeCurve, op)
+    return _attention_curve(d, mixer, DecodeCurve, "mla_decode", "attention_decode")
 
 
-def _attention_curve(d: Deployment, kind: type[A], op: KernelOp) -> A | None:
+def _attention_curve(
+    d: Deployment, mixer: SoftmaxAttention | LatentAttention, kind: type[A], latent: KernelOp, plain: KernelOp
+) -> A | None:
     curves, wide = d.eff.curves, wide_format(d.precision)
     if curves is None:
         return None
-    return curves.get(kind, op, wide, kv_format(d.precision)) or curves.get(kind, op, wide, wide)
+    for kv in (kv_format(d.precision), wide):
+        if isinstance(mixer, LatentAttention):
+            found = curves.get(kind, latent, wide, kv)
+        else:
+            found = curves.at_width(kind, plain, wide, kv, mixer.head_dim)
+        if found is not None:
+            return found
+    return None
 
 
 class Times(NamedTuple):
@@ -213,11 +233,11 @@ def token_io_s(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> floa
     """
     heads = mixer.n_heads / d.chips
     if isinstance(mixer, SoftmaxAttention):
-        curve = prefill_curve(d, "attention_prefill")
+        curve = prefill_curve(d, mixer)
         keys = d.kv_heads_per_chip(mixer) * d.precision.kv_head_bytes(mixer.head_dim)
         moved = 2 * heads * mixer.head_dim * d.precision.wide_bytes + keys
     else:
-        curve = prefill_curve(d, "mla_prefill") if mixer.indexer is None else None
+        curve = prefill_curve(d, mixer) if mixer.indexer is None else None
         moved = heads * (2 * (mixer.nope_dim + mixer.rope_dim) + 2 * mixer.v_dim) * d.precision.wide_bytes
     if curve is None or not d.activation_traffic:
         return None
@@ -231,7 +251,7 @@ def decode_times(
 
     Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys.
     """
-    curve = decode_curve(d, "mla_decode" if isinstance(mixer, LatentAttention) else "attention_decode")
+    curve = decode_curve(d, mixer)
     if curve is None:
         return op
     heads, units = mixer.n_heads / d.chips, d.slice.chip.has_matrix_units
@@ -265,7 +285,7 @@ def is_windowed(mixer: SoftmaxAttention | LatentAttention) -> bool:
 
 def decode_knot(d: Deployment, mixer: SoftmaxAttention | LatentAttention, bytes_per_key: float) -> float | None:
     """Keys at which the ramp of decode attention ends; None without one. [keys]"""
-    curve = decode_curve(d, "mla_decode" if isinstance(mixer, LatentAttention) else "attention_decode")
+    curve = decode_curve(d, mixer)
     if curve is None or curve.ramp_s == 0 or is_windowed(mixer):
         return None
     return curve.ramp_bytes / bytes_per_key
@@ -276,8 +296,7 @@ def prefill_times(
     flops_per_pair: float, bytes_per_key: float,
 ) -> Op:  # fmt: skip
     """Prefill attention: time per pair, and on top of it time per key."""
-    latent = isinstance(mixer, LatentAttention)
-    curve = prefill_curve(d, "mla_prefill" if latent else "attention_prefill")
+    curve = prefill_curve(d, mixer)
     if curve is None:
         return op
     heads = mixer.n_heads / d.chips

@@ -139,6 +139,9 @@ class Deployment:
         for each weight read and again for each further 128 rows. Nothing at :data:`~simulator.catalog.chips.IDEAL`. [FLOP]
     expert_imbalance
         factor of at least 1 on the time of routed experts: the busiest against the mean. Routing is even at 1.
+    routing_skew
+        exponent of the popularity of experts by rank; 0: all alike. Popular experts are touched by many tokens, so fewer of the
+        others' weights are read.
     stage
         which of how many pipeline stages this is; the first holds the embedding, the last the final norm and the head.
         ``architecture`` has the stage's layers only (see :mod:`simulator.roofline.pipeline`).
@@ -171,6 +174,7 @@ class Deployment:
     sequence_parallel: bool | None = None
     dequantization_flops: float = DEQUANTIZATION_FLOPS
     expert_imbalance: float = 1.0
+    routing_skew: float = 0.0
     stage: tuple[int, int] = (1, 1)
     expert_domains: tuple[LinkDomain, ...] = ()
     context_domains: tuple[LinkDomain, ...] = ()
@@ -197,6 +201,8 @@ class Deployment:
             raise InputError(f"deployment.workspace_bytes = {self.workspace_bytes}: must not be negative")
         if not 0 <= self.dequantization_flops < float("inf"):
             raise InputError(f"deployment.dequantization_flops = {self.dequantization_flops}: must not be negative")
+        if not 0 <= self.routing_skew <= 2:
+            raise InputError(f"deployment.routing_skew = {self.routing_skew}: must be 0 … 2")
         if not 1 <= self.expert_imbalance < float("inf"):
             raise InputError(f"deployment.expert_imbalance = {self.expert_imbalance}: must be finite and at least 1")
         if self.kv_layout not in {"heads", "even", "batch"}:

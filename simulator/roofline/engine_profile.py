@@ -3,7 +3,10 @@
 The cost model prices kernels; a profile adds what an engine makes of them. Parts of a step are slowed down by kind, never
 below the roofline's bound, and fixed times are added, so
 
-    step = Σ max(slowdown · part, bound) + step + sequence·B + chunk·P + token·n + layer·layers + collective·reductions
+    step = Σ max(slowdown · part, bound) + step + sequence·B + token·n + (kernel + eager·P)·launches
+
+Launches of kernels measured one by one (the part ``launches``) are one of the parts: in a captured graph they are not seen, and a time
+for each kernel stands for them. The latency of a collective is its own and stays with it.
 """
 
 from dataclasses import dataclass, replace
@@ -14,10 +17,11 @@ from numpy.typing import NDArray
 
 from simulator.catalog.chips import IDEAL
 from simulator.catalog.engines import EngineProfile
+from simulator.roofline import calibrated
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import MemoryFit, memory_fit
-from simulator.roofline.ops import Op, dense_ops, head_ops
+from simulator.roofline.ops import Op, decode_attention_ops, dense_ops, head_ops
 from simulator.roofline.step_cost import StepCost
 
 Array = NDArray[np.float64]
@@ -38,8 +42,8 @@ class KernelCost:
         the same at datasheet rates, for one token: the bound of attention.
     dense, dense_bound, head, head_bound
         [kind] -> time of the dense ops and the head, as tables over n and R. [s]
-    layers, reductions
-        that run in one step; ``reductions`` is 0 on one chip.
+    launches
+        kernels of one step, collectives apart.
     """
 
     cost: StepCost
@@ -48,16 +52,25 @@ class KernelCost:
     dense_bound: dict[str, Array]
     head: dict[str, Array]
     head_bound: dict[str, Array]
-    layers: int
-    reductions: int
+    launches: int
 
 
-def kernel_cost(d: Deployment, *, equal_ranks: bool = False, bounds_of: KernelCost | None = None) -> KernelCost:
-    """Compile a deployment for profiles; ``equal_ranks`` as in :func:`~simulator.roofline.compile.compile_step_cost`.
+def kernel_cost(
+    d: Deployment,
+    *,
+    kernels: str = "",
+    routing_skew: float = 0.0,
+    equal_ranks: bool = False,
+    bounds_of: KernelCost | None = None,
+) -> KernelCost:
+    """Compile a deployment for profiles of one ``routing_skew`` whose engine has the kernels of a framework, where those were measured.
 
-    ``bounds_of`` is the same deployment at other efficiencies, whose bounds are the same.
+    ``equal_ranks`` as in :func:`~simulator.roofline.compile.compile_step_cost`. ``bounds_of`` is the same deployment and skew at other
+    efficiencies, whose bounds are the same.
     """
-    bare = replace(d, efficiency=replace(d.eff, step_overhead_s=0.0, row_overhead_s=0.0))
+    d = replace(d, routing_skew=routing_skew)
+    curves = d.eff.curves.of(kernels) if d.eff.curves is not None else None
+    bare = replace(d, efficiency=replace(d.eff, step_overhead_s=0.0, row_overhead_s=0.0, curves=curves))
     n, rows = (np.arange(m + 1, dtype=np.float64) for m in (d.max_num_batched_tokens, d.max_num_seqs))
     if bounds_of is not None:
         return replace(
@@ -74,15 +87,23 @@ def kernel_cost(d: Deployment, *, equal_ranks: bool = False, bounds_of: KernelCo
         dense_bound=_kinds(dense_ops(bound, n), n.shape),
         head=_kinds(head_ops(bare, rows), rows.shape),
         head_bound=_kinds(head_ops(bound, rows), rows.shape),
-        layers=d.architecture.n_layers,
-        reductions=d.reductions if d.chips > 1 else 0,
+        launches=_launches(bare),
     )
+
+
+def _launches(d: Deployment) -> int:
+    """Kernels that one decode step launches, collectives apart; inputs that get scales of their own are one more for each product."""
+    ops = [*dense_ops(d, 1.0), *decode_attention_ops(d, 1.0, 1.0, 1.0), *head_ops(d, 1.0)]
+    own = sum(op.count for op in ops if op.kind not in {"collective", "overhead"})
+    if not calibrated.quantises_inputs(d.precision) or d.compute_dtype == d.attention_dtype:
+        return own
+    return own + sum(op.count for op in ops if op.kind == "matmul" and op.dtype == d.compute_dtype)
 
 
 def _kinds(ops: list[Op], shape: tuple[int, ...]) -> dict[str, Array]:
     found = {part: np.zeros(shape) for part in PARTS}
     for op in ops:
-        found["launches"] += op.overhead_s
+        found["collective" if op.kind == "collective" else "launches"] += op.overhead_s
         if op.kind == "matmul" and op.name.startswith("experts"):
             found["experts"] += op.roofline_s
         elif op.kind == "matmul":
@@ -99,7 +120,7 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     cost, ideal = kernels.cost, kernels.ideal
     n = np.arange(len(cost.dense_s), dtype=np.float64)
     rows = np.arange(len(cost.head_s), dtype=np.float64)
-    fixed = profile.step_s + profile.layer_s * kernels.layers + profile.collective_s * kernels.reductions
+    fixed = profile.step_s + profile.kernel_s * kernels.launches
     dense = _slowed(cost.dense_s, kernels.dense, kernels.dense_bound, profile)
     dense = dense + profile.token_s * n + fixed * (n > 0)
     head = _slowed(cost.head_s, kernels.head, kernels.head_bound, profile) + 0.0 * rows
@@ -112,7 +133,7 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     if profile.prefill_attention_slowdown < 1:
         # The largest of both sets of planes is never below either.
         planes = np.concatenate([planes, ideal.prefill_planes])
-    planes = planes + np.array([0.0, 0.0, profile.chunk_s, 0.0, 0.0])
+    planes = planes + np.array([0.0, 0.0, profile.eager_s * kernels.launches, 0.0, 0.0])
     return replace(
         cost,
         dense_s=dense,

@@ -10,8 +10,8 @@ from simulator.engine.records import Requests
 from simulator.errors import InputError
 from simulator.fleet.records import STATE_FREE, Agents, Fleet, Pool, Router, Served
 from simulator.results.summary import Assumption
-from simulator.roofline.memory import memory_fit
 from simulator.run.fleet_options import PoolOptions, growing_context
+from simulator.run.kv_memory import block_bytes
 from simulator.run.resolve import Resolved, resolve
 from simulator.run.scenario import Scenario
 from simulator.traffic.arrivals import Closed
@@ -69,8 +69,7 @@ def kv_block_bytes(resolved: Resolved) -> float:
             f"{resolved.scenario.name}: sharding.pp = {resolved.sharding.pp}: KV caches that cross links are those of replicas "
             "without pipeline stages"
         )
-    fit = memory_fit(resolved.deployment)
-    return fit.block_size * fit.kv_bytes_per_token * resolved.sharding.tp
+    return block_bytes(resolved.place)
 
 
 def pool_of(options: PoolOptions, resolved: Resolved, *, carried: bool) -> Pool:

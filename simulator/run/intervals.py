@@ -144,7 +144,13 @@ def parameter_draws(resolved: Resolved, draws: Draws) -> list[ParameterDraw]:
     check(resolved)
     scenario, chip = resolved.scenario, resolved.slice.chip
     spec = _spec(resolved)
-    efficiencies = drawn_efficiencies(chip, resolved.deployment.eff, draws, held=tuple(scenario.efficiency.overrides))
+    efficiencies = drawn_efficiencies(
+        chip,
+        resolved.deployment.eff,
+        draws,
+        held=tuple(scenario.efficiency.overrides),
+        kernels=resolved.profile.kernels if resolved.profile else "",
+    )
     profiles: list[EngineProfile | None] = [None] * draws.n
     if spec is not None and resolved.profile is not None:
         profiles = list(drawn_profiles(spec, resolved.profile, draws))

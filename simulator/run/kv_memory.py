@@ -1,6 +1,6 @@
 """Memory below HBM in scenarios: what ``[engine]`` says about it, in blocks and seconds of one deployment."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -9,6 +9,7 @@ from simulator.engine.kv_memory import HostSwap, Tier
 from simulator.errors import InputError, UnpriceableError
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import memory_fit
+from simulator.roofline.pipeline import ShardedDeployment
 
 if TYPE_CHECKING:
     from simulator.catalog.chips import ChipSpec
@@ -22,45 +23,66 @@ class TierOptions(Record):
     blocks: PositiveInt | None = None
     """KV blocks it holds; or state ``capacity_bytes``."""
     capacity_bytes: PositiveFloat | None = None
-    """Of the replica's share. [bytes]"""
+    """Of the replica's share; of attention ranks, each rank's. [bytes]"""
     bandwidth_bytes_per_s: PositiveFloat | None = None
-    """Of loading, the whole replica; None: the chips' PCIe links together. [bytes/s]"""
+    """Of loading, the whole replica (of attention ranks: each rank); None: the chips' PCIe links together. [bytes/s]"""
     latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    write_through: bool = False
+    """Whether blocks of prompts are put here when they are computed, and not only what HBM evicts."""
 
 
-def block_bytes(deployment: Deployment) -> float:
-    """Bytes of one KV block on all chips of a replica, all layers. [bytes]"""
-    fit = memory_fit(deployment)
-    return fit.block_size * fit.kv_bytes_per_token * deployment.slice.n_chips
+class KvPlace(NamedTuple):
+    """Who holds a KV block: the deployment of each pipeline stage, and the chips of one attention rank in it."""
+
+    stages: tuple[Deployment, ...]
+    chips_per_stage: float
+
+    @classmethod
+    def of(cls, deployment: Deployment, sharded: ShardedDeployment | None) -> "KvPlace":
+        """The place of a replica's blocks; ``sharded`` if it is more than ``deployment`` alone."""
+        if sharded is None:
+            return cls((deployment,), deployment.slice.n_chips)
+        return cls(sharded.stages, sharded.slice.n_chips / sharded.sharding.pp / sharded.sharding.dp)
+
+    @property
+    def n_chips(self) -> float:
+        """Chips that hold a part of a block."""
+        return len(self.stages) * self.chips_per_stage
 
 
-def host_bandwidth_bytes_per_s(deployment: Deployment) -> float:
-    """Bandwidth of all chips' PCIe links to their hosts, one direction. [bytes/s]
+def block_bytes(place: KvPlace) -> float:
+    """Bytes of one KV block on all chips that hold a part of it, all layers. [bytes]"""
+    fits = [memory_fit(stage) for stage in place.stages]
+    return sum(fit.block_size * fit.kv_bytes_per_token for fit in fits) * place.chips_per_stage
+
+
+def host_bandwidth_bytes_per_s(place: KvPlace) -> float:
+    """Bandwidth of the PCIe links of all these chips to their hosts, one direction. [bytes/s]
 
     Raises
     ------
     UnpriceableError
         If the chip's file does not state it.
     """
-    chip: ChipSpec = deployment.slice.chip
+    chip: ChipSpec = place.stages[0].slice.chip
     if chip.host.pcie is None:
         raise UnpriceableError(
             f"{chip.name}: host.pcie is not published; state engine.swap_bandwidth_bytes_per_s, "
             "or bandwidth_bytes_per_s of each of engine.cache_tiers"
         )
-    return chip.host.pcie.si(f"{chip.name}: host.pcie", "bytes/s") * deployment.slice.n_chips
+    return chip.host.pcie.si(f"{chip.name}: host.pcie", "bytes/s") * place.n_chips
 
 
-def host_swap(deployment: Deployment, engine: "EngineOptions") -> HostSwap | None:
+def host_swap(place: KvPlace, engine: "EngineOptions") -> HostSwap | None:
     """Host memory for preempted requests; None where they are computed again."""
     if engine.host_blocks is None:
         return None
-    bandwidth = engine.swap_bandwidth_bytes_per_s or host_bandwidth_bytes_per_s(deployment)
-    block_s = block_bytes(deployment) / bandwidth
+    bandwidth = engine.swap_bandwidth_bytes_per_s or host_bandwidth_bytes_per_s(place)
+    block_s = block_bytes(place) / bandwidth
     return HostSwap(engine.host_blocks, block_s=block_s, overlapped=engine.swap_overlap)
 
 
-def cache_tier(deployment: Deployment, options: TierOptions) -> Tier:
+def cache_tier(place: KvPlace, options: TierOptions) -> Tier:
     """A tier in blocks and seconds.
 
     Raises
@@ -68,7 +90,7 @@ def cache_tier(deployment: Deployment, options: TierOptions) -> Tier:
     InputError
         If not exactly one of ``blocks`` and ``capacity_bytes`` is stated, or not even one block fits.
     """
-    bytes_ = block_bytes(deployment)
+    bytes_ = block_bytes(place)
     where = f"engine.cache_tiers {options.name!r}"
     if (options.blocks is None) == (options.capacity_bytes is None):
         raise InputError(f"{where}: state one of blocks and capacity_bytes")
@@ -77,5 +99,11 @@ def cache_tier(deployment: Deployment, options: TierOptions) -> Tier:
         raise InputError(
             f"{where}: capacity_bytes = {options.capacity_bytes} is less than a block of {bytes_:.0f} bytes"
         )
-    bandwidth = options.bandwidth_bytes_per_s or host_bandwidth_bytes_per_s(deployment)
-    return Tier(blocks, block_s=bytes_ / bandwidth, latency_s=options.latency_s, name=options.name)
+    bandwidth = options.bandwidth_bytes_per_s or host_bandwidth_bytes_per_s(place)
+    return Tier(
+        blocks,
+        block_s=bytes_ / bandwidth,
+        latency_s=options.latency_s,
+        name=options.name,
+        write_through=options.write_through,
+    )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from simulator.catalog.architecture import Architecture
+from simulator.catalog.architecture import Architecture, MoEFFN
 from simulator.catalog.chips import IDEAL, ChipSpec, Efficiency
 from simulator.catalog.engines import EngineProfile, load_engine
 from simulator.catalog.models import load_model
@@ -37,7 +37,7 @@ from simulator.roofline.precision import parse_precision
 from simulator.roofline.sharded_cost import compile_sharded
 from simulator.roofline.sharding import Sharding
 from simulator.roofline.step_cost import StepCost
-from simulator.run.kv_memory import block_bytes, cache_tier, host_swap
+from simulator.run.kv_memory import KvPlace, block_bytes, cache_tier, host_swap
 from simulator.run.scenario import EfficiencyOptions, EngineOptions, Scenario
 from simulator.run.speculation import ResolvedSpeculation, assumptions_of, resolve_speculation
 from simulator.run.summarise import Facts
@@ -63,6 +63,7 @@ class Resolved:
     site: Site
     price: ChipPrice | None
     power: PowerModel | None
+    place: KvPlace
     lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]
     """Lays the model on the slice again, with other settings."""
     ideal: Callable[[], StepCost]
@@ -169,8 +170,7 @@ def _resolve(
     if profile is None:
         cost = _compile(deployment, sharded)
     else:
-        kernels = like.kernels if like is not None and like.deployment.eff is deployment.eff else None
-        kernels = kernels or kernel_cost(deployment, bounds_of=like.kernels if like else None)
+        kernels = _kernels(deployment, profile, like)
         cost = apply_profile(kernels, profile)
     drafting = None
     if engine.speculation is not None:
@@ -189,6 +189,7 @@ def _resolve(
         )
         cost = drafting.with_other_slice(cost)
         blocks = drafting.fit.kv_blocks if engine.num_gpu_blocks_override is None else blocks
+    place = KvPlace.of(deployment, sharded)
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
     settings = EngineSettings(
         max_num_seqs=engine.max_num_seqs,
@@ -205,8 +206,8 @@ def _resolve(
         scheduling=engine.scheduling,
         host=HostOverheads(**engine.host.model_dump()),
         retries=scenario.clients.retries,
-        swap=host_swap(deployment, engine),
-        tiers=tuple(cache_tier(deployment, tier) for tier in engine.cache_tiers),
+        swap=host_swap(place, engine),
+        tiers=tuple(cache_tier(place, tier) for tier in engine.cache_tiers),
         load_policy=engine.load_policy,
     )
     return Resolved(
@@ -221,6 +222,7 @@ def _resolve(
         speculation=drafting,
         site=site,
         price=price,
+        place=place,
         power=_power(scenario, a_slice.chip) if like is None else like.power,
         lay=lay,
         ideal=_ideal(lay) if like is None else like.ideal,
@@ -284,6 +286,21 @@ def _kv_blocks(
             f"engine.profile {profile.name} with engine.gpu_memory_utilization = {engine.gpu_memory_utilization}"
         )
     return blocks
+
+
+def _kernels(deployment: Deployment, profile: EngineProfile, like: Resolved | None) -> KernelCost:
+    """Kernels under a profile; what ``like`` has is taken over as far as it is the same."""
+    skew = _skew(deployment, profile)
+    known = like.kernels if like and like.profile and _skew(deployment, like.profile) == skew else None
+    if known is not None and like is not None and like.deployment.eff is deployment.eff:
+        return known
+    return kernel_cost(deployment, kernels=profile.kernels, routing_skew=skew, bounds_of=known)
+
+
+def _skew(deployment: Deployment, profile: EngineProfile) -> float:
+    """How unevenly experts are chosen; 0 where there are none."""
+    experts = any(isinstance(group.ffn, MoEFFN) for group in deployment.architecture.layers)
+    return profile.routing_skew if experts else 0.0
 
 
 def _sharding(scenario: Scenario, a_slice: Slice) -> Sharding:
@@ -374,7 +391,7 @@ def facts(resolved: Resolved, *, seed: int, traffic: str, notes: tuple[str, ...]
         cost=resolved.cost,
         ideal_cost=resolved.ideal_cost,
         settings=resolved.settings,
-        kv_block_bytes=block_bytes(d),
+        kv_block_bytes=block_bytes(resolved.place),
         slo=scenario.slo,
         options=scenario.run,
         speculation_method=scenario.engine.speculation.method if scenario.engine.speculation else "",

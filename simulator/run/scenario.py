@@ -122,11 +122,13 @@ class EngineOptions(Record):
     host_blocks: Annotated[int, Field(ge=0)] | None = None
     """KV blocks of host memory for them; needed by ``swap``."""
     swap_bandwidth_bytes_per_s: PositiveFloat | None = None
-    """Of the whole replica; None: the chips' PCIe links together. [bytes/s]"""
+    """Of the whole replica (of attention ranks: of one rank); None: the chips' PCIe links together. [bytes/s]"""
     swap_overlap: bool = False
     """Whether copies run beside the step's computation."""
     cache_tiers: Annotated[tuple[TierOptions, ...], BeforeValidator(_as_tuple)] = ()
     """Memory that keeps what the prefix cache evicts, the nearest first."""
+    stored_prefix_tokens: Annotated[int, Field(ge=0)] = 0
+    """Leading tokens of every prompt that the last tier holds at the start, as a store that outlived the server does."""
     load_policy: Literal["always", "never", "cheaper"] = "cheaper"
     """Whether blocks in a tier are loaded or computed again."""
     policy: Literal["fcfs", "priority", "sjf", "edf", "fair"] = "fcfs"
@@ -173,6 +175,14 @@ class EngineOptions(Record):
     def _swap_has_room(self) -> "EngineOptions":
         if (self.preemption == "swap") != (self.host_blocks is not None):
             raise ValueError(f'host_blocks = {self.host_blocks}: to be stated with preemption = "swap", and only then')
+        return self
+
+    @model_validator(mode="after")
+    def _something_stores(self) -> "EngineOptions":
+        if self.stored_prefix_tokens and not self.cache_tiers:
+            raise ValueError(
+                f"stored_prefix_tokens = {self.stored_prefix_tokens}: without cache_tiers nothing holds them"
+            )
         return self
 
     @model_validator(mode="after")

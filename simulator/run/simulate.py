@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from simulator import __version__
 from simulator.catalog.architecture import Architecture
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.records import FINISHED, Requests, needs_queue
+from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InfeasibleError, InputError
 from simulator.fleet.records import Fleet, Router
 from simulator.results.store import Result
@@ -182,6 +182,10 @@ def _silent(done: int, total: int, what: str) -> None:
     del done, total, what
 
 
+SECONDS_TO_COMPILE = {"plain": 10, "policies": 15, "features": 50, "ranks": 25, "stages": 35}
+"""What each of the engine's loops takes, about, on a quiet machine. [s]"""
+
+
 def prepare_engine(say: Callable[[str], None], resolved: Resolved) -> None:
     """Compile what the run needs, and say so."""
     from simulator.engine import compiled, jit  # noqa: PLC0415 - numba takes a while to import
@@ -189,15 +193,15 @@ def prepare_engine(say: Callable[[str], None], resolved: Resolved) -> None:
     if not jit.is_compiled_mode():
         say("Numba is absent or switched off: the engine runs as plain Python, slowly, with the same results")
         return
-    if resolved.cost.parts > 1 or resolved.settings.expert_skew.on:
-        say("loading the engine for ranks and stages (some 30 s the first time)")
-        return
     leave = resolved.scenario.clients.may_leave
-    loops = {needs_queue(resolved.settings, clients_leave=clients_leave) for clients_leave in (leave, False)}
-    for by_policy in sorted(loops):
-        if not jit.is_warm(by_policy=by_policy):
-            say("compiling the engine (about 20 s, once per version)")
-            compiled.warm_up(by_policy=by_policy)
+    cost, settings = resolved.engine_cost, resolved.settings
+    # The capacity of a run is measured with clients who stay.
+    for form in sorted({compiled.form_of(cost, settings, clients_leave=leaving) for leaving in (leave, False)}):
+        if not jit.is_warm(form):
+            say(
+                f"compiling the engine's loop for {form} (about {SECONDS_TO_COMPILE.get(form, 80)} s, once per version)"
+            )
+            compiled.warm_up(form)
 
 
 def _run_once(
@@ -329,6 +333,9 @@ def _source(text: str, scenario: Scenario) -> str:
 def scenario_requests(scenario: Scenario, stream: Stream, seed: int) -> Requests:
     """A scenario's stream as the engine takes it, with what its clients add and what is drawn for each request."""
     requests = as_requests(stream, client_columns(scenario, stream.output_tokens, seed))
+    if scenario.engine.stored_prefix_tokens:
+        stored = np.minimum(requests.prompt_tokens, scenario.engine.stored_prefix_tokens)
+        requests = replace(requests, stored_tokens=stored)
     return with_acceptance(requests, scenario.engine.speculation, seed)
 
 

@@ -119,11 +119,52 @@ def test_polling_makes_requests_wait_for_half_the_interval():
     assert 10 * always["tpot_s"] < waited < 25 * always["tpot_s"]
 
 
+def test_held_back_prompts_wait_for_so_many_steps():
+    held = predict(measurement(hold_steps=20, n_requests=400), PLAIN)
+    always = predict(measurement(n_requests=400), PLAIN)
+    assert 12 * always["tpot_s"] < held["ttft_s"] - always["ttft_s"] < 28 * always["tpot_s"]
+
+
+def test_a_client_waits_for_every_token_of_its_prompt():
+    slow, fast = (predict(measurement(range_ratio=1.0), replace(PLAIN, request_token_s=s)) for s in (1e-5, 0.0))
+    assert slow["ttft_s"] - fast["ttft_s"] == pytest.approx(1e-5 * 200)
+    assert slow["tpot_s"] == fast["tpot_s"]
+
+
+def test_engines_that_reserve_whole_requests_seat_as_many_as_fit_and_preempt_nobody():
+    m = measurement(clients=64, n_requests=640, prompt_tokens=2000, output_tokens=2000)
+    small = replace(PLAIN, workspace_bytes=52e9)
+    one = replica(m, m.pools[0], small)
+    requests = requests_of(m, 1, small)
+    reserving = replace(small, reserve_output=True)
+    settings = one.settings(reserving, requests)
+    whole = np.ceil((requests.prompt_tokens + requests.output_tokens) / 16).mean()
+    assert settings.max_num_seqs == int(settings.num_kv_blocks / whole) < 64
+    waits, packs = predict(m, reserving), predict(m, small)
+    assert waits["ttft_s"] > packs["ttft_s"]
+    assert waits["tpot_s"] < packs["tpot_s"]
+
+
+def test_beams_share_their_prompt_and_count_once():
+    one, four = (
+        predict(
+            measurement(load="queued", clients=0, n_requests=50, beams=b, measured={"output_tokens_per_s": 1.0}), PLAIN
+        )
+        for b in (1, 4)
+    )
+    assert one["output_tokens_per_s"] / 4 < four["output_tokens_per_s"] < one["output_tokens_per_s"]
+
+
 def test_pipeline_stages_share_the_cache_and_the_clients():
     whole, two = Pool(tp=2), Pool(tp=1, pp=2)
     one, piped = (replica(measurement(), p, PLAIN) for p in (whole, two))
     assert (one.equals, piped.equals, piped.micro_batches) == (1, 2, 2)
-    assert piped.settings(PLAIN).num_kv_blocks == pytest.approx(one.settings(PLAIN).num_kv_blocks / 2, rel=0.05)
+    requests = requests_of(measurement(), 1, PLAIN)
+
+    def blocks(part):
+        return part.settings(PLAIN, requests).num_kv_blocks
+
+    assert blocks(piped) == pytest.approx(blocks(one) / 2, rel=0.05)
     assert requests_of(measurement(clients=8), 2, PLAIN).concurrency == 4
 
 
@@ -225,4 +266,4 @@ def test_shared_rows_are_covered(shared):
     serving = [m for m in data.measurements if m.table.startswith("inferencex")]
     lost = [u for u in data.unsupported if u.table.startswith("inferencex")]
     assert len(serving) / (len(serving) + len(lost)) >= 0.95
-    assert {m.load for m in data.measurements} == {"closed", "queued", "replay"}
+    assert {m.load for m in data.measurements} == {"closed", "queued", "poisson", "replay"}

@@ -14,7 +14,7 @@ from simulator.calibration.kernels_models import problems
 from simulator.calibration.kernels_tables import chip_folders, read_table, read_tables
 from simulator.calibration.regression import Parameter, fit_log_ratios
 from simulator.catalog.chips import load_chip
-from simulator.catalog.kernel_curves import CollectiveCurve, GemmCurve, load_curves, read_calibration
+from simulator.catalog.kernel_curves import CollectiveCurve, GemmCurve, PrefillCurve, load_curves, read_calibration
 from simulator.errors import InputError
 from simulator.roofline import kernel_times
 from simulator.roofline.kernel_times import gemm_compute_s, memory_s, soft_max
@@ -205,10 +205,8 @@ ABOVE_GOAL = {
     ("h100-sxm", "attention_decode"),
     ("l40s", "alltoall"),
     ("l40s", "attention_decode"),
-    ("l40s", "attention_prefill"),
     ("l40s", "gemm"),
     ("rtx-pro-6000", "attention_decode"),
-    ("rtx-pro-6000", "attention_prefill"),
     ("rtx-pro-6000", "gemm"),
     ("rtx-pro-6000", "mla_decode"),
 }
@@ -221,6 +219,29 @@ def test_medians_on_left_out_shapes_meet_their_goals_or_are_listed(chip):
     medians = ChipCalibration(read_calibration(chip)).median_by_op()
     above = {(chip, op) for op, median in medians.items() if median > GOALS[op]}
     assert above == {pair for pair in ABOVE_GOAL if pair[0] == chip}
+
+
+def test_attention_has_a_curve_for_each_width_of_heads_and_the_nearest_stands_for_others():
+    curves = load_curves("h100-sxm")
+    prefill = {
+        w: curves.at_width(PrefillCurve, "attention_prefill", "bfloat16", "bfloat16", w) for w in (64, 72, 96, 128, 512)
+    }
+    assert prefill[64] != prefill[128]
+    assert prefill[72] == prefill[64]
+    assert prefill[96] == prefill[128]  # in proportion, 96 is nearer to 128 than to 64
+    assert prefill[512] == curves.at_width(PrefillCurve, "attention_prefill", "bfloat16", "bfloat16", 256)
+
+
+def test_a_table_of_a_models_attention_is_one_of_decode_and_one_of_prefill(tmp_path):
+    """Llama-3-8B: 32 query heads of 128 and 8 KV heads; decoding reads the cache and the new token, a chunk its history."""
+    file = tmp_path / "attention_tpu.csv"
+    file.write_text(
+        "model,phase,batch,chunk,kv_cache,latency_us\nmeta-llama/Llama-3.1-8B,decode,4,0,32,6.3\nmeta-llama/Llama-3.1-8B,prefill,1,64,96,20\n"
+    )
+    decode, prefill = read_tables(tmp_path)
+    assert (decode.kind, prefill.kind) == ("attention_decode", "attention_prefill")
+    assert (decode.columns["kv_len"][0], decode.columns["heads"][0], decode.columns["kv_heads"][0]) == (33, 32, 8)
+    assert (prefill.columns["seq"][0], prefill.columns["history"][0], prefill.columns["head_dim"][0]) == (64, 96, 128)
 
 
 def test_curves_of_collectives_are_interpolated_between_measured_numbers_of_chips():

@@ -137,10 +137,11 @@ def test_constants_given_by_hand_replace_the_curves_of_what_they_describe():
     by_hand = measured.override(matmul=0.4)
     assert by_hand.matmul == 0.4
     assert by_hand.curves.get(GemmCurve, "gemm", "bfloat16") is None
-    assert by_hand.curves.get(DecodeCurve, "attention_decode", "bfloat16", "bfloat16") is not None
+    assert by_hand.curves.at_width(DecodeCurve, "attention_decode", "bfloat16", "bfloat16", 128) is not None
     d = replace(BUILT[0], efficiency=by_hand)
     slower = replace(BUILT[0], efficiency=measured.override(matmul=0.2))
     assert step_report(slower, prefill=512).time_s > step_report(d, prefill=512).time_s
+    assert all("gemm" not in {key[0] for key in own} for own in by_hand.curves.own.values())
     assert measured.override() == measured
     assert Efficiency(**measured.constants).curves is None
 

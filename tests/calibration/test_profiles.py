@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.catalog.chips import IDEAL, sources
+from simulator.catalog.chips import IDEAL, load_chip, sources
 from simulator.catalog.engines import EngineProfile, engine_names, engine_profile, load_engine
+from simulator.catalog.kernel_curves import GroupedCurve
 from simulator.catalog.models import load_model
 from simulator.catalog.slices import resolve_slice
 from simulator.errors import InputError
@@ -53,12 +54,54 @@ def test_a_profile_that_adds_nothing_changes_nothing(kernels):
 
 
 def test_fixed_times_are_added_as_the_formula_says(kernels):
-    profile = EngineProfile(step_s=1e-3, sequence_s=2e-6, chunk_s=3e-3, token_s=4e-7, layer_s=5e-6, collective_s=6e-6)
+    profile = EngineProfile(step_s=1e-3, sequence_s=2e-6, token_s=4e-7, kernel_s=5e-6, eager_s=3e-6)
     plain, cost = apply_profile(kernels, EngineProfile()), apply_profile(kernels, profile)
     step = {"n": 110, "B": 10, "S": 5000, "P": 1, "A": 5050, "K": 100, "R": 11}
-    added = 1e-3 + 10 * 2e-6 + 3e-3 + 110 * 4e-7 + 32 * 5e-6 + kernels.reductions * 6e-6
+    added = 1e-3 + 10 * 2e-6 + 110 * 4e-7 + kernels.launches * (5e-6 + 3e-6)
     assert cost.step_s(**step) - plain.step_s(**step) == pytest.approx(added, rel=1e-9)
     assert cost.dense_s[0] == 0
+
+
+def test_kernels_are_counted_by_layer_and_products_with_scales_of_their_own_twice():
+    """Llama-3-8B: embedding, 65 norms, 7 in each of 32 layers, head and sampling; blocks of FP8 add 4 products' scales a layer."""
+    plain, blocks = (
+        kernel_cost(replace(deployment("llama-3-8b", "h100-sxm:1"), precision=parse_precision(word)))
+        for word in ("bf16", "fp8g128")
+    )
+    assert plain.launches == 1 + 65 + 32 * 7 + 2
+    assert blocks.launches - plain.launches == 4 * 32
+
+
+def test_the_latency_of_a_collective_is_no_launch(kernels):
+    """With launches taken as unseen, what is left of a small step on two chips still has every all-reduce's latency."""
+    unseen = apply_profile(kernels, EngineProfile(launches_slowdown=0.0))
+    both = [k for k in (kernels.dense["collective"][1], kernels.dense["launches"][1]) if k > 0]
+    assert len(both) == 2
+    assert unseen.dense_s[1] == pytest.approx(kernels.cost.dense_s[1] - kernels.dense["launches"][1])
+    assert unseen.dense_s[1] > kernels.dense["collective"][1]
+
+
+def test_an_engine_runs_its_own_kernels_where_they_were_measured():
+    d = replace(deployment("llama-3-8b", "h100-sxm:1"), precision=parse_precision("bf16"))
+    vllm, trtllm, other = (
+        kernel_cost(d, kernels=name).cost.decode_attention_s(1e6) for name in ("vllm", "trtllm", "none")
+    )
+    assert vllm != trtllm
+    assert other == vllm  # the first of the frameworks stands for a chip
+
+
+def test_tensorrt_llm_on_a100_has_experts_of_h100_as_fractions():
+    curves = load_chip("a100-80-sxm").efficiency.curves
+    assert curves.of("trtllm").get(GroupedCurve, "moe", "bfloat16") == load_chip("h100-sxm").efficiency.curves.of(
+        "trtllm"
+    ).get(GroupedCurve, "moe", "bfloat16")
+    assert curves.get(GroupedCurve, "moe", "bfloat16") != curves.of("trtllm").get(GroupedCurve, "moe", "bfloat16")
+
+
+def test_popular_experts_leave_fewer_weights_to_read():
+    even, skewed = (kernel_cost(deployment(), routing_skew=s).dense["experts"] for s in (0.0, 1.0))
+    assert skewed[8] < even[8]
+    assert skewed[1] == pytest.approx(even[1])
 
 
 def test_parts_add_up_to_the_kernels(kernels):

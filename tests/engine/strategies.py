@@ -6,14 +6,14 @@ two engines can be asked for equality. Real-looking cases have smooth costs and 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
 
 from simulator.engine.records import EngineSettings, Requests
-from simulator.engine.reference import Replica, StepRecord
+from simulator.engine.reference import Replica
+from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
 
 Pick = Callable[[int, int], int]
@@ -24,7 +24,7 @@ TIME_GRIDS_S = (2.0**-10, 2.0**-6, 2.0**-3, 2.0**-2)
 
 
 class Case(NamedTuple):
-    cost: StepCost
+    cost: StepCost | PipelineCost
     settings: EngineSettings
     requests: Requests
 
@@ -157,14 +157,11 @@ def with_ties(pick: Pick, case: Case) -> Case:
     """Let the later requests arrive at ends of steps that the earlier ones would have had on their own."""
     cost, settings, requests = case
     few = (len(requests) + 1) // 2
-    columns = {
-        name: getattr(requests, name) for name in ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
-    }
-    early = Requests(requests.arrival_s[:few], **{name: column[:few] for name, column in columns.items()})
+    early = requests.take(slice(few))
     _, steps, _ = observe(Case(cost, settings, early))
     ends = [step.end_s for step in steps if step.end_s >= early.arrival_s[-1]] or [early.arrival_s[-1]]
     late = sorted(one_of(pick, ends) for _ in range(len(requests) - few))
-    return Case(cost, settings, Requests(np.concatenate([early.arrival_s, late]), **columns))
+    return Case(cost, settings, replace(requests, arrival_s=np.concatenate([early.arrival_s, late])))
 
 
 def random_case(seed: int) -> Case:
@@ -229,78 +226,7 @@ def real_case(seed: int) -> Case:
 
 def observe(case: Case, timeline_interval_s: float | None = None):
     """Run the reference; return its result, its steps, and every inter-token latency."""
-    steps: list[StepRecord] = []
+    steps = []
     replica = Replica(*case, steps.append)
     replica.advance()
     return replica.result(timeline_interval_s), steps, replica.itl_s
-
-
-def events_of(case: Case, result, steps: Sequence[StepRecord]) -> set[str]:
-    """Name the special situations that a run met."""
-    cost, settings, requests = case
-    events = set()
-    decode_only = [step for step in steps if step.B and not step.P]
-
-    def slope(step):
-        return cost.decode_slope_s[np.searchsorted(cost.decode_knots, step.S, side="right") - 1]
-
-    ends = {step.end_s for step in steps}
-    if result.totals["preemptions"]:
-        events.add("preemption")
-    if result.totals["recomputed_tokens"] and (requests.cached_tokens[result.preemptions > 0] > 0).any():
-        events.add("preemption of a request with cached tokens")
-    if any(_preempted_itself(before, step) for before, step in pairwise(steps)):
-        events.add("self-preemption")
-    if any(len(step.preempted) > 1 for step in steps):
-        events.add("several preemptions in a step")
-    if any(step.n == settings.max_num_batched_tokens for step in steps):
-        events.add("full token budget")
-    if any(step.running and not set(step.running) <= set(step.scheduled) for step in steps):
-        events.add("running request without budget")
-    if not requests.concurrency and any(arrival_s in ends for arrival_s in requests.arrival_s):
-        events.add("arrival at a step's end")
-    if requests.concurrency and (np.diff(np.sort(result.finish_s[result.status == 0])) == 0).any():
-        events.add("two clients freed at once")
-    if any(a.running == b.running and slope(a) != slope(b) for a, b in pairwise(decode_only)):
-        events.add("knot crossed during a run")
-    contexts = _contexts_that_grow(decode_only)
-    if cost.window and not cost.window_chunked and cost.window in contexts:
-        events.add("window saturated during decode")
-    if cost.window > 1 and cost.window_chunked and any(context % cost.window == 0 for context in contexts):
-        events.add("chunk window wrapped")
-    if any(len(step.running) == settings.max_num_seqs and step.waiting for step in steps):
-        events.add("max_num_seqs full")
-    if any(_blocked_by_memory(case, step) for step in steps):
-        events.add("admission blocked by memory")
-    if any(step.P > 1 for step in steps):
-        events.add("several chunks in a step")
-    if any(step.P and step.B for step in steps):
-        events.add("mixed step")
-    if (result.status == 1).any():
-        events.add("rejection")
-    if result.idle_s > 0:
-        events.add("idle")
-    if requests.concurrency:
-        events.add("closed loop")
-    return events
-
-
-def _contexts_that_grow(decode_only: Sequence[StepRecord]) -> set[int]:
-    """Contexts of decoding requests that grow by one in the next step of the same batch."""
-    same_batch = [step for step, after in pairwise(decode_only) if step.running == after.running]
-    return {step.computed[row] + 1 for step in same_batch for row in step.scheduled}
-
-
-def _preempted_itself(before: StepRecord, step: StepRecord) -> bool:
-    """Whether the last victim of a step was the request that wanted blocks: then all of its own are free."""
-    return bool(step.preempted) and step.free_blocks >= before.blocks[step.preempted[-1]]
-
-
-def _blocked_by_memory(case: Case, step: StepRecord) -> bool:
-    settings = case.settings
-    return bool(
-        step.waiting
-        and not step.preempted
-        and len(step.running) < settings.max_num_seqs
-        and step.n < settings.max_num_batched_tokens
-    )

@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from simulator.engine.compiled import Engine, simulate
 from simulator.engine.event_log import Phase, record
 from simulator.engine.records import FINISHED, REJECTED
+from simulator.engine.refusals import LASTING, NAMES, Refusal
+from tests.engine.mixtures import random_mixture
 from tests.engine.strategies import dyadic_cases, observe, random_case
-from tests.engine.test_prefix_cache import seeded as seeded_cache_case
 
+ALONE = Refusal(
+    ("prefix cache",), [name for name in NAMES if name not in {"prefix cache", "swap"}], "not followed here"
+)
 FIELDS = {"tokens": "n", "batch": "B", "keys": "S", "chunks": "P", "pairs": "A", "rows": "R"}
 
 
@@ -106,7 +110,7 @@ def test_looking_changes_nothing(seed):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_a_replica_with_a_prefix_cache_is_followed_too(seed):
-    case = seeded_cache_case(seed)
+    case = random_mixture(seed, ("prefix cache",), (*LASTING, ALONE))
     result, steps, _ = observe(case)
     log = record(Engine(*case))
     assert_steps_are(log, steps, case.settings.num_kv_blocks)

@@ -1,5 +1,6 @@
-"""The invariants of docs/engine-rules.md, at every step of random runs of the reference engine."""
+"""The invariants of docs/engine-mixtures.md, at every step or event of random mixtures of the reference engine."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -7,152 +8,306 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from simulator.engine.records import FINISHED, REJECTED, Requests
+from simulator.engine.records import CANCELLED, FINISHED, REJECTED, TIMED_OUT
 from simulator.engine.reference import Replica, simulate_reference
+from simulator.engine.reference_cache import BlockPool, RadixPool
+from simulator.engine.refusals import LASTING
+from simulator.roofline.pipeline_cost import PipelineCost
+from tests.engine.comparing import assert_results_equal
+from tests.engine.mixtures import seeded_mixtures
+from tests.engine.situations import total_cost
 from tests.engine.strategies import Case, dyadic_cases, observe, real_case
 
-MANY = settings(max_examples=100, deadline=None)
-COLUMNS = ("prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
-PER_REQUEST = (
-    "status",
-    "arrival_s",
-    "scheduled_s",
-    "first_token_s",
-    "finish_s",
-    "preemptions",
-    "busy_s",
-    "recompute_s",
-)
-
-
-def rows(requests: Requests, chosen, **changed) -> Requests:
-    """Some rows of a stream, with changed columns."""
-    columns = {name: getattr(requests, name)[chosen] for name in ("arrival_s", *COLUMNS)} | changed
-    return Requests(**columns, concurrency=requests.concurrency)
+MANY = settings(max_examples=40, deadline=None)
+ANYTHING = seeded_mixtures(refusals=LASTING)
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
-    return (tokens + block_size - 1) // block_size
+    return -(-tokens // block_size)
+
+
+def parts(case: Case) -> int:
+    return len(case.cost.stages) if isinstance(case.cost, PipelineCost) else case.cost.ranks
+
+
+def at_every_event(replica: Replica):
+    """Let a replica run, stopping after each of its events."""
+    while replica.clock.peek() < np.inf:
+        replica.clock.step()
+        yield
+
+
+def at_every_instant(replica: Replica):
+    """Let a replica run, stopping when all has happened that happens at one time."""
+    while replica.clock.peek() < np.inf:
+        replica.advance(replica.clock.peek())
+        yield
 
 
 @MANY
-@given(dyadic_cases())
-def test_requests_are_conserved_at_every_step(case):  # I1
-    result, steps, _ = observe(case)
-    for step in steps:
-        assert step.arrived == step.finished + step.rejected + len(step.running) + len(step.waiting)
-        assert len(set(step.running) | set(step.waiting)) == len(step.running) + len(step.waiting)
-    assert np.isin(result.status, (FINISHED, REJECTED)).all()
+@given(ANYTHING)
+def test_requests_are_conserved_at_every_event(case):  # I1
+    replica = Replica(*case)
+    for _ in at_every_event(replica):
+        present = replica.n_running + replica.n_waiting
+        assert replica.arrived == replica.finished + replica.rejected + replica.left + present
+        everybody = [one.row for s in replica.schedulers for one in (*s.running, *s.queue, *s.loading)]
+        assert len(set(everybody)) == len(everybody)
+    result = replica.result()
+    assert np.isin(result.status, (FINISHED, REJECTED, TIMED_OUT, CANCELLED)).all()
+    totals = result.totals
+    left = totals["timeouts"] + totals["cancellations"] - totals["retries"]
+    gone = np.isin(result.status, (TIMED_OUT, CANCELLED)).sum()
+    retried_in_vain = ((result.status == REJECTED) & (result.attempts > 1)).sum()
+    assert left == gone
+    assert retried_in_vain == 0
 
 
 @MANY
-@given(dyadic_cases())
-def test_blocks_are_conserved_and_as_many_as_the_tokens_need(case):  # I2
+@given(ANYTHING)
+def test_blocks_are_conserved_at_every_event(case):  # I2, I10, I11
+    replica, total, block_size = Replica(*case), case.settings.num_kv_blocks, case.settings.block_size
+    for _ in at_every_event(replica):
+        for scheduler in replica.schedulers:
+            pool = scheduler.pool
+            assert pool.free >= 0
+            assert set(pool.tables) == {request.row for request in scheduler.running}
+            for request in scheduler.running:
+                assert pool.owned(request.row) >= blocks_for(request.computed, block_size)
+            if not isinstance(pool, BlockPool):
+                assert sum(pool.tables.values()) + pool.free == total
+                continue
+            owned = Counter(block for table in pool.tables.values() for block in table)
+            assert len(owned) + pool.free == total
+            assert not set(owned) & set(pool.queue)
+            assert all(block.owners == count for block, count in owned.items())
+            assert all(block.id == block_id for block_id, same in pool.published.items() for block in same)
+            assert not isinstance(pool, RadixPool) or all(len(same) == 1 for same in pool.published.values())
+            for row, table in pool.tables.items():
+                assert all(block.id in {-1, pool.ids[row][i]} for i, block in enumerate(table) if block.id != -1)
+
+
+@MANY
+@given(ANYTHING)
+def test_nobody_is_given_more_than_the_step_needs(case):  # R5, R7, P2
     _, steps, _ = observe(case)
     for step in steps:
-        assert step.free_blocks >= 0
-        assert sum(step.blocks.values()) + step.free_blocks == case.settings.num_kv_blocks
         for row, owned in step.blocks.items():
-            assert owned == blocks_for(step.computed[row] + step.scheduled.get(row, 0), case.settings.block_size)
+            tokens = step.computed[row] + step.scheduled.get(row, 0)
+            drafts = case.settings.lookahead + 1 if case.settings.speculation is not None else 0
+            if not isinstance(case.cost, PipelineCost):  # in flight, more may have been scheduled
+                assert owned <= blocks_for(max(tokens, step.computed[row] + drafts), case.settings.block_size)
 
 
 @MANY
-@given(dyadic_cases())
+@given(st.one_of(ANYTHING, seeded_mixtures(("swap", "clients that leave"), LASTING)))
+def test_when_all_is_over_nothing_is_left(case):  # I13
+    replica = Replica(*case)
+    replica.advance()
+    for scheduler in replica.schedulers:
+        assert scheduler.used_blocks == scheduler.n_waiting == len(scheduler.running) == 0
+        assert scheduler.host is None or not scheduler.host.held
+        for tier, held in zip(case.settings.tiers, scheduler.tiers.held if scheduler.tiers else (), strict=False):
+            assert len(held) <= tier.blocks
+    assert not replica.at_work
+    assert not any(request.flights or request.leaving or request.saved or request.loading for request in replica.rows)
+
+
+@MANY
+@given(ANYTHING)
 def test_time_is_busy_or_idle_and_never_goes_back(case):  # I3, I4
     result, steps, _ = observe(case)
     assert all(step.start_s < step.end_s for step in steps)
-    assert all(before.end_s <= after.start_s for before, after in pairwise(steps))
-    assert sum(step.end_s - step.start_s for step in steps) + result.idle_s == result.end_s
+    assert all(before.start_s <= after.start_s for before, after in pairwise(steps))
+    if parts(case) == 1:
+        assert all(before.end_s <= after.start_s for before, after in pairwise(steps))
+        assert sum(step.end_s - step.start_s for step in steps) + result.idle_s == result.end_s
     assert abs(result.busy_s.sum() + result.idle_s - result.end_s) <= 1e-12 * result.end_s
-    for part in (result.busy_cached_s, result.recompute_s):
-        assert (part >= 0).all()
-        assert (part <= result.busy_prefill_s).all()
-    intercepts_s = case.cost.decode_value_s - case.cost.decode_slope_s * case.cost.decode_knots
-    if (intercepts_s >= 0).all():  # else a short context's share of decode attention may be negative (R11)
-        assert (result.busy_prefill_s <= result.busy_s * (1 + 1e-12)).all()
+    for name in ("busy_cached_s", "recompute_s", "swap_s", "wasted_s"):
+        assert (getattr(result, name) >= -1e-12 * result.end_s).all(), name
+    cost = total_cost(case)
+    intercepts_s = cost.decode_value_s - cost.decode_slope_s * cost.decode_knots
+    if (intercepts_s >= 0).all() and case.settings.speculation is None:
+        # else a short context's share of decode attention may be negative (R11)
+        slack_s = 1e-12 * result.end_s
+        for part, whole in (("busy_prefill_s", "busy_s"), ("busy_cached_s", "busy_prefill_s"), ("wasted_s", "busy_s")):
+            assert (getattr(result, part) <= getattr(result, whole) + slack_s).all(), part
 
 
 @MANY
-@given(dyadic_cases())
+@given(ANYTHING)
 def test_causes_come_before_effects(case):  # I5
     result, _, _ = observe(case)
     done = result.status == FINISHED
-    assert (result.arrival_s <= result.scheduled_s)[done].all()
+    assert (result.arrival_s + case.settings.host.request_s <= result.scheduled_s)[done].all()
     assert (result.scheduled_s < result.first_token_s)[done].all()
     assert (result.first_token_s <= result.finish_s)[done].all()
-    one_token = case.requests.output_tokens == 1
-    assert ((result.first_token_s == result.finish_s) == one_token)[done].all()
-    assert np.isnan(result.scheduled_s[~done]).all()
+    loads = ~np.isnan(result.load_start_s)
+    assert (result.load_start_s <= result.load_end_s)[loads].all()
+    assert (result.load_end_s <= result.scheduled_s)[loads & done].all()
     assert np.isfinite(result.arrival_s).all()
 
 
 @MANY
-@given(dyadic_cases())
+@given(ANYTHING)
 def test_no_idling_while_a_request_waits(case):  # I6
+    replica = Replica(*case)
+    for _ in at_every_instant(replica):
+        if not replica.in_progress:
+            assert replica.n_running == sum(len(scheduler.queue) for scheduler in replica.schedulers) == 0
+
+
+@MANY
+@given(ANYTHING)
+def test_every_token_is_computed_once_or_counted(case):  # I7
     result, steps, _ = observe(case)
-    done = result.status == FINISHED
-    arrival_s, finish_s = result.arrival_s[done], result.finish_s[done]
-    previous_end_s = 0.0
-    for step in steps:
-        if step.start_s > previous_end_s:
-            present = (arrival_s < step.start_s) & (finish_s > previous_end_s)
-            assert not present.any()
-            assert step.start_s in arrival_s
-        previous_end_s = step.end_s
+    done, totals, requests = result.status == FINISHED, result.totals, case.requests
+    once = (requests.prompt_tokens - result.reused_tokens + requests.output_tokens - 1)[done].sum()
+    rejected = 0 if result.speculation is None else result.speculation.rejected_tokens
+    assert sum(step.n for step in steps) == totals["dense_tokens"]
+    assert totals["dense_tokens"] == once + totals["recomputed_tokens"] + totals["abandoned_tokens"] + rejected
+    assert totals["rows"] == requests.output_tokens[done].sum() + totals["abandoned_outputs"] + rejected
+    assert (totals["recomputed_tokens"] > 0) <= (totals["preemptions"] > 0)
+    assert result.preemptions.sum() == totals["preemptions"]
+    assert (result.reused_tokens[done] < requests.prompt_tokens[done]).all()
+    assert (result.reused_tokens >= np.where(done, requests.cached_tokens, 0)).all()
 
 
 @MANY
-@given(dyadic_cases())
-def test_every_token_is_computed_once_or_counted_as_recomputed(case):  # I7
-    result, steps, _ = observe(case)
-    done = result.status == FINISHED
-    requests = case.requests
-    once = (requests.prompt_tokens - requests.cached_tokens + requests.output_tokens - 1)[done].sum()
-    assert sum(step.n for step in steps) == once + result.totals["recomputed_tokens"]
-    assert (result.totals["recomputed_tokens"] > 0) <= (result.totals["preemptions"] > 0)
-    assert result.preemptions.sum() == result.totals["preemptions"]
-    assert result.itl_counts.sum() == (requests.output_tokens - 1)[done].sum()
-
-
-@MANY
-@given(dyadic_cases(), st.integers(1, 30), st.booleans())
-def test_every_computed_token_sees_its_window_once(case, window, chunked):  # R9
-    requests = case.requests
-    windowed = replace(case.cost, window=window, window_chunked=chunked)
-    result, _, _ = observe(Case(windowed, case.settings, requests))
-    once = 0
-    for row in np.flatnonzero(result.status == FINISHED):
-        last = requests.prompt_tokens[row] + requests.output_tokens[row] - 1
-        for token in range(requests.cached_tokens[row] + 1, last + 1):
-            in_chunk = ((key - 1) // window == (token - 1) // window for key in range(1, token + 1))
-            once += sum(in_chunk) if chunked else len(range(1, token + 1)[-window:])
-    seen = result.totals["window_decode_keys"] + result.totals["window_prefill_pairs"]
-    assert seen == once if not result.totals["recomputed_tokens"] else seen > once
-
-
-@MANY
-@given(dyadic_cases(), st.booleans())
-def test_the_widest_window_is_none_and_the_narrowest_sees_each_token_itself(case, chunked):
-    for window in (1, 1000):
-        cost = replace(case.cost, window=window, window_chunked=chunked)
-        _, steps, _ = observe(Case(cost, case.settings, case.requests))
-        for step in steps:
-            if window == 1:
-                assert (step.B, step.n - step.B, step.n - step.B) == (step.SW, step.AW, step.KW)
-            else:
-                assert (step.SW, step.AW, step.KW) == (step.S, step.A, step.K)
-
-
-@MANY
-@given(dyadic_cases())
-def test_limits_hold_and_no_admission_is_missed(case):  # R5 to R7
-    engine, requests = case.settings, case.requests
+@given(ANYTHING)
+def test_limits_hold(case):  # R5, R7, B5
+    engine = case.settings
     _, steps, _ = observe(case)
-    known = dict(enumerate(requests.prompt_tokens.tolist()))
+    longest = engine.scheduling.long_prefill_token_threshold
     for step in steps:
         assert step.n == sum(step.scheduled.values()) <= engine.max_num_batched_tokens
         assert len(step.running) <= engine.max_num_seqs
         assert len(step.scheduled) == step.B + step.P
+        assert set(step.admitted) <= set(step.scheduled) <= set(step.running)
+        assert not set(step.preempted) & set(step.running)
+        if longest:
+            assert all(step.scheduled[row] <= longest for row in step.admitted)
+        if engine.scheduling.batching in {"prefill_first", "static"}:
+            assert not (step.B and step.admitted)
+
+
+@MANY
+@given(ANYTHING)
+def test_nobody_is_admitted_before_someone_with_a_smaller_key(case):  # I16
+    policy = case.settings.scheduling.policy
+    assume(policy in {"priority", "sjf"})
+    key = case.requests.priority if policy == "priority" else case.requests.predicted_tokens
+    _, steps, _ = observe(case)
+    for step in steps:
+        for row in step.admitted:
+            assert all(key[row] <= key[other] for other in step.waiting if other not in step.preempted)
+
+
+@MANY
+@given(seeded_mixtures(("policy",), LASTING))
+def test_the_least_served_tenant_is_admitted(case):  # I18
+    scheduling = replace(case.settings.scheduling, policy="fair", preempt_lower=False)
+    replica = Replica(*case._replace(settings=replace(case.settings, scheduling=scheduling)))
+    for scheduler in replica.schedulers:
+        queue = scheduler.queue
+
+        def watched(request, start, *, is_new, queue=queue, take=queue.take):
+            assert all(queue.counts[request.tenant] <= queue.counts[other.tenant] for other in queue)
+            take(request, start, is_new=is_new)
+
+        queue.take = watched
+    replica.advance()
+
+
+@MANY
+@given(ANYTHING, st.data())
+def test_a_true_output_length_matters_only_from_the_earlier_finish_on(case, data):  # I8, Q5: the oracle boundary
+    requests = replace(case.requests, max_tokens=case.requests.max_tokens + 5)
+    case = case._replace(requests=requests)
+    before, steps_before, _ = observe(case)
+    rows = np.flatnonzero((before.status == FINISHED) & (before.attempts == 1))
+    assume(len(rows))
+    row = data.draw(st.sampled_from(rows.tolist()))
+    output = requests.output_tokens.copy()
+    output[row] = data.draw(st.integers(1, int(requests.max_tokens[row])).filter(lambda n: n != output[row]))
+    after, steps_after, _ = observe(case._replace(requests=replace(requests, output_tokens=output)))
+    ends = [run.finish_s[row] - case.settings.host.output_s for run in (before, after) if run.status[row] == FINISHED]
+    until_s = min(ends)
+    early = [step for step in steps_before if step.start_s < until_s]
+    assert early
+    assert early == [step for step in steps_after if step.start_s < until_s]
+
+
+@MANY
+@given(ANYTHING, st.data())
+def test_cutting_a_run_changes_nothing(case, data):  # I9
+    whole, steps, _ = observe(case)
+    moments = sorted({0.0, *(step.start_s for step in steps), *(0.5 * (step.start_s + step.end_s) for step in steps)})
+    cuts = data.draw(st.lists(st.sampled_from(moments), max_size=4))
+    pieces = Replica(*case)
+    for cut_s in sorted(cuts):
+        pieces.advance(cut_s)
+        assert pieces.clock.now <= cut_s
+        pieces.result()
+    pieces.advance()
+    assert_results_equal(pieces.result(), whole)
+
+
+@MANY
+@given(ANYTHING, st.data())
+def test_later_arrivals_do_not_change_the_past(case, data):
+    requests = case.requests
+    assume(not requests.concurrency and len(requests) > 1)
+    kept = data.draw(st.integers(1, len(requests) - 1))
+    next_s = requests.arrival_s[kept]
+    _, steps, _ = observe(case)
+    warm = requests.stored_tokens is not None  # which says what is there at the start, for all rows
+    assume(not warm)
+    _, steps_without, _ = observe(case._replace(requests=requests.take(slice(0, kept))))
+    assert [step for step in steps if step.start_s < next_s] == [
+        step for step in steps_without if step.start_s < next_s
+    ]
+
+
+@MANY
+@given(ANYTHING, st.sampled_from((0.25, 3.0)))
+def test_integrals_are_sums_over_requests_and_over_intervals(case, interval_s):  # R13, R15
+    result, _, _ = observe(case, interval_s)
+    totals, host = result.totals, case.settings.host
+    done = result.status == FINISHED
+    if not case.requests.clients_may_leave:
+        seen_s = (result.arrival_s + host.request_s)[done]
+        assert totals["running_s"] + totals["waiting_s"] == (result.finish_s[done] - host.output_s - seen_s).sum()
+    columns = {"running": "running_s", "waiting": "waiting_s", "kv_blocks": "kv_blocks_s"}
+    for column, total in columns.items():
+        np.testing.assert_allclose(result.timeline[column].sum() * interval_s, totals[total], rtol=1e-9, atol=1e-9)
+    busy_s = result.timeline["busy_fraction"].sum() * interval_s
+    np.testing.assert_allclose(busy_s, result.end_s - result.idle_s, rtol=1e-9, atol=1e-9)
+    assert len(result.timeline["start_s"]) == np.ceil(result.end_s / interval_s)
+
+
+@MANY
+@given(ANYTHING)
+def test_no_time_is_lost_in_loading(case):  # F8
+    result, _, _ = observe(case)
+    totals = result.totals
+    if case.settings.tiers:
+        moved = sum(totals[f"tier{i}_loaded_blocks"] for i in range(len(case.settings.tiers)))
+        assert moved >= totals["loads"]
+        assert (result.load_s > 0).sum() <= totals["loads"]
+        assert (totals["loads"] > 0) <= (case.settings.load_policy != "never")
+
+
+# Of a plain replica alone
+
+
+@MANY
+@given(dyadic_cases())
+def test_no_admission_is_missed(case):  # R5 to R7
+    engine, requests = case.settings, case.requests
+    _, steps, _ = observe(case)
+    known = dict(enumerate(requests.prompt_tokens.tolist()))
+    for step in steps:
         budget = engine.max_num_batched_tokens - step.n
         wanting = [row for row in step.running if step.scheduled.get(row, 0) < known[row] - step.computed[row]]
         assert not (wanting and budget), "a running request was cut short with budget left"
@@ -178,69 +333,32 @@ def test_first_come_first_served(case):
 
 
 @MANY
-@given(dyadic_cases(), st.data())
-def test_a_true_output_length_matters_only_from_the_earlier_finish_on(case, data):  # I8
+@given(dyadic_cases(), st.integers(1, 30), st.booleans())
+def test_every_computed_token_sees_its_window_once(case, window, chunked):  # R9
     requests = case.requests
-    before, steps_before, _ = observe(case)
-    open_rows = np.flatnonzero((before.status == FINISHED) & (requests.max_tokens > 1))
-    assume(len(open_rows))
-    row = data.draw(st.sampled_from(open_rows.tolist()))
-    output = requests.output_tokens.copy()
-    output[row] = data.draw(st.integers(1, int(requests.max_tokens[row])).filter(lambda n: n != output[row]))
-    after, steps_after, _ = observe(Case(case.cost, case.settings, rows(requests, slice(None), output_tokens=output)))
-    same_until_s = min(before.finish_s[row], after.finish_s[row])
-    early_before = [step for step in steps_before if step.start_s < same_until_s]
-    early_after = [step for step in steps_after if step.start_s < same_until_s]
-    assert early_before
-    assert early_before == early_after
+    windowed = replace(case.cost, window=window, window_chunked=chunked)
+    result, _, _ = observe(case._replace(cost=windowed))
+    once = 0
+    for row in np.flatnonzero(result.status == FINISHED):
+        last = int(requests.prompt_tokens[row] + requests.output_tokens[row] - 1)
+        for token in range(int(requests.cached_tokens[row]) + 1, last + 1):
+            in_chunk = ((key - 1) // window == (token - 1) // window for key in range(1, token + 1))
+            once += sum(in_chunk) if chunked else len(range(1, token + 1)[-window:])
+    seen = result.totals["window_decode_keys"] + result.totals["window_prefill_pairs"]
+    assert seen == once if not result.totals["recomputed_tokens"] else seen > once
 
 
 @MANY
-@given(dyadic_cases(), st.data())
-def test_cutting_a_run_changes_nothing(case, data):  # I9
-    whole, steps, _ = observe(case)
-    moments = sorted({0.0, *(step.start_s for step in steps), *(0.5 * (step.start_s + step.end_s) for step in steps)})
-    cuts = data.draw(st.lists(st.sampled_from(moments), max_size=4))
-    pieces = Replica(*case)
-    for cut_s in sorted(cuts):
-        pieces.advance(cut_s)
-        assert pieces.clock.now <= cut_s
-    pieces.advance()
-    result = pieces.result()
-    for name in PER_REQUEST:
-        np.testing.assert_array_equal(getattr(result, name), getattr(whole, name))
-    assert result.totals == whole.totals
-
-
-@MANY
-@given(dyadic_cases(), st.data())
-def test_later_arrivals_do_not_change_the_past(case, data):
-    requests = case.requests
-    assume(not requests.concurrency and len(requests) > 1)
-    kept = data.draw(st.integers(1, len(requests) - 1))
-    next_s = requests.arrival_s[kept]
-    _, steps, _ = observe(case)
-    _, steps_without, _ = observe(Case(case.cost, case.settings, rows(requests, slice(0, kept))))
-    assert [step for step in steps if step.start_s < next_s] == [
-        step for step in steps_without if step.start_s < next_s
-    ]
-
-
-@MANY
-@given(dyadic_cases(), st.sampled_from((0.25, 3.0)))
-def test_integrals_are_sums_over_requests_and_over_intervals(case, interval_s):
-    result, steps, _ = observe(case, interval_s)
-    done = result.status == FINISHED
-    totals = result.totals
-    assert totals["running_s"] + totals["waiting_s"] == (result.finish_s - result.arrival_s)[done].sum()
-    owned = sum(sum(step.blocks.values()) * (step.end_s - step.start_s) for step in steps)
-    assert totals["kv_blocks_s"] == owned
-    columns = {"running": "running_s", "waiting": "waiting_s", "kv_blocks": "kv_blocks_s"}
-    for column, total in columns.items():
-        np.testing.assert_allclose(result.timeline[column].sum() * interval_s, totals[total], rtol=1e-9)
-    busy_s = result.timeline["busy_fraction"].sum() * interval_s
-    np.testing.assert_allclose(busy_s, result.end_s - result.idle_s, rtol=1e-9)
-    assert len(result.timeline["start_s"]) == np.ceil(result.end_s / interval_s)
+@given(dyadic_cases(), st.booleans())
+def test_the_widest_window_is_none_and_the_narrowest_sees_each_token_itself(case, chunked):
+    for window in (1, 1000):
+        cost = replace(case.cost, window=window, window_chunked=chunked)
+        _, steps, _ = observe(case._replace(cost=cost))
+        for step in steps:
+            if window == 1:
+                assert (step.B, step.n - step.B, step.n - step.B) == (step.SW, step.AW, step.KW)
+            else:
+                assert (step.SW, step.AW, step.KW) == (step.S, step.A, step.K)
 
 
 def test_chip_seconds_are_conserved_on_real_looking_runs():  # I4 without the help of a dyadic grid

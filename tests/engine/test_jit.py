@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,9 @@ def test_every_compiled_module_enters_the_cache_key():
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
         return {m.rsplit(".", 1)[1] + ".py" for m in modules if m.startswith("simulator.engine.")}
 
-    compiled = {p.name for p in ENGINE.glob("*.py") if "@compiled" in p.read_text()}
+    compiled = {
+        p.name for p in ENGINE.glob("*.py") if re.search(r"^@(entry|compiled|inlined)$", p.read_text(), re.MULTILINE)
+    }
     needed = compiled | {m for name in compiled for m in imports(name)}
     assert needed <= set(jit.COMPILED_SOURCES)
 

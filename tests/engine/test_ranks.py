@@ -1,152 +1,31 @@
-"""Attention ranks in lock-step and uneven experts: the compiled engine against the reference, and against limits."""
+"""Attention ranks in lock-step and uneven experts, against limits and worked examples. How engines agree on them is in test_mixtures.py."""
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.grouped import RankEngine
-from simulator.engine.reference_ranks import LockStep
-from simulator.engine.scheduling import Scheduling
+from simulator.engine.reference import Replica
 from simulator.errors import InputError
+from tests.engine.comparing import SHARES, TIMES, assert_counts_equal, assert_equal
 from tests.engine.engines import engine
-from tests.engine.strategies import Case, Pick, dyadic_case, events_of, one_of, real_case, requests_of, step_cost
-from tests.engine.test_equivalence import (
-    SHARES,
-    TIMES,
-    assert_counts_equal,
-    assert_shares_close,
-    assert_timelines_close,
-)
+from tests.engine.strategies import Case, real_case, requests_of, step_cost
 
-SEEDED_CASES = 300
 RANK_SECONDS = ("padding_s", "imbalance_s")
 
 
-def rank_case(pick: Pick) -> Case:
-    """A dyadic case on one to four ranks, with fewer blocks and seats on each."""
-    cost, engine_settings, requests = dyadic_case(pick)
-    ranks = pick(1, 4)
-    experts = cost.dense_s * one_of(pick, (0.25, 0.5, 1.0))
-    skew = ExpertSkew(1 + pick(1, 4) / 4, sigma=0.75, seed=pick(0, 99)) if pick(0, 2) == 0 else ExpertSkew()
-    changes = {"rank_routing": one_of(pick, ("round-robin", "least-loaded")), "expert_skew": skew}
-    return Case(replace(cost, ranks=ranks, expert_s=experts), replace(engine_settings, **changes), requests)
-
-
-def seeded(seed: int) -> Case:
-    rng = np.random.default_rng([seed, 11])
-    return rank_case(lambda low, high: int(rng.integers(low, high, endpoint=True)))
-
-
-@st.composite
-def rank_cases(draw: st.DrawFn) -> Case:
-    return rank_case(lambda low, high: draw(st.integers(low, high)))
-
-
-def observe_ranks(case: Case, interval_s=None):
-    """Run the reference; return its result and the records of every lock-step."""
-    steps = []
-    replica = LockStep(*case, on_steps=steps.append)
-    replica.advance()
-    return replica.result(interval_s), steps
-
-
-def run(case: Case, interval_s=None):
-    whole = RankEngine(*case, timeline_interval_s=interval_s)
-    whole.advance()
-    return whole.result()
-
-
-def assert_same(case: Case, interval_s):
-    ours = run(case, interval_s)
-    theirs, steps = observe_ranks(case, ours.timeline_interval_s)
-    assert_counts_equal(ours, theirs)
-    for name in TIMES:
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
-    assert ours.end_s == theirs.end_s
-    assert ours.itl_max_s == theirs.itl_max_s
-    assert_shares_close(ours, theirs, theirs.end_s)
-    for name in RANK_SECONDS:
-        assert ours.totals[name] == pytest.approx(theirs.totals[name], rel=1e-9, abs=1e-9), name
-    if interval_s is not None:
-        assert_timelines_close(ours, theirs, interval_s)
-    return theirs, steps
-
-
-@settings(max_examples=100, deadline=None)
-@given(rank_cases())
-def test_engines_agree_exactly_on_drawn_cases(case):
-    assert_same(case, None)
-
-
-def test_engines_agree_exactly_on_seeded_cases():
-    for seed in range(SEEDED_CASES):
-        try:
-            assert_same(seeded(seed), (None, 1.0, 7.5)[seed % 3])
-        except AssertionError as error:
-            error.add_note(f"seed {seed}")
-            raise
-
-
-FREQUENT = (
-    "preemption",
-    "full token budget",
-    "knot crossed during a run",
-    "window saturated during decode",
-    "chunk window wrapped",
-    "max_num_seqs full",
-    "admission blocked by memory",
-    "mixed step",
-    "rejection",
-    "closed loop",
-    "an idle rank",
-    "ranks of unequal tokens",
-    "another rank becomes the slowest",
-    "several steps at once",
-    "uneven experts",
-    "least-loaded",
-)
-
-
-def rank_events(case: Case) -> set[str]:
-    """Special situations of a run, those of each rank by itself and those between them."""
-    result, steps = observe_ranks(case)
-    found = set()
-    for g in range(case.cost.ranks):
-        found |= events_of(case, result, [together[g] for together in steps if g in together])
-    steps = [list(together.values()) for together in steps]
-    if any(len(together) < case.cost.ranks for together in steps):
-        found.add("an idle rank")
-    if any(len({step.n for step in together}) > 1 for together in steps):
-        found.add("ranks of unequal tokens")
-    slowest = [(max(together, key=lambda step: step.S).running, len(together)) for together in steps]
-    if len(set(slowest)) > 2 and case.cost.ranks > 1:
-        found.add("another rank becomes the slowest")
-    if run(case).totals["segments"] < len(steps):
-        found.add("several steps at once")
-    if case.settings.expert_skew.on:
-        found.add("uneven experts")
-    if case.settings.rank_routing == "least-loaded" and case.cost.ranks > 1:
-        found.add("least-loaded")
-    return found
-
-
-def test_special_situations_are_frequent_in_the_seeded_cases():
-    counts = Counter()
-    for seed in range(0, SEEDED_CASES, 2):
-        counts.update(rank_events(seeded(seed)))
-    rare = {name: counts[name] for name in FREQUENT if counts[name] < 0.05 * SEEDED_CASES / 2}
-    assert not rare
+def run(case: Case):
+    return engine("compiled")(*case)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_one_rank_is_a_plain_replica_bit_for_bit(seed):
     case = real_case(seed)
-    plain, one = engine("compiled")(*case), run(case)
+    plain, whole = engine("compiled")(*case), RankEngine(*case)
+    whole.advance()
+    one = whole.result()
     assert_counts_equal(one, replace(plain, totals=plain.totals | dict.fromkeys(RANK_SECONDS, 0.0)))
     for name in (*TIMES, *SHARES):
         np.testing.assert_array_equal(getattr(one, name), getattr(plain, name), err_msg=name)
@@ -232,10 +111,10 @@ def test_least_loaded_counts_a_waiting_request_four_times():
         for last_s in (1.0, 1.5):
             requests = requests_of([0, 0, 0, 1.0, last_s], [1] * 5, [40, 2, 40, 40, 40])
             case = Case(cost, replace(base, rank_routing=routing), requests)
-            replica = LockStep(*case)
+            replica = Replica(*case)
             replica.advance(3.0)
-            loads[routing, last_s] = [len(rank.running) for rank in replica.ranks]
-            assert_same(case, None)
+            loads[routing, last_s] = [len(rank.running) for rank in replica.schedulers]
+            assert_equal(case)
     assert loads == {
         ("round-robin", 1.0): [3, 1],
         ("round-robin", 1.5): [3, 1],
@@ -270,24 +149,8 @@ def test_skew_slows_by_its_mean_and_depends_on_nothing_but_its_seed():
     assert ends[0] != ends[1]
 
 
-def test_cutting_a_run_changes_nothing():
-    for seed in range(0, 60, 3):
-        case = seeded(seed)
-        whole = run(case)
-        pieces = RankEngine(*case)
-        for cut_s in np.linspace(0, whole.end_s, 5):
-            pieces.advance(cut_s)
-        pieces.advance()
-        assert_counts_equal(pieces.result(), whole)
-        np.testing.assert_array_equal(pieces.result().finish_s, whole.finish_s)
-
-
 def test_what_ranks_cannot_do_is_refused():
     cost, engine_settings, requests = real_case(0)
-    with pytest.raises(InputError, match=r"engine.prefix_cache = 'blocks'"):
-        RankEngine(replace(cost, ranks=2), replace(engine_settings, prefix_cache="blocks"), requests)
-    with pytest.raises(InputError, match=r"only with engine\.policy"):
-        RankEngine(replace(cost, ranks=2), replace(engine_settings, scheduling=Scheduling(policy="sjf")), requests)
     with pytest.raises(InputError, match=r"engine.expert_skew.mean = 2"):
         RankEngine(cost, replace(engine_settings, expert_skew=ExpertSkew(2.0)), requests)
     with pytest.raises(InputError, match="least-loaded"):

@@ -1,75 +1,27 @@
-"""Policies, batching modes, hosts and clients: the compiled engine against the reference engine."""
+"""Policies and batching modes: two loops of the compiled engine, real-looking costs, and the log of a run. Mixtures are in test_mixtures.py."""
 
-from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from simulator.engine.compiled import Engine, simulate
 from simulator.engine.event_log import record
+from simulator.engine.refusals import LASTING, MEMORY, PENDING, Refusal
 from simulator.engine.scheduling import HostOverheads, Scheduling
 from simulator.errors import InputError
-from tests.engine.scheduling_cases import random_scheduled_case, scheduled_cases, scheduling_events_of
+from tests.engine.comparing import TIMES, assert_counts_equal, assert_shares_close
+from tests.engine.mixtures import mixtures
 from tests.engine.strategies import Case, observe, random_case, real_case
-from tests.engine.test_equivalence import SHARES, TIMES, assert_counts_equal, assert_equal, assert_shares_close
 from tests.engine.test_event_log import assert_steps_are
 
-SEEDED_CASES = 400
-CLIENT_TOTALS = ("timeouts", "cancellations", "retries", "abandoned_tokens", "abandoned_outputs", "host_s")
-FREQUENT = (
-    "overtaking",
-    "preemption by class",
-    "victim that is not the last to run",
-    "several unfinished prompts",
-    "decodes that sit a step out",
-    "waiting for a static batch",
-    "host slower than device",
-    "device overtakes the host",
-    "host work in sequence",
-    "timeouts",
-    "cancellations",
-    "retries",
-    "left while decoding",
-    "left without having run",
-    "finished in a later attempt",
-    "closed loop with clients that leave",
-    "several tenants",
+ALONE = (
+    *LASTING,
+    *PENDING,
+    Refusal(("policy",), (*MEMORY, "speculation", "uneven experts", "ranks", "stages"), "not followed"),
 )
-
-
-def assert_equal_with_clients(case, interval_s):
-    """As ``assert_equal``, and what the clients and the host did too."""
-    theirs, steps = assert_equal(case, interval_s)
-    ours = simulate(*case)
-    np.testing.assert_array_equal(ours.attempts, theirs.attempts)
-    np.testing.assert_array_equal(ours.reused_tokens, theirs.reused_tokens)
-    assert (np.abs(ours.wasted_s - theirs.wasted_s) <= 1e-9 * theirs.busy_s + 1e-12 * theirs.end_s).all()
-    for name in CLIENT_TOTALS:
-        assert ours.totals[name] == theirs.totals[name], name
-    return theirs, steps
-
-
-@settings(max_examples=150, deadline=None)
-@given(scheduled_cases())
-def test_engines_agree_exactly_on_drawn_cases(case):
-    assert_equal_with_clients(case, None)
-
-
-def test_engines_agree_exactly_on_seeded_cases_in_which_special_situations_are_frequent():
-    counts = Counter()
-    for seed in range(SEEDED_CASES):
-        case = random_scheduled_case(seed)
-        try:
-            result, steps = assert_equal_with_clients(case, (0.125, 1.0, 7.5)[seed % 3])
-        except AssertionError as error:
-            error.add_note(f"seed {seed}")
-            raise
-        counts.update(scheduling_events_of(case, result, steps))
-    rare = {name: counts[name] / SEEDED_CASES for name in FREQUENT if counts[name] < 0.05 * SEEDED_CASES}
-    assert not rare
+"""What a log of a run by policy does not follow."""
 
 
 def test_the_loop_with_policies_serves_a_plain_replica_as_the_plain_loop_does():
@@ -131,31 +83,8 @@ def _with_columns(case: Case, seed: int, chosen: dict) -> Case:
     return Case(cost, scheduled, replace(requests, **columns))
 
 
-@settings(max_examples=100, deadline=None)
-@given(case=scheduled_cases(), cuts=st.lists(st.floats(0, 1), max_size=6))
-def test_cutting_and_resuming_changes_nothing(case, cuts):  # I9
-    whole = simulate(*case)
-    engine = Engine(*case)
-    for share in sorted(cuts):
-        engine.advance(share * whole.end_s)
-        assert engine.clock_s <= whole.end_s
-    engine.advance()
-    assert engine.done
-    parts = engine.result()
-    for name in (field.name for field in fields(whole)):
-        one, other = getattr(whole, name), getattr(parts, name)
-        if name in {"totals", "timeline"}:
-            for key in one:
-                if key != "segments":
-                    assert np.allclose(one[key], other[key], rtol=1e-9, atol=1e-12), key
-        elif name in {*SHARES, "wasted_s"}:
-            assert np.allclose(one, other, rtol=1e-9, atol=1e-12), name
-        else:
-            assert np.array_equal(one, other, equal_nan=np.asarray(one).dtype.kind == "f"), name
-
-
-@settings(max_examples=100, deadline=None)
-@given(scheduled_cases())
+@settings(max_examples=60, deadline=None)
+@given(mixtures(("policy",), ALONE))
 def test_a_run_by_policy_can_be_followed_step_by_step(case):
     cost, engine_settings, requests = case
     patient = replace(requests, ttft_timeout_s=None, timeout_s=None, cancel_s=None)

@@ -11,7 +11,6 @@ from simulator.engine import speculation
 from simulator.engine.compiled import _new_spec, simulate
 from simulator.engine.records import EngineSettings, Speculation, itl_quantiles_s
 from simulator.engine.reference import simulate_reference
-from simulator.engine.scheduling import Scheduling
 from simulator.errors import InputError
 from simulator.roofline.acceptance import survival_of_rate, tokens_per_pass
 from simulator.roofline.speculation import SpeculationCost
@@ -260,13 +259,3 @@ def test_the_ring_of_blocks_equals_a_plain_model(data):
             step += taken
         sums = sum(rate for _, rate, *_ in plain.running.values())
         assert batch.ints[speculation.RATES] == sums
-
-
-@BOTH
-def test_policies_beside_speculation_are_refused_by_name(name):
-    with pytest.raises(InputError, match=r"engine\.speculation: only with policy"):
-        engine(name)(
-            flat_cost(),
-            limits(chain(2, 0.5), scheduling=Scheduling(policy="priority")),
-            replace(requests_of([0.0], [1], [2]), priority=np.zeros(1, dtype=np.int64)),
-        )

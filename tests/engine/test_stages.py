@@ -1,9 +1,6 @@
-"""Pipeline stages with micro-batches in flight: the compiled engine against the reference, and against limits."""
+"""Pipeline stages with micro-batches in flight, against limits and closed forms. How engines agree on them is in test_mixtures.py."""
 
-from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,201 +9,20 @@ from hypothesis import strategies as st
 
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.grouped import StageEngine
-from simulator.engine.records import EngineSettings, Requests
-from simulator.engine.reference_ranks import Pipeline
-from simulator.engine.scheduling import Scheduling
+from simulator.engine.records import EngineSettings
+from simulator.engine.refusals import LASTING
 from simulator.errors import InputError
 from simulator.roofline.pipeline import flow_s
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
+from tests.engine.comparing import TIMES, assert_counts_equal
 from tests.engine.engines import engine
-from tests.engine.strategies import (
-    SLOPE_GRID_S,
-    Pick,
-    dyadic_case,
-    dyadic_cost,
-    one_of,
-    real_case,
-    requests_of,
-    step_cost,
-)
-from tests.engine.test_equivalence import TIMES, assert_counts_equal, assert_shares_close, assert_timelines_close
-
-SEEDED_CASES = 300
+from tests.engine.mixtures import seeded_mixtures
+from tests.engine.strategies import Case, real_case, requests_of, step_cost
 
 
-class StageCase(NamedTuple):
-    cost: PipelineCost
-    settings: EngineSettings
-    requests: Requests
-
-
-def other_stage(pick: Pick, first: StepCost, grid_s: float) -> StepCost:
-    """A stage of other times, with the first one's window or none."""
-    cost = dyadic_cost(pick, first.max_tokens, first.max_rows, grid_s)
-    if first.window and cost.window:
-        return replace(cost, window=first.window, window_chunked=first.window_chunked)
-    planes = cost.prefill_planes * [1, 1, 1, 0, 0]
-    return replace(cost, window=0, window_chunked=False, window_slope_s=0.0, prefill_planes=planes)
-
-
-def pipeline_case(pick: Pick) -> StageCase:
-    """A dyadic case on one to four stages, equal or unequal."""
-    cost, engine_settings, requests = dyadic_case(pick)
-    grid_s = float(np.gcd.reduce(np.rint(cost.dense_s / SLOPE_GRID_S).astype(int))) * SLOPE_GRID_S
-    n, equal = one_of(pick, (1, 2, 2, 3, 4)), pick(0, 2) == 0
-    costs = [cost, *(cost if equal else other_stage(pick, cost, grid_s) for _ in range(n - 1))]
-    no_head = np.zeros(len(cost.head_s))
-    costs = [*(replace(each, head_s=no_head) for each in costs[:-1]), costs[-1]]
-    base, per_token = pick(0, 3), pick(0, 1)
-    send_s = np.array([[grid_s * (base + per_token * t) for t in range(cost.max_tokens + 1)]] * (n - 1))
-    if pick(0, 3) == 0:
-        skew = ExpertSkew(1 + pick(1, 4) / 4, sigma=0.75, seed=pick(0, 99))
-        engine_settings = replace(engine_settings, expert_skew=skew)
-    if n > 1 and pick(0, 1):  # prompts of many chunks, in little memory
-        prompt = requests.prompt_tokens * 2 + pick(0, 20)
-        requests = replace(requests, prompt_tokens=prompt)
-        seats = engine_settings.max_num_seqs
-        longest = int((prompt + requests.max_tokens).max())
-        engine_settings = replace(
-            engine_settings,
-            max_num_batched_tokens=min(engine_settings.max_num_batched_tokens, seats + pick(0, 8)),
-            num_kv_blocks=-(-longest // engine_settings.block_size) + pick(0, 3),
-            max_model_len=0,
-            scheduler_reserve_full_isl=False,
-        )
-    costs = [replace(each, expert_s=each.dense_s * one_of(pick, (0.25, 0.5, 1.0))) for each in costs]
-    return StageCase(PipelineCost(tuple(costs), send_s.reshape(n - 1, cost.max_tokens + 1)), engine_settings, requests)
-
-
-def seeded(seed: int) -> StageCase:
-    rng = np.random.default_rng([seed, 13])
-    return pipeline_case(lambda low, high: int(rng.integers(low, high, endpoint=True)))
-
-
-@st.composite
-def pipeline_cases(draw: st.DrawFn) -> StageCase:
-    return pipeline_case(lambda low, high: draw(st.integers(low, high)))
-
-
-def observe_stages(case: StageCase, interval_s=None):
-    """Run the reference; return its result and the record of every micro-batch."""
-    steps = []
-    replica = Pipeline(case.cost.total, case.settings, case.requests, steps.append, pipeline=case.cost)
-    replica.advance()
-    return replica.result(interval_s), steps
-
-
-def run(case: StageCase, interval_s=None):
-    whole = StageEngine(*case, timeline_interval_s=interval_s)
-    whole.advance()
-    return whole.result()
-
-
-def assert_same(case: StageCase, interval_s):
-    ours = run(case, interval_s)
-    theirs, steps = observe_stages(case, ours.timeline_interval_s)
-    assert_counts_equal(ours, theirs)
-    for name in TIMES:
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
-    assert ours.end_s == theirs.end_s
-    assert ours.itl_max_s == theirs.itl_max_s
-    assert_shares_close(ours, theirs, theirs.end_s)
-    assert ours.totals["imbalance_s"] == pytest.approx(theirs.totals["imbalance_s"], rel=1e-9, abs=1e-9)
-    if interval_s is not None:
-        assert_timelines_close(ours, theirs, interval_s)
-    return theirs, steps
-
-
-@settings(max_examples=100, deadline=None)
-@given(pipeline_cases())
-def test_engines_agree_exactly_on_drawn_cases(case):
-    assert_same(case, None)
-
-
-def test_engines_agree_exactly_on_seeded_cases():
-    for seed in range(SEEDED_CASES):
-        try:
-            assert_same(seeded(seed), (None, 1.0, 7.5)[seed % 3])
-        except AssertionError as error:
-            error.add_note(f"seed {seed}")
-            raise
-
-
-FREQUENT = (
-    "preemption",
-    "full token budget",
-    "max_num_seqs full",
-    "admission blocked by memory",
-    "mixed step",
-    "rejection",
-    "closed loop",
-    "uneven experts",
-    "windows",
-    "a prompt follows itself",
-    "a prompt in flight waits for blocks",
-    "a prompt in flight outlives an older request",
-    "all stages taken",
-    "two micro-batches at one instant",
-    "a try that only preempts",
-)
-
-
-def stage_events(case: StageCase) -> set[str]:
-    """Special situations of a run."""
-    result, steps = observe_stages(case)
-    engine_settings, n = case.settings, len(case.cost.stages)
-    found = set()
-    if result.totals["preemptions"]:
-        found.add("preemption")
-    if result.totals["preemptions"] > sum(len(step.preempted) for step in steps):
-        found.add("a try that only preempts")
-    if any(step.n == engine_settings.max_num_batched_tokens for step in steps):
-        found.add("full token budget")
-    if any(len(step.running) == engine_settings.max_num_seqs and step.waiting for step in steps):
-        found.add("max_num_seqs full")
-    if any(step.B and step.P for step in steps):
-        found.add("mixed step")
-    if (result.status == 1).any():
-        found.add("rejection")
-    if case.requests.concurrency:
-        found.add("closed loop")
-    if engine_settings.expert_skew.on:
-        found.add("uneven experts")
-    if case.cost.total.window:
-        found.add("windows")
-    for before, step in pairwise(steps):
-        partial = [row for row, tokens in before.scheduled.items() if before.computed[row] == 0 and tokens > 1]
-        if step.start_s < before.end_s and any(step.computed.get(row) for row in partial if row in step.scheduled):
-            found.add("a prompt follows itself")
-        if before.start_s == step.start_s:
-            found.add("two micro-batches at one instant")
-    for k, step in enumerate(steps):
-        flying = [other for other in steps[:k] if other.end_s > step.start_s]
-        if len(flying) + 1 == n > 1:
-            found.add("all stages taken")
-        room = step.n < engine_settings.max_num_batched_tokens and len(step.running) < engine_settings.max_num_seqs
-        if step.waiting and room and not step.preempted:
-            found.add("admission blocked by memory")
-        last = step.running[-1] if step.running else -1
-        begun = step.computed.get(last, 0)
-        in_chunks = {
-            row for other in flying for row in other.scheduled if other.computed[row] + other.scheduled[row] < begun + 1
-        }
-        if last in in_chunks and begun < case.requests.prompt_tokens[last]:
-            if last not in step.scheduled and step.n < engine_settings.max_num_batched_tokens:
-                found.add("a prompt in flight waits for blocks")
-            if step.preempted:
-                found.add("a prompt in flight outlives an older request")
-    return found
-
-
-def test_special_situations_are_frequent_in_the_seeded_cases():
-    counts = Counter()
-    for seed in range(0, SEEDED_CASES, 2):
-        counts.update(stage_events(seeded(seed)))
-    rare = {name: counts[name] for name in FREQUENT if counts[name] < 0.05 * SEEDED_CASES / 2}
-    assert not rare
+def run(case: Case):
+    return engine("compiled")(*case)
 
 
 def equal_stages(cost: StepCost, shares, send_s: float = 0.0) -> PipelineCost:
@@ -220,23 +36,22 @@ def equal_stages(cost: StepCost, shares, send_s: float = 0.0) -> PipelineCost:
     return PipelineCost(tuple(stages), send)
 
 
-def test_one_stage_is_a_plain_replica():
-    for seed in range(60):
-        cost, engine_settings, requests = seeded(seed)
-        engine_settings = replace(engine_settings, expert_skew=ExpertSkew())
-        one = run(StageCase(PipelineCost(cost.stages[-1:], cost.send_s[:0]), engine_settings, requests))
-        plain = engine("compiled")(cost.stages[-1], engine_settings, requests)
-        assert_counts_equal(one, replace(plain, totals=plain.totals | {"padding_s": 0.0, "imbalance_s": 0.0}))
-        for name in TIMES:
-            np.testing.assert_array_equal(getattr(one, name), getattr(plain, name), err_msg=name)
-        assert_shares_close(one, plain, plain.end_s)
+@pytest.mark.parametrize("seed", range(8))
+def test_one_stage_is_a_plain_replica(seed):
+    cost, engine_settings, requests = real_case(seed)
+    one = StageEngine(PipelineCost((cost,), np.zeros((0, len(cost.dense_s)))), engine_settings, requests)
+    one.advance()
+    plain, found = engine("compiled")(cost, engine_settings, requests), one.result()
+    assert_counts_equal(found, replace(plain, totals=plain.totals | {"padding_s": 0.0, "imbalance_s": 0.0}))
+    for name in TIMES:
+        np.testing.assert_allclose(getattr(found, name), getattr(plain, name), rtol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_time_is_conserved_and_every_part_of_it_accounted_for(seed):
     cost, engine_settings, requests = real_case(seed)
     pipeline = equal_stages(cost, (0.5, 0.3, 0.4), send_s=1e-4)
-    found = run(StageCase(pipeline, engine_settings, requests))
+    found = run(Case(pipeline, engine_settings, requests))
     total = pipeline.total
     assert found.busy_s.sum() + found.idle_s == pytest.approx(found.end_s, rel=1e-12)
     tables_s = found.steps_by_tokens @ total.dense_s[: len(found.steps_by_tokens)]
@@ -258,7 +73,7 @@ def test_a_steady_decode_takes_the_time_of_the_closed_form(sequences, times_s):
     engine_settings = EngineSettings(max_num_seqs=4, max_num_batched_tokens=tokens, num_kv_blocks=999)
     # A prompt fills a micro-batch, so each request has one of its own as long as there are stages.
     requests = requests_of([0.0] * sequences, [tokens] * sequences, [60] * sequences)
-    found = run(StageCase(pipeline, engine_settings, requests))
+    found = run(Case(pipeline, engine_settings, requests))
     micro_batches = min(sequences, 3)
     round_s = max(sum(times_s) + 2 * send_s, micro_batches * max(times_s))
     rounds = np.nonzero(found.itl_counts)[0]
@@ -274,7 +89,7 @@ def test_a_prompt_flows_through_the_stages_as_the_closed_form_says(chunks):
     cost = step_cost([0, *[1.0 + n / 16 for n in range(1, 17)]], [0, 0.5], planes=((1 / 256, 1 / 64, 1 / 8),))
     pipeline = equal_stages(cost, (1.0, 0.5, 2.0), send_s=0.25)
     engine_settings = EngineSettings(max_num_seqs=1, max_num_batched_tokens=16, num_kv_blocks=999)
-    found = run(StageCase(pipeline, engine_settings, requests_of([0.0], [16 * chunks], [1])))
+    found = run(Case(pipeline, engine_settings, requests_of([0.0], [16 * chunks], [1])))
     works = [
         {"n": 16, "P": 1, "A": 16 * 16 * k + 16 * 17 / 2, "K": 16 * (k + 1), "R": int(k == chunks - 1)}
         for k in range(chunks)
@@ -288,24 +103,12 @@ def test_two_equal_stages_nearly_double_a_full_pipeline():
     settings_of = replace(engine_settings, num_kv_blocks=4 * engine_settings.num_kv_blocks)
     at_once = replace(requests, arrival_s=0 * requests.arrival_s)
     whole = engine("compiled")(cost, settings_of, at_once)
-    halves = run(StageCase(equal_stages(cost, (0.5, 0.5)), settings_of, at_once))
+    halves = run(Case(equal_stages(cost, (0.5, 0.5)), settings_of, at_once))
     assert whole.end_s / 2 < halves.end_s < whole.end_s
 
 
-def test_cutting_a_run_changes_nothing():
-    for seed in range(0, 60, 3):
-        case = seeded(seed)
-        whole = run(case)
-        pieces = StageEngine(*case)
-        for cut_s in np.linspace(0, whole.end_s, 5):
-            pieces.advance(cut_s)
-        pieces.advance()
-        assert_counts_equal(pieces.result(), whole)
-        np.testing.assert_array_equal(pieces.result().finish_s, whole.finish_s)
-
-
 @settings(max_examples=50, deadline=None)
-@given(pipeline_cases(), st.data())
+@given(seeded_mixtures(("stages",), LASTING), st.data())
 def test_the_total_is_the_sum_of_the_stages(case, data):
     names = {"B": 30, "S": 400, "P": 9, "A": 500, "K": 300, "SW": 200, "AW": 300, "KW": 200}
     total = case.cost.total
@@ -317,10 +120,6 @@ def test_the_total_is_the_sum_of_the_stages(case, data):
 def test_what_pipelines_cannot_do_is_refused():
     cost, engine_settings, requests = real_case(0)
     pipeline = equal_stages(cost, (0.5, 0.5))
-    with pytest.raises(InputError, match=r"engine.prefix_cache = 'blocks'"):
-        StageEngine(pipeline, replace(engine_settings, prefix_cache="blocks"), requests)
-    with pytest.raises(InputError, match=r"only with engine\.policy"):
-        StageEngine(pipeline, replace(engine_settings, scheduling=Scheduling(policy="sjf")), requests)
     with pytest.raises(InputError, match=r"engine.expert_skew.mean = 2"):
         StageEngine(pipeline, replace(engine_settings, expert_skew=ExpertSkew(2.0)), requests)
     with pytest.raises(InputError, match="sums 2 pipeline stages"):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from simulator.engine.records import FINISHED, ITL_BINS, REJECTED, EngineSettings, itl_bin
-from simulator.engine.reference import StepRecord, simulate_reference
+from simulator.engine.reference import simulate_reference
+from simulator.engine.reference_state import StepRecord
 from simulator.errors import InputError
 from tests.engine.engines import NAMES, engine
 from tests.engine.strategies import requests_of, step_cost
@@ -107,6 +108,7 @@ def test_three_requests_step_by_step():
     steps: list[StepRecord] = []
     simulate_reference(**THREE, on_step=steps.append)
     assert steps[2] == StepRecord(
+        rank=0,
         start_s=12.5,
         end_s=19.0,
         n=2,
@@ -120,6 +122,7 @@ def test_three_requests_step_by_step():
         AW=0,
         KW=0,
         host_s=0.0,
+        level=0,
         scheduled={0: 1, 1: 1},
         computed={0: 6, 1: 2},
         blocks={0: 4, 1: 2},
@@ -127,6 +130,7 @@ def test_three_requests_step_by_step():
         admitted=(),
         preempted=(),
         waiting=(2,),
+        loading=(),
         arrived=3,
         finished=0,
         rejected=0,

@@ -69,8 +69,8 @@ def test_kv_heads_that_neither_divide_nor_are_divided_are_refused(architecture):
     [
         ("h100-sxm:1", "fp8", "fp8", False),
         ("tpu-v5e:1x1", "fp8", "bf16", True),
-        ("tpu-v5e:1x1", "int8", "int8", False),
-        ("tpu-v5e:1x1", "w8a16", "bf16", False),
+        ("tpu-v6e:1x1", "int8", "int8", False),
+        ("tpu-v6e:1x1", "w8a16", "bf16", False),
         ("a100-80-sxm:1", "fp8", "bf16", True),
         ("v100-32-sxm:1", "bf16", "fp16", True),
         ("h100-sxm:1", "w4a16", "bf16", False),
@@ -88,9 +88,10 @@ def test_products_fall_to_the_next_format_the_chip_has(chip, precision, computes
 
 
 def test_defaults_are_the_chips_own():
-    d = deployment("tpu-v5e:2x2")
+    d = deployment("tpu-v6e:2x2")
     assert d.eff == d.slice.chip.efficiency
     assert d.chips == 4
     assert d.splits_tokens
     assert not deployment("h100-sxm:2").splits_tokens
     assert d.notes == ()
+    assert deployment("tpu-v5e:2x2").notes == ("kernels of tpu-v5e are priced as measured on tpu-v6e",)

@@ -62,6 +62,50 @@ def test_a_store_gives_back_what_hbm_has_no_room_for():
     assert found.ledger.busy_chip_s < without.ledger.busy_chip_s
 
 
+def test_what_is_written_through_needs_no_eviction():
+    roomy = (*SESSIONS, "engine.num_gpu_blocks_override=100000")
+    behind, through = (STORE, STORE.replace("latency_s=0.02", "latency_s=0.02, write_through=true"))
+    assert summary(*roomy, behind).kv_memory.loads == 0
+    found = run_scenario(load_scenario("llama-3-8b-azure-chat", (*roomy, through)))
+    assert found.summary.kv_memory.loads == 0  # HBM has it all, so nobody asks; but the store has it too
+    host, store = found.summary.kv_memory.tiers
+    assert host.stored_bytes == 0
+    assert store.stored_bytes > 0
+
+
+def test_a_warm_store_spares_the_first_prompts_their_prefix():
+    always = (*SESSIONS, STORE, "engine.load_policy=always")
+    cold, warm = summary(*always), summary(*always, "engine.stored_prefix_tokens=1000")
+    assert warm.kv_memory.tiers[-1].hit_tokens >= cold.kv_memory.tiers[-1].hit_tokens + 900
+    assert warm.ledger.busy_chip_s < cold.ledger.busy_chip_s
+
+
+def test_blocks_of_ranks_and_stages_lie_on_all_their_chips():
+    sliced = (*SWAP, "model=llama-3-70b", "slice=h100-sxm:2x8")
+    whole = resolve(load_scenario("llama-3-8b-azure-chat", (*SWAP, "model=llama-3-70b", "slice=h100-sxm:8")))
+    stages = resolve(load_scenario("llama-3-8b-azure-chat", (*sliced, "sharding.pp=2")))
+    # 80 layers × 2 × 8 heads × 128 values of 2 bytes × 16 tokens, over the links of 8 chips, or of 16.
+    assert whole.settings.swap.block_s == pytest.approx(80 * 2 * 8 * 128 * 2 * 16 / (8 * 64e9))
+    assert stages.settings.swap.block_s == pytest.approx(whole.settings.swap.block_s / 2)
+    moe = ("model=qwen3-235b-a22b", "precision=fp8", "slice=h100-sxm:8", "sharding.tp=4", "sharding.ep=8")
+    ranks = resolve(load_scenario("llama-3-8b-azure-chat", (*SWAP, *moe, "sharding.dp=2")))
+    assert ranks.place.n_chips == 4
+
+
+def test_everything_at_once_is_conserved():
+    mixed = (
+        "engine.policy=priority",
+        "clients.priorities=[0.2, 0.8]",
+        "engine.preempt_lower=true",
+        "engine.host.step_s=0.001",
+        'engine.speculation={method="ngram", num_speculative_tokens=3, acceptance_rate=0.6}',
+    )
+    found = summary(*SESSIONS, STORE, *SWAP, *mixed)
+    assert found.ledger.relative_error == pytest.approx(0, abs=1e-9)
+    assert sum(found.breakdown.fractions.values()) == pytest.approx(1)
+    assert found.requests.finished == 300
+
+
 def test_explain_names_the_load():
     scenario = load_scenario("llama-3-8b-azure-chat", (*SESSIONS, STORE))
     resolved = resolve(scenario)
@@ -80,6 +124,7 @@ def test_explain_names_the_load():
         (("engine.preemption=swap",), "host_blocks"),
         (("engine.host_blocks=5",), "host_blocks"),
         ((STORE,), "prefix_cache"),
+        (("engine.prefix_cache=blocks", "engine.stored_prefix_tokens=100"), "cache_tiers"),
         (("engine.prefix_cache=blocks", 'engine.cache_tiers=[{name="x"}]'), "'x'.*one of blocks and capacity_bytes"),
         (("engine.prefix_cache=blocks", "engine.cache_tiers=[{capacity_bytes=10.0}]"), "less than a block"),
     ],
