@@ -164,9 +164,14 @@ def _front_blocks(plan: Plan) -> tuple[Block, ...]:
 
 def _verified_blocks(plan: Plan, found: Verification) -> tuple[Block, ...]:
     grown = f" {found.added_replicas:,} replicas were added until they did." if found.added_replicas else ""
+    pools = plan.best.pools if plan.best is not None else []
+    simulated = " and ".join(
+        f"{n:,} {'' if pool.role == 'unified' else pool.role + ' '}replica{'s' * (n != 1)}"
+        for n, pool in zip(found.replicas, pools, strict=True)
+    )
     sentence = (
-        f"A replica simulated again with another seed ({found.seed}) and {found.requests:,} requests at {number(found.rate_per_s)} "
-        f"requests/s, its share of the peak: the targets {'held' if found.kept else 'were MISSED'}.{grown} "
+        f"Simulated again: {simulated}, with another seed ({found.seed}) and {found.requests:,} requests at {number(found.rate_per_s)} "
+        f"requests/s, that many replicas' share of the peak: the targets {'held' if found.kept else 'were MISSED'}.{grown} "
         f"{percent(found.kept_fraction)} of the requests kept every limit."
     )
     blocks: list[Block] = [Prose((sentence,))]
