@@ -82,3 +82,51 @@ def test_an_unwritable_cache_directory_is_no_obstacle(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(blocked)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.split() == ["None", "False"]
+
+
+def decorated(tree: ast.Module) -> dict[str, str]:
+    """Compiled functions of a module, and how they are compiled."""
+    kinds = {"entry", "compiled", "inlined"}
+    return {
+        node.name: mark.id
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        for mark in node.decorator_list
+        if isinstance(mark, ast.Name) and mark.id in kinds
+    }
+
+
+def test_python_calls_only_functions_that_are_compiled_for_it():
+    """The others have no wrapper: a call from Python would end the process."""
+    trees = {path: ast.parse(path.read_text()) for path in (ROOT / "simulator").rglob("*.py")}
+    inner = {
+        f"{path.stem}.{name}"
+        for path, tree in trees.items()
+        if path.parent == ENGINE
+        for name, mark in decorated(tree).items()
+        if mark != "entry"
+    }
+    assert len(inner) > 100
+    wrong = []
+    for path, tree in trees.items():
+        marks = decorated(tree)
+        known = {name: f"{path.stem}.{name}" for name in marks}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("simulator.engine."):
+                known |= {
+                    alias.asname or alias.name: f"{node.module.split('.')[-1]}.{alias.name}" for alias in node.names
+                }
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef) or (function.name in marks and function in tree.body):
+                continue
+            for call in ast.walk(function):
+                target = call.func if isinstance(call, ast.Call) else None
+                if isinstance(target, ast.Name):
+                    name = known.get(target.id, "")
+                elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+                    name = f"{target.value.id}.{target.attr}"
+                else:
+                    continue
+                if name in inner:
+                    wrong.append(f"{path.name}: {function.name} calls {name}")
+    assert not wrong
