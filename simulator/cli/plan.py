@@ -57,10 +57,23 @@ _METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
 @click.option("--workers", type=click.IntRange(min=1), help="Chips searched at a time; default: all cores.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan to this JSON file.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw a feasible plan: its waterfall, and cost against latency.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
 @json_option
 def plan(
-    scenario: str, qps: float, overrides: tuple[str, ...], out: Path | None, quiet: bool, as_json: bool, **options: Any
+    scenario: str,
+    qps: float,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    plot: Path | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     r"""The cheapest fleet that serves --qps within latency targets, for the model and traffic of SCENARIO.
 
@@ -77,6 +90,10 @@ def plan(
 
     if out is not None and not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: folder {str(out.parent)!r} does not exist")
+    if plot is not None:
+        from simulator.report.figures import check_figure_path
+
+        check_figure_path(plot)
     loaded = load_scenario(scenario, (*overrides, *price_overrides(options["price_file"], options["term"])))
     found = make_plan(
         loaded.model,
@@ -92,6 +109,12 @@ def plan(
     if out is not None:
         write_plan(found, out)
         note(f"plan written to {out}")
+    if plot is not None and found.feasible:
+        from simulator.report.figures import save_figure
+        from simulator.report.plan_plot import draw_plan
+
+        save_figure(lambda: draw_plan(found), plot)
+        note(f"plot written to {plot}")
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:

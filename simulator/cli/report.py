@@ -1,5 +1,7 @@
-"""``chipseconds report``: a page of one result, or of several beside each other."""
+"""``chipseconds report``: a page of results: of a run, a plan, a lifetime study, or of several beside each other."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +10,7 @@ import click
 from simulator.cli.output import note
 
 if TYPE_CHECKING:
+    from simulator.report.html import Page
     from simulator.results import Result
     from simulator.roofline.analysis import StepReport
 
@@ -18,32 +21,69 @@ if TYPE_CHECKING:
     "--out", type=click.Path(path_type=Path), required=True, metavar="FILE.html", help="Where the page is written."
 )
 def report(results: tuple[Path, ...], out: Path) -> None:
-    """Write one self-contained HTML page about RESULTS: a folder that `simulate --out` wrote, or a file of `lifetime --out`.
+    r"""Write one self-contained HTML page about RESULTS: what `simulate`, `plan` or `lifetime` wrote with `--out`.
 
-    The page needs no network, follows light and dark, prints, and can be read without scripts. Several folders are compared
-    with the first.
+    \b
+    chipseconds report runs/h100 --out h100.html
+    chipseconds report runs/h100 runs/h200 --out both.html
+    chipseconds report runs/h100 plan.json study.json --out all.html
+
+    The page needs no network, follows light and dark, prints, and can be read without scripts. Several runs are compared
+    with the first; of different kinds of results each has a part of the page.
     """
-    from simulator.report.html import comparison_page, lifetime_page, run_page, write_page
+    from simulator.report.html import write_page
     from simulator.report.html.page import check_page_path
-    from simulator.results import read_result
-    from simulator.results.lifetime import read_lifetime
 
     check_page_path(out)
-    if len(results) == 1 and results[0].is_file():
-        write_page(lifetime_page(read_lifetime(results[0])), out)
-        note(f"page written to {out}")
-        return
-    found = [read_result(path) for path in results]
-    if len(found) == 1:
-        page = run_page(found[0], step=_mean_step(results[0], found[0]))
-    else:
-        page = comparison_page(list(zip(_names(results), found, strict=True)))
-    write_page(page, out)
+    write_page(page_of(results), out)
     note(f"page written to {out}")
 
 
+def page_of(results: tuple[Path, ...]) -> "Page":
+    """The page of some results: runs first, then plans, then studies of a lifetime.
+
+    Raises
+    ------
+    InputError
+        If one is no result, is damaged, or is named twice.
+    """
+    from simulator.report.html import comparison_page, joined_pages, lifetime_page, plan_page, run_page
+    from simulator.results import read_result
+    from simulator.results.lifetime import is_lifetime, read_lifetime
+    from simulator.results.plan import is_plan, read_plan
+
+    names = dict(zip(results, _names(results), strict=True))
+    plans = [path for path in results if is_plan(path)]
+    studies = [path for path in results if is_lifetime(path)]
+    folders = [path for path in results if path not in plans and path not in studies]
+    for path in folders:
+        if path.is_file():
+            raise _no_result(path)
+    runs = [read_result(path) for path in folders]
+    pages = []
+    if len(runs) == 1:
+        pages.append(run_page(runs[0], step=_mean_step(folders[0], runs[0])))
+    elif runs:
+        pages.append(comparison_page([(names[path], run) for path, run in zip(folders, runs, strict=True)]))
+    files = {path: plan_page(read_plan(path)) for path in plans}
+    files |= {path: lifetime_page(read_lifetime(path)) for path in studies}
+    titles = Counter(page.title for page in files.values())
+    for path, page in files.items():
+        pages.append(page if titles[page.title] == 1 else replace(page, title=f"{page.title} ({names[path]})"))
+    return pages[0] if len(pages) == 1 else joined_pages(pages)
+
+
+def _no_result(path: Path) -> Exception:
+    from simulator.errors import InputError
+
+    return InputError(
+        f"{path}: a file, but neither a plan nor a lifetime study; name a folder of simulate --out, or a file of plan --out or "
+        "lifetime --out"
+    )
+
+
 def _names(paths: tuple[Path, ...]) -> list[str]:
-    """Names of folders, with as much of the path as tells them apart."""
+    """Names of results, with as much of the path as tells them apart."""
     from simulator.errors import InputError
 
     full = [path.absolute() for path in paths]

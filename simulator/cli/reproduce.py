@@ -47,6 +47,8 @@ def reproduce(
     accuracy is a page of its own: the recorded errors of the shipped engine profiles. --out docs writes accuracy.md there and the
     table of a README.md beside it.
 
+    gallery is a folder: --out reports/gallery makes the pages and pictures of the shipped scenarios there.
+
     Known: napkin, scaling-book, inference-math, gpus, parameters, kv-cache, gqa, pope, fastertransformer,
     scaling-laws, lifetime, training, economics, speculation, mlperf, trtllm, jetstream. Rows "as written" repeat the source's
     arithmetic, faults included; every other row calls the code it vouches for.
@@ -60,9 +62,16 @@ def reproduce(
         return
     if record is not None:
         raise InputError("--record is of reproduce accuracy")
+    if "gallery" in names:
+        from simulator.cli.gallery import make_gallery
+
+        if len(names) > 1 or plot is not None or check or as_json or out is None:
+            raise InputError("reproduce gallery: ask for it alone, with --out FOLDER and no other option")
+        make_gallery(out, note)
+        return
     for name in names:
         if name not in TABLES:
-            raise InputError(f"unknown reproduction {name!r}{nearest(name, TABLES)}")
+            raise InputError(f"unknown reproduction {name!r}{nearest(name, [*TABLES, 'accuracy', 'gallery'])}")
     if plot is not None:
         if names and "napkin" not in names:
             raise InputError("--plot draws the waterfall of napkin: name napkin too")

@@ -17,7 +17,7 @@ def interval_lines(found: Intervals) -> list[str]:
         figure = found.figures.get(path)
         if figure is not None:
             shares = [f"{figure.shares[s]:.0%}" if s in figure.shares else _DASH for s in found.sources]
-            rows.append([f"  {label}", form(figure.value), _span(figure, form), *shares])
+            rows.append([f"  {label}", form(figure.value), interval_text(figure, form), *shares])
     lines = aligned(rows, indent=0)
     sources = ", ".join(found.sources)
     notes = [f"shares of the variance from {sources}; sampling intervals above are apart from these", *found.notes]
@@ -31,12 +31,19 @@ def interval_lines(found: Intervals) -> list[str]:
     return lines
 
 
-def _span(figure: ParameterInterval, form: Callable[[float | None], str]) -> str:
+def interval_text(figure: ParameterInterval, form: Callable[[float | None], str]) -> str:
     """The interval; ∞ where the draws beyond that end have no bound."""
     if figure.low is None and figure.median is None and not figure.reason.endswith("steady state"):
         return _DASH
     low, high = (("∞" if end is None else form(end)) for end in (figure.low, figure.high))
     return f"[{low} … {high}]"
+
+
+def apart(a: ParameterInterval, b: ParameterInterval) -> bool:
+    """Whether two intervals have nothing in common; an end that is missing has no bound."""
+    return (a.high is not None and b.low is not None and a.high < b.low) or (
+        b.high is not None and a.low is not None and b.high < a.low
+    )
 
 
 def compared_lines(comparison: Comparison) -> list[str]:
@@ -46,8 +53,6 @@ def compared_lines(comparison: Comparison) -> list[str]:
     for label, path, form in HEADLINES:
         if path in both:
             a, b = both[path]
-            apart = (a.high is not None and b.low is not None and a.high < b.low) or (
-                b.high is not None and a.low is not None and b.high < a.low
-            )
-            rows.append([f"  {label}", _span(a, form), _span(b, form), "apart" if apart else "overlap"])
+            verdict = "apart" if apart(a, b) else "overlap"
+            rows.append([f"  {label}", interval_text(a, form), interval_text(b, form), verdict])
     return aligned(rows, indent=0)

@@ -77,7 +77,7 @@ def draw_costs(axes: "Axes", optima: Sequence[Optimum]) -> None:
     axes.set_ylim(0, min(top, 1.06 * _largest(drawn)) / scale)
     axes.set_xlabel("parameters [billion]", color=MUTED)
     axes.set_ylabel(f"cost over the life [{unit}]", color=MUTED)
-    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    axes.legend(frameon=False, fontsize=9)
 
 
 def draw_regret(axes: "Axes", optimum: Optimum) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.report.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PINK, SKY, YELLOW, compact, tidy
+from simulator.report.tables import number
 from simulator.report.timeline import fleet_series
 from simulator.results import Result
 
@@ -57,8 +58,9 @@ def draw_cdfs(results: Sequence[tuple[str, Result]], name: str) -> "Figure":
     """Figure of one latency column of named results: a line each, and the limit of the first."""
     figure, axes = compact()
     slo = results[0][1].summary.slo
+    limit_s = None if slo is None or name == "queue_s" else getattr(slo, name)  # no objective is about the queue
     columns = [(label, measured_values(result, name)) for label, result in results]
-    _cdfs(axes, columns, name, None if slo is None else getattr(slo, name))
+    _cdfs(axes, columns, name, limit_s)
     return figure
 
 
@@ -80,13 +82,14 @@ def _no_steady_state(axes: "Axes", name: str) -> None:
     tidy(axes)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel(_metric(name), color=MUTED)
+    axes.set_xlabel(metric_label(name), color=MUTED)
     text = "overloaded: no steady state\nlatencies grow for as long as the run lasts"
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
 
 
-def _metric(name: str) -> str:
-    return name.removesuffix("_s").upper()
+def metric_label(name: str) -> str:
+    """A latency column's name for people."""
+    return "time in the queue" if name == "queue_s" else name.removesuffix("_s").upper()
 
 
 def _cdfs(axes: "Axes", columns: Sequence[tuple[str, np.ndarray]], name: str, limit_s: float | None) -> None:
@@ -99,7 +102,7 @@ def _cdfs(axes: "Axes", columns: Sequence[tuple[str, np.ndarray]], name: str, li
     long = any(float(np.quantile(ordered, 0.99)) >= 3 for ordered in some)
     scale, unit = (1.0, "s") if long else (1e3, "ms")
     tidy(axes)
-    axes.set_xlabel(f"{_metric(name)} [{unit}]", color=MUTED)
+    axes.set_xlabel(f"{metric_label(name)} [{unit}]", color=MUTED)
     axes.set_ylabel("share of requests", color=MUTED)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
@@ -110,15 +113,15 @@ def _cdfs(axes: "Axes", columns: Sequence[tuple[str, np.ndarray]], name: str, li
     for (label, ordered), colour in zip(finite, LINE_COLOURS, strict=False):
         if not len(ordered):
             continue
-        shown = ordered[np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), 2000)).astype(int))]
+        shown = ordered[np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), 800)).astype(int))]
         share = np.searchsorted(ordered, shown, side="right") / len(ordered)
         marks = [(p, scale * float(np.quantile(ordered, p, method="inverted_cdf"))) for p in (0.5, 0.99)]
-        legend = f"{label}: p50 {marks[0][1]:,.3g}, p99 {marks[1][1]:,.3g} {unit}"
+        legend = f"{label}: p50 {number(marks[0][1])}, p99 {number(marks[1][1])} {unit}"
         axes.step(scale * shown, share, where="post", color=colour, linewidth=2, label=legend)
         for p, x in marks:
             axes.plot([x], [p], "o", color=INK if len(finite) == 1 else colour, markersize=4)
             if len(finite) == 1:
-                text = f"p{p * 100:g} {x:,.3g}"
+                text = f"p{p * 100:g} {number(x)}"
                 axes.annotate(text, (x, p), xytext=(7, -12), textcoords="offset points", fontsize=9, color=INK)
     if limit_s is not None:
         limit = limit_s * scale
@@ -127,15 +130,15 @@ def _cdfs(axes: "Axes", columns: Sequence[tuple[str, np.ndarray]], name: str, li
         axes.annotate(
             f"SLO {limit:,.4g}",
             (limit, 0.04),
-            xytext=(-5, 0),
+            xytext=(-5 if limit > right / 4 else 5, 0),
             textcoords="offset points",
-            ha="right",
+            ha="right" if limit > right / 4 else "left",
             fontsize=9,
             color=ORANGE,
         )
     if len(finite) > 1:
-        axes.legend(loc="lower right", frameon=False, fontsize=9, bbox_to_anchor=(1, 0.1))
-    axes.set_xlim(0, right)
+        axes.legend(loc="lower left", frameon=False, fontsize=9, bbox_to_anchor=(0, 1), borderaxespad=0)
+    axes.set_xlim(0, right or 1.0)
 
 
 def _timeline(axes: "Axes", result: Result) -> None:

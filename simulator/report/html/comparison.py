@@ -3,13 +3,16 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
+
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.page import Card, Grid, Page, Picture, Prose, Section
-from simulator.report.run_plot import LINE_COLOURS, draw_cdfs
+from simulator.report.html.uncertainty import estimate_at
+from simulator.report.intervals import apart, interval_text
+from simulator.report.run_plot import LINE_COLOURS, draw_cdfs, measured_values, metric_label
 from simulator.report.tables import HEADLINES, number, usd
 from simulator.results import Result
 from simulator.results.compare import differences
-from simulator.results.summary import Estimate, Summary
 
 
 def comparison_page(results: Sequence[tuple[str, Result]]) -> Page:
@@ -31,20 +34,25 @@ def comparison_page(results: Sequence[tuple[str, Result]]) -> Page:
         )
         for i, (name, run) in enumerate(results)
     )
-    sections = [Section("figures", "Headline figures", (_headlines(names, runs),))]
-    pictures = tuple(
-        Picture(
-            inline_svg(partial(draw_cdfs, results, name), label=f"distributions of {name}", key=f"cdf-{name[:4]}"),
-            f"{name.removesuffix('_s').upper()}: share of the measured requests at or below each value",
-        )
-        for name in ("ttft_s", "tpot_s", "e2e_s")
-        if len(runs) <= len(LINE_COLOURS)
-        and all(run.summary.latency and len(run.requests["arrival_s"]) for run in runs)
-    )
+    sections = [Section("figures", "Headline figures", (_headlines(names, runs), *_parameters(names, runs)))]
+    pictures = _pictures(results)
     if pictures:
         sections.append(Section("latencies", "What users see", pictures))
     sections.append(Section("settings", "Settings that differ", (_settings(names, runs),)))
     return Page(title=" · ".join(names), lead=lead, cards=cards, sections=tuple(sections), footer=_footer(results))
+
+
+def _pictures(results: Sequence[tuple[str, Result]]) -> tuple[Picture, ...]:
+    """Distributions of those runs that have a steady state and kept their requests, as far as there are colours."""
+    found = []
+    for name in ("ttft_s", "tpot_s", "e2e_s", "queue_s"):
+        steady = [(label, run) for label, run in results if run.summary.latency is not None]
+        drawn = [(label, run) for label, run in steady if np.isfinite(measured_values(run, name)).any()]
+        if 0 < len(drawn) <= len(LINE_COLOURS):
+            label = metric_label(name)
+            svg = inline_svg(partial(draw_cdfs, drawn, name), label=f"distributions of {label}", key=f"cdf-{name[:4]}")
+            found.append(Picture(svg, f"{label}: share of the measured requests at or below each value"))
+    return tuple(found)
 
 
 def _headlines(names: Sequence[str], runs: Sequence[Result]) -> Grid:
@@ -52,11 +60,10 @@ def _headlines(names: Sequence[str], runs: Sequence[Result]) -> Grid:
         ("output tokens/s per chip", "throughput.output_tokens_per_s_per_chip", number),
         ("chip-s ideal", "chip_seconds_per_query.ideal", number),
         ("$ per M output tokens, allocation", "prices.allocation.per_million_output_tokens_usd", usd),
-        ("J per query", "energy.joules_per_query", number),
     )
     rows = []
     for label, path, form in (*HEADLINES, *more):
-        values = [_at(run.summary, path) for run in runs]
+        values = [estimate_at(run.summary, path).value for run in runs]
         if all(value is None for value in values):
             continue
         first = values[0]
@@ -69,14 +76,20 @@ def _headlines(names: Sequence[str], runs: Sequence[Result]) -> Grid:
     return Grid(("figure", *names), tuple(rows), caption="in brackets: against the first")
 
 
-def _at(summary: Summary, path: str) -> float | None:
-    found: object = summary
-    for name in path.split("."):
-        if found is None:
-            return None
-        found = getattr(found, name)
-    value = found.value if isinstance(found, Estimate) else found
-    return None if value is None else float(value)  # type: ignore[arg-type]
+def _parameters(names: Sequence[str], runs: Sequence[Result]) -> tuple[Grid, ...]:
+    """Intervals of the parameters side by side, if all runs have them."""
+    intervals = [run.summary.intervals for run in runs if run.summary.intervals is not None]
+    if len(intervals) < len(runs):
+        return ()
+    rows = []
+    for label, path, form in HEADLINES:
+        found = [interval.figures[path] for interval in intervals if path in interval.figures]
+        if len(found) == len(runs):
+            cells = (interval_text(f, form) + (" apart" if apart(found[0], f) else "") for f in found)
+            rows.append((label, *cells))
+    levels = ", ".join(dict.fromkeys(f"{100 * interval.level:g} %" for interval in intervals))
+    caption = f"intervals of the parameters, {levels}; apart: nothing in common with the first"
+    return (Grid(("figure", *names), tuple(rows), caption=caption),)
 
 
 def _settings(names: Sequence[str], runs: Sequence[Result]) -> Grid | Prose:

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 from simulator.report.figures import compact
 from simulator.report.html.inline import inline_svg
+from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Block, Card, Grid, Page, Picture, Prose, Section
 from simulator.report.lifetime_plot import draw_costs, draw_regret
 from simulator.report.lifetime_tables import billions, choice_rows, money, size_rows, thinned, tokens, verdict
-from simulator.report.tables import by_grade, number, percent, usd
+from simulator.report.tables import number, percent, usd
 from simulator.results.lifetime import Lifetime, Optimum
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def lifetime_page(result: Lifetime) -> Page:
         Section(f"optimum-{i}", _title(optimum), _optimum_blocks(optimum, key=f"o{i}"))
         for i, optimum in enumerate(result.optima)
     ]
-    sections.append(Section("inputs", "What this rests on", _input_blocks(result)))
+    sections.append(Section("inputs", "What this rests on", input_blocks(result.warnings, result.assumptions)))
     return Page(
         title=result.scenario,
         lead=(
@@ -51,6 +52,7 @@ def _cards(optimum: Optimum) -> tuple[Card, ...]:
     best = optimum.best
     if best is None:
         return ()
+    chip_s = () if best.chip_s_per_query is None else (f"{number(best.chip_s_per_query)} chip-seconds",)
     cards = [
         Card("parameters", billions(best.parameters), (f"on {tokens(best.tokens)} tokens",)),
         Card(
@@ -58,7 +60,7 @@ def _cards(optimum: Optimum) -> tuple[Card, ...]:
             money(best.total_usd),
             (f"training {money(best.training_usd)}", f"serving {money(best.serving_usd)}"),
         ),
-        Card("cost of a query", usd(best.usd_per_query), (f"{number(best.chip_s_per_query)} chip-seconds",)),
+        Card("cost of a query", usd(best.usd_per_query), chip_s),
     ]
     if optimum.saving is not None and optimum.chinchilla is not None:
         compute_optimal = f"{billions(optimum.chinchilla.parameters)} on {tokens(optimum.chinchilla.tokens)}"
@@ -136,13 +138,4 @@ def _optimum_blocks(optimum: Optimum, *, key: str) -> tuple[Block, ...]:
     if optimum.refused:
         rows = [(billions(r.parameters), r.reason) for r in optimum.refused]
         blocks.append(Grid(("parameters", "why it cannot be served"), tuple(rows), left=2))
-    return tuple(blocks)
-
-
-def _input_blocks(result: Lifetime) -> tuple[Block, ...]:
-    blocks: list[Block] = []
-    if result.warnings:
-        blocks.append(Prose(tuple(f"Warning: {warning}." for warning in result.warnings)))
-    rows = tuple((a.what, a.kind, a.value, a.source) for a in by_grade(result.assumptions))
-    blocks.append(Grid(("input", "kind", "value", "source"), rows, caption="inputs, weakest first", left=4))
     return tuple(blocks)

@@ -42,6 +42,12 @@ class Grid:
     marked: frozenset[int] = frozenset()
     kind: str = "grid"
 
+    @property
+    def narrow(self) -> bool:
+        """Whether it fits half a page, so that two stand beside each other; texts of the first column may break."""
+        widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
+        return self.left == 1 and min(widths[0], 24) + sum(widths[1:]) + 2 * len(widths) <= 62
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -56,10 +62,11 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars beneath each other: shares, or a waterfall."""
+    """Bars beneath each other: shares, or a waterfall. ``limit`` draws a line across them there, 0 … 1."""
 
     bars: tuple[Bar, ...]
     caption: str = ""
+    limit: float | None = None
     kind: str = "bars"
 
 
@@ -73,16 +80,27 @@ class Picture:
     kind: str = "picture"
 
 
-Block = Prose | Grid | Bars | Picture
+@dataclass(frozen=True)
+class Cards:
+    """Headline figures beside each other."""
+
+    cards: tuple[Card, ...]
+    kind: str = "cards"
+
+
+Block = Prose | Grid | Bars | Picture | Cards
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and its blocks."""
+    """A heading and its blocks. A ``part`` opens what would otherwise be a page of its own."""
 
     key: str
     title: str
     blocks: tuple[Block, ...]
+    status: str = ""
+    tone: str = "plain"
+    part: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from simulator.report.html.inline import inline_svg
+from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Bar, Bars, Card, Grid, Page, Picture, Prose, Section, waterfall
+from simulator.report.html.uncertainty import parameter_notes, uncertainty_sections
 from simulator.report.roofline_plot import draw_roofline
-from simulator.report.run_plot import draw_cdfs, draw_load
+from simulator.report.run_plot import draw_cdfs, draw_load, measured_values, metric_label
 from simulator.report.tables import (
     POOL_COLUMNS,
-    by_grade,
     conservation_lines,
-    fleet_sentences,
     latency_rows,
     number,
     overload_sentence,
@@ -25,7 +27,8 @@ from simulator.report.tables import (
     usd,
 )
 from simulator.results import Result
-from simulator.results.summary import Distribution, Summary, TokenPrices
+from simulator.results.summary import Distribution, Energy, Summary, TokenPrices
+from simulator.units import format_si
 
 if TYPE_CHECKING:
     from simulator.roofline.analysis import StepReport
@@ -59,7 +62,12 @@ def run_page(result: Result, *, step: "StepReport | None" = None) -> Page:
             Section("cost", "What a query consumes", _cost_blocks(s)),
             Section("time", "Where the chip time went", _time_blocks(s, step)),
             *_feature_sections(s),
-            Section("inputs", "What this rests on", _input_blocks(result)),
+            *uncertainty_sections(s),
+            Section(
+                "inputs",
+                "What this rests on",
+                (*input_blocks(s.warnings, s.assumptions), Prose(tuple(conservation_lines(s)))),
+            ),
         ),
         footer=_footer(result),
     )
@@ -80,7 +88,10 @@ def _cards(s: Summary) -> tuple[Card, ...]:
         Card(
             "chip-seconds per query, provisioned",
             number(c.provisioned),
-            (f"busy {number(c.busy)} · ideal {number(c.ideal)}",),
+            (
+                f"busy {number(c.busy)} · ideal {number(c.ideal)}",
+                *parameter_notes(s, "chip_seconds_per_query.provisioned"),
+            ),
         )
     ]
     if s.prices:
@@ -91,7 +102,12 @@ def _cards(s: Summary) -> tuple[Card, ...]:
             Card(
                 "cost per query, idle included",
                 usd(p.allocation.per_query_usd),
-                (f"for its use alone {usd(p.usage.per_query_usd)}", f"per million: {millions}"),
+                (
+                    f"for its use alone {usd(p.usage.per_query_usd)}",
+                    f"per million tokens: {millions}",
+                    f"{p.term}, {usd(p.usd_per_chip_hour)} per chip-hour",
+                    *parameter_notes(s, "prices.allocation.per_query_usd"),
+                ),
             )
         )
     if s.latency:
@@ -101,7 +117,9 @@ def _cards(s: Summary) -> tuple[Card, ...]:
             ("TPOT", s.latency.tpot_s, limits.tpot_s if limits else None),
             ("E2E", s.latency.e2e_s, limits.e2e_s if limits else None),
         ):
-            cards.append(_latency_card(name, found, limit))
+            if found.p50.value is not None:  # one-token outputs have no TPOT
+                drawn = parameter_notes(s, f"latency.{name.lower()}_s.p50")
+                cards.append(_latency_card(name, found, limit, drawn))
     if s.slo:
         tone = "good" if s.slo.met else "bad"
         cards.append(
@@ -117,7 +135,10 @@ def _cards(s: Summary) -> tuple[Card, ...]:
             Card(
                 "load",
                 number(s.load.load),
-                (f"{number(s.load.arrival_per_s)} of {number(s.load.capacity_per_s)} requests/s",),
+                (
+                    f"{number(s.load.arrival_per_s)} of {number(s.load.capacity_per_s)} requests/s",
+                    *parameter_notes(s, "load.load"),
+                ),
                 "bad" if s.load.overloaded else "plain",
             )
         )
@@ -127,18 +148,20 @@ def _cards(s: Summary) -> tuple[Card, ...]:
                 "energy per query",
                 f"{number(s.energy.joules_per_query)} J",
                 (
-                    f"{number(s.energy.joules_per_output_token)} J per output token, chips only, grade {s.energy.grade}",
-                    f"{number(s.energy.gco2_per_query)} g CO2e with servers and building, grid: {s.energy.region}",
+                    f"chips, {number(s.energy.low_joules_per_query)} to {number(s.energy.high_joules_per_query)}, grade {s.energy.grade}",
+                    f"with servers and building {number(s.energy.facility_joules_per_query)} J",
+                    f"{number(s.energy.gco2_per_query)} g CO2e",
                 ),
             )
         )
     return tuple(cards)
 
 
-def _latency_card(name: str, found: Distribution, limit_s: float | None) -> Card:
+def _latency_card(name: str, found: Distribution, limit_s: float | None, drawn: tuple[str, ...]) -> Card:
     notes = [f"p99 {seconds(found.p99.value)}"]
     if found.p50.low is not None:
-        notes.append(f"p50 {range_text(found.p50)} (sampling, 95 %)")
+        notes.append(f"sampling, 95 %: {range_text(found.p50)}")
+    notes += drawn
     if limit_s is not None:
         notes.append(f"limit {seconds(limit_s)}")
     return Card(f"{name}, median", seconds(found.p50.value), tuple(notes))
@@ -157,12 +180,14 @@ def _latency_blocks(result: Result) -> tuple[Prose | Grid | Picture, ...]:
         words = "There is no steady state: latencies grow for as long as the run lasts, so no percentiles are given."
         return (Prose((words,)), Grid(("load", ""), figures))
     rows, note = latency_rows(s.latency)
+    if s.latency.one_token_outputs:
+        note += f"; {s.latency.one_token_outputs:,} measured requests had one output token, and so no TPOT"
     table = Grid(tuple(rows[0]), tuple(tuple(row) for row in rows[1:]), caption=note)
     pictures = []
-    for name in ("ttft_s", "tpot_s", "e2e_s"):
-        if not len(result.requests["arrival_s"]):  # a summary-only run keeps no requests
-            break
-        label = name.removesuffix("_s").upper()
+    for name in ("ttft_s", "tpot_s", "e2e_s", "queue_s"):
+        if not np.isfinite(measured_values(result, name)).any():  # a summary-only run keeps no requests
+            continue
+        label = metric_label(name)
         pictures.append(
             Picture(
                 inline_svg(
@@ -202,7 +227,7 @@ def _load_blocks(result: Result) -> tuple[Prose | Grid | Picture, ...]:
         f"{seconds(w.start_s)} to {seconds(w.stop_s)} ({w.rule})."
     )
     return (
-        picture,
+        *((picture,) if len(result.timeline["start_s"]) else ()),
         Grid(("throughput", "fleet", "per chip"), rows),
         Grid(("how full the replicas were", "mean"), full),
         Prose((words,)),
@@ -234,6 +259,7 @@ def _cost_blocks(s: Summary) -> tuple[Prose | Grid | Bars, ...]:
     blocks: list[Prose | Grid | Bars] = [
         Bars(waterfall(steps), "chip-seconds per query, from the ideal to what the fleet provides"),
         Grid(("busy chip-seconds per query", ""), parts, marked=frozenset({len(parts) - 1})),
+        _fleet_sizes(s),
     ]
     if s.prices:
         p = s.prices
@@ -250,8 +276,32 @@ def _cost_blocks(s: Summary) -> tuple[Prose | Grid | Bars, ...]:
         columns = ("price", "query", "M input", "M cached", "M output", "M tokens")
         rows = (row("usage: busy time", p.usage), row("allocation: idle included", p.allocation))
         blocks.append(Grid(columns, rows, caption=price_text(p)))
-    blocks.append(_fleet_sizes(s))
+        if p.owned:
+            owned = [(name.removesuffix("_usd"), usd(value)) for name, value in p.owned.items()]
+            hour = ("an hour of a chip", usd(p.usd_per_chip_hour))
+            blocks.append(Grid(("owning a chip", "per hour"), (*owned, hour), marked=frozenset({len(owned)})))
+    else:
+        blocks.append(Prose(("No price of this chip is known; set prices.usd_per_chip_hour.",)))
+    if s.energy:
+        blocks.append(_energy_grid(s.energy))
     return tuple(blocks)
+
+
+def _energy_grid(e: Energy) -> Grid:
+    span = f"{number(e.low_joules_per_query)} to {number(e.high_joules_per_query)} J"
+    rows = [
+        ("chips, idle included", f"{number(e.joules_per_query)} J ({span})"),
+        ("chips, while busy", f"{number(e.joules_per_query_busy)} J"),
+        (f"with servers and the building (PUE {e.pue:g})", f"{number(e.facility_joules_per_query)} J"),
+        (f"carbon, grid of {e.region}: {e.gco2_per_kwh:g} g/kWh", f"{number(e.gco2_per_query)} g CO2e"),
+        ("electricity", usd(e.usd_per_query)),
+        ("mean power of a chip", f"{number(e.mean_power_w_per_chip)} W"),
+        ("idle … peak power of a chip", f"{number(e.idle_power_w)} … {number(e.peak_power_w)} W"),
+    ]
+    rows = [row for row in rows if row[1] != usd(None)]
+    return Grid(
+        ("energy of a query", ""), tuple(rows), caption=f"grade {e.grade} (A: both powers measured … D): {e.source}"
+    )
 
 
 def _fleet_sizes(s: Summary) -> Grid:
@@ -299,13 +349,48 @@ def _time_blocks(s: Summary, step: "StepReport | None") -> tuple[Prose | Grid | 
     return tuple(blocks)
 
 
+def _fleet_blocks(s: Summary) -> tuple[Grid, ...]:
+    blocks = []
+    rows: tuple[tuple[str, ...], ...]
+    if s.pools:
+        rows = tuple(
+            (name, pool.role, pool.deployment.slice, pool.deployment.sharding, *cells)
+            for pool, (name, *cells) in zip(s.pools, pool_rows(s), strict=True)
+        )
+        columns = ("pool", "role", "slice", "sharding", *POOL_COLUMNS)
+        blocks.append(Grid(columns, rows, caption="requests and KV use are means of a replica", left=4))
+    if s.links:
+        rows = tuple(
+            (
+                link.name,
+                f"{link.links} × {format_si(link.bandwidth_bytes_per_s, 'B/s')}",
+                f"{link.transfers:,}",
+                format_si(link.moved_bytes / max(link.transfers, 1), "B"),
+                percent(link.busy_fraction),
+                seconds(link.mean_transfer_s),
+                seconds(link.mean_wait_s),
+            )
+            for link in s.links
+        )
+        names = ("links", "rate", "transfers", "moved by one", "busy", "one takes", "of it waiting")
+        blocks.append(Grid(names, rows, left=2))
+    if s.agents:
+        a = s.agents
+        rows = (
+            ("agents at work", f"{a.agents:,}"),
+            ("tasks begun", f"{a.tasks:,}"),
+            ("completed in time", f"{a.completed:,} ({number(a.tasks_per_s)}/s)"),
+            ("left at the deadline", f"{a.left:,}"),
+            ("time of a task, p50 / p99", f"{seconds(a.task_s.p50.value)} / {seconds(a.task_s.p99.value)}"),
+        )
+        blocks.append(Grid(("agents", ""), rows))
+    return tuple(blocks)
+
+
 def _feature_sections(s: Summary) -> tuple[Section, ...]:
     found = []
     if s.pools or s.links or s.agents:
-        pools = (Grid(("pool", *POOL_COLUMNS), tuple(pool_rows(s)), caption="means of a replica"),) if s.pools else ()
-        carried = fleet_sentences(s)
-        blocks = (*pools, *((Prose(tuple(carried)),) if carried else ()))
-        found.append(Section("pools", "Pools and links", blocks))
+        found.append(Section("pools", "Pools, links and agents", _fleet_blocks(s)))
     if s.prefix_cache:
         p = s.prefix_cache
         rows = (
@@ -333,25 +418,6 @@ def _feature_sections(s: Summary) -> tuple[Section, ...]:
         words = f"Swapped out {k.swap_out_bytes / 1e9:,.3g} GB, in {k.swap_in_bytes / 1e9:,.3g} GB; {k.loads:,} loads."
         found.append(Section("kv", "KV memory below HBM", (Prose((words,)), *((table,) if tiers else ()))))
     return tuple(found)
-
-
-def _input_blocks(result: Result) -> tuple[Prose | Grid, ...]:
-    s = result.summary
-    blocks: list[Prose | Grid] = []
-    if s.warnings:
-        blocks.append(Prose(tuple(f"Warning: {warning}" for warning in s.warnings)))
-    rows = tuple((a.what, a.kind, a.value, a.source) for a in by_grade(s.assumptions))
-    if rows:
-        blocks.append(
-            Grid(
-                ("input", "kind", "value", "source"),
-                rows,
-                caption="every input behind these figures, weakest first",
-                left=4,
-            )
-        )
-    blocks.append(Prose(tuple(conservation_lines(s))))
-    return tuple(blocks)
 
 
 def _footer(result: Result) -> tuple[str, ...]:
