@@ -8,8 +8,9 @@ from simulator.planning.intervals import chips_interval
 from simulator.run import load_scenario
 
 
-def planned(level, *, workers=1, kinds=("unified",), draws=32, changes=()):
-    scenario = load_scenario("llama-3-8b-azure-chat", ["engine.profile=vllm", *changes])
+def planned(level, *, workers=1, kinds=("unified",), draws=32, profile="vllm", changes=()):
+    own = [f"engine.profile={profile}"] if profile else []
+    scenario = load_scenario("llama-3-8b-azure-chat", [*own, *changes])
     options = PlanOptions(
         shardings=("tp",),
         max_chips=1,
@@ -78,18 +79,7 @@ def test_refusals():
     with pytest.raises(InputError, match="unified"):
         planned(80.0, kinds=("unified", "disaggregated"))
     with pytest.raises(InputError, match="nothing to draw"):
-        ideal = load_scenario("llama-3-8b-azure-chat", ["efficiency=ideal"])
-        plan(
-            ideal.model,
-            ideal.traffic,
-            targets_of(ideal.slo),
-            300.0,
-            ["h100-sxm"],
-            options=PlanOptions(
-                shardings=("tp",), max_chips=1, requests=500, batch_limits=(64,), interval=80.0, front=()
-            ),
-            template=ideal,
-        )
+        planned(80.0, profile=None, changes=("efficiency=ideal",))
 
 
 def test_command(run_cli):
