@@ -55,6 +55,10 @@ _METRICS = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s"}
 @click.option("--rank", type=click.Choice(["cost", "chips"]), default="cost", show_default=True, help="What decides.")
 @click.option("--requests", type=click.IntRange(200), help="Requests of a simulation, at least. Default: 3000.")
 @click.option("--seed", type=click.IntRange(min=0), help="Instead of the scenario's run.seed.")
+@click.option(
+    "--interval", type=float, metavar="PERCENT", help="Interval of the chips over draws of the calibrated parameters."
+)
+@click.option("--draws", type=click.IntRange(min=16, max=4096), help="Draws of --interval; default: 64.")
 @click.option("--workers", type=click.IntRange(min=1), help="Chips searched at a time; default: all cores.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan to this JSON file.")
 @click.option(
@@ -181,6 +185,8 @@ def plan_options(scenario: "Scenario", options: dict[str, Any]) -> "PlanOptions"
         "requests": "requests",
         "seed": "seed",
         "peak": "peak_to_mean",
+        "interval": "interval",
+        "draws": "interval_draws",
     }
     data |= {field: options[name] for name, field in same.items() if options[name] is not None}
     for name in ("slices", "precisions", "shardings"):
@@ -198,6 +204,8 @@ def plan_options(scenario: "Scenario", options: dict[str, Any]) -> "PlanOptions"
         if max(hours) <= 0:
             raise InputError(f"--profile {options['profile']!r}: at least one rate must be above 0")
         data["peak_to_mean"] = max(hours) / (sum(hours) / len(hours))
+    if options["draws"] is not None and options["interval"] is None:
+        raise InputError(f"--draws {options['draws']}: only with --interval")
     if options["by_hand"]:
         data["usd_per_chip_hour"] = dict(_price(text) for text in options["by_hand"])
     return parse(PlanOptions, data, "plan")
@@ -315,6 +323,13 @@ def _print_best(found: "Plan", best: "PlannedFleet") -> None:
         low, high = best.low_usd_per_hour, best.high_usd_per_hour
         spread = "" if low == high else f" ({_money(low)} … {_money(high)} over the range of the price)"
         click.echo(f"price: {best.usd_per_chip_hour:g} USD per chip-hour, {best.price_source}{spread}")
+    if found.chips_interval is not None:
+        from simulator.report.intervals import interval_text
+        from simulator.report.tables import number
+
+        span = interval_text(found.chips_interval, number)
+        reason = f"; {found.chips_interval.reason}" if found.chips_interval.reason else ""
+        click.echo(f"{found.interval_percent:g} % of draws of the calibrated parameters: {span} chips{reason}")
     consumed, verified = found.consumption, found.verification
     if consumed is not None:
         joules = "" if consumed.joules_per_query is None else f"; {consumed.joules_per_query:,.4g} J per query"

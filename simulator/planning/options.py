@@ -43,6 +43,9 @@ class PlanOptions(Record):
     requests: Annotated[int, Field(ge=200)] = 3_000
     """Requests of a simulation at least; more where full batches need them."""
     seed: Annotated[int, Field(ge=0)] = 1
+    interval: Annotated[float, Field(gt=0, lt=100)] | None = None
+    """Percent of draws of the calibrated parameters that the interval of the best fleet's chips holds; None: no interval."""
+    interval_draws: Annotated[int, Field(ge=16, le=4096)] = 64
     front: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
     """Factors on every limit for which the cheapest fleet is sought as well; none: no front."""
     front_chips: PositiveInt = 3

@@ -13,15 +13,17 @@ import numpy as np
 
 from simulator.catalog.architecture import Architecture
 from simulator.catalog.chips import chip_names, load_chip
+from simulator.catalog.draws import Draws
 from simulator.catalog.models import load_model
 from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InputError, UnpriceableError
 from simulator.planning.fleet import planned_fleet, pool, price_of, waterfall
+from simulator.planning.intervals import chips_interval, drawn_rates
 from simulator.planning.loads import Loads, at_rate
 from simulator.planning.options import PlanOptions
 from simulator.planning.pools import Handover, RoleLoads, Split, fleet_scenario, of_role, of_share, small_fleet
 from simulator.planning.rating import Sample
-from simulator.planning.search import Answer, ChipSearch, Found, with_spares
+from simulator.planning.search import Answer, ChipSearch, Found, needed_replicas, with_spares
 from simulator.planning.space import check_precisions
 from simulator.results.plan import (
     Alternative,
@@ -37,12 +39,12 @@ from simulator.results.plan import (
     Targets,
     Verification,
 )
-from simulator.results.summary import Assumption
+from simulator.results.summary import Assumption, ParameterInterval
 from simulator.roofline.precision import parse_precision
 from simulator.roofline.sweep import pareto_front
 from simulator.run.consumption import ideal_chip_seconds
 from simulator.run.options import SloOptions
-from simulator.run.resolve import Resolved
+from simulator.run.resolve import Resolved, resolve
 from simulator.run.scenario import Scenario
 from simulator.run.simulate import Run, prepare_engine, queued_at_once, run_scenario, simulate_fleet
 from simulator.traffic import TrafficSpec
@@ -185,6 +187,11 @@ class _Question:
         for spec in options.slices:
             if spec.rpartition(":")[0] not in chips:
                 raise InputError(f"slice {spec}: its chip is not among those asked for, {', '.join(chips)}")
+        if options.interval is not None and "disaggregated" in options.kinds:
+            raise InputError(
+                f"plan: interval = {options.interval:g} with pools of two roles: what they do to each other is not drawn; ask for "
+                "unified fleets"
+            )
         architecture = load_model(model) if isinstance(model, str) else model
         name = model if isinstance(model, str) else architecture.name
         if template is None:
@@ -246,7 +253,11 @@ class _Question:
         consumption = self._consumption(ranked[0], fleet, run, verification)
         say(total, total, "done")
         summary = run.summary
+        if self.options.interval is not None:
+            say(total - 1, total, "drawing the calibrated parameters")
         return Plan(
+            interval_percent=self.options.interval,
+            chips_interval=self._chips_interval(ranked[0], fleet, workers),
             best=fleet,
             waterfall=waterfall(fleet.pools, self.provisioning, consumption.ideal_chip_s),
             verification=verification,
@@ -462,6 +473,22 @@ class _Question:
             facility_joules_per_query=None if energy is None else scale * energy.facility_joules_per_query,
             energy=energy,
         )
+
+    def _chips_interval(self, choice: Choice, fleet: PlannedFleet, workers: int) -> ParameterInterval | None:
+        """Interval of the fleet's chips over draws of the calibrated parameters; None: none was asked for."""
+        level = self.options.interval
+        if level is None or isinstance(choice, Split):
+            return None
+        draws = Draws(self.options.interval_draws, self.options.seed)
+        # The search shares tables between batch limits; a draw prices the limits of this one.
+        resolved = resolve(choice.resolved.scenario, architecture=self.architecture)
+        own, rates = drawn_rates(resolved, choice.load, self.targets, draws, workers=workers)
+
+        def chips_at(rate_per_s: float) -> int:
+            needed = needed_replicas(self.provisioning, rate_per_s)
+            return with_spares(self.provisioning, needed) * choice.resolved.cost.chips
+
+        return chips_interval(fleet.chips, own, rates, level / 100, chips_at)
 
     def _front(self, on_chip: Sequence[_OnChip], workers: int) -> list[FrontPoint]:
         """The cheapest fleet at each scale of the limits, on the chips that are cheapest at 1."""

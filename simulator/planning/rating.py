@@ -5,7 +5,7 @@ they are and not by luck. Rates are tried on a fixed grid, 2**(i/GRID) of the sa
 whatever the targets: looser targets then never give a smaller rate, even where a run happens to violate monotony.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InputError
 from simulator.results.plan import Percentiles, Target, Targets
 from simulator.results.tables import Table
-from simulator.run.outcome import requests_table
+from simulator.run.outcome import Outcome, requests_table
 from simulator.run.resolve import Resolved
 from simulator.run.simulate import queued_at_once, simulate_fleet
 from simulator.run.statistics import quantile
@@ -210,6 +210,8 @@ class Bench:
     resolved: Resolved
     load: Load
     simulations: int = 0
+    seen_by_users: Callable[[Outcome], Outcome] | None = None
+    """Makes of a replica's outcome what its users see; None: the same."""
     _samples: dict[int, Sample] = field(default_factory=dict)
 
     @cached_property
@@ -229,6 +231,8 @@ class Bench:
         if step not in self._samples:
             self.simulations += 1
             outcome = simulate_fleet(self.resolved, self.load.at(self.rate_per_s(step)))
+            if self.seen_by_users is not None:
+                outcome = self.seen_by_users(outcome)
             self._samples[step] = self.load.seen(Sample.of(requests_table(outcome), self.load.measured))
         return self._samples[step]
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from simulator.errors import InputError
 from simulator.results.store import json_text
-from simulator.results.summary import Assumption, Energy, Estimate, Latency, Section
+from simulator.results.summary import Assumption, Energy, Latency, ParameterInterval, Section
 
 FORMAT = "chipseconds-plan"
 #: Version of the plan schema; a change of meaning, name or unit raises it.
@@ -272,7 +272,9 @@ class Plan(Section):
     waterfall: list[WaterfallStep] = Field(default_factory=list)
     verification: Verification | None = None
     consumption: Consumption | None = None
-    chips_interval: Estimate | None = None
+    interval_percent: float | None = None
+    """Percent of the draws inside ``chips_interval``."""
+    chips_interval: ParameterInterval | None = None
     """Chips of the best fleet over draws of the calibrated parameters; null if not asked for."""
     by_chip: list[ChipOutcome]
     """One per chip asked, those with a price first, the cheapest first."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Bar, Bars, Block, Card, Grid, Page, Picture, Prose, Section, waterfall
+from simulator.report.intervals import interval_text
 from simulator.report.plan_plot import draw_front
 from simulator.report.plan_tables import (
     FLEET_COLUMNS,
@@ -24,7 +25,7 @@ from simulator.report.plan_tables import (
     targets_text,
     words,
 )
-from simulator.report.tables import latency_rows, number, percent, range_text, seconds, usd
+from simulator.report.tables import latency_rows, number, percent, seconds, usd
 from simulator.results.plan import Alternative, Plan, PlannedFleet, Pool, Verification
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def plan_page(plan: Plan) -> Page:
 def _cards(plan: Plan, best: PlannedFleet) -> tuple[Card, ...]:
     replicas = " + ".join(f"{p.replicas:,} × {p.slice}" for p in best.pools)
     spread: tuple[str, ...] = ()
-    if plan.chips_interval is not None and plan.chips_interval.low is not None:
-        spread = (f"{range_text(plan.chips_interval, number)} as far as parameters are uncertain",)
+    if plan.chips_interval is not None:
+        drawn = interval_text(plan.chips_interval, number)
+        spread = (f"{drawn} in {plan.interval_percent:g} % of draws of the parameters",)
     cards = [Card("chips", f"{best.chips:,}", (f"{replicas} replicas", *spread))]
     if best.usd_per_hour is not None:
         price = f"at {usd(best.usd_per_chip_hour)} per chip-hour"
