@@ -41,7 +41,7 @@ def test_pareto_table_names_limits_and_the_best_of_several(run_cli, tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
     assert done.stdout.count("the KV cache holds") == 4
     assert "Most tokens/s/chip within a latency" in done.stdout
-    assert "tpu-v5e:8x8 int8kv8, batch" in done.stdout
+    assert "tpu-v5e:2x4 int8kv8, batch" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110
 
 

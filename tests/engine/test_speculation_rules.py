@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from simulator.engine import speculation
 from simulator.engine.compiled import _new_spec, simulate
+from simulator.engine.jit import entry
 from simulator.engine.records import EngineSettings, Speculation, itl_quantiles_s
 from simulator.engine.reference import simulate_reference
 from simulator.errors import InputError
@@ -199,6 +200,21 @@ def test_tables_shorter_than_the_settings_are_refused():
         simulate(step_cost([0.0] + [1.0] * TOKENS, [0.0] * 65), limits(chain(2, 0.5)), requests_of([0.0], [1], [2]))
 
 
+@entry
+def join(batch, slot, step, rate, prompt, emitted):
+    speculation.join(batch, slot, step, rate, prompt, emitted)
+
+
+@entry
+def leave(batch, slot):
+    speculation.leave(batch, slot)
+
+
+@entry
+def take_blocks_of_steps(batch, step, k, free, owned, d0, q):
+    return speculation.take_blocks_of_steps(batch, step, k, free, owned, d0, q)
+
+
 class PlainBlocks:
     """What :mod:`simulator.engine.speculation` keeps in a ring, sequence by sequence."""
 
@@ -231,12 +247,12 @@ def test_the_ring_of_blocks_equals_a_plain_model(data):
             rate = data.draw(st.integers(unit, (depth + 1) * unit))
             prompt, emitted = data.draw(st.integers(1, 50)), data.draw(st.integers(1, 5))
             batch.slots[slot, speculation.PROGRESS] = 0
-            speculation.join(batch, slot, step, rate, prompt, emitted)
+            join(batch, slot, step, rate, prompt, emitted)
             plain.join(slot, step, rate, prompt, emitted)
         elif action == "leave" and plain.running:
             slot = data.draw(st.sampled_from(sorted(plain.running)))
             assert batch.slots[slot, speculation.BLOCKS] == plain.running[slot][4]
-            speculation.leave(batch, slot)
+            leave(batch, slot)
             del plain.running[slot]
         elif action == "steps":
             k, free = data.draw(st.integers(1, 30)), data.draw(st.integers(0, 60))
@@ -254,7 +270,7 @@ def test_the_ring_of_blocks_equals_a_plain_model(data):
                 left -= sum(needs.values())
                 total += (owned + free - left) * (d0 + q * taken)
                 taken += 1
-            found = speculation.take_blocks_of_steps(batch, step, k, free, owned, d0, q)
+            found = take_blocks_of_steps(batch, step, k, free, owned, d0, q)
             assert found == (taken, owned + free - left, total)
             step += taken
         sums = sum(rate for _, rate, *_ in plain.running.values())

@@ -64,10 +64,13 @@ def test_no_demand_gives_the_compute_optimum_and_boundless_demand_the_smallest_s
 @given(st.floats(1e7, 1e13), st.floats(0.2, 5.0))
 def test_expected_cost_is_linear_in_demand(queries, times):
     """A fixed size costs its training plus demand times the cost of a query, so the forecast's mean is all that matters."""
-    one = only(by_formula(f"demand.queries={queries!r}")).sizes[80]
-    other = next(
-        s for s in only(by_formula(f"demand.queries={queries * times!r}")).sizes if s.parameters == one.parameters
+    first, second = (
+        {s.parameters: s for s in only(by_formula(f"demand.queries={asked!r}")).sizes}
+        for asked in (queries, queries * times)
     )
+    both = sorted(first.keys() & second.keys())  # each also has its own optima
+    assert len(both) > 100
+    one, other = first[both[80]], second[both[80]]
     assert other.training_usd == one.training_usd
     assert other.serving_usd == pytest.approx(times * one.serving_usd, rel=1e-9)
     assert other.total_usd == pytest.approx(other.training_usd + other.serving_usd, rel=1e-12)

@@ -39,6 +39,20 @@ def test_figures_carry_their_unit_or_need_none():
     unitless |= {"ideal", "busy", "provisioned", "prefill", "cached", "recompute", "wasted", "decode"}
     # Of plans; queries per second are their own unit, percentiles stand in a section of latencies.
     unitless |= {"qps", "percentile", "peak_to_mean", "factor", "scale", "p50", "p95", "p99"}
+    # Of lifetime studies: counts, ratios, and tokens, as the field writes them.
+    unitless |= {
+        "parameters",
+        "tokens",
+        "training_flops",
+        "times",
+        "probability",
+        "worst_regret",
+        "saving",
+        "identity",
+        "loss",
+    }
+    unitless |= {"elasticity_of_serving", "elastic_demand", "justified_demand", "queries", "valued_queries", "years"}
+    unitless |= {"training_usd_per_flop", "interval_percent"}
     units = (
         "_s",
         "_usd",

@@ -157,7 +157,10 @@ def test_agents_work_through_tasks():
     assert s.load.load is None
     assert {link.name for link in s.links} == {"store", "link"}
     assert {a.what: a.kind for a in s.assumptions}["store bandwidth"] == "assumed"
-    assert (table["load_s"] > 0).all()
+    # Of a task that is left, the later actions never come.
+    came = np.isfinite(table["arrival_s"])
+    assert came.sum() == s.requests.arrived
+    assert (table["load_s"][came] > 0).all()
     # 128 x 1024 tokens in 4 bits and their scales, from the store: all of them, every time.
     store = next(link for link in s.links if link.name == "store")
     assert store.transfers == s.requests.arrived
