@@ -96,6 +96,11 @@ class PlanServing(Record):
     precisions: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("bf16",)
     max_chips: Annotated[int, Field(ge=1)] = 16
     """Of one replica."""
+    shardings: Annotated[tuple[Literal["tp", "pp", "ep"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+        "tp",
+        "ep",
+    )
+    """Kinds that are tried; pipelines (``pp``) take many times as long to simulate."""
     usd_per_chip_hour: PositiveFloat | None = None
     headroom: Annotated[float, Field(ge=0, lt=1)] | None = None
     peak_to_mean: Annotated[float, Field(ge=1)] | None = None

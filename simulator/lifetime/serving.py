@@ -143,6 +143,7 @@ class PlannedServer:
             options=PlanOptions(
                 precisions=o.precisions,
                 max_chips=o.max_chips,
+                shardings=o.shardings,
                 requests=o.n_requests,
                 usd_per_chip_hour={} if o.usd_per_chip_hour is None else dict.fromkeys(o.chips, o.usd_per_chip_hour),
                 front=(),
