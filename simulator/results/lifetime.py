@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from simulator.errors import InputError
-from simulator.results.store import json_text
+from simulator.results.store import has_format, write_json_file
 from simulator.results.summary import Assumption, Section
 
 LIFETIME_FORMAT = "chipseconds-lifetime"
@@ -129,26 +129,19 @@ class Lifetime(Section):
 
 
 def write_lifetime(result: Lifetime, path: Path) -> None:
-    """Write the record as JSON.
+    """Write a lifetime study to a file, whole or not at all.
 
     Raises
     ------
     InputError
-        If the file cannot be written.
+        If it cannot be written there.
     """
-    try:
-        path.write_text(json_text(result.model_dump(mode="json")), encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise InputError(f"--out {path}: cannot be written: {error.strerror}") from None
+    write_json_file(result.model_dump(mode="json"), path)
 
 
 def is_lifetime(path: Path) -> bool:
-    """Whether a file holds a lifetime study, of whatever version."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and data.get("format") == LIFETIME_FORMAT
+    """Whether a file was written by :func:`write_lifetime`, of whatever version."""
+    return has_format(path, LIFETIME_FORMAT)
 
 
 def read_lifetime(path: Path) -> Lifetime:

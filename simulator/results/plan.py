@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from simulator.errors import InputError
-from simulator.results.store import json_text
+from simulator.results.store import has_format, json_text, write_json_file
 from simulator.results.summary import Assumption, Energy, Latency, ParameterInterval, Section
 
 FORMAT = "chipseconds-plan"
@@ -317,22 +317,12 @@ def write_plan(plan: Plan, path: Path) -> None:
     InputError
         If it cannot be written there.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(plan_json(plan), encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+    write_json_file(plan.model_dump(mode="json"), path)
 
 
 def is_plan(path: Path) -> bool:
     """Whether a file was written by :func:`write_plan`, of whatever version."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and document.get("format") == FORMAT
+    return has_format(path, FORMAT)
 
 
 def read_plan(path: Path) -> Plan:

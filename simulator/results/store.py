@@ -135,6 +135,32 @@ def json_text(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def write_json_file(document: Mapping[str, Any], path: Path) -> None:
+    """Write a JSON record to a file, whole or not at all.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written there.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(json_text(document), encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+
+
+def has_format(path: Path, name: str) -> bool:
+    """Whether a file is a JSON record that calls itself ``name``, of whatever version."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("format") == name
+
+
 def summary_json(summary: Summary) -> str:
     """``summary.json`` as text."""
     return json_text(summary.model_dump(mode="json"))
