@@ -128,20 +128,17 @@ def test_the_tiny_mode_measures_every_table(tiny):
 
 
 def test_time_grows_with_size(tiny):
-    """In rank, over all shapes of a table: neighbours may change places on a busy machine, large and small may not."""
+    """The quarter of a table's shapes with most work takes longer than the quarter with least, in the median.
+
+    By the fastest of each shape's samples, and of quarters only: a neighbour on the machine takes some of any one
+    measurement. That prices grow from shape to shape is a property of the fitted curves, tested on them below.
+    """
     measured, _ = tiny
-    work = {
-        "gemm": lambda m, n, k: m * n * k,
-        "attention_prefill": lambda b, s, h, _, d: b * h * d * s * s + 4096 * b * s,
-        "attention_decode": lambda b, s, h, _, d: b * s * h * d,
-    }
-    for table, of in work.items():
-        rows = {shape: t for shape, t in measured.of(table).items() if table != "gemm" or shape[0] > 1}
-        sizes = np.array([of(*shape) for shape in rows], dtype=float)
-        times = np.array([t.median_s for t in rows.values()])
-        assert times[sizes.argmax()] > times[sizes.argmin()], table
-        ranks = [x.argsort().argsort() for x in (sizes, times)]
-        assert np.corrcoef(*ranks)[0, 1] > 0.6, table
+    for table in ("gemm", "attention_prefill", "attention_decode"):
+        rows = sorted(measured.of(table).items(), key=lambda row: np.prod(row[0]))
+        times = np.array([t.fastest_s for _, t in rows])
+        quarter = len(times) // 4
+        assert np.median(times[-quarter:]) > np.median(times[:quarter]), table
 
 
 def test_tables_read_back_as_they_were_written(tiny, tmp_path):
