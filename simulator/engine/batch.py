@@ -40,6 +40,7 @@ from simulator.engine.core import (
     WINDOW_SUM,
     CostTable,
     Extra,
+    Limits,
     Outcome,
     Price,
     State,
@@ -47,9 +48,9 @@ from simulator.engine.core import (
 )
 from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
 from simulator.engine.jit import compiled, inlined
+from simulator.engine.kv_blocks import begin_giving, blocks_owned_at, end_giving, release_passed
 from simulator.engine.prefix_cache import moment_of, watch
 from simulator.engine.progressions import (
-    blocks_for,
     residue,
     window_pairs,
 )
@@ -87,7 +88,7 @@ def _rebuilt(state: State, heap: Any, column: int, slot: int) -> int:
 
 
 @inlined
-def push_window_event(cost: CostTable, state: State, slot: int, seen: int) -> None:
+def push_window_event(cost: CostTable, limits: Limits, state: State, slot: int, seen: int) -> None:
     """Note when a sequence that now sees ``seen`` keys stops growing, or starts over; full windows that slide never do."""
     ints = state.ints
     step = ints[STEP]
@@ -101,6 +102,7 @@ def push_window_event(cost: CostTable, state: State, slot: int, seen: int) -> No
     else:
         state.slots[slot, GROWING] = 0
         state.slots[slot, EVENT_STEP] = -1
+        begin_giving(limits, state, slot)
         return
     if ints[N_EVENTS] == len(state.events):
         ints[N_EVENTS] = _rebuilt(state, state.events, EVENT_STEP, slot)
@@ -108,8 +110,8 @@ def push_window_event(cost: CostTable, state: State, slot: int, seen: int) -> No
 
 
 @inlined
-def pass_window_events(cost: CostTable, state: State) -> None:
-    """Bring the windowed sums to the present step; stale events are dropped."""
+def pass_window_events(cost: CostTable, limits: Limits, state: State) -> None:
+    """Bring the windowed sums to the present step, and give back the blocks of chunks of the context that are left behind; stale events are dropped."""
     ints = state.ints
     while ints[N_EVENTS] > 0:
         key = state.events[0]
@@ -120,10 +122,12 @@ def pass_window_events(cost: CostTable, state: State) -> None:
             ints[N_EVENTS] = pop_key(state.events, ints[N_EVENTS])
             if state.slots[slot, GROWING] == 1:  # the window is full
                 ints[N_GROWING] -= 1
-                push_window_event(cost, state, slot, cost.window)
+                push_window_event(cost, limits, state, slot, cost.window)
             else:  # the next chunk of the context begins
                 ints[WINDOW_SUM] += 1 - cost.window
-                push_window_event(cost, state, slot, 1)
+                done = state.slots[slot, COMPUTED] + ints[STEP] - state.slots[slot, JOINED]
+                release_passed(limits, state, done - 1, done)
+                push_window_event(cost, limits, state, slot, 1)
         else:
             ints[N_EVENTS] = pop_key(state.events, ints[N_EVENTS])
 
@@ -254,7 +258,9 @@ def unlink_running(state: State, slot: int) -> None:
 
 
 @inlined
-def leave_batch(cost: CostTable, state: State, out: Outcome, extra: Extra | None, slot: int, block_size: int) -> None:
+def leave_batch(
+    cost: CostTable, limits: Limits, state: State, out: Outcome, extra: Extra | None, slot: int
+) -> None:
     """Settle a decoding sequence and take it out of the batch's sums."""
     ints = state.ints
     step = ints[STEP]
@@ -268,19 +274,21 @@ def leave_batch(cost: CostTable, state: State, out: Outcome, extra: Extra | None
         if state.slots[slot, GROWING] == 1:
             ints[WINDOW_SUM] += state.slots[slot, EVENT_STEP] - step
             ints[N_GROWING] -= 1
+        elif state.slots[slot, EVENT_STEP] < 0:
+            end_giving(limits, state, slot)
         state.slots[slot, EVENT_STEP] = -1
     settle(cost, state, out, extra, slot, step)
     ints[BATCH] -= 1
     ints[KEYS_SUM] -= state.slots[slot, COMPUTED] + 1
-    state.residues[residue(state.slots[slot, COMPUTED] - step, block_size)] -= 1
+    state.residues[residue(state.slots[slot, COMPUTED] - step, limits.block_size)] -= limits.groups
 
 
 @inlined
-def blocks_owned(state: State, extra: Extra | None, slot: int, decoded: bool, block_size: int) -> int:
+def blocks_owned(limits: Limits, state: State, extra: Extra | None, slot: int, decoded: bool) -> int:
     """Blocks of a request, which looks ahead once it has decoded (P2)."""
     if extra is not None and extra.spec.on and decoded:
         return int(extra.spec.batch.slots[slot, speculation.BLOCKS])
-    return blocks_for(state.slots[slot, COMPUTED], block_size)
+    return int(blocks_owned_at(limits, state.slots[slot, COMPUTED], state.slots[slot, COMPUTED]))
 
 
 @inlined
@@ -293,22 +301,23 @@ def publishing_moment(state: State, extra: Extra) -> int:
 
 
 @inlined
-def blocks_of_step(state: State, extra: Extra | None, block_size: int) -> int:
+def blocks_of_step(limits: Limits, state: State, extra: Extra | None) -> int:
     """Blocks that the decoding sequences need in this step."""
     step = state.ints[STEP]
     if extra is not None and extra.spec.on:
         return int(extra.spec.batch.ring[speculation.RING_NEED, step & extra.spec.batch.mask])
-    return int(state.residues[residue(-step, block_size)])
+    return int(state.residues[residue(-step, limits.block_size)])
 
 
 @inlined
-def blocks_needed(state: State, extra: Extra | None, slot: int, block_size: int) -> int:
+def blocks_needed(limits: Limits, state: State, extra: Extra | None, slot: int) -> int:
     """Blocks that a decoding sequence needs in this step."""
     step = state.ints[STEP]
     if extra is not None and extra.spec.on:
         slots = extra.spec.batch.slots
         return int(slots[slot, speculation.NEED]) if slots[slot, speculation.BLOCK_STEP] == step else 0
-    return int(residue(state.slots[slot, COMPUTED] + step - state.slots[slot, JOINED], block_size) == 0)
+    begins = residue(state.slots[slot, COMPUTED] + step - state.slots[slot, JOINED], limits.block_size) == 0
+    return int(limits.groups if begins else 0)
 
 
 @inlined
@@ -322,7 +331,7 @@ def tokens_per_sequence(extra: Extra | None) -> int:
 
 @inlined
 def start_decoding(
-    cost: CostTable, stream: Stream, state: State, extra: Extra | None, slot: int, rest: int, block_size: int
+    cost: CostTable, limits: Limits, stream: Stream, state: State, extra: Extra | None, slot: int, rest: int
 ) -> None:
     """Let a request whose prompt is computed join the decoding batch, ``rest`` tokens from its end."""
     ints = state.ints
@@ -342,8 +351,8 @@ def start_decoding(
         if cost.window > 0:
             seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
             ints[WINDOW_SUM] += seen
-            push_window_event(cost, state, slot, seen)
-        state.residues[residue(done - step, block_size)] += 1
+            push_window_event(cost, limits, state, slot, seen)
+        state.residues[residue(done - step, limits.block_size)] += limits.groups
         if extra is not None and extra.cache.late:
             watch(extra.cache, slot, state.row[slot], done, step)
     state.slots[slot, FINISH_STEP] = step + rest

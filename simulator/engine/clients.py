@@ -35,8 +35,9 @@ from simulator.engine.core import (
 from simulator.engine.fcfs import release_next
 from simulator.engine.heaps import pop_arrival, push_arrival
 from simulator.engine.jit import compiled, inlined
+from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at
 from simulator.engine.prefix_cache import ORDER, give_back
-from simulator.engine.progressions import blocks_for, spread
+from simulator.engine.progressions import spread
 from simulator.engine.queues import (
     ABANDONED_OUTPUTS,
     ABANDONED_TOKENS,
@@ -148,7 +149,7 @@ def is_rejected(
     whole = (stream.prompt[row] if rules.batching == STATIC else longest - 1) - stream.cached[row]
     if (
         0 < limits.max_model_len < longest
-        or blocks_for(longest - 1 + limits.lookahead, limits.block_size) > limits.num_blocks
+        or blocks_at_most(limits, 0, longest - 1 + limits.lookahead) > limits.num_blocks
         or (rules.batching != CHUNKED and whole > limits.budget)
     ):
         out.status[row] = REJECTED
@@ -224,15 +225,14 @@ def leave_replica(
     """L3: let a running request go whose client has left."""
     ints = state.ints
     row = state.row[slot]
-    bs = limits.block_size
     decoded = state.slots[slot, FINISH_STEP] >= 0
-    retire(stream, state, queue, slot, bs)
+    retire(limits, stream, state, queue, slot)
     if decoded:
-        leave_batch(cost, state, out, extra, slot, bs)
+        leave_batch(cost, limits, state, out, extra, slot)
         state.slots[slot, FINISH_STEP] = -1
     else:
         drop_partial(queue, slot)
-    freed = blocks_owned(state, extra, slot, decoded, bs)
+    freed = blocks_owned(limits, state, extra, slot, decoded)
     if extra is not None:
         if extra.spec.on and decoded:
             cut_to_length(stream, state, extra, slot)
@@ -295,7 +295,8 @@ def leave_waiting(
         if extra.loads.on and state.ints[N_LOADING] > 0:
             loading = drop_load(extra.loads, state.ints[N_LOADING], row, due)
         if extra.swap.on and extra.swap.saved[row] > 0:
-            forget(extra.swap, row, blocks_for(extra.swap.saved[row], limits.block_size))
+            saved = extra.swap.saved[row]
+            forget(extra.swap, row, blocks_owned_at(limits, saved, saved))
     if loading:
         state.ints[N_LOADING] -= 1
     else:

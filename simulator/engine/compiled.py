@@ -24,6 +24,7 @@ from simulator.engine.records import (
     SpeculationResult,
     cache_hashes,
     check_columns,
+    check_windows,
     drafted_tokens,
     fixed_drafting_s,
     needs_queue,
@@ -98,6 +99,11 @@ class Engine:
             settings.max_model_len,
             settings.scheduler_reserve_full_isl,
             settings.lookahead,
+            settings.kv_groups.count,
+            settings.kv_groups.windowed,
+            settings.kv_groups.window,
+            settings.kv_groups.chunked,
+            settings.kv_groups.most_in_window(settings.block_size, settings.max_num_batched_tokens),
         )
         self._stream = core.Stream(
             np.ascontiguousarray(requests.arrival_s, dtype=np.float64),
@@ -499,6 +505,7 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
         )
     if settings.max_num_seqs >= 1 << core.SLOT_BITS:
         raise InputError(f"engine.max_num_seqs = {settings.max_num_seqs}: at most {(1 << core.SLOT_BITS) - 1}")
+    check_windows(cost, settings)
     if timeline_interval_s is not None and not 0 < timeline_interval_s < math.inf:
         raise InputError(f"timeline_interval_s = {timeline_interval_s}: must be positive and finite")
 
@@ -550,7 +557,7 @@ def _new_state(n: int, n_pending: int, settings: EngineSettings) -> core.State:
         pending_time=np.zeros(n_pending + 1),
         pending_row=np.zeros(n_pending + 1, dtype=np.int64),
         heap=np.zeros(2 * m + 2, dtype=np.int64),
-        residues=np.zeros(settings.block_size, dtype=np.int64),
+        residues=np.zeros(settings.block_size * (3 if settings.kv_groups.windowed else 1), dtype=np.int64),
         row=np.zeros(m, dtype=np.int64),
         slots=slots,
         sums=np.zeros((m, core.N_SUMS)),

@@ -117,7 +117,10 @@ class CostTable(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """EngineSettings, as numbers."""
+    """EngineSettings, as numbers.
+
+    Blocks of tokens come in ``groups``, of which ``windowed`` have a window and own ``windowed_most`` blocks each of one request at most (W4).
+    """
 
     max_num_seqs: int
     budget: int
@@ -126,6 +129,11 @@ class Limits(NamedTuple):
     max_model_len: int
     reserve_full: bool
     lookahead: int
+    groups: int
+    windowed: int
+    window: int
+    chunked: bool
+    windowed_most: int
 
 
 class Stream(NamedTuple):
@@ -160,6 +168,7 @@ class Outcome(NamedTuple):
 class State(NamedTuple):
     """Everything that changes, and survives a cut. Few arrays: the fewer there are, the sooner a function is compiled and called.
 
+    ``residues`` are the blocks that the batch takes by step modulo block size; where windows are bounded, those it gives back and room for a sum follow.
     ``row``, ``slots``, ``sums`` [slots, …] are of running requests: see the columns' names; ``chunks`` lists those of the step being scheduled.
     """
 

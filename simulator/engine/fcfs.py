@@ -49,10 +49,8 @@ from simulator.engine.core import (
 )
 from simulator.engine.heaps import pop_arrival, push_arrival
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.progressions import (
-    blocks_for,
-    spread,
-)
+from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at, blocks_to_take
+from simulator.engine.progressions import spread
 from simulator.engine.records import REJECTED, RUNNING, WAITING
 
 
@@ -97,7 +95,7 @@ def receive(stream: Stream, limits: Limits, out: Outcome, state: State, before_n
             ints[NEXT_ROW] = row + 1
         out.arrival[row] = when
         longest = stream.prompt[row] + stream.max_tokens[row]
-        blocks = blocks_for(longest - 1 + limits.lookahead, limits.block_size)
+        blocks = blocks_at_most(limits, 0, longest - 1 + limits.lookahead)
         if (0 < limits.max_model_len < longest) or blocks > limits.num_blocks:
             out.status[row] = REJECTED
             if closed:
@@ -126,19 +124,19 @@ def release_next(stream: Stream, state: State, now: float) -> None:
 
 
 @compiled
-def preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size: int) -> None:
+def preempt(cost: CostTable, limits: Limits, state: State, out: Outcome, slot: int) -> None:
     """R6: free all blocks, forget the cache, go to the front of the queue."""
     ints = state.ints
     if slot == ints[PARTIAL]:
         ints[PARTIAL] = -1
     else:
-        leave_batch(cost, state, out, None, slot, block_size)
+        leave_batch(cost, limits, state, out, None, slot)
         state.slots[slot, FINISH_STEP] = -1
         state.sums[slot, LAST_TOKEN] = state.floats[CLOCK]
     computed = state.slots[slot, COMPUTED]
     state.slots[slot, SEEN] = max(state.slots[slot, SEEN], computed)
     row = state.row[slot]
-    ints[FREE_BLOCKS] += blocks_for(computed, block_size)
+    ints[FREE_BLOCKS] += blocks_owned_at(limits, computed, computed)
     state.slots[slot, COMPUTED] = 0
     unlink_running(state, slot)
     state.slots[ints[N_PREEMPTED], PREEMPTED_SLOT] = slot
@@ -153,18 +151,17 @@ def preempt(cost: CostTable, state: State, out: Outcome, slot: int, block_size: 
 def make_room(cost: CostTable, limits: Limits, out: Outcome, state: State) -> None:
     """R5 where blocks are short: decoding sequences take theirs in order of admission and preempt the last to run."""
     ints = state.ints
-    bs = limits.block_size
     slot = ints[FIRST]
     while slot >= 0:
-        if slot != ints[PARTIAL] and blocks_needed(state, None, slot, bs) > 0:
+        if slot != ints[PARTIAL] and blocks_needed(limits, state, None, slot) > 0:
             gone = False
-            while ints[FREE_BLOCKS] < 1 and not gone:
+            while ints[FREE_BLOCKS] < limits.groups and not gone:
                 victim = ints[LAST]
-                preempt(cost, state, out, victim, bs)
+                preempt(cost, limits, state, out, victim)
                 gone = victim == slot
             if gone:
                 return
-            ints[FREE_BLOCKS] -= 1
+            ints[FREE_BLOCKS] -= limits.groups
         slot = state.slots[slot, AFTER]
 
 
@@ -180,7 +177,6 @@ def schedule_chunks(
 ) -> Chunks:
     """R5 and R7: the chunk that goes on, then those of requests taken from the queue, as far as budget and blocks reach."""
     ints = state.ints
-    bs = limits.block_size
     chunks = 0
     tokens = ints[BATCH]
     room = limits.budget - tokens
@@ -190,11 +186,11 @@ def schedule_chunks(
         row = state.row[slot]
         done = state.slots[slot, COMPUTED]
         want = min(stream.prompt[row] + state.slots[slot, EMITTED] - done, room)
-        missing = blocks_for(done + want, bs) - blocks_for(done, bs)
+        missing = blocks_to_take(limits, done, done + want)
         if missing > free:
             closed = True
             free -= ints[FREE_BLOCKS]
-            preempt(cost, state, out, slot, bs)
+            preempt(cost, limits, state, out, slot)
             preempted = True
             free += ints[FREE_BLOCKS]
         else:
@@ -218,8 +214,8 @@ def schedule_chunks(
                 known = stream.prompt[row]
             done = stream.cached[row]
             want = min(known - done, room)
-            need = blocks_for(done + want, bs)
-            if need > free or (limits.reserve_full and blocks_for(known, bs) > free):
+            need = blocks_owned_at(limits, done, done + want)
+            if need > free or (limits.reserve_full and blocks_at_most(limits, done, known) > free):
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1

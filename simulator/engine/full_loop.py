@@ -8,8 +8,13 @@ import math
 from typing import NamedTuple
 
 from simulator.engine import speculation
-from simulator.engine.batch import advance_decodes, publishing_moment, rebase_sums, tokens_per_sequence
-from simulator.engine.batch import pass_window_events as pass_plain_windows
+from simulator.engine.batch import (
+    advance_decodes,
+    pass_window_events,
+    publishing_moment,
+    rebase_sums,
+    tokens_per_sequence,
+)
 from simulator.engine.clients import (
     let_clients_go,
     n_waiting,
@@ -56,6 +61,7 @@ from simulator.engine.core import (
 )
 from simulator.engine.fcfs import release_next
 from simulator.engine.jit import compiled, entry, inlined
+from simulator.engine.kv_blocks import release_of_step, peak_of_steps
 from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
@@ -92,11 +98,9 @@ class Pace(NamedTuple):
 def begin_step(cost: CostTable, out: Outcome, state: State, extra: Extra | None) -> None:
     """Bring the sums that are kept by step to the present one."""
     ints = state.ints
-    if cost.window > 0:
-        pass_plain_windows(cost, state)
-        if extra is not None and extra.spec.on:
-            batch, tariff = extra.spec.batch, extra.spec.tariff
-            speculation.pass_window_events(batch, tariff.levels, ints[STEP], out.busy, state.row)
+    if cost.window > 0 and extra is not None and extra.spec.on:
+        batch, tariff = extra.spec.batch, extra.spec.tariff
+        speculation.pass_window_events(batch, tariff.levels, ints[STEP], out.busy, state.row)
     if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
         rebase_sums(cost, state, out, extra)
 
@@ -179,7 +183,8 @@ def take_segment(
             extra.spec.batch, step, k, ints[FREE_BLOCKS], before, d0, q
         )
     else:
-        owned, integral = take_blocks(state.residues, limits.block_size, step, k, ints[BATCH], before, d0, q)
+        gives = limits.windowed > 0
+        owned, integral = take_blocks(state.residues, limits.block_size, gives, step, k, before, d0, q)
     if extra is not None and extra.cache.on:
         take(extra.cache, owned - before - scheduled.need)
     ints[FREE_BLOCKS] = limits.num_blocks - owned
@@ -258,13 +263,14 @@ def end_step(
     price: Price,
 ) -> int:
     """M2: what takes effect at the end of a step; return how many requests finish."""
-    bs = limits.block_size
     n_done = 0
+    if cost.window > 0:
+        pass_window_events(cost, limits, state)
     if chunks > 0:
-        n_done += end_chunks(cost, stream, out, state, queue, extra, chunks, price, bs)
+        n_done += end_chunks(cost, limits, stream, out, state, queue, extra, chunks, price)
     if queue.ints[N_GONE] > 0:
         let_clients_go(cost, limits, stream, out, state, queue, extra)
-    n_done += end_decodes(cost, stream, out, state, queue, extra, bs)
+    n_done += end_decodes(cost, limits, stream, out, state, queue, extra)
     if extra is not None and extra.cache.ints[N_ENDED] > 0:
         state.ints[FREE_BLOCKS] += release_ended(extra.cache, state.row, publishing_moment(state, extra))
     return n_done
@@ -345,6 +351,10 @@ def advance(
             stop = stop_of(limits, out, state, queue, extra, until, next_arrival)
             k = min(steps_until(state, d0, q, stop, steps_alike(cost, limits, state, extra)), pace.longest)
             k, owned, blocks_integral = take_segment(limits, state, extra, chunks, d0, q, k)
+            if limits.windowed > 0:
+                owned = peak_of_steps(limits, state, k)
+        else:
+            release_of_step(limits, state)
         end = end_of_steps(t, d0, q, k)
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], owned)
 

@@ -33,6 +33,7 @@ COMPILED_SOURCES = (
     "full_loop.py",
     "heaps.py",
     "jit.py",
+    "kv_blocks.py",
     "kv_memory.py",
     "many.py",
     "parts.py",

@@ -35,8 +35,8 @@ from simulator.engine.core import (
 )
 from simulator.engine.heaps import push_arrival
 from simulator.engine.jit import compiled, entry, inlined
+from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at
 from simulator.engine.parts import part_of
-from simulator.engine.progressions import blocks_for
 from simulator.engine.skip_ahead import advance
 
 # columns of Kinds.ints
@@ -54,8 +54,13 @@ from simulator.engine.skip_ahead import advance
     MAX_MODEL_LEN,
     RESERVE_FULL,
     LOOKAHEAD,
+    GROUPS,
+    WINDOWED,
+    KV_WINDOW,
+    KV_CHUNKED,
+    WINDOWED_MOST,
     N_KIND_INTS,
-) = range(14)
+) = range(19)
 # columns of Kinds.floats
 SEQ, WINDOW_SLOPE, N_KIND_FLOATS = range(3)
 # columns of Board.ints
@@ -218,9 +223,8 @@ def _cost(kinds: Kinds, kind: int) -> CostTable:
 
 
 @inlined
-def _limits(kinds: Kinds, kind: int) -> Limits:
-    """Settings of one kind of replica."""
-    ints = kinds.ints[kind]
+def _limits(ints: Any) -> Limits:
+    """Settings of a kind of replica, of which ``ints`` is the row of ``Kinds.ints``."""
     return Limits(
         ints[MAX_SEQS],
         ints[BUDGET],
@@ -229,6 +233,11 @@ def _limits(kinds: Kinds, kind: int) -> Limits:
         ints[MAX_MODEL_LEN],
         ints[RESERVE_FULL] != 0,
         ints[LOOKAHEAD],
+        ints[GROUPS],
+        ints[WINDOWED],
+        ints[KV_WINDOW],
+        ints[KV_CHUNKED] != 0,
+        ints[WINDOWED_MOST],
     )
 
 
@@ -281,9 +290,10 @@ def look(
         board.next_s[r] = max(clock, pending_time[0])
     else:
         board.next_s[r] = math.inf
-    size = kinds[mine[KIND], BLOCK_SIZE]
+    limits = _limits(kinds[mine[KIND]])
     for place in range(mine[SEEN_HEAD], ints[FIFO_HEAD]):
-        mine[PROMISED] -= blocks_for(prompt[fifo[place]], size)
+        tokens = prompt[fifo[place]]
+        mine[PROMISED] -= blocks_owned_at(limits, tokens, tokens)
     mine[SEEN_HEAD] = ints[FIFO_HEAD]
     mine[OWNED] = mine[BLOCKS] - ints[FREE_BLOCKS]
     board.clock_s[r] = clock
@@ -295,7 +305,8 @@ def look(
         if row < 0 or finish[row] != clock:
             break
         mine[ENDING] += 1
-        mine[ENDING_BLOCKS] += blocks_for(prompt[row] + output[row] - 1, size)
+        tokens = prompt[row] + output[row] - 1
+        mine[ENDING_BLOCKS] += blocks_owned_at(limits, tokens, tokens)
 
 
 @compiled
@@ -442,7 +453,8 @@ def accepts(kind: Any, longest: int) -> bool:
     """R4: whether a replica, of which ``kind`` is the row of ``Kinds.ints``, will not reject a request of ``longest`` tokens."""
     if 0 < kind[MAX_MODEL_LEN] < longest:
         return False
-    return bool(blocks_for(longest - 1 + kind[LOOKAHEAD], kind[BLOCK_SIZE]) <= kind[NUM_BLOCKS])
+    limits = _limits(kind)
+    return bool(blocks_at_most(limits, 0, longest - 1 + limits.lookahead) <= limits.num_blocks)
 
 
 @entry
@@ -519,7 +531,7 @@ def run(
                 ints[N_PENDING] = push_arrival(times, states.pending_row[r], ints[N_PENDING], there, row)
                 kind = kinds.ints[mine[KIND]]
                 if accepts(kind, prompt[row] + many.stream.max_tokens[row]):
-                    mine[PROMISED] += blocks_for(prompt[row], kind[BLOCK_SIZE])
+                    mine[PROMISED] += blocks_owned_at(_limits(kind), prompt[row], prompt[row])
                 mine[REQUESTS] += 1
                 board.next_s[r] = max(board.clock_s[r], min(board.next_s[r], there))
                 place += 1
@@ -543,7 +555,7 @@ def run(
         kind_of = board.ints[r, KIND]
         advance(
             _cost(kinds, kind_of),
-            _limits(kinds, kind_of),
+            _limits(kinds.ints[kind_of]),
             many.stream,
             _outcome(many.out, r),
             part_of(states, r),

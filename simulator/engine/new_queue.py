@@ -25,7 +25,6 @@ def new_queue(settings: EngineSettings, requests: Requests, *, counts_by_step: b
         longest_chunk=scheduling.long_prefill_token_threshold or settings.max_num_batched_tokens,
         max_partials=scheduling.max_num_partial_prefills,
         margin=math.floor(scheduling.watermark * settings.num_kv_blocks),
-        lookahead=settings.lookahead,
         prompt_weight=scheduling.prompt_weight,
         output_weight=scheduling.output_weight,
         host_step=float(host.step_s),

@@ -81,16 +81,34 @@ def count_itl(itl: Any, bits_f: Any, bits_i: Any, d0: float, q: float, k: int, w
 
 
 @compiled
-def steps_with_blocks(residues: Any, block_size: int, step: int, k: int, batch: int, free: int) -> int:
-    """Largest number of decode steps, at most k, that ``free`` blocks allow."""
-    if free >= batch * ((k - 1) // block_size + 1):
+def steps_with_blocks(residues: Any, block_size: int, gives: bool, step: int, k: int, cycle: int, free: int) -> int:
+    """Largest number of decode steps, at most k, that ``free`` blocks allow.
+
+    The batch takes ``cycle`` blocks in ``block_size`` steps; where it ``gives`` blocks back too, those follow in ``residues``.
+    """
+    if free >= cycle * ((k - 1) // block_size + 1):
         return k
-    cycles = free // batch
-    rest = free - cycles * batch
-    steps = cycles * block_size
     i = residue(-step, block_size)
+    net = cycle
+    room = cycle  # blocks that must be free for a cycle
+    if gives:
+        net = 0
+        room = 0
+        place = i
+        for _ in range(block_size):
+            net += residues[place]
+            room = max(room, net)
+            net -= residues[block_size + place]
+            place = place - 1 if place > 0 else block_size - 1
+        if net == 0 and free >= room:
+            return k
+    cycles = (free - room) // net + 1 if free >= room else 0
+    rest = free - cycles * net
+    steps = cycles * block_size
     while steps < k and residues[i] <= rest:
         rest -= residues[i]
+        if gives:
+            rest += residues[block_size + i]
         steps += 1
         i = i - 1 if i > 0 else block_size - 1
     return min(steps, k)
@@ -98,14 +116,17 @@ def steps_with_blocks(residues: Any, block_size: int, step: int, k: int, batch: 
 
 @compiled
 def take_blocks(
-    residues: Any, block_size: int, step: int, k: int, batch: int, owned: int, d0: float, q: float
+    residues: Any, block_size: int, gives: bool, step: int, k: int, owned: int, d0: float, q: float
 ) -> tuple[int, float]:
-    """Blocks owned after k decode steps from ``step`` on, and Σ over them of (blocks owned) × (step length)."""
+    """Blocks owned after k decode steps from ``step`` on, and Σ over them of (blocks owned) × (step length).
+
+    ``gives``: as of :func:`steps_with_blocks`; what a step gives back is owned until its end.
+    """
     i = residue(-step, block_size)
     total = 0.0
     own = owned
     first = 0
-    if k > block_size:  # whole cycles, each taking one block per sequence, summed in closed form
+    if k > block_size:  # whole cycles, each taking the same number of blocks, summed in closed form
         cycles = k // block_size
         first = cycles * block_size
         a0 = 0.0
@@ -114,18 +135,23 @@ def take_blocks(
             own += residues[i]
             a0 += own
             a1 += float(own) * j
+            if gives:
+                own -= residues[block_size + i]
             i = i - 1 if i > 0 else block_size - 1
+        net = own - owned
         s1 = 0.5 * cycles * (cycles - 1)
         s2 = (cycles - 1) * cycles * (2.0 * cycles - 1) / 6.0
         per = float(block_size)
         total = cycles * (d0 * a0 + q * a1)
-        total += s1 * (d0 * batch * per + q * per * a0 + q * batch * 0.5 * per * (per - 1))
-        total += s2 * q * per * per * batch
-        own = owned + cycles * batch
+        total += s1 * (d0 * net * per + q * per * a0 + q * net * 0.5 * per * (per - 1))
+        total += s2 * q * per * per * net
+        own = owned + cycles * net
     length = d0 + q * first
     for _ in range(first, k):
         own += residues[i]
         total += own * length
+        if gives:
+            own -= residues[block_size + i]
         length += q
         i = i - 1 if i > 0 else block_size - 1
     return own, total

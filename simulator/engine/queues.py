@@ -71,7 +71,6 @@ class Rules(NamedTuple):
     longest_chunk: int
     max_partials: int
     margin: int
-    lookahead: int
     prompt_weight: int
     output_weight: int
     host_step: float

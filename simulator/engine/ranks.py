@@ -60,6 +60,7 @@ from simulator.engine.full_loop import (
     wait_for,
 )
 from simulator.engine.jit import compiled, entry, inlined
+from simulator.engine.kv_blocks import add_steps, release_of_step, profile_of
 from simulator.engine.parts import (
     COPIES,
     HOST_SHARE,
@@ -323,12 +324,18 @@ def _run_rank(
     k: int,
     t: float,
     end: float,
+    profile: Any,
 ) -> float:
     """R10, R13, G4: k steps of one rank, within those of the replica (``d0``, ``q``); return its blocks × time."""
     owned = limits.num_blocks - rank.ints[FREE_BLOCKS]
     blocks_integral = float(owned * (end - t))
     if _is_segment(scheduled):
         k, owned, blocks_integral = take_segment(limits, rank, extra, _read(scheduled), d0, q, k)
+        if limits.windowed > 0:
+            add_steps(limits, rank, k, profile)
+    else:
+        profile += owned
+        release_of_step(limits, rank)
     tokens = scheduled[TOKENS]
     out.steps_by_tokens[tokens] += k
     rank.floats[CLOCK] = end
@@ -468,6 +475,8 @@ def advance_ranks(
         blocks_integral = 0.0
         owned = 0
         busy = 0.0
+        profile = profile_of(limits, shared)[0]
+        profile[:] = 0
         for g in range(n_ranks):
             tokens = board.scheduled[g, TOKENS]
             if tokens == 0:
@@ -480,8 +489,10 @@ def advance_ranks(
                     busy -= k * (d0 - prices[g, OWN_D0]) + (q - prices[g, OWN_Q]) * (k * (k - 1) // 2)
             rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
             scheduled = board.scheduled[g]
-            blocks_integral += _run_rank(cost, limits, out, rank, own, extra, scheduled, prices, g, d0, q, k, t, end)
+            blocks_integral += _run_rank(cost, limits, out, rank, own, extra, scheduled, prices, g, d0, q, k, t, end, profile)
             owned += limits.num_blocks - states.ints[g, FREE_BLOCKS]
+        if limits.windowed > 0:
+            owned = profile[: min(k, limits.block_size)].max()
         if busy != n_ranks * (end - t):
             floats[IDLE] += (end - t) - busy / n_ranks
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], owned)

@@ -11,7 +11,9 @@ from simulator.engine.expert_skew import EVEN, ExpertSkew
 from simulator.engine.kv_memory import LOAD_POLICIES, HostSwap, Tier
 from simulator.engine.scheduling import HostOverheads, Retries, Scheduling
 from simulator.errors import InputError, nearest
+from simulator.roofline.kv_groups import KvGroups
 from simulator.roofline.speculation import SpeculationCost
+from simulator.roofline.step_cost import StepCost
 
 FINISHED, REJECTED, RUNNING, WAITING, NOT_ARRIVED, TIMED_OUT, CANCELLED = 0, 1, 2, 3, 4, 5, 6
 STATUS_NAMES = ("finished", "rejected", "running", "waiting", "not_arrived", "timed_out", "cancelled")
@@ -111,6 +113,9 @@ class EngineSettings:
         tokens per KV block.
     num_kv_blocks
         KV blocks a replica may hand out (vLLM's ``num_gpu_blocks`` less its null block).
+    kv_groups
+        how many of these blocks the tokens of a sequence take: one for all layers, or one for each group of layers, of which those with a window
+        give blocks back.
     max_model_len
         prompt + ``max_tokens`` of a request at most; 0: bounded by the KV cache alone.
     scheduler_reserve_full_isl
@@ -158,6 +163,7 @@ class EngineSettings:
     swap: HostSwap | None = None
     tiers: tuple[Tier, ...] = ()
     load_policy: str = "cheaper"
+    kv_groups: KvGroups = field(default_factory=KvGroups)
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -194,6 +200,10 @@ class EngineSettings:
         if self.speculation is None:
             return self.max_num_seqs
         return self.speculation.most_rows(self.max_num_seqs, self.max_num_batched_tokens)
+
+    def most_blocks(self, tokens: NDArray[np.int64] | int) -> NDArray[np.int64]:
+        """KV blocks that a request owns at most until ``tokens`` tokens of it are computed (R4, W4). [tokens' shape]"""
+        return self.kv_groups.most_blocks(np.asarray(tokens) + self.lookahead, self.block_size, self.max_num_batched_tokens)
 
     @property
     def lookahead(self) -> int:
@@ -565,6 +575,22 @@ def itl_quantiles_s(counts: NDArray[np.int64], probabilities: NDArray[np.float64
         return np.full(len(probabilities), np.nan)
     ranks = np.maximum(np.ceil(probabilities * total), 1)
     return np.asarray(itl_centres_s()[np.searchsorted(np.cumsum(counts), ranks)])
+
+
+def check_windows(cost: StepCost, settings: EngineSettings) -> None:
+    """Refuse groups of layers whose window is not that of the cost table.
+
+    Raises
+    ------
+    InputError
+        As said.
+    """
+    groups = settings.kv_groups
+    if groups.windowed and (groups.window, groups.chunked) != (cost.window, cost.window_chunked):
+        raise InputError(
+            f"engine.kv_groups: a window of {groups.window} tokens (chunked: {groups.chunked}), the cost table has one of {cost.window} "
+            f"(chunked: {cost.window_chunked})"
+        )
 
 
 def cache_hashes(settings: EngineSettings, requests: Requests) -> BlockHashes | None:

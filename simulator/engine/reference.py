@@ -33,6 +33,7 @@ from simulator.engine.records import (
     Requests,
     cache_hashes,
     check_columns,
+    check_windows,
     itl_bin,
     of_the_whole,
 )
@@ -130,6 +131,7 @@ class Replica:
         stages = self.cost.stages if isinstance(self.cost, PipelineCost) else (self.cost,)
         total = self.cost.total if isinstance(self.cost, PipelineCost) else self.cost
         check_tables(total, settings)
+        check_windows(total, settings)
         if settings.speculation is not None:
             stages = (total,) = (with_drafter(total, settings.speculation.cost),)
             self.speculator = Speculator(settings.speculation, total, settings, requests, self.acceptance_seed)
@@ -233,7 +235,7 @@ class Replica:
         at_once = request.prompt_tokens if batching == "static" else longest - 1
         return (
             0 < settings.max_model_len < longest
-            or -(-(longest - 1 + settings.lookahead) // settings.block_size) > settings.num_kv_blocks
+            or self.schedulers[0].most_blocks(longest - 1 + settings.lookahead, 0) > settings.num_kv_blocks
             or (batching != "chunked" and at_once - request.cached_tokens > settings.max_num_batched_tokens)
         )
 
@@ -405,12 +407,14 @@ class Replica:
         request, now_s, emits = ride.request, self.clock.now, 1
         if ride.is_chunk:
             step.scheduler.chunk_is_there(request, ride.start, ride.stop)
+            step.scheduler.leave_behind(request, ride.stop)
             if ride.emits and self.speculator is not None:
                 self.speculator.first(request)
         else:
             emits = 1 if self.speculator is None else self.speculator.take(request, step.level)
             request.computed += emits
             request.seen = max(request.seen, request.computed)
+            step.scheduler.leave_behind(request, request.computed)
         if not ride.emits:
             return
         request.emitted += emits

@@ -58,6 +58,11 @@ class CountedPool:
         self.free -= count
         self.tables[row] += count
 
+    def give_back(self, row: int, count: int) -> None:
+        """Take blocks from a request whose window has left them."""
+        self.free += count
+        self.tables[row] -= count
+
     def publish(self, row: int, full: int) -> None:
         """Nothing can be found."""
 
@@ -132,6 +137,10 @@ class BlockPool:
                 self.evict(block)
             block.owners = 1
             self.tables[row].append(block)
+
+    def give_back(self, row: int, count: int) -> None:
+        """Take blocks from a request whose window has left them: not beside a cache (W5)."""
+        raise NotImplementedError
 
     def evict(self, block: Block) -> None:
         """Let a block no longer be found in HBM (C2, F2)."""

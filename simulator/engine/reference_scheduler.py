@@ -75,9 +75,35 @@ class Scheduler:
         """Blocks that somebody owns."""
         return self.settings.num_kv_blocks - self.pool.free
 
-    def blocks_for(self, tokens: int) -> int:
-        """Return the blocks that hold ``tokens`` tokens."""
+    def blocks_for(self, tokens: int, passed: int) -> int:
+        """Return the blocks that ``tokens`` tokens take, when a window has left ``passed`` of each of its groups behind (W1, W3)."""
+        groups = self.settings.kv_groups
+        return groups.full * self.pages(tokens) + groups.windowed * (self.pages(tokens) - passed)
+
+    def pages(self, tokens: int) -> int:
+        """Blocks of one group that ``tokens`` tokens take."""
         return -(-tokens // self.settings.block_size)
+
+    def passed(self, computed: int) -> int:
+        """Blocks of a windowed group that the window has left once ``computed`` tokens are there (W2)."""
+        groups = self.settings.kv_groups
+        if not groups.windowed:
+            return 0
+        first_seen = computed - computed % groups.window if groups.chunked else max(0, computed + 1 - groups.window)
+        return first_seen // self.settings.block_size
+
+    def most_blocks(self, tokens: int, passed: int) -> int:
+        """Blocks that a request owns at most until it has ``tokens`` tokens, from where its window has left ``passed`` (W4)."""
+        groups, longest_step = self.settings.kv_groups, self.settings.max_num_batched_tokens
+        at_once = self.pages(groups.window - 1 + longest_step) + 1
+        return groups.full * self.pages(tokens) + groups.windowed * min(self.pages(tokens) - passed, at_once)
+
+    def leave_behind(self, request: Request, computed: int) -> None:
+        """Give back what a request's window has left, with ``computed`` tokens computed (W2)."""
+        passed = self.passed(computed)
+        if passed > request.passed:
+            self.pool.give_back(request.row, self.settings.kv_groups.windowed * (passed - request.passed))
+            request.passed = passed
 
     def speculates(self, request: Request) -> bool:
         """Whether a request's tokens of a step are a pass of speculative decoding."""
@@ -118,7 +144,7 @@ class Scheduler:
                 continue
             wanted, held = self.wants(request, plan)
             if self.make_room(request, held, plan):
-                self.pool.take(request.row, self.blocks_for(held) - self.pool.owned(request.row))
+                self.pool.take(request.row, self.missing(request, held))
                 plan.batch[request] = wanted
                 plan.budget -= wanted
         if not self.settings.scheduling.preempt_lower:  # M7
@@ -133,7 +159,7 @@ class Scheduler:
 
     def make_room(self, request: Request, held: int, plan: Plan) -> bool:
         """Preempt until a running request has the blocks of ``held`` tokens; return whether it has (Q2, S3, M22)."""
-        while self.pool.free < self.blocks_for(held) - self.pool.owned(request.row):
+        while self.pool.free < self.missing(request, held):
             if request.flights:
                 plan.stuck = True
                 return False
@@ -142,6 +168,10 @@ class Scheduler:
             if victim is request:
                 return False
         return True
+
+    def missing(self, request: Request, held: int) -> int:
+        """Blocks that a running request lacks for ``held`` tokens."""
+        return self.blocks_for(held, request.passed) - self.pool.owned(request.row)
 
     @property
     def preemptible(self) -> list[Request]:
@@ -153,7 +183,8 @@ class Scheduler:
         self.running.remove(request)
         plan.budget += plan.batch.pop(request, 0)
         plan.preempted.append(request)
-        if self.host is not None and self.host.copy_out(request.row, self.blocks_for(request.computed)):
+        blocks = self.blocks_for(request.computed, self.passed(request.computed))
+        if self.host is not None and self.host.copy_out(request.row, blocks):
             request.saved = request.computed
         self.release(request)
         request.computed = 0
@@ -177,7 +208,7 @@ class Scheduler:
             chunk = min(rest, plan.budget, self.longest_chunk)
             if chunk < rest and not self.may_cut(plan):
                 return
-            if not self.fits(request, computed + chunk, sum(block.owners > 0 for block in hits)):
+            if not self.fits(request, computed, computed + chunk, sum(block.owners > 0 for block in hits)):
                 victim = self.queue.lower_victim(request, self.preemptible)
                 if victim is None:
                     return
@@ -185,7 +216,7 @@ class Scheduler:
                 continue
             self.queue.take(request, start, is_new=isnan(request.scheduled_s))
             self.take_in(request, hits, start, computed)
-            self.pool.take(request.row, self.blocks_for(computed + chunk) - len(hits))
+            self.pool.take(request.row, self.blocks_for(computed + chunk, request.passed) - len(hits))
             plan.batch[request] = chunk
             plan.budget -= chunk
             plan.admitted.append(request)
@@ -197,7 +228,7 @@ class Scheduler:
         self.running.append(request)
         request.status = RUNNING
         request.must_emit = True
-        request.start, request.computed = start, computed
+        request.start, request.computed, request.passed = start, computed, self.passed(computed)
         request.reused_tokens += max(0, start - request.seen)
         self.pool.share(request.row, list(hits))
         self.pool.count_admission(request.known, max(len(hits) * self.settings.block_size, request.loaded))
@@ -220,8 +251,10 @@ class Scheduler:
         limit = scheduling.max_num_partial_prefills
         return scheduling.batching == "chunked" and not 0 < limit <= unfinished
 
-    def fits(self, request: Request, tokens: int, held: int) -> bool:
-        """Whether there is a seat, and blocks for the first ``tokens`` tokens, for the first of the queue (R7, B4, B7).
+    def fits(self, request: Request, computed: int, tokens: int, held: int) -> bool:
+        """Whether there is a seat, and blocks for the first ``tokens`` tokens, for the first of the queue (R7, B4, B7, W4).
+
+        It starts with ``computed`` tokens.
 
         ``held`` blocks of them are in use already (C6).
         """
@@ -230,11 +263,12 @@ class Scheduler:
             return False
         if settings.scheduling.batching == "static":
             longest = [one.prompt_tokens + one.max_tokens - 1 + settings.lookahead for one in (*self.running, request)]
-            return sum(map(self.blocks_for, longest)) <= settings.num_kv_blocks
+            return sum(self.most_blocks(tokens, 0) for tokens in longest) <= settings.num_kv_blocks
         margin = floor(settings.scheduling.watermark * settings.num_kv_blocks) if self.running else 0
-        if settings.scheduler_reserve_full_isl:
-            tokens = request.known
-        return self.blocks_for(tokens) - held + margin <= self.pool.free
+        passed = self.passed(computed)
+        whole = settings.scheduler_reserve_full_isl
+        wanted = self.most_blocks(request.known, passed) if whole else self.blocks_for(tokens, passed)
+        return wanted - held + margin <= self.pool.free
 
     # Memory
 

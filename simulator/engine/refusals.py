@@ -1,6 +1,6 @@
 """What a replica cannot do at the same time, and why.
 
-:data:`LASTING` holds for both engines: no server does it (``docs/engine-mixtures.md``). :data:`PENDING` is what the compiled
+:data:`LASTING` holds for both engines: no server does it, or no rule says how (``docs/engine-mixtures.md``). :data:`PENDING` is what the compiled
 engine does not do yet; the reference engine does.
 """
 
@@ -33,6 +33,7 @@ NAMES = {
     "warm store": "stored_tokens of requests",
     "speculation": "engine.speculation",
     "uneven experts": "engine.expert_skew",
+    "bounded windows": "engine.kv_groups with windowed layers",
     "ranks": "deployment.dp",
     "stages": "deployment.pp",
 }
@@ -54,6 +55,12 @@ LASTING = (
         "the next drafts need the last stage's verdict on the present ones; vLLM 0.19 does not compose the two either",
     ),
     Refusal(("ranks",), ("stages",), "a stage is priced as one rank"),
+    Refusal(
+        ("bounded windows",),
+        ("prefix cache", "tiers", "speculation"),
+        "which blocks of a window remain to be found, or to be drafted into, is not modelled; engine.disable_hybrid_kv_cache_manager = true "
+        "keeps the blocks of all layers alike",
+    ),
 )
 
 PENDING: tuple[Refusal, ...] = ()
@@ -76,6 +83,7 @@ def features_of(cost: StepCost | PipelineCost, settings: EngineSettings, request
         "warm store": bool(settings.tiers) and requests.stored_tokens is not None,
         "speculation": settings.speculation is not None,
         "uneven experts": settings.expert_skew.on,
+        "bounded windows": settings.kv_groups.windowed > 0,
         "ranks": isinstance(cost, StepCost) and cost.ranks > 1,
         "stages": isinstance(cost, PipelineCost) and len(cost.stages) > 1,
     }

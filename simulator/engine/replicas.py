@@ -275,7 +275,7 @@ def _stacked_kinds(engines: Sequence[_Replica]) -> many.Kinds:
         row[many.N_DENSE], row[many.N_HEAD] = len(cost.dense), len(cost.head)
         row[many.N_KNOTS], row[many.N_PLANES] = len(cost.knots), len(cost.planes)
         row[many.WINDOW], row[many.WINDOW_CHUNKED] = cost.window, cost.window_chunked
-        row[many.MAX_SEQS : many.LOOKAHEAD + 1] = limit
+        row[many.MAX_SEQS : many.WINDOWED_MOST + 1] = limit
     floats[:, many.SEQ] = [cost.seq for cost in costs]
     floats[:, many.WINDOW_SLOPE] = [cost.window_slope for cost in costs]
     tables = (_stacked([getattr(cost, name) for cost in costs]) for name in many.Kinds._fields[:6])

@@ -56,8 +56,8 @@ from simulator.engine.core import (
     Stream,
 )
 from simulator.engine.jit import compiled, inlined
+from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at, blocks_to_take
 from simulator.engine.prefix_cache import admit, give_back, look_up, publish, take
-from simulator.engine.progressions import blocks_for
 from simulator.engine.queues import (
     ALL,
     BASE,
@@ -130,7 +130,7 @@ def _victim(state: State, queue: Queue) -> int:
 
 @compiled
 def preempt(
-    cost: CostTable, out: Outcome, state: State, queue: Queue, extra: Extra | None, slot: int, block_size: int
+    cost: CostTable, limits: Limits, out: Outcome, state: State, queue: Queue, extra: Extra | None, slot: int
 ) -> None:
     """R6, Q2, M4: free all blocks, those of this step included, forget the cache, and wait again."""
     ints = state.ints
@@ -140,7 +140,7 @@ def preempt(
         queue.slots[slot, CHUNK] = 0
         queue.ints[CHUNK_TOKENS] -= ahead
         drop_partial(queue, slot)
-        owned = blocks_for(state.slots[slot, COMPUTED] + ahead, block_size)
+        owned = blocks_owned_at(limits, state.slots[slot, COMPUTED], state.slots[slot, COMPUTED] + ahead)
     else:
         last_token = state.floats[CLOCK]
         if queue.ints[STALLED] == 1:
@@ -149,23 +149,27 @@ def preempt(
         granted = queue.ints[GRANTED]
         ahead = 1 if granted == ALL or (granted == SOME and queue.slots[slot, HAS_BLOCK] == 1) else 0
         if extra is not None and extra.spec.on and granted == ALL:
-            ahead = blocks_needed(state, extra, slot, block_size)
+            ahead = blocks_needed(limits, state, extra, slot)
         stop_counting(queue, row, ints[STEP])
-        leave_batch(cost, state, out, extra, slot, block_size)
+        leave_batch(cost, limits, state, out, extra, slot)
         state.slots[slot, FINISH_STEP] = -1
-        owned = blocks_for(state.slots[slot, COMPUTED] + ahead, block_size)
+        owned = blocks_owned_at(limits, state.slots[slot, COMPUTED], state.slots[slot, COMPUTED] + ahead)
         if extra is not None and extra.spec.on:
-            owned = blocks_owned(state, extra, slot, True, block_size)  # noqa: FBT003 - compiled code takes no keywords here
+            owned = blocks_owned(limits, state, extra, slot, True)  # noqa: FBT003 - compiled code takes no keywords here
             if granted == ALL:
                 owned += ahead
             extra.spec.fraction[row] = speculation.fraction_of(extra.spec.batch, slot)
             if extra.cache.on and not extra.cache.radix:  # P6
                 publish(
-                    extra.cache, slot, row, state.slots[slot, COMPUTED] // block_size, publishing_moment(state, extra)
+                    extra.cache,
+                    slot,
+                    row,
+                    state.slots[slot, COMPUTED] // limits.block_size,
+                    publishing_moment(state, extra),
                 )
     computed = state.slots[slot, COMPUTED]
     if extra is not None and extra.swap.on:
-        copy_out(extra.swap, row, computed, blocks_for(computed, block_size))
+        copy_out(extra.swap, row, computed, blocks_owned_at(limits, computed, computed))
     if extra is not None and extra.cache.on:
         owned = give_back(extra.cache, slot, row, owned, ints[STEP])
     ints[FREE_BLOCKS] += owned
@@ -185,7 +189,6 @@ def preempt(
 def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, queue: Queue, extra: Extra | None) -> None:
     """R5, Q2 where blocks are short: decoding sequences take theirs in order of admission and preempt others."""
     ints = state.ints
-    bs = limits.block_size
     slot = ints[FIRST]
     while slot >= 0:
         queue.slots[slot, HAS_BLOCK] = 0
@@ -194,12 +197,12 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, queu
     slot = ints[FIRST]
     while slot >= 0:
         after = state.slots[slot, AFTER]
-        need = blocks_needed(state, extra, slot, bs) if state.slots[slot, FINISH_STEP] >= 0 else 0
+        need = blocks_needed(limits, state, extra, slot) if state.slots[slot, FINISH_STEP] >= 0 else 0
         if need > 0:
             gone = False
             while ints[FREE_BLOCKS] < need and not gone:
                 victim = _victim(state, queue)
-                preempt(cost, out, state, queue, extra, victim, bs)
+                preempt(cost, limits, out, state, queue, extra, victim)
                 gone = victim == slot
             after = state.slots[slot, AFTER]
             if not gone:
@@ -237,7 +240,6 @@ def _continue_prompts(
 ) -> tuple[bool, bool]:
     """R5, B1, B5: give tokens to those in prefill, in order of admission; return whether somebody was preempted, and whether somebody waits (M22)."""
     ints = state.ints
-    bs = limits.block_size
     preempted = False
     waits = False
     i = 0
@@ -251,14 +253,14 @@ def _continue_prompts(
             continue
         done = state.slots[slot, COMPUTED]
         want = min(_known(stream, state, slot) - done, left, queue.rules.longest_chunk)
-        missing = blocks_for(done + want, bs) - blocks_for(done, bs)
+        missing = blocks_to_take(limits, done, done + want)
         if missing > ints[FREE_BLOCKS] and queue.slots[slot, HELD] > 0:
             waits = True
             continue
         gone = False
         while missing > ints[FREE_BLOCKS] and not gone:
             victim = _victim(state, queue)
-            preempt(cost, out, state, queue, extra, victim, bs)
+            preempt(cost, limits, out, state, queue, extra, victim)
             preempted = True
             gone = victim == slot
             i = _place_after(state, queue, slot)
@@ -298,18 +300,24 @@ def _n_unfinished(stream: Stream, state: State, queue: Queue) -> int:
 
 @inlined
 def _has_blocks(
-    limits: Limits, stream: Stream, state: State, queue: Queue, row: int, tokens: int, known: int, held: int
+    limits: Limits,
+    stream: Stream,
+    state: State,
+    queue: Queue,
+    row: int,
+    done: int,
+    tokens: int,
+    known: int,
+    held: int,
 ) -> bool:
-    """R7, B4, B7, C6: whether there are blocks for the first ``tokens`` tokens of the first of the queue, ``held`` of them others own."""
+    """R7, B4, B7, C6: whether there are blocks to take the first of the queue from ``done`` tokens to ``tokens``, ``held`` of them others own."""
     ints = state.ints
-    bs = limits.block_size
     if queue.rules.batching == STATIC:
-        wanted = reserved_blocks(stream, row, queue.rules.lookahead, bs)
+        wanted = reserved_blocks(limits, stream, row)
         return bool(queue.ints[RESERVED] + wanted <= limits.num_blocks)
     margin = queue.rules.margin if ints[N_RUNNING] > 0 else 0
-    if limits.reserve_full:
-        tokens = known
-    return bool(blocks_for(tokens, bs) - held + margin <= ints[FREE_BLOCKS])
+    wanted = blocks_at_most(limits, done, known) if limits.reserve_full else blocks_owned_at(limits, done, tokens)
+    return bool(wanted - held + margin <= ints[FREE_BLOCKS])
 
 
 @compiled
@@ -381,9 +389,9 @@ def _admit_first(
     state.slots[slot, ADMITTED] = ints[N_ADMITTED]
     ints[N_ADMITTED] += 1
     append_running(state, slot)
-    ints[FREE_BLOCKS] -= blocks_for(done + want, limits.block_size)
+    ints[FREE_BLOCKS] -= blocks_owned_at(limits, done, done + want)
     if rules.batching == STATIC:
-        queue.ints[RESERVED] += reserved_blocks(stream, row, rules.lookahead, limits.block_size)
+        queue.ints[RESERVED] += reserved_blocks(limits, stream, row)
     queue.slots[queue.ints[N_PARTIALS], PARTIAL_SLOT] = slot
     queue.ints[N_PARTIALS] += 1
     queue.slots[slot, CHUNK] = want
@@ -437,11 +445,11 @@ def admit_waiting(
         cut = want < rest and (
             rules.batching != CHUNKED or 0 < rules.max_partials <= _n_unfinished(stream, state, queue)
         )
-        if cut or not seat or not _has_blocks(limits, stream, state, queue, row, done + want, known, held):
+        if cut or not seat or not _has_blocks(limits, stream, state, queue, row, done, done + want, known, held):
             if not cut and rules.preempt_lower and ints[LAST] >= 0:
                 victim = _victim(state, queue)
                 if queue.row_floats[state.row[victim], RANK] > queue.row_floats[row, RANK]:
-                    preempt(cost, out, state, queue, extra, victim, bs)
+                    preempt(cost, limits, out, state, queue, extra, victim)
                     preempted = True
                     continue
             if extra is not None:
@@ -451,7 +459,7 @@ def admit_waiting(
         slot = _admit_first(limits, stream, out, state, queue, extra, row, done, want)
         if extra is not None:
             if extra.cache.on:
-                need = blocks_for(done + want, bs)
+                need = blocks_owned_at(limits, done, done + want)
                 ints[FREE_BLOCKS] += hits - admit(
                     extra.cache, slot, row, hits, loaded, known, start, state.slots[slot, SEEN]
                 )
@@ -461,7 +469,7 @@ def admit_waiting(
             if extra.loads.on:
                 extra.loads.loaded[row] = -1
             if saved > 0:
-                copy_in(extra.swap, row, blocks_for(saved, bs), hits)
+                copy_in(extra.swap, row, blocks_owned_at(limits, saved, saved), hits)
     return preempted, unsure
 
 
@@ -498,7 +506,7 @@ def _serve_decodes(
         level = extra.spec.level_by_batch[ints[BATCH]]
         if ints[BATCH] > 0 and level != extra.spec.batch.ints[speculation.LEVEL]:
             change_level(cost, stream, out, state, extra, level)
-    need = blocks_of_step(state, extra, limits.block_size)
+    need = blocks_of_step(limits, state, extra)
     if need > ints[FREE_BLOCKS]:
         _make_room(cost, limits, out, state, queue, extra)
         need = -1

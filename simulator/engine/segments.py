@@ -65,13 +65,13 @@ from simulator.engine.core import (
 )
 from simulator.engine.heaps import pop_key
 from simulator.engine.jit import compiled, inlined
+from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at, release_passed
 from simulator.engine.prefix_cache import (
     START,
     note_end,
     publish,
 )
 from simulator.engine.progressions import (
-    blocks_for,
     count_itl,
     end_of_steps,
     spread,
@@ -208,7 +208,9 @@ def steps_in_piece(cost: CostTable, limits: Limits, state: State, extra: Extra |
         k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
     if ints[N_EVENTS] > 0:
         k = min(k, (state.events[0] >> SLOT_BITS) - step)
-    return int(steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS]))
+    gives = limits.windowed > 0
+    cycle = limits.groups * batch
+    return int(steps_with_blocks(state.residues, limits.block_size, gives, step, k, cycle, ints[FREE_BLOCKS]))
 
 
 @inlined
@@ -300,24 +302,25 @@ def cut_to_length(stream: Stream, state: State, extra: Extra, slot: int) -> None
 
 
 @inlined
-def reserved_blocks(stream: Stream, row: int, lookahead: int, block_size: int) -> int:
+def reserved_blocks(limits: Limits, stream: Stream, row: int) -> int:
     """B4: blocks that a static batch keeps for a request."""
-    return int(blocks_for(stream.prompt[row] + stream.max_tokens[row] - 1 + lookahead, block_size))
+    return int(blocks_at_most(limits, 0, stream.prompt[row] + stream.max_tokens[row] - 1 + limits.lookahead))
 
 
 @inlined
-def retire(stream: Stream, state: State, queue: Queue, slot: int, block_size: int) -> None:
+def retire(limits: Limits, stream: Stream, state: State, queue: Queue, slot: int) -> None:
     """Forget what the queue keeps of a running request that ends."""
     row = state.row[slot]
     if state.slots[slot, FINISH_STEP] >= 0:
         stop_counting(queue, row, state.ints[STEP])
     if queue.rules.batching == STATIC:
-        queue.ints[RESERVED] -= reserved_blocks(stream, row, queue.rules.lookahead, block_size)
+        queue.ints[RESERVED] -= reserved_blocks(limits, stream, row)
 
 
 @inlined
 def end_chunks(
     cost: CostTable,
+    limits: Limits,
     stream: Stream,
     out: Outcome,
     state: State,
@@ -325,13 +328,12 @@ def end_chunks(
     extra: Extra | None,
     chunks: int,
     price: Price,
-    block_size: int,
 ) -> int:
     """R10 to R12 for chunks; return how many requests finish. ``State`` is already at the step's end.
 
     A request whose client has left (L3) is left as it is, even with its last token.
     """
-    ints, floats = state.ints, state.floats
+    ints, floats, block_size = state.ints, state.floats, limits.block_size
     end = floats[CLOCK]
     plane = price.plane
     n_done = 0
@@ -369,6 +371,7 @@ def end_chunks(
         if again > 0:
             out.recompute[row] += pays * again / size
             ints[RECOMPUTED] += again
+        release_passed(limits, state, done, done + size)
         done += size
         state.slots[slot, COMPUTED] = max(done, state.slots[slot, COMPUTED])  # a later chunk may be in flight already
         if extra is not None and extra.cache.radix:
@@ -392,11 +395,11 @@ def end_chunks(
             if queue is not None:
                 if queue.row_ints[row, GONE] != 0:
                     continue
-                retire(stream, state, queue, slot, block_size)
-            finish_request(state, out, extra, slot, blocks_for(done, block_size), True)  # noqa: FBT003 - compiled code takes no keywords here
+                retire(limits, stream, state, queue, slot)
+            finish_request(state, out, extra, slot, blocks_owned_at(limits, done, done), True)  # noqa: FBT003 - compiled code takes no keywords here
             n_done += 1
         else:
-            start_decoding(cost, stream, state, extra, slot, rest, block_size)
+            start_decoding(cost, limits, stream, state, extra, slot, rest)
             if queue is not None:
                 state.sums[slot, LAST_TOKEN] = end
                 start_counting(queue, row, ints[STEP])
@@ -406,12 +409,12 @@ def end_chunks(
 @inlined
 def end_decodes(
     cost: CostTable,
+    limits: Limits,
     stream: Stream,
     out: Outcome,
     state: State,
     queue: Queue | None,
     extra: Extra | None,
-    block_size: int,
 ) -> int:
     """R10: decoding requests whose last token has come; return how many."""
     ints = state.ints
@@ -422,9 +425,9 @@ def end_decodes(
         slot = key & ((1 << SLOT_BITS) - 1)
         if state.slots[slot, FINISH_STEP] == key >> SLOT_BITS:
             if queue is not None:
-                retire(stream, state, queue, slot, block_size)
-            leave_batch(cost, state, out, extra, slot, block_size)
-            owned = blocks_owned(state, extra, slot, True, block_size)  # noqa: FBT003 - compiled code takes no keywords here
+                retire(limits, stream, state, queue, slot)
+            leave_batch(cost, limits, state, out, extra, slot)
+            owned = blocks_owned(limits, state, extra, slot, True)  # noqa: FBT003 - compiled code takes no keywords here
             if extra is not None and extra.spec.on:
                 cut_to_length(stream, state, extra, slot)
             finish_request(state, out, extra, slot, owned, False)  # noqa: FBT003

@@ -58,6 +58,7 @@ from simulator.engine.fcfs import (
     schedule_chunks,
 )
 from simulator.engine.jit import entry
+from simulator.engine.kv_blocks import release_of_step, peak_of_steps
 from simulator.engine.progressions import (
     end_of_steps,
     take_blocks,
@@ -99,14 +100,12 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             continue
         if t >= until or ints[NEXT_ROW] >= ints[STOP_ROW]:
             return False
-        if cost.window > 0:
-            pass_window_events(cost, state)
         if ints[STEP] - ints[STEP_ORIGIN] >= REBASE_STEPS:
             rebase_sums(cost, state, out, None)
 
         # --- what runs: R5, R7 ---
         step = ints[STEP]
-        need = blocks_of_step(state, None, bs)
+        need = blocks_of_step(limits, state, None)
         short = need > ints[FREE_BLOCKS]
         if short:
             make_room(cost, limits, out, state)
@@ -125,7 +124,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
         if chunks.n > 0:
             ints[FREE_BLOCKS] = chunks.free
             end = t + price.d0
-            blocks_integral = (limits.num_blocks - chunks.free) * (end - t)
+            owned = limits.num_blocks - chunks.free
+            blocks_integral = owned * (end - t)
         else:
             q = price.slope * batch + cost.window_slope * ints[N_GROWING]
             if not chunks.preempted:
@@ -137,9 +137,14 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             owned = limits.num_blocks - ints[FREE_BLOCKS]
             blocks_integral = owned * (end - t)
             if not short:
-                owned, blocks_integral = take_blocks(state.residues, bs, step, k, batch, owned, price.d0, q)
+                gives = limits.windowed > 0
+                owned, blocks_integral = take_blocks(state.residues, bs, gives, step, k, owned, price.d0, q)
                 ints[FREE_BLOCKS] = limits.num_blocks - owned
-        ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], limits.num_blocks - ints[FREE_BLOCKS])
+                if gives:
+                    owned = peak_of_steps(limits, state, k)
+        ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], owned)
+        if chunks.n > 0 or short:
+            release_of_step(limits, state)
 
         # --- let it happen: R10 to R15 ---
         floats[CLOCK] = end
@@ -153,10 +158,12 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
             advance_decodes(cost, state, None, price, q, k)
             count_latencies(out, state, batch, price.d0, q, k)
         ints[STEP] = step + k
+        if cost.window > 0:
+            pass_window_events(cost, limits, state)
         n_done = 0
         if chunks.n > 0:
-            n_done += end_chunks(cost, stream, out, state, None, None, chunks.n, price, bs)
-        n_done += end_decodes(cost, stream, out, state, None, None, bs)
+            n_done += end_chunks(cost, limits, stream, out, state, None, None, chunks.n, price)
+        n_done += end_decodes(cost, limits, stream, out, state, None, None)
         if stream.concurrency > 0 and n_done > 0:
             receive(stream, limits, out, state, before_now=True)
             for _ in range(n_done):

@@ -15,6 +15,7 @@ from simulator.engine.batch import (
     advance_decodes,
     append_running,
     leave_batch,
+    pass_window_events,
     publishing_moment,
     start_decoding,
     unlink_running,
@@ -79,6 +80,7 @@ from simulator.engine.core import (
 from simulator.engine.fcfs import release_next
 from simulator.engine.full_loop import begin_step, count_latencies_after_stall, price_of, wait_for
 from simulator.engine.jit import compiled, entry, inlined
+from simulator.engine.kv_blocks import release_of_step
 from simulator.engine.parts import HOST_SHARE, extra_of, load_price, part_of, store_price
 from simulator.engine.prefix_cache import EPOCH, N_ENDED, catch_up, release_ended
 from simulator.engine.progressions import spread
@@ -395,10 +397,10 @@ def _merge(
     slot = giver.ints[FIRST]
     while slot >= 0:
         after = giver.slots[slot, AFTER]
-        leave_batch(cost, giver, out, giver_extra, slot, limits.block_size)
+        leave_batch(cost, limits, giver, out, giver_extra, slot)
         _detach(giver, slot)
         rest = stream.output[giver.row[slot]] - giver.slots[slot, EMITTED]
-        start_decoding(cost, stream, taker, taker_extra, slot, rest, limits.block_size)
+        start_decoding(cost, limits, stream, taker, taker_extra, slot, rest)
         giver.sums[slot, LAST_TOKEN] = flight.last[from_g]
         flight.group[slot] = to_g
         _link(taker, slot)
@@ -478,7 +480,10 @@ def _complete(
         else:
             queue.floats[STALL_START] = -1.0
             count_latencies_after_stall(out, group, queue, now)
+    release_of_step(limits, group)
     ints[STEP] += 1
+    if cost.window > 0:
+        pass_window_events(cost, limits, group)
     n_done = 0
     chunks = flight.chunks[g]
     flight.done[g] = math.inf
@@ -486,10 +491,10 @@ def _complete(
     if chunks > 0:
         for c in range(chunks):
             queue.slots[group.chunks[c, CHUNK_SLOT], HELD] -= 1
-        n_done += end_chunks(cost, stream, out, group, queue, extra, chunks, price, limits.block_size)
+        n_done += end_chunks(cost, limits, stream, out, group, queue, extra, chunks, price)
     if queue.ints[N_GONE] > 0:
         _let_go(cost, limits, stream, out, shared, group, flight, queue, extra)
-    n_done += end_decodes(cost, stream, out, group, queue, extra, limits.block_size)
+    n_done += end_decodes(cost, limits, stream, out, group, queue, extra)
     if extra is not None and extra.cache.ints[N_ENDED] > 0:
         ints[FREE_BLOCKS] += release_ended(extra.cache, group.row, publishing_moment(group, extra))
     return int(n_done)

@@ -26,6 +26,7 @@ from tests.engine.strategies import (
     Pick,
     dyadic_case,
     dyadic_cost,
+    in_groups,
     one_of,
     with_ties,
 )
@@ -95,10 +96,10 @@ def draw_features(pick: Pick, must: Sequence[str], refusals: Sequence[Refusal]) 
 def mixture_case(pick: Pick, must: Sequence[str] = (), refusals: Sequence[Refusal] = BOTH) -> Case:
     """A dyadic case with a random set of features."""
     features = draw_features(pick, must, refusals)
-    _, settings, requests = dyadic_case(pick)
+    _, settings, requests = dyadic_case(pick, plain_windows=False)
     for _ in range(2):
         if len(requests) < 9 and pick(0, 2):  # few requests seldom meet
-            _, settings, requests = dyadic_case(pick)
+            _, settings, requests = dyadic_case(pick, plain_windows=False)
     draft = Draft(pick, features, settings, requests, one_of(pick, TIME_GRIDS_S))
     for name, switch_on in BEFORE_COSTS.items():
         if name in features:
@@ -312,7 +313,7 @@ def with_costs(draft: Draft) -> StepCost | PipelineCost:
     rows = (
         max(budget, settings.max_num_seqs * draft.queries[-1]) if "speculation" in features else settings.max_num_seqs
     )
-    cost = dyadic_cost(pick, budget, rows, draft.grid_s)
+    cost = dyadic_cost(pick, budget, rows, draft.grid_s, windowed="bounded windows" in features)
     if features & {"ranks", "uneven experts", "stages"}:
         cost = replace(cost, expert_s=cost.dense_s * one_of(pick, (0.25, 0.5, 1.0)))
     if "ranks" in features:
@@ -349,6 +350,10 @@ def with_small_chunks(draft: Draft) -> None:
     if draft.settings.scheduling.batching == "chunked" and pick(0, 1):
         budget = min(draft.settings.max_num_batched_tokens, draft.settings.max_num_seqs + pick(0, 8))
         draft.set(max_num_batched_tokens=budget, scheduler_reserve_full_isl=False)
+
+
+def with_bounded_windows(draft: Draft, cost: StepCost | PipelineCost) -> None:
+    draft.settings = in_groups(draft.pick, cost.total if isinstance(cost, PipelineCost) else cost, draft.settings)
 
 
 def with_skew(draft: Draft, cost: StepCost | PipelineCost) -> None:
@@ -411,6 +416,7 @@ BEFORE_COSTS = {
 }
 """What decides how long a step may be, and what memory there is."""
 AFTER_COSTS = {
+    "bounded windows": with_bounded_windows,
     "speculation": with_prices_of_speculation,
     "uneven experts": with_skew,
     "host": with_host,

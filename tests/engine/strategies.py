@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from simulator.engine.records import EngineSettings, Requests
 from simulator.engine.reference import Replica
+from simulator.roofline.kv_groups import KvGroups
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
 
@@ -72,7 +73,7 @@ def requests_of(arrival_s, prompt, output, cached=None, max_tokens=None, concurr
     )
 
 
-def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float) -> StepCost:
+def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float, *, windowed: bool = False) -> StepCost:
     base, per_token, jitter = pick(1, 6), pick(0, 2), pick(0, 3)
     dense = [0.0] + [
         grid_s * (base + per_token * n + (pick(0, jitter) if jitter else 0)) for n in range(1, max_tokens + 1)
@@ -86,7 +87,7 @@ def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float) -> St
         slopes.append(slope_s * pick(0, 5))
     planes = [[slope_s * pick(0, 3), slope_s * pick(0, 7), grid_s * pick(0, 2)] for _ in range(pick(1, 3))]
     window, window_slope_s = {}, max(SLOPE_GRID_S, slope_s)
-    if pick(0, 1):
+    if windowed or pick(0, 1):
         window = {
             "window": one_of(pick, (pick(1, 8), pick(1, 20), pick(1, 60))),
             "window_chunked": bool(pick(0, 1)),
@@ -105,6 +106,14 @@ def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float) -> St
     )
 
 
+def in_groups(pick: Pick, cost: StepCost, settings: EngineSettings) -> EngineSettings:
+    """The settings with layers in groups, of which those with the cost's window give blocks back; scarce blocks stay scarce."""
+    full, windowed = pick(0, 2), pick(1, 4)
+    blocks = settings.num_kv_blocks * one_of(pick, (full + windowed, full + windowed, full + 1, max(full, 1)))
+    groups = KvGroups(full, windowed, cost.window, cost.window_chunked)
+    return replace(settings, kv_groups=groups, num_kv_blocks=max(1, blocks + pick(-3, 3)))
+
+
 def dyadic_arrivals(pick: Pick, count: int, grid_s: float, concurrency: int) -> list[float]:
     if concurrency:
         return [grid_s * pick(0, 6) * pick(0, 1) for _ in range(count)]
@@ -119,7 +128,8 @@ def dyadic_arrivals(pick: Pick, count: int, grid_s: float, concurrency: int) -> 
     return arrivals
 
 
-def dyadic_case(pick: Pick) -> Case:
+def dyadic_case(pick: Pick, *, plain_windows: bool = True) -> Case:
+    """A plain replica and its requests; ``plain_windows``: also one whose windows are bounded."""
     grid_s = one_of(pick, TIME_GRIDS_S)
     max_num_seqs = pick(1, 7)
     max_num_batched_tokens = max_num_seqs + one_of(pick, (0, pick(0, 6), pick(0, 60)))
@@ -148,6 +158,8 @@ def dyadic_case(pick: Pick) -> Case:
         scheduler_reserve_full_isl=bool(pick(0, 1)),
     )
     cost = dyadic_cost(pick, max_num_batched_tokens, max_num_seqs, grid_s)
+    if plain_windows and cost.window and pick(0, 1):
+        settings = in_groups(pick, cost, settings)
     arrivals = dyadic_arrivals(pick, count, grid_s, concurrency)
     case = Case(cost, settings, requests_of(arrivals, prompt, output, cached, max_tokens, concurrency))
     return case if concurrency or pick(0, 4) else with_ties(pick, case)

@@ -1,0 +1,114 @@
+"""How many KV blocks tokens take in the compiled engine, with windowed layers that give blocks back: rules W1 to W5 of ``docs/engine-kv-memory.md``.
+
+What a request owns between steps follows from its computed tokens. A sequence that decodes takes a block of every group when its context begins one, and
+once its window is full gives one of every windowed group back when the window leaves one: both at fixed steps modulo the block size, so two histograms
+of residues hold a whole batch. Windows that are chunks of the context are left at the events that end them.
+"""
+
+from typing import Any
+
+from simulator.engine.core import BATCH, COMPUTED, FREE_BLOCKS, JOINED, STEP, Limits, State
+from simulator.engine.jit import compiled, inlined
+from simulator.engine.progressions import blocks_for, residue
+
+
+@inlined
+def blocks_passed(limits: Limits, done: int) -> int:
+    """W2: blocks of each windowed group that lie before the window once ``done`` tokens are computed."""
+    if limits.chunked:
+        return done // limits.window * limits.window // limits.block_size
+    return max(0, done - limits.window + 1) // limits.block_size
+
+
+@inlined
+def blocks_owned_at(limits: Limits, done: int, stop: int) -> int:
+    """W3: blocks of a request in a step that takes it from ``done`` computed tokens to ``stop``; at rest the two are the same."""
+    blocks = blocks_for(stop, limits.block_size)
+    if limits.windowed == 0:
+        return int(blocks)
+    return int(limits.groups * blocks - limits.windowed * blocks_passed(limits, done))
+
+
+@inlined
+def blocks_to_take(limits: Limits, done: int, stop: int) -> int:
+    """W3: blocks that a running request takes for the tokens from ``done`` to ``stop``."""
+    return int(limits.groups * (blocks_for(stop, limits.block_size) - blocks_for(done, limits.block_size)))
+
+
+@inlined
+def blocks_at_most(limits: Limits, start: int, stop: int) -> int:
+    """W4: blocks that a request owns at most on its way from ``start`` computed tokens to ``stop``, however it is cut into chunks."""
+    blocks = blocks_for(stop, limits.block_size)
+    if limits.windowed == 0:
+        return int(blocks)
+    kept = min(blocks - blocks_passed(limits, start), limits.windowed_most)
+    return int((limits.groups - limits.windowed) * blocks + limits.windowed * kept)
+
+
+@inlined
+def release_passed(limits: Limits, state: State, before: int, done: int) -> None:
+    """W2: a request that had ``before`` tokens and now has ``done`` gives back what its window has left."""
+    if limits.windowed > 0:
+        passed = blocks_passed(limits, done) - blocks_passed(limits, before)
+        state.ints[FREE_BLOCKS] += limits.windowed * passed
+
+
+@inlined
+def _place(limits: Limits, state: State, slot: int) -> int:
+    """Where in ``State.residues`` a sequence's blocks are that its window leaves."""
+    key = state.slots[slot, COMPUTED] - state.slots[slot, JOINED]
+    return int(limits.block_size + residue(key - (limits.window - 2), limits.block_size))
+
+
+@inlined
+def begin_giving(limits: Limits, state: State, slot: int) -> None:
+    """A decoding sequence's window is full: from now on it leaves blocks behind."""
+    if limits.windowed > 0:
+        state.residues[_place(limits, state, slot)] += limits.windowed
+
+
+@inlined
+def end_giving(limits: Limits, state: State, slot: int) -> None:
+    """A decoding sequence whose window is full leaves the batch."""
+    if limits.windowed > 0:
+        state.residues[_place(limits, state, slot)] -= limits.windowed
+
+
+@inlined
+def release_of_step(limits: Limits, state: State) -> None:
+    """W2: what the windows of decoding sequences leave at the end of one step, which is still the present one."""
+    if limits.windowed > 0 and state.ints[BATCH] > 0:
+        place = limits.block_size + residue(-state.ints[STEP], limits.block_size)
+        state.ints[FREE_BLOCKS] += state.residues[place]
+
+
+@compiled
+def add_steps(limits: Limits, state: State, k: int, profile: Any) -> None:
+    """Add the blocks owned in the last of k decode steps, at most ``block_size`` of them, the last first, to ``profile``.
+
+    ``State`` has taken the steps' blocks, but not counted the steps. Earlier ones own no more: what a batch takes in ``block_size`` steps it does
+    not give back in as many.
+    """
+    size = limits.block_size
+    owned = limits.num_blocks - state.ints[FREE_BLOCKS]
+    place = residue(-(state.ints[STEP] + k - 1), size)
+    for j in range(min(k, size)):
+        owned += state.residues[size + place]
+        profile[j] += owned
+        owned -= state.residues[place]
+        place = place + 1 if place + 1 < size else 0
+
+
+@compiled
+def peak_of_steps(limits: Limits, state: State, k: int) -> int:
+    """The most blocks owned in any of k decode steps that :func:`add_steps` would look at."""
+    profile = profile_of(limits, state)[0]
+    profile[:] = 0
+    add_steps(limits, state, k, profile)
+    return int(profile[: min(k, limits.block_size)].max())
+
+
+@inlined
+def profile_of(limits: Limits, state: State) -> tuple[Any]:
+    """Room for the blocks owned in ``block_size`` steps; in a tuple, as functions compiled without reference counts may not return a view."""
+    return (state.residues[2 * limits.block_size : 3 * limits.block_size],)

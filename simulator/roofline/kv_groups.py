@@ -1,0 +1,65 @@
+"""Groups of layers whose KV blocks are handed out together, as vLLM's hybrid KV cache manager forms them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simulator.errors import InputError
+
+
+@dataclass(frozen=True)
+class KvGroups:
+    """How many KV blocks the tokens of one sequence take.
+
+    The layers of a model lie in groups of equally many; a block holds ``block_size`` tokens of the layers of one group, and all groups share one
+    pool of blocks. Layers with a window give the blocks before it back (rules W1 to W5 of ``docs/engine-kv-memory.md``).
+
+    Attributes
+    ----------
+    full
+        groups of layers that keep all keys.
+    windowed
+        groups of layers that keep a window's; 0: none, all layers lie in one group.
+    window
+        keys that windowed layers see at most. [tokens]
+    chunked
+        whether windows are chunks of the context instead of sliding.
+    """
+
+    full: int = 1
+    windowed: int = 0
+    window: int = 0
+    chunked: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.full < 0 or self.windowed < 0 or (self.windowed == 0 and self.full != 1):
+            raise InputError(f"kv_groups: {self.full} full and {self.windowed} windowed: without windows there is one")
+        if (self.window < 1) == (self.windowed > 0):
+            raise InputError(f"kv_groups: {self.windowed} windowed groups with a window of {self.window} tokens")
+
+    @property
+    def count(self) -> int:
+        """Groups in all."""
+        return self.full + self.windowed
+
+    def blocks(self, tokens: ArrayLike, block_size: int) -> NDArray[np.int64]:
+        """Blocks that a sequence owns between steps once ``tokens`` tokens are computed (W2). [tokens' shape]"""
+        held = np.asarray(tokens, dtype=np.int64)
+        if not self.windowed:
+            return np.asarray(-(-held // block_size))
+        passed = held // self.window * self.window if self.chunked else np.maximum(0, held - self.window + 1)
+        return np.asarray(self.count * -(-held // block_size) - self.windowed * (passed // block_size))
+
+    def most_blocks(self, tokens: ArrayLike, block_size: int, step_tokens: int) -> NDArray[np.int64]:
+        """Blocks that a sequence owns at most on its way to ``tokens`` tokens, in steps of ``step_tokens`` at most (W4). [tokens' shape]"""
+        blocks = -(-np.asarray(tokens, dtype=np.int64) // block_size)
+        if not self.windowed:
+            return np.asarray(blocks)
+        kept = np.minimum(blocks, self.most_in_window(block_size, step_tokens))
+        return np.asarray(self.full * blocks + self.windowed * kept)
+
+    def most_in_window(self, block_size: int, step_tokens: int) -> int:
+        """Blocks of one windowed group that a sequence owns at most; 0 without windows."""
+        return -(-(self.window - 1 + step_tokens) // block_size) + 1 if self.windowed else 0
