@@ -203,12 +203,16 @@ class Extra(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """The tokens of a step: those of the decoding batch, and the chunks in ``State.chunks``."""
+    """The tokens of a step: those of the decoding batch, and the chunks in ``State.chunks``.
+
+    ``wanted``: the free blocks without which the first of the queue could not be admitted; 0 if it was not for them.
+    """
 
     n: int
     tokens: int
     free: int
     preempted: bool
+    wanted: int
 
 
 class Price(NamedTuple):

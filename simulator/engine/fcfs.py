@@ -201,6 +201,7 @@ def schedule_chunks(
             state.chunks[0, CHUNK_SIZE] = want
             state.chunks[0, CHUNK_START] = done
             chunks = 1
+    wanted = 0
     if not closed:
         waiting = n_waiting(state)
         while room > 0 and waiting > 0 and ints[N_RUNNING] < limits.max_num_seqs:
@@ -215,7 +216,9 @@ def schedule_chunks(
             done = stream.cached[row]
             want = min(known - done, room)
             need = blocks_owned_at(limits, done, done + want)
-            if need > free or (limits.reserve_full and blocks_at_most(limits, done, known) > free):
+            first = blocks_at_most(limits, done, known) if limits.reserve_full else need
+            if first > free:
+                wanted = first
                 break
             if resumed:
                 ints[N_PREEMPTED] -= 1
@@ -239,4 +242,4 @@ def schedule_chunks(
             state.chunks[chunks, CHUNK_START] = done
             chunks += 1
             ints[PARTIAL] = slot
-    return Chunks(chunks, tokens, free, preempted)
+    return Chunks(chunks, tokens, free, preempted, wanted)

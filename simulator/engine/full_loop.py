@@ -61,7 +61,7 @@ from simulator.engine.core import (
 )
 from simulator.engine.fcfs import release_next
 from simulator.engine.jit import compiled, entry, inlined
-from simulator.engine.kv_blocks import release_of_step, peak_of_steps
+from simulator.engine.kv_blocks import release_of_step, peak_of_steps, steps_to_room
 from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
@@ -125,7 +125,8 @@ def stop_of(
 
 @inlined
 def longest_segment(limits: Limits, state: State, queue: Queue, extra: Extra | None, scheduled: Scheduled) -> int:
-    """Steps after which R7 may decide otherwise though nothing happens: tenants' counts grow, blocks are published or evicted."""
+    """Steps after which R7 may decide otherwise though nothing happens: tenants' counts grow, blocks are published, evicted or left by a window."""
+    few = int(steps_to_room(limits, state, scheduled.wanted))
     blocked = queue.ints[N_QUEUED] > 0 and state.ints[N_RUNNING] < limits.max_num_seqs
     if queue.rules.policy == FAIR and blocked and queue.rules.batching != STATIC:
         return 1
@@ -133,8 +134,8 @@ def longest_segment(limits: Limits, state: State, queue: Queue, extra: Extra | N
         if extra.loads.ints[BLOCKED] == 1:
             return 1
         if scheduled.unsure:
-            return int(steps_to_fill(extra.cache, published_to(state, queue)))
-    return MANY
+            return min(few, int(steps_to_fill(extra.cache, published_to(state, queue))))
+    return few
 
 
 @inlined

@@ -83,6 +83,25 @@ def release_of_step(limits: Limits, state: State) -> None:
 
 
 @compiled
+def steps_to_room(limits: Limits, state: State, wanted: int) -> int:
+    """Decode steps after which ``wanted`` blocks are free behind those that the next one takes; very many if that does not happen by itself.
+
+    It happens within ``block_size`` steps or never: in as many a batch gives back no more than it takes.
+    """
+    size = limits.block_size
+    if limits.windowed > 0 and wanted > 0:
+        place = residue(-state.ints[STEP], size)
+        free = state.ints[FREE_BLOCKS] - state.residues[place]
+        for steps in range(1, size):
+            free += state.residues[size + place]
+            place = place - 1 if place > 0 else size - 1
+            free -= state.residues[place]
+            if free >= wanted:
+                return steps
+    return 1 << 60
+
+
+@compiled
 def add_steps(limits: Limits, state: State, k: int, profile: Any) -> None:
     """Add the blocks owned in the last of k decode steps, at most ``block_size`` of them, the last first, to ``profile``.
 

@@ -82,7 +82,7 @@ from simulator.engine.segments import lengthen, price_step, record_segment, step
 from simulator.engine.swap import N_MOVED, charge_copies, delay_of
 
 # columns of Board.scheduled: the fields of Scheduled, the longest segment, and the decoding sequences that sit the step out (-1: none do)
-N_CHUNKS, TOKENS, NEED, PREEMPTED, UNSURE, LONGEST, SITTING, N_SCHEDULED = range(8)
+N_CHUNKS, TOKENS, NEED, PREEMPTED, UNSURE, WANTED, LONGEST, SITTING, N_SCHEDULED = range(9)
 # indices into Board.floats: rank-seconds of busy time that no table of the cost accounts for
 PADDING, IMBALANCE, N_BOARD_FLOATS = range(3)
 
@@ -208,6 +208,7 @@ def _read(scheduled: Any) -> Scheduled:
         int(scheduled[NEED]),
         bool(scheduled[PREEMPTED]),
         bool(scheduled[UNSURE]),
+        int(scheduled[WANTED]),
     )
 
 
@@ -238,6 +239,7 @@ def _schedule_rank(
     scheduled[NEED] = found.need
     scheduled[PREEMPTED] = found.preempted
     scheduled[UNSURE] = found.unsure
+    scheduled[WANTED] = found.wanted
     scheduled[LONGEST] = longest_segment(limits, rank, queue, extra, found)
     scheduled[SITTING] = -1
     if found.n > 0 and queue.rules.batching >= PREFILL_FIRST:

@@ -105,7 +105,8 @@ class Scheduled(NamedTuple):
     """What a step is made of: the decoding batch, and the chunks in ``State.chunks``.
 
     ``need`` blocks of the decoding sequences are taken, though not yet from the free ones, which a segment does step by step; only where it is a segment.
-    ``unsure``: the first of the queue could not be admitted, but decoding may publish a block that it can share.
+    ``unsure``: the first of the queue could not be admitted, but decoding may publish a block that it can share. ``wanted``: as of
+    :class:`~simulator.engine.core.Chunks`.
     """
 
     n: int
@@ -113,6 +114,7 @@ class Scheduled(NamedTuple):
     need: int
     preempted: bool
     unsure: bool
+    wanted: int
 
 
 @inlined
@@ -299,25 +301,19 @@ def _n_unfinished(stream: Stream, state: State, queue: Queue) -> int:
 
 
 @inlined
-def _has_blocks(
+def _blocks_wanted(
     limits: Limits,
-    stream: Stream,
     state: State,
     queue: Queue,
-    row: int,
     done: int,
     tokens: int,
     known: int,
     held: int,
-) -> bool:
-    """R7, B4, B7, C6: whether there are blocks to take the first of the queue from ``done`` tokens to ``tokens``, ``held`` of them others own."""
-    ints = state.ints
-    if queue.rules.batching == STATIC:
-        wanted = reserved_blocks(limits, stream, row)
-        return bool(queue.ints[RESERVED] + wanted <= limits.num_blocks)
-    margin = queue.rules.margin if ints[N_RUNNING] > 0 else 0
+) -> int:
+    """R7, B7, C6: blocks that must be free to take the first of the queue from ``done`` tokens to ``tokens``, ``held`` of which others own."""
+    margin = queue.rules.margin if state.ints[N_RUNNING] > 0 else 0
     wanted = blocks_at_most(limits, done, known) if limits.reserve_full else blocks_owned_at(limits, done, tokens)
-    return bool(wanted - held + margin <= ints[FREE_BLOCKS])
+    return int(wanted - held + margin)
 
 
 @compiled
@@ -404,11 +400,12 @@ def _admit_first(
 @inlined
 def admit_waiting(
     cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, extra: Extra | None
-) -> tuple[bool, bool]:
-    """R7, Q3, B2, B6, M3: take requests from the queue; return whether somebody was preempted, and Scheduled.unsure."""
+) -> tuple[bool, bool, int]:
+    """R7, Q3, B2, B6, M3: take requests from the queue; return whether somebody was preempted, Scheduled.unsure and Scheduled.wanted."""
     ints, rules, bs = state.ints, queue.rules, limits.block_size
     preempted = False
     unsure = False
+    wanted = 0
     while queue.ints[N_QUEUED] > 0:
         left = limits.budget - queue.ints[CHUNK_TOKENS]
         if queue.ints[GRANTED] == ALL:
@@ -445,13 +442,19 @@ def admit_waiting(
         cut = want < rest and (
             rules.batching != CHUNKED or 0 < rules.max_partials <= _n_unfinished(stream, state, queue)
         )
-        if cut or not seat or not _has_blocks(limits, stream, state, queue, row, done, done + want, known, held):
+        blocks = _blocks_wanted(limits, state, queue, done, done + want, known, held)
+        has_blocks = blocks <= ints[FREE_BLOCKS]
+        if rules.batching == STATIC:  # B4
+            has_blocks = queue.ints[RESERVED] + reserved_blocks(limits, stream, row) <= limits.num_blocks
+        if cut or not seat or not has_blocks:
             if not cut and rules.preempt_lower and ints[LAST] >= 0:
                 victim = _victim(state, queue)
                 if queue.row_floats[state.row[victim], RANK] > queue.row_floats[row, RANK]:
                     preempt(cost, limits, out, state, queue, extra, victim)
                     preempted = True
                     continue
+            if not cut and seat and rules.batching != STATIC:
+                wanted = blocks
             if extra is not None:
                 unsure = extra.cache.late and seat
                 extra.loads.ints[BLOCKED] = int(may_ask and extra.loads.loaded[row] == 0)
@@ -470,7 +473,7 @@ def admit_waiting(
                 extra.loads.loaded[row] = -1
             if saved > 0:
                 copy_in(extra.swap, row, blocks_owned_at(limits, saved, saved), hits)
-    return preempted, unsure
+    return preempted, unsure, wanted
 
 
 @inlined
@@ -530,6 +533,7 @@ def schedule(
     prompts_first = batching >= PREFILL_FIRST
     preempted = False
     unsure = False
+    wanted = 0
     admits = True
     waits = False
     need = 0
@@ -549,7 +553,7 @@ def schedule(
                 _publish_chunks(limits, state, queue, extra)
         admits = not preempted and not waits
     if admits and queue.ints[N_QUEUED] > 0:
-        preempted, unsure = admit_waiting(cost, limits, stream, out, state, queue, extra)
+        preempted, unsure, wanted = admit_waiting(cost, limits, stream, out, state, queue, extra)
     if extra is not None and extra.cache.on and not extra.cache.radix and queue.rules.preempt_lower:
         _publish_chunks(limits, state, queue, extra)
     if prompts_first:
@@ -568,4 +572,4 @@ def schedule(
         ints[FREE_BLOCKS] += need  # the segment takes them, step by step
     elif extra is not None and extra.spec.on and queue.ints[GRANTED] == ALL:
         speculation.take_blocks_of_step(extra.spec.batch, ints[STEP])
-    return Scheduled(chunks, tokens, need, preempted, unsure)
+    return Scheduled(chunks, tokens, need, preempted, unsure, wanted)

@@ -58,7 +58,7 @@ from simulator.engine.fcfs import (
     schedule_chunks,
 )
 from simulator.engine.jit import entry
-from simulator.engine.kv_blocks import release_of_step, peak_of_steps
+from simulator.engine.kv_blocks import release_of_step, peak_of_steps, steps_to_room
 from simulator.engine.progressions import (
     end_of_steps,
     take_blocks,
@@ -133,6 +133,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                 if waiting == 0 and running < limits.max_num_seqs:
                     stop = min(stop, next_arrival)
                 k = steps_until(state, price.d0, q, stop, steps_alike(cost, limits, state, None))
+                k = min(k, steps_to_room(limits, state, chunks.wanted))
             end = end_of_steps(t, price.d0, q, k)
             owned = limits.num_blocks - ints[FREE_BLOCKS]
             blocks_integral = owned * (end - t)
