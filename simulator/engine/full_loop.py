@@ -81,8 +81,6 @@ from simulator.engine.segments import (
 from simulator.engine.swap import N_MOVED, charge_copies, delay_of
 from simulator.engine.tiers import BLOCKED
 
-MANY = 1 << 60
-"""More steps than any segment has."""
 
 
 class Pace(NamedTuple):
@@ -126,7 +124,7 @@ def stop_of(
 @inlined
 def longest_segment(limits: Limits, state: State, queue: Queue, extra: Extra | None, scheduled: Scheduled) -> int:
     """Steps after which R7 may decide otherwise though nothing happens: tenants' counts grow, blocks are published, evicted or left by a window."""
-    few = int(steps_to_room(limits, state, scheduled.wanted))
+    few = int(steps_to_room(limits, state, scheduled.wanted, queue.rules.batching >= PREFILL_FIRST))
     blocked = queue.ints[N_QUEUED] > 0 and state.ints[N_RUNNING] < limits.max_num_seqs
     if queue.rules.policy == FAIR and blocked and queue.rules.batching != STATIC:
         return 1

@@ -83,19 +83,24 @@ def release_of_step(limits: Limits, state: State) -> None:
 
 
 @compiled
-def steps_to_room(limits: Limits, state: State, wanted: int) -> int:
-    """Decode steps after which ``wanted`` blocks are free behind those that the next one takes; very many if that does not happen by itself.
+def steps_to_room(limits: Limits, state: State, wanted: int, queue_first: bool) -> int:
+    """Decode steps after which ``wanted`` blocks are free, behind those that the next one takes unless the queue comes first; or very many steps.
 
     It happens within ``block_size`` steps or never: in as many a batch gives back no more than it takes.
     """
     size = limits.block_size
     if limits.windowed > 0 and wanted > 0:
         place = residue(-state.ints[STEP], size)
-        free = state.ints[FREE_BLOCKS] - state.residues[place]
+        free = state.ints[FREE_BLOCKS]
+        if not queue_first:
+            free -= state.residues[place]
         for steps in range(1, size):
+            if queue_first:
+                free -= state.residues[place]
             free += state.residues[size + place]
             place = place - 1 if place > 0 else size - 1
-            free -= state.residues[place]
+            if not queue_first:
+                free -= state.residues[place]
             if free >= wanted:
                 return steps
     return 1 << 60
