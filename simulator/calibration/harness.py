@@ -99,9 +99,10 @@ class Replica:
             )
         seats = self.max_num_seqs
         if profile.reserve_output:
-            whole = float(np.ceil((requests.prompt_tokens + requests.output_tokens) / BLOCK_SIZE).mean())
+            longest = requests.prompt_tokens + requests.output_tokens
+            whole = float(self.fit.groups.blocks(longest, BLOCK_SIZE).mean())
             seats = max(1, min(seats, int(blocks / whole)))
-        return EngineSettings(seats, self.max_num_batched_tokens, BLOCK_SIZE, blocks)
+        return EngineSettings(seats, self.max_num_batched_tokens, BLOCK_SIZE, blocks, kv_groups=self.fit.groups)
 
 
 @dataclass(frozen=True)
@@ -393,4 +394,4 @@ def transfer_s_per_token(m: Measurement, sender: Replica) -> float:
     if chip.scale_out is None:
         raise UnpriceableError(f"{m.chip}: no network between nodes in its file, so no way from prefill to decode")
     bandwidth = chip.scale_out.bandwidth.si(f"{m.chip}: scale_out.bandwidth", "bytes/s")
-    return sender.fit.kv_bytes_per_token / bandwidth
+    return max(sender.fit.groups.full, 1) * sender.fit.kv_bytes_per_token / bandwidth

@@ -124,12 +124,28 @@ def add_steps(limits: Limits, state: State, k: int, profile: Any) -> None:
 
 
 @compiled
+def add_alike(profile: Any, owned: int) -> None:
+    """Add the same number of blocks to every step of a profile."""
+    for j in range(len(profile)):
+        profile[j] += owned
+
+
+@compiled
+def largest(profile: Any) -> int:
+    """The largest number of blocks in a profile, 0 if it is empty."""
+    most = 0
+    for blocks in profile:
+        most = max(most, blocks)
+    return most
+
+
+@compiled
 def peak_of_steps(limits: Limits, state: State, k: int) -> int:
     """The most blocks owned in any of k decode steps that :func:`add_steps` would look at."""
     profile = profile_of(limits, state)[0]
     profile[:] = 0
     add_steps(limits, state, k, profile)
-    return int(profile[: min(k, limits.block_size)].max())
+    return largest(profile)
 
 
 @inlined

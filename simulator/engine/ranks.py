@@ -60,7 +60,7 @@ from simulator.engine.full_loop import (
     wait_for,
 )
 from simulator.engine.jit import compiled, entry, inlined
-from simulator.engine.kv_blocks import add_steps, release_of_step, profile_of
+from simulator.engine.kv_blocks import add_alike, add_steps, largest, profile_of, release_of_step
 from simulator.engine.parts import (
     COPIES,
     HOST_SHARE,
@@ -336,7 +336,7 @@ def _run_rank(
         if limits.windowed > 0:
             add_steps(limits, rank, k, profile)
     else:
-        profile += owned
+        add_alike(profile, owned)
         release_of_step(limits, rank)
     tokens = scheduled[TOKENS]
     out.steps_by_tokens[tokens] += k
@@ -494,7 +494,7 @@ def advance_ranks(
             blocks_integral += _run_rank(cost, limits, out, rank, own, extra, scheduled, prices, g, d0, q, k, t, end, profile)
             owned += limits.num_blocks - states.ints[g, FREE_BLOCKS]
         if limits.windowed > 0:
-            owned = profile[: min(k, limits.block_size)].max()
+            owned = largest(profile)
         if busy != n_ranks * (end - t):
             floats[IDLE] += (end - t) - busy / n_ranks
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], owned)

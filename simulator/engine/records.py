@@ -206,6 +206,11 @@ class EngineSettings:
         return self.kv_groups.most_blocks(np.asarray(tokens) + self.lookahead, self.block_size, self.max_num_batched_tokens)
 
     @property
+    def longest_tokens(self) -> float:
+        """Tokens of the longest sequence that the KV cache holds; inf where a window bounds them."""
+        return self.kv_groups.longest(self.num_kv_blocks, self.block_size, self.max_num_batched_tokens)
+
+    @property
     def lookahead(self) -> int:
         """KV slots a decoding sequence owns beyond that of its last token."""
         return 0 if self.speculation is None else self.speculation.cost.lookahead

@@ -56,7 +56,7 @@ class Pool:
 
     def kv_bytes(self, tokens: Ints) -> Floats:
         """KV cache of that many tokens, in whole blocks. [bytes]"""
-        return np.asarray(-(-tokens // self.settings.block_size) * self.kv_block_bytes)
+        return np.asarray(self.settings.kv_groups.blocks(tokens, self.settings.block_size) * self.kv_block_bytes)
 
 
 @dataclass(frozen=True)

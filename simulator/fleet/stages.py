@@ -199,7 +199,7 @@ def stages_of(fleet: Fleet, requests: Requests) -> list[Plan]:
 def fits(settings: EngineSettings, requests: Requests) -> NDArray[np.bool_]:
     """[n] R4: which requests a replica would not reject."""
     longest = requests.prompt_tokens + requests.max_tokens
-    found = -(-(longest - 1 + settings.lookahead) // settings.block_size) <= settings.num_kv_blocks
+    found = settings.most_blocks(longest - 1) <= settings.num_kv_blocks
     if settings.max_model_len:
         found &= longest <= settings.max_model_len
     return np.asarray(found)

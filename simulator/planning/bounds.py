@@ -82,7 +82,7 @@ def floors(cost: StepCost | PipelineCost, settings: EngineSettings, requests: Re
 def fitting(settings: EngineSettings, requests: Requests) -> NDArray[np.bool_]:
     """Which requests the engine does not reject on arrival (rule R4)."""
     longest = requests.prompt_tokens + requests.max_tokens
-    fits = -(-(longest - 1) // settings.block_size) <= settings.num_kv_blocks
+    fits = settings.most_blocks(longest - 1) <= settings.num_kv_blocks
     return np.asarray(fits & (longest <= settings.max_model_len) if settings.max_model_len else fits)
 
 
@@ -152,7 +152,7 @@ def _stream_s(cost: StepCost, settings: EngineSettings, requests: Requests, acce
     keys = float((decodes * prompt + decodes * (decodes + 1) // 2).sum())
     n_decodes, tokens = float(decodes.sum()), float(new.sum() + decodes.sum())
     rows = n_decodes + len(prompt)
-    held = settings.num_kv_blocks * settings.block_size
+    held = settings.kv_groups.tokens_held(settings.num_kv_blocks, settings.block_size)
     decode_steps = max(n_decodes / settings.max_num_seqs, keys / held)
     steps = max(tokens / settings.max_num_batched_tokens, decode_steps)
     alpha, beta = _lines(cost.dense_s, settings.max_num_batched_tokens).T

@@ -278,6 +278,6 @@ def requests_needed(resolved: Resolved, shortest_tokens: int, at_least: int) -> 
     ``shortest_tokens``: what the shortest request keeps in the KV cache, which bounds the batch as ``max_num_seqs`` does.
     """
     settings = resolved.settings
-    blocks = max(1, -(-shortest_tokens // settings.block_size))
+    blocks = max(1, int(settings.kv_groups.blocks(shortest_tokens, settings.block_size)))
     batch = min(settings.max_num_seqs, max(1, settings.num_kv_blocks // blocks))
     return max(at_least, FULL_BATCHES * batch * resolved.cost.ranks)

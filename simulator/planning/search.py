@@ -190,7 +190,7 @@ class ChipSearch:
         fewest_blocks = self._blocks(base, (max(seqs), max(budgets))) if memory is None else most_blocks
         if not (fits == fitting(replace(settings, num_kv_blocks=max(fewest_blocks, 1)), load.requests)).all():
             bounds = replace(bounds, requests_per_s=math.inf)  # a replica that rejects the long ones may be faster
-        held = most_blocks * settings.block_size / self._mean_tokens
+        held = settings.kv_groups.tokens_held(most_blocks, settings.block_size) / self._mean_tokens
         return Site(place, base, bounds, load, reachable(self._limits, held), order)
 
     def _blocks(self, base: Resolved, limit: tuple[int, int]) -> int:

@@ -154,6 +154,10 @@ class Deployment:
     context_domains
         links of the chips over which the tokens of a prompt are split, each of them with all the layers; steps are those of
         one of them.
+    windowed_kv
+        where the KV of windowed layers is: ``pooled``, in blocks of the common pool that are given back once the window has left them, as
+        vLLM's hybrid KV cache manager does it; ``reserved``, in full windows set aside for ``max_num_seqs`` sequences, where that leaves more
+        room; ``kept``, like that of all other layers, for good.
     """
 
     architecture: Architecture
@@ -179,6 +183,7 @@ class Deployment:
     expert_domains: tuple[LinkDomain, ...] = ()
     context_domains: tuple[LinkDomain, ...] = ()
     decode_tokens: int = 1
+    windowed_kv: Literal["pooled", "reserved", "kept"] = "pooled"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be priced, does not exist or contradicts itself."""
@@ -212,6 +217,8 @@ class Deployment:
                 f"precision {self.precision.name}: weights ({self.precision.weights}) wider than activations "
                 f"({self.precision.activations}) are computed by no engine; write w8a8 or w8a16 forms"
             )
+        if self.windowed_kv not in {"pooled", "reserved", "kept"}:
+            raise InputError(f"deployment.windowed_kv = {self.windowed_kv!r}: must be 'pooled', 'reserved' or 'kept'")
         whole = self.stage == (1, 1)  # a stage may have dense layers alone
         if self.precision.experts_only and whole and all(isinstance(ffn, DenseFFN) for _, ffn in self.ffns):
             raise InputError(f"precision {self.precision.name}: {self.architecture.name} has no routed experts")

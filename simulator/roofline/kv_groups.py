@@ -1,6 +1,7 @@
 """Groups of layers whose KV blocks are handed out together, as vLLM's hybrid KV cache manager forms them."""
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,6 +60,20 @@ class KvGroups:
             return np.asarray(blocks)
         kept = np.minimum(blocks, self.most_in_window(block_size, step_tokens))
         return np.asarray(self.full * blocks + self.windowed * kept)
+
+    def longest(self, num_blocks: int, block_size: int, step_tokens: int) -> float:
+        """Tokens of the longest sequence that ``num_blocks`` blocks hold whatever its chunks; inf where only windows are kept and fit."""
+        pages = num_blocks // self.count
+        bound = self.most_in_window(block_size, step_tokens)
+        if self.windowed and pages > bound:
+            if not self.full:
+                return inf
+            pages = (num_blocks - self.windowed * bound) // self.full
+        return float(pages * block_size)
+
+    def tokens_held(self, num_blocks: int, block_size: int) -> float:
+        """Tokens, windows' and others', of all sequences together that ``num_blocks`` blocks may hold at most; inf without full layers."""
+        return num_blocks * block_size / self.full if self.full else inf
 
     def most_in_window(self, block_size: int, step_tokens: int) -> int:
         """Blocks of one windowed group that a sequence owns at most; 0 without windows."""

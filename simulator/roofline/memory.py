@@ -1,6 +1,6 @@
 """What a chip's memory holds: weights, activations, workspace, and the KV cache in what is left."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from simulator.catalog.architecture import FeedForward, Mixer, MoEFFN
 from simulator.catalog.slices import legal_slices, resolve_slice
@@ -15,6 +15,7 @@ from simulator.roofline.blocks import (
 )
 from simulator.roofline.deployment import Deployment, Part
 from simulator.roofline.kernels import matrix_bytes
+from simulator.roofline.kv_groups import KvGroups
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class MemoryFit:
     weights_bytes, activations_bytes, workspace_bytes
         what is taken before the KV cache. [bytes]
     kv_bytes_per_token
-        that a token in a block takes on one chip, scales and copies included. [bytes]
+        that a token in a block takes on one chip, scales and copies included; where layers lie in ``groups``, those of one group. [bytes]
     block_size
         tokens per KV block.
     reserved_bytes
         what ``max_num_seqs`` sequences keep besides their blocks: recurrent state, and full windows. [bytes]
+    groups
+        how many blocks the tokens of a sequence take.
     """
 
     capacity_bytes: float
@@ -45,6 +48,7 @@ class MemoryFit:
     kv_bytes_per_token: float
     block_size: int
     reserved_bytes: float = 0.0
+    groups: KvGroups = field(default_factory=KvGroups)
 
     @property
     def kv_bytes(self) -> float:
@@ -59,13 +63,13 @@ class MemoryFit:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens those blocks hold."""
-        return self.kv_blocks * self.block_size
+        """Tokens those blocks hold before any window is full."""
+        return self.kv_blocks // self.groups.count * self.block_size
 
     @property
     def fits(self) -> bool:
         """Whether at least one block is left."""
-        return self.kv_blocks > 0
+        return self.kv_blocks >= self.groups.count
 
 
 @dataclass(frozen=True)
@@ -156,9 +160,8 @@ class Memory:
     def fit(self, part: Part) -> MemoryFit:
         """How a part fills the memory of each of its chips, whether it fits or not.
 
-        The cache of windowed layers is held in one of two ways, whichever leaves room for more tokens: full windows of
-        ``max_num_seqs`` sequences set aside, and blocks for the other layers alone; or blocks for all layers alike, as
-        engines do that keep one table of blocks. Models with windowed layers alone always do the latter.
+        The cache of windowed layers is where ``Deployment.windowed_kv`` says. Parts of a model are never ``pooled`` but ``reserved``, and that
+        only where there are layers of both kinds and it leaves room for more tokens than to keep all blocks alike.
         """
         d, full, windowed, state = self._d, 0.0, 0.0, 0.0
         for count, block in self._held(part):
@@ -175,15 +178,45 @@ class Memory:
             block_size=d.block_size,
             reserved_bytes=d.max_num_seqs * state,
         )
-        if not full or not windowed:
+        if windowed and d.windowed_kv == "pooled" and d.stage == (1, 1) and part.mixers == d.part.mixers:
+            groups, page = self._groups()
+            return replace(paged, kv_bytes_per_token=page, groups=groups)
+        if not full or not windowed or d.windowed_kv == "kept":
             return paged
         windows = d.max_num_seqs * d.window * windowed
         set_aside = replace(paged, kv_bytes_per_token=full, reserved_bytes=paged.reserved_bytes + windows)
         return max(paged, set_aside, key=lambda fit: fit.kv_blocks)
 
+    def _groups(self) -> tuple[KvGroups, float]:
+        """Groups of layers with common blocks, and what a token in a block of one of them takes on one chip. [bytes]
+
+        As vLLM forms them: of as many layers as there are of the rarer kind, or of the other where it has less than half as many more. The
+        last group of a kind may have fewer; its blocks are as large.
+        """
+        kinds = []
+        for windowed in (False, True):
+            name = "windowed_kv_bytes" if windowed else "kv_bytes"
+            each = [(count, getattr(block, name)) for (count, _), block in zip(self._d.mixers, self.mixers, strict=True)]
+            kinds.append([(count, bytes_) for count, bytes_ in each if bytes_])
+        layers = [sum(count for count, _ in kind) for kind in kinds]
+        few, many = min(n for n in layers if n), max(layers)
+        size = many if many < 1.5 * few else few
+        full, windowed_groups = (-(-n // size) for n in layers)
+        page = max(
+            -(-n // groups) * max(bytes_ for _, bytes_ in kind)
+            for kind, n, groups in zip(kinds, layers, (full, windowed_groups), strict=True)
+            if n
+        )
+        return KvGroups(full, windowed_groups, self._d.window, self._d.window_chunked), page
+
     def _held(self, part: Part) -> list[tuple[int, BlockMemory]]:
         """Blocks of a part, each with its number."""
         return [held for held in zip((*part.mixers, *part.ffns), self._blocks, strict=True) if held[0]]
+
+
+def unpooled(d: Deployment) -> Deployment:
+    """The deployment for what does not know of pooled windows: they are set aside instead."""
+    return replace(d, windowed_kv="reserved") if d.windowed_kv == "pooled" else d
 
 
 def memory_fit(d: Deployment) -> MemoryFit:

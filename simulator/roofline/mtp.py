@@ -18,7 +18,7 @@ from simulator.roofline.analysis import StepReport
 from simulator.roofline.compile import step_time_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Matrix, Number, Op, matmul_op, matrix_bytes, memory_op
-from simulator.roofline.memory import MemoryFit, weights_bytes
+from simulator.roofline.memory import MemoryFit, memory_fit, unpooled, weights_bytes
 from simulator.roofline.ops import StepShape
 
 
@@ -69,10 +69,9 @@ def mtp_step(report: StepReport, runs: int) -> MtpStep:
     run_s = step_time_s(module, shape) + sum(float(op.time_s) for op in input_ops(d, step.B))
     weights = modules * module_weights_bytes(d)
     cache = modules * module.kv_bytes_per_token
+    fit = memory_fit(unpooled(d))
     memory = replace(
-        report.memory,
-        weights_bytes=report.memory.weights_bytes + weights,
-        kv_bytes_per_token=report.memory.kv_bytes_per_token + cache,
+        fit, weights_bytes=fit.weights_bytes + weights, kv_bytes_per_token=fit.kv_bytes_per_token + cache
     )
     return MtpStep(runs, run_s, report.time_s + runs * run_s, weights, cache, memory)
 

@@ -16,7 +16,7 @@ from simulator.roofline.blocks import decode_knots, state_bytes
 from simulator.roofline.compile import compile_step_cost, dense_parts, hidden_s, sum_over
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Matrix, Number, Op, matmul_op, matrix_bytes
-from simulator.roofline.memory import MemoryFit, memory_fit, weights_bytes
+from simulator.roofline.memory import MemoryFit, memory_fit, unpooled, weights_bytes
 from simulator.roofline.mtp import input_ops, module_deployment, module_weights_bytes
 from simulator.roofline.ops import context_attention_ops, decode_attention_ops, dense_ops, head_ops
 from simulator.roofline.step_cost import StepCost
@@ -421,8 +421,11 @@ def drafter_weights_bytes(target: Deployment, drafter: Drafter, depth: int) -> f
 
 
 def memory_with_drafter(target: Deployment, drafter: Drafter, depth: int) -> MemoryFit:
-    """How target and drafter fill each chip: weights of both, and each token's KV in both caches."""
-    fit = memory_fit(target)
+    """How target and drafter fill each chip: weights of both, and each token's KV in both caches.
+
+    Windows are not ``pooled``: no rule says which of their blocks drafts keep.
+    """
+    fit = memory_fit(unpooled(target))
     weights = drafter_weights_bytes(target, drafter, depth)
     d = drafter.deployment if drafter.same_slice else None
     if d is None:

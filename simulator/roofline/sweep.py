@@ -113,13 +113,13 @@ def sweep_decode(cost: StepCost, fit: MemoryFit, batch: ArrayLike, context: Arra
 
 
 def max_batch(fit: MemoryFit, context: ArrayLike) -> Counts:
-    """Sequences of ``context`` tokens that the KV cache holds, in whole blocks; 0 if not even one.
+    """Sequences of ``context`` tokens that the KV cache holds, in whole blocks, past windows given back; 0 if not even one.
 
     >>> from simulator.roofline.memory import MemoryFit
     >>> max_batch(MemoryFit(100.0, 100.0, 0.0, 0.0, 0.0, 1.0, 4), [1, 4, 5, 97]).tolist()  # 24 blocks
     [24, 24, 12, 0]
     """
-    return fit.kv_blocks // -(-_counts("context", context) // fit.block_size)
+    return fit.kv_blocks // fit.groups.blocks(_counts("context", context), fit.block_size)
 
 
 def pareto_front(latency_s: ArrayLike, throughput: ArrayLike) -> Mask:

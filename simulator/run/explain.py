@@ -273,9 +273,9 @@ def _ahead(requests: Requests, result: EngineResult, row: int, replica: int, rep
 
 def _why_rejected(request: int, requests: Requests, row: int, settings: EngineSettings) -> str:
     longest = int(requests.prompt_tokens[row] + requests.max_tokens[row])
-    tokens = settings.num_kv_blocks * settings.block_size
+    tokens = settings.longest_tokens
     limit = f", max_model_len = {settings.max_model_len}" if settings.max_model_len else ""
     return (
         f"request {request} was rejected on arrival: prompt + max_tokens = {longest}; "
-        f"the KV cache of a replica holds {tokens} tokens{limit}"
+        f"the KV cache of a replica holds {tokens:.0f} tokens{limit}"
     )

@@ -30,7 +30,8 @@ from simulator.results.summary import Deployment as DeploymentLabel
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.engine_profile import KernelCost, apply_profile, kernel_cost, profile_kv_blocks
-from simulator.roofline.memory import require_fit
+from simulator.roofline.kv_groups import KvGroups
+from simulator.roofline.memory import memory_fit, require_fit
 from simulator.roofline.pipeline import ShardedDeployment, require_sharded_fit, shard
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.precision import parse_precision
@@ -151,6 +152,7 @@ def _resolve(
         gpu_memory_utilization=engine.gpu_memory_utilization,
         workspace_bytes=engine.workspace_bytes,
         decode_tokens=1 if engine.speculation is None else engine.speculation.decode_tokens,
+        windowed_kv=_windowed_kv(scenario),
         overlap=scenario.sharding.overlap,
         kv_layout=scenario.sharding.kv_layout,
         sequence_parallel=scenario.sharding.sequence_parallel,
@@ -209,6 +211,7 @@ def _resolve(
         swap=host_swap(place, engine),
         tiers=tuple(cache_tier(place, tier) for tier in engine.cache_tiers),
         load_policy=engine.load_policy,
+        kv_groups=_groups(deployment, sharded),
     )
     return Resolved(
         scenario=scenario,
@@ -265,6 +268,37 @@ def with_limits(resolved: Resolved, scenario: Scenario) -> Resolved:
 def _ideal(lay: Callable[..., tuple[Deployment, ShardedDeployment | None]]) -> Callable[[], StepCost]:
     """The table of a deployment with every efficiency at 1, compiled once, when it is asked for."""
     return cache(lambda: _one_table(_compile(*lay(efficiency=IDEAL))))
+
+
+def _windowed_kv(scenario: Scenario) -> str:
+    """Where the KV of windowed layers is: what vLLM does, as far as it is modelled beside the scenario's other settings.
+
+    Raises
+    ------
+    InputError
+        If the scenario asks for what is not modelled.
+    """
+    engine = scenario.engine
+    asked = engine.disable_hybrid_kv_cache_manager
+    if asked:
+        return "kept"
+    others = {
+        f"engine.prefix_cache = {engine.prefix_cache!r}": engine.prefix_cache != "off",
+        "engine.speculation": engine.speculation is not None,
+        f"sharding.pp = {scenario.sharding.pp}": scenario.sharding.pp > 1,
+    }
+    unmodelled = next((name for name, is_on in others.items() if is_on), None)
+    if unmodelled is not None and asked is False:
+        raise InputError(
+            f"{scenario.name}: engine.disable_hybrid_kv_cache_manager = false: windowed layers that give blocks back are not modelled "
+            f"with {unmodelled}; leave one of them out"
+        )
+    return "pooled" if unmodelled is None else "reserved"
+
+
+def _groups(deployment: Deployment, sharded: ShardedDeployment | None) -> KvGroups:
+    """How many KV blocks the tokens of a sequence take."""
+    return (memory_fit(deployment) if sharded is None else sharded.memory).groups
 
 
 def _kv_blocks(

@@ -416,11 +416,11 @@ def _itl_window_s(requests: Requests, scenario: Scenario) -> tuple[float, float]
 def _nothing_fits(resolved: Resolved, requests: Requests) -> str:
     settings = resolved.settings
     shortest = int((requests.prompt_tokens + requests.max_tokens).min())
-    tokens = settings.num_kv_blocks * settings.block_size
+    tokens = settings.longest_tokens
     limit = f" and max_model_len = {settings.max_model_len}" if settings.max_model_len else ""
     return (
         f"{resolved.scenario.name}: all {len(requests)} requests were rejected: the shortest has {shortest} tokens, "
-        f"the KV cache of a replica holds {tokens}{limit}; use a larger slice or a narrower precision"
+        f"the KV cache of a replica holds {tokens:.0f}{limit}; use a larger slice or a narrower precision"
     )
 
 

@@ -288,7 +288,7 @@ def occupancy(outcome: Outcome, measured: Measured, facts: Facts) -> Occupancy:
         peak_kv_fraction=outcome.peak("max_kv_blocks") / facts.kv_blocks,
         peak_running=int(outcome.peak("max_running")),
         peak_waiting=int(outcome.peak("max_waiting")),
-        kv_capacity_tokens=facts.kv_blocks * facts.settings.block_size,
+        kv_capacity_tokens=facts.kv_blocks // facts.settings.kv_groups.count * facts.settings.block_size,
         steps=int(steps),
         mean_step_s=outcome.busy_s * facts.cost.parts / steps,
     )
