@@ -48,9 +48,17 @@ class KvGroups:
     def blocks(self, tokens: ArrayLike, block_size: int) -> NDArray[np.int64]:
         """Blocks that a sequence owns between steps once ``tokens`` tokens are computed (W2). [tokens' shape]"""
         held = np.asarray(tokens, dtype=np.int64)
+        return self._owned(held, held, block_size)
+
+    def blocks_in_step(self, tokens: ArrayLike, block_size: int) -> NDArray[np.int64]:
+        """Blocks that a sequence owns in the decode step that computes its last of ``tokens`` tokens (W3). [tokens' shape]"""
+        held = np.asarray(tokens, dtype=np.int64)
+        return self._owned(held - 1, held, block_size)
+
+    def _owned(self, before: NDArray[np.int64], held: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
         if not self.windowed:
             return np.asarray(-(-held // block_size))
-        passed = held // self.window * self.window if self.chunked else np.maximum(0, held - self.window + 1)
+        passed = before // self.window * self.window if self.chunked else np.maximum(0, before - self.window + 1)
         return np.asarray(self.count * -(-held // block_size) - self.windowed * (passed // block_size))
 
     def most_blocks(self, tokens: ArrayLike, block_size: int, step_tokens: int) -> NDArray[np.int64]:
@@ -65,7 +73,7 @@ class KvGroups:
         """Tokens of the longest sequence that ``num_blocks`` blocks hold whatever its chunks; inf where only windows are kept and fit."""
         pages = num_blocks // self.count
         bound = self.most_in_window(block_size, step_tokens)
-        if self.windowed and pages > bound:
+        if self.windowed and pages >= bound:
             if not self.full:
                 return inf
             pages = (num_blocks - self.windowed * bound) // self.full

@@ -176,7 +176,7 @@ def layouts(
 
 def largest_batch(d: ShardedDeployment, context: int) -> int:
     """Sequences of ``context`` tokens that fit on the slice, at least one per replica and at most ``max_num_seqs``."""
-    per_sequence = int(d.memory.groups.blocks(context, d.memory.block_size))
+    per_sequence = int(d.memory.groups.blocks_in_step(context, d.memory.block_size))
     return d.sharding.dp * max(1, min(d.memory.kv_blocks // per_sequence, d.whole.max_num_seqs))
 
 
@@ -187,7 +187,7 @@ def _too_small(d: ShardedDeployment, prefill: int | None, decode: int | None, co
         taken = (fit.weights_bytes + fit.activations_bytes + fit.workspace_bytes) / 1e9
         return f"needs {taken:.1f} GB per chip before any KV cache, has {fit.usable_bytes / 1e9:.1f} GB"
     sequences = -(-decode // d.sharding.dp) if decode else 1
-    blocks = sequences * int(fit.groups.blocks(context or prefill or 1, fit.block_size))
+    blocks = sequences * int(fit.groups.blocks_in_step(context or prefill or 1, fit.block_size))
     if blocks > fit.kv_blocks * d.sharding.cp:
         needed = blocks // fit.groups.count * fit.block_size
         return f"the KV cache of a replica holds {d.replica_kv_tokens:,} tokens, {needed:,} are needed"

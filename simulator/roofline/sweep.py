@@ -119,7 +119,7 @@ def max_batch(fit: MemoryFit, context: ArrayLike) -> Counts:
     >>> max_batch(MemoryFit(100.0, 100.0, 0.0, 0.0, 0.0, 1.0, 4), [1, 4, 5, 97]).tolist()  # 24 blocks
     [24, 24, 12, 0]
     """
-    return fit.kv_blocks // fit.groups.blocks(_counts("context", context), fit.block_size)
+    return fit.kv_blocks // fit.groups.blocks_in_step(_counts("context", context), fit.block_size)
 
 
 def pareto_front(latency_s: ArrayLike, throughput: ArrayLike) -> Mask:

@@ -52,6 +52,12 @@ SITUATIONS = {
         "finished in a later attempt",
         "closed loop with clients that leave",
     ),
+    "bounded windows": (
+        "a prompt's window leaves blocks",
+        "a decode's window leaves blocks",
+        "room that a window has left",
+        "preemption",
+    ),
     "prefix cache": (
         "full hit",
         "hit after preemption",

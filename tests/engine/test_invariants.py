@@ -73,7 +73,9 @@ def test_blocks_are_conserved_at_every_event(case):  # I2, I10, I11
             assert pool.free >= 0
             assert set(pool.tables) == {request.row for request in scheduler.running}
             for request in scheduler.running:
-                assert pool.owned(request.row) >= blocks_for(request.computed, block_size)
+                passed = scheduler.passed(request.computed) if not request.flights else request.passed
+                assert request.passed == passed
+                assert pool.owned(request.row) >= scheduler.blocks_for(request.computed, passed)
             if not isinstance(pool, BlockPool):
                 assert sum(pool.tables.values()) + pool.free == total
                 continue
@@ -96,7 +98,10 @@ def test_nobody_is_given_more_than_the_step_needs(case):  # R5, R7, P2
             tokens = step.computed[row] + step.scheduled.get(row, 0)
             drafts = case.settings.lookahead + 1 if case.settings.speculation is not None else 0
             if not isinstance(case.cost, PipelineCost):  # in flight, more may have been scheduled
-                assert owned <= blocks_for(max(tokens, step.computed[row] + drafts), case.settings.block_size)
+                blocks = case.settings.kv_groups.count * blocks_for(
+                    max(tokens, step.computed[row] + drafts), case.settings.block_size
+                )
+                assert owned <= blocks
 
 
 @MANY

@@ -26,6 +26,7 @@ def watch(case: Case, interval_s: float | None = None):
         watch_cache(case, replica, scheduler, met)
         watch_swap(replica, scheduler, met)
         watch_tiers(replica, scheduler, met)
+        watch_windows(scheduler, met)
     watch_clients(replica, met)
     watch_idling(replica, met)
     replica.advance()
@@ -195,6 +196,37 @@ def watch_tiers(replica: Replica, scheduler: Scheduler, met: set[str]) -> None:
         watched_put,
         watched_count,
     )
+
+
+def watch_windows(scheduler: Scheduler, met: set[str]) -> None:
+    """Note what windows leave behind, and who gets it."""
+    if not scheduler.settings.kv_groups.windowed:
+        return
+    leave_behind, fits, release = scheduler.leave_behind, scheduler.fits, scheduler.release
+    refused: set[int] = set()
+    blocks_left: list[int] = []
+
+    def watched_leave(request, computed):
+        before = request.passed
+        leave_behind(request, computed)
+        if request.passed > before:
+            met.add("a prompt's window leaves blocks" if request.in_prefill else "a decode's window leaves blocks")
+            blocks_left.append(request.row)
+
+    def watched_fits(request, *sizes):
+        found = fits(request, *sizes)
+        if found and request.row in refused and blocks_left:
+            met.add("room that a window has left")
+        if not found and len(scheduler.running) < scheduler.settings.max_num_seqs:
+            refused.add(request.row)
+        blocks_left.clear()
+        return found
+
+    def watched_release(request):
+        refused.clear()
+        release(request)
+
+    scheduler.leave_behind, scheduler.fits, scheduler.release = watched_leave, watched_fits, watched_release
 
 
 def watch_clients(replica: Replica, met: set[str]) -> None:
