@@ -18,9 +18,13 @@ from simulator.roofline.analysis import critical_batch, report, step_report
 from simulator.roofline.blocks import touched_experts
 from simulator.roofline.compile import compile_step_cost, step_time_s
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.kv_groups import KvGroups
 from simulator.roofline.memory import memory_fit, mixer_memory, weights_bytes
 from simulator.roofline.ops import StepShape, dense_ops, step_ops
+from simulator.roofline.pipeline import shard
 from simulator.roofline.precision import parse_precision
+from simulator.roofline.sharding import Sharding
+from simulator.roofline.sweep import max_batch
 
 MODELS = model_names()
 
@@ -198,8 +202,48 @@ def test_a_step_that_does_not_say_what_windows_see_is_refused():
         report(one_chip("gpt-oss-20b"), StepShape.decode(1, 100))
 
 
-def test_windows_are_set_aside_or_paged_whichever_holds_more():
-    d = replace(one_chip("gemma-3-12b"), max_num_seqs=8)
+@pytest.mark.parametrize(
+    ("name", "full", "windowed", "layers"),
+    [
+        ("gemma-2-9b", 1, 1, 21),  # 21 of each
+        ("gemma-3-12b", 1, 5, 8),  # 8 and 40
+        ("gemma-3-27b", 1, 6, 10),  # 10 and 52: the sixth group has two layers, and room for ten
+        ("gpt-oss-20b", 1, 1, 12),  # 12 of each
+        ("llama-4-scout", 1, 3, 12),  # 12 and 36
+        ("mistral-7b-v0.1", 0, 1, 32),
+    ],
+)
+def test_groups_are_those_of_vllm(name, full, windowed, layers):
+    d = Deployment(load_model(name), resolve_slice("h100-sxm:8"))
+    fit = memory_fit(d)
+    assert fit.groups == KvGroups(full, windowed, d.window, d.window_chunked)
+    mixer = d.architecture.layers[0].mixer
+    assert fit.kv_bytes_per_token == layers * 2 * 2 * mixer.n_kv_heads * mixer.head_dim / 8
+    assert fit.reserved_bytes == 0
+    kept = memory_fit(replace(d, windowed_kv="kept"))
+    assert kept.groups == KvGroups()
+    assert kept.kv_bytes_per_token == d.kv_bytes_per_token
+    short, long = (max_batch(fit, tokens) / max_batch(kept, tokens) for tokens in (64, 100_000))
+    assert short == pytest.approx(d.kv_bytes_per_token / (fit.kv_bytes_per_token * (full + windowed)), rel=0.02)
+    assert long > 1.5
+
+
+def test_layers_nearly_as_many_of_both_kinds_lie_in_two_groups():
+    gemma = load_model("gemma-2-9b")
+    windowed, full = gemma.layers[0], gemma.layers[1]
+    layers = (windowed.model_copy(update={"count": 12}), full.model_copy(update={"count": 13}))
+    fit = memory_fit(replace(one_chip("gemma-2-9b"), architecture=gemma.model_copy(update={"layers": layers})))
+    assert (fit.groups.full, fit.groups.windowed) == (1, 1)
+    assert fit.kv_bytes_per_token == 13 * 2 * 2 * 8 * 256
+
+
+def test_parts_of_a_model_do_not_pool_windows():
+    d = shard(load_model("gpt-oss-20b"), resolve_slice("h100-sxm:2"), Sharding(tp=1, pp=2))
+    assert d.memory.groups == KvGroups()
+
+
+def test_windows_are_set_aside_or_paged_whichever_holds_more_where_they_are_not_pooled():
+    d = replace(one_chip("gemma-3-12b"), max_num_seqs=8, windowed_kv="reserved")
     fit = memory_fit(d)
     full, windowed = (2 * 2 * 8 * 256 * layers for layers in (8, 40))
     assert fit.kv_bytes_per_token == full
@@ -208,7 +252,7 @@ def test_windows_are_set_aside_or_paged_whichever_holds_more():
     assert crowded.kv_bytes_per_token == full + windowed
     assert crowded.reserved_bytes == 0
     assert crowded.kv_tokens < fit.kv_tokens
-    everywhere = memory_fit(one_chip("mistral-7b-v0.1"))
+    everywhere = memory_fit(replace(one_chip("mistral-7b-v0.1"), windowed_kv="reserved"))
     assert everywhere.kv_bytes_per_token == 131_072
     assert everywhere.reserved_bytes == 0
 

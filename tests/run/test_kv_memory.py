@@ -6,7 +6,9 @@ import pytest
 
 from simulator.errors import InputError
 from simulator.run import load_scenario, run_scenario
+from simulator.roofline.kv_groups import KvGroups
 from simulator.run.explain import explain
+from simulator.run.kv_memory import block_bytes
 from simulator.run.resolve import resolve
 from simulator.run.simulate import as_requests, simulate_fleet
 from simulator.traffic import build_stream
@@ -132,3 +134,35 @@ def test_explain_names_the_load():
 def test_contradictions_are_refused(overrides, message):
     with pytest.raises(InputError, match=message):
         resolve(load_scenario("llama-3-8b-azure-chat", overrides))
+
+
+GEMMA = ("model=gemma-2-9b", "slice=h100-sxm:1", "traffic.n_requests=200")
+
+
+def test_windowed_layers_give_blocks_back_unless_told_otherwise():
+    pooled = resolve(load_scenario("llama-3-8b-azure-chat", GEMMA))
+    kept = resolve(load_scenario("llama-3-8b-azure-chat", (*GEMMA, "engine.disable_hybrid_kv_cache_manager=true")))
+    asked = resolve(load_scenario("llama-3-8b-azure-chat", (*GEMMA, "engine.disable_hybrid_kv_cache_manager=false")))
+    assert pooled.settings.kv_groups == asked.settings.kv_groups == KvGroups(1, 1, 4096)
+    assert kept.settings.kv_groups == KvGroups()
+    # A block is one of 21 layers instead of all 42: half the bytes, twice the blocks but for the null block.
+    assert block_bytes(kept.place) == 2 * block_bytes(pooled.place)
+    assert pooled.settings.num_kv_blocks + 1 in {2 * (kept.settings.num_kv_blocks + 1) + one for one in (0, 1)}
+
+
+@pytest.mark.parametrize("other", ["engine.prefix_cache=blocks", "engine.speculation={method='ngram', acceptance_rate=0.5}"])
+def test_windows_are_not_given_back_beside_what_no_rule_covers(other):
+    beside = (*GEMMA, other)
+    assert resolve(load_scenario("llama-3-8b-azure-chat", beside)).settings.kv_groups == KvGroups()
+    with pytest.raises(InputError, match="disable_hybrid_kv_cache_manager = false.*not modelled with engine"):
+        resolve(load_scenario("llama-3-8b-azure-chat", (*beside, "engine.disable_hybrid_kv_cache_manager=false")))
+
+
+def test_a_crowded_replica_serves_long_contexts_faster_when_windows_give_back():
+    long = (*GEMMA, "traffic.lengths.prompt=12000", "traffic.lengths.output=200", "traffic.arrival={kind='all-at-once'}")
+    long = (*GEMMA, "traffic.arrival.rate_per_s=100", "traffic.prompt=12000", "traffic.output=200")
+    pooled, kept = (
+        run_scenario(load_scenario("llama-3-8b-azure-chat", (*long, *more))).summary
+        for more in ((), ("engine.disable_hybrid_kv_cache_manager=true",))
+    )
+    assert pooled.occupancy.peak_running > 1.3 * kept.occupancy.peak_running
