@@ -12,6 +12,7 @@ from simulator.engine.records import CANCELLED, FINISHED, REJECTED, TIMED_OUT
 from simulator.engine.reference import Replica, simulate_reference
 from simulator.engine.reference_cache import BlockPool, RadixPool
 from simulator.engine.refusals import LASTING
+from simulator.roofline.kv_groups import KvGroups
 from simulator.roofline.pipeline_cost import PipelineCost
 from tests.engine.comparing import assert_results_equal
 from tests.engine.mixtures import seeded_mixtures
@@ -321,7 +322,13 @@ def test_no_admission_is_missed(case):  # R5 to R7
             row = step.waiting[0]
             cached = int(requests.cached_tokens[row])
             tokens = known[row] if engine.scheduler_reserve_full_isl else cached + min(known[row] - cached, budget)
-            assert blocks_for(tokens, engine.block_size) > step.free_blocks, "the first of the queue would have fitted"
+            groups, pages = engine.kv_groups, blocks_for(tokens, engine.block_size)
+            before = groups.count * blocks_for(cached, engine.block_size) - groups.blocks(cached, engine.block_size)
+            wanted = groups.count * pages - before
+            if engine.scheduler_reserve_full_isl:
+                bound = groups.most_in_window(engine.block_size, engine.max_num_batched_tokens)
+                wanted = min(wanted, groups.full * pages + groups.windowed * bound)
+            assert wanted > step.free_blocks, "the first of the queue would have fitted"
         emitting = [row for row, tokens in step.scheduled.items() if step.computed[row] + tokens == known[row]]
         assert len(emitting) == step.R
         for row in emitting:
@@ -342,7 +349,7 @@ def test_first_come_first_served(case):
 def test_every_computed_token_sees_its_window_once(case, window, chunked):  # R9
     requests = case.requests
     windowed = replace(case.cost, window=window, window_chunked=chunked)
-    result, _, _ = observe(case._replace(cost=windowed))
+    result, _, _ = observe(case._replace(cost=windowed, settings=replace(case.settings, kv_groups=KvGroups())))
     once = 0
     for row in np.flatnonzero(result.status == FINISHED):
         last = int(requests.prompt_tokens[row] + requests.output_tokens[row] - 1)
@@ -358,7 +365,7 @@ def test_every_computed_token_sees_its_window_once(case, window, chunked):  # R9
 def test_the_widest_window_is_none_and_the_narrowest_sees_each_token_itself(case, chunked):
     for window in (1, 1000):
         cost = replace(case.cost, window=window, window_chunked=chunked)
-        _, steps, _ = observe(case._replace(cost=cost))
+        _, steps, _ = observe(case._replace(cost=cost, settings=replace(case.settings, kv_groups=KvGroups())))
         for step in steps:
             if window == 1:
                 assert (step.B, step.n - step.B, step.n - step.B) == (step.SW, step.AW, step.KW)
