@@ -131,7 +131,13 @@ class _Recorder:
         engine = self._engine
         if engine.n_waiting or any(state.ints[core.N_RUNNING] for state, _, _ in self._parts):
             return engine.clock_s
-        return max(engine.clock_s, min(engine.next_arrival_s, engine.next_load_s))
+        return max(engine.clock_s, self._wakes_s())
+
+    def _wakes_s(self) -> float:
+        """When something happens where nobody runs or can be scheduled; a client may leave while its blocks are loaded."""
+        engine = self._engine
+        loading = any(state.ints[core.N_LOADING] for state, _, _ in self._parts)
+        return min(engine.next_arrival_s, engine.next_load_s, engine.next_departure_s if loading else math.inf)
 
     def _counters(self) -> list[_Counters]:
         found = []
@@ -224,7 +230,7 @@ class _StageRecorder(_Recorder):
     def _next_s(self) -> float:
         engine, done = self._engine, self._flight.done
         if not self._state.ints[core.N_RUNNING] and not engine.n_waiting:
-            return min(engine.next_arrival_s, engine.next_load_s)
+            return self._wakes_s()
         when = min(float(done.min()), engine.next_load_s, engine.next_departure_s)
         if np.isfinite(done).sum() < self.n_stages:
             when = min(when, engine.next_arrival_s)

@@ -75,6 +75,7 @@ class _Life:
     preemptions: int
     prefill_s: float
     load: tuple[float, float] | None = None
+    first_token_s: float = math.nan
     due_s: float = math.nan
     """When the client left, who is away."""
 
@@ -132,6 +133,7 @@ class Lives:
         arrival_s = float(out.arrival[row] if self._queue is None else self._queue.row_floats[row, queues.ATTEMPT_S])
         preemptions, paid_s = int(out.preemptions[row]), float(out.busy_prefill[row])
         life = self._lives[row] = _Life(Phase.AWAY, now_s, rank, attempt, arrival_s, preemptions, paid_s)
+        life.first_token_s = float(out.first_token[row])
         if status == WAITING:
             life.phase = Phase.PREEMPTED
             if math.isnan(out.scheduled[row]):
@@ -185,7 +187,8 @@ class Lives:
         floats = self._queue.row_floats[row]  # type: ignore[union-attr] - clients leave queues only
         due = life.attempt_s + min(floats[queues.TIMEOUT_S], floats[queues.CANCEL_S])
         first_due = life.attempt_s + floats[queues.TTFT_TIMEOUT_S]
-        return float(due if life.phase is Phase.DECODE or self._out.first_token[row] <= first_due else min(due, first_due))
+        in_time = self._out.first_token[row] <= first_due or life.first_token_s <= first_due
+        return float(due if in_time else min(due, first_due))
 
     # Following
 
@@ -218,7 +221,8 @@ class Lives:
 
     def _join(self, row: int, life: _Life, arrival_s: float) -> None:
         """An attempt arrives, and is seen by the scheduler (H2)."""
-        life.phase, life.since_s, life.attempt_s, life.load = Phase.QUEUED, arrival_s, arrival_s, None
+        life.phase, life.since_s, life.attempt_s = Phase.QUEUED, arrival_s, arrival_s
+        life.load, life.first_token_s = None, math.nan
         if self._rules is not None and self._rules.request_s > 0:
             life.phase = Phase.HOST
             self._change(row, life, Phase.QUEUED, arrival_s + self._rules.request_s)
@@ -238,7 +242,7 @@ class Lives:
             self._follow_scheduling(row, life, lost=lost, here=here, at_s=start_s)
         if life.phase in IN_STEPS:
             self.running[life.rank] += 1
-        elif life.phase in IN_QUEUE and life.since_s <= start_s:
+        elif life.phase in IN_QUEUE and life.since_s <= start_s and not self._has_left(row, life, start_s, another=another):
             self.waiting[life.rank] += 1
         life.prefill_s = float(out.busy_prefill[row])
         while attempts > life.attempt:
@@ -254,11 +258,17 @@ class Lives:
             self._follow_leaving(row, life, end_s)
             if status == CANCELLED or not self._tries_again(attempts):
                 del self._lives[row]
-        elif status == RUNNING:
+        else:
+            life.first_token_s = float(out.first_token[row])
+        if status == RUNNING:
             if life.phase is Phase.QUEUED:  # a new attempt of this very instant
                 self._change(row, life, Phase.PREFILL, end_s)
             if self._decodes(row, life) and life.phase is not Phase.DECODE:
                 self._change(row, life, Phase.DECODE, end_s)
+
+    def _has_left(self, row: int, life: _Life, by_s: float, *, another: bool) -> bool:
+        """Whether the client of one who waits was gone by then."""
+        return (another or self._out.status[row] in {TIMED_OUT, CANCELLED}) and self._due(row, life) <= by_s
 
     def _follow_scheduling(self, row: int, life: _Life, *, lost: bool, here: bool, at_s: float) -> None:
         """R5 to R7: preempted, or admitted; who is gone again was admitted if it has paid for a chunk."""
