@@ -71,7 +71,7 @@ class EventLog:
     spans
         in order of their ends. A request's spans join without gaps: each starts, to the bit, when the one before ended.
     moments
-        at the start of each step, or in a pipeline at each instant.
+        at the start of each step and when the replica falls idle, or in a pipeline at each instant.
     rejected
         (row, arrival) of the requests refused in the stretch.
     complete
@@ -102,6 +102,16 @@ class _Counters(NamedTuple):
     chunks: int
     pairs: int
     preempted: int
+
+    def since(self, other: "_Counters") -> "_Counters":
+        """What has come since."""
+        return _Counters(
+            self.batch - other.batch,
+            self.keys - other.keys,
+            self.chunks - other.chunks,
+            self.pairs - other.pairs,
+            self.preempted - other.preempted,
+        )
 
 
 class _Recorder:
@@ -143,7 +153,11 @@ class _Recorder:
         found = []
         for state, _, extra in self._parts:
             ints = state.ints
-            keys = float(extra.spec.tariff.keys[0].sum()) if extra is not None and extra.spec.on else int(ints[core.DECODE_KEYS])
+            keys = (
+                float(extra.spec.tariff.keys[0].sum())
+                if extra is not None and extra.spec.on
+                else int(ints[core.DECODE_KEYS])
+            )
             counts = (core.CHUNKS, core.PREFILL_PAIRS, core.PREEMPTIONS)
             found.append(_Counters(int(ints[core.DECODE_TOKENS]), keys, *(int(ints[name]) for name in counts)))
         return found
@@ -162,7 +176,7 @@ class _Recorder:
         start_s, end_s = float(self._state.floats[core.LAST_START]), self._engine.clock_s
         self.lives.look(start_s, end_s)
         kv_blocks = round((float(self._state.floats[core.BLOCKS_INTEGRAL]) - blocks_s) / (end_s - start_s))
-        grown = [_Counters(*(a - b for a, b in zip(*both, strict=True))) for both in zip(self._counters(), before, strict=True)]
+        grown = [now.since(then) for now, then in zip(self._counters(), before, strict=True)]
         for rank in range(self.n_ranks):
             tokens, rows, worked_until_s = self._shape(rank, start_s, end_s)
             self.steps.append(
@@ -183,8 +197,16 @@ class _Recorder:
                     worked_until_s=worked_until_s,
                 )
             )
+        if self.moments and self.moments[-1].time_s == start_s:  # it was not idle after all
+            self.moments.pop()
         preempted = sum(one.preempted for one in grown)
         self.moments.append(Moment(start_s, sum(self.lives.running), sum(self.lives.waiting), kv_blocks, preempted, 1))
+        if self._next_s() > end_s:
+            loading = sum(int(state.ints[core.N_LOADING]) for state, _, _ in self._parts)
+            owned = self._num_blocks * self.n_ranks - sum(
+                int(state.ints[core.FREE_BLOCKS]) for state, _, _ in self._parts
+            )
+            self.moments.append(Moment(end_s, 0, loading, owned, 0, 0))
         return True
 
     def _shape(self, rank: int, start_s: float, end_s: float) -> tuple[int, int, float]:
@@ -316,7 +338,7 @@ def record(
     max_steps
         the stretch ends early after so many; those of ranks count each.
     watched
-        row whose micro-batches :attr:`EventLog.rides` lists; −1: nobody's.
+        row with which the stretch ends, and whose micro-batches :attr:`EventLog.rides` lists; −1: none.
     """
     if start_s > engine.clock_s:
         engine.advance(start_s)
@@ -324,6 +346,8 @@ def record(
     first_s = engine.clock_s if recorder.n_stages == 1 else max(engine.clock_s, start_s)
     complete = True
     while recorder.step(end_s):
+        if recorder.lives.is_gone(watched):
+            break
         if len(recorder.steps) >= max_steps:
             complete = False
             break

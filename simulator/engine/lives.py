@@ -7,10 +7,9 @@ keeps of each request, before and after, say all that happened to it.
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.engine import core, queues
 from simulator.engine.compiled import Engine
@@ -119,7 +118,7 @@ class Lives:
         self._seen_rows = int(self._state.ints[core.NEXT_ROW])
         rows = np.arange(self._seen_rows)
         status = self._out.status[rows]
-        self._coming: NDArray[np.int64] = rows[status == NOT_ARRIVED]
+        self._coming: np.ndarray[Any, Any] = rows[status == NOT_ARRIVED]
         self._find_slots()
         for row in rows[np.isin(status, (WAITING, RUNNING, TIMED_OUT))].tolist():
             self._meet(row)
@@ -184,13 +183,17 @@ class Lives:
 
     def _due(self, row: int, life: _Life) -> float:
         """L1: when the client of an attempt leaves that has left."""
-        floats = self._queue.row_floats[row]  # type: ignore[union-attr] - clients leave queues only
+        floats = cast("queues.Queue", self._queue).row_floats[row]  # a plain replica's clients stay
         due = life.attempt_s + min(floats[queues.TIMEOUT_S], floats[queues.CANCEL_S])
         first_due = life.attempt_s + floats[queues.TTFT_TIMEOUT_S]
         in_time = self._out.first_token[row] <= first_due or life.first_token_s <= first_due
         return float(due if in_time else min(due, first_due))
 
     # Following
+
+    def is_gone(self, row: int) -> bool:
+        """Whether a request was here and will not be again."""
+        return 0 <= row < self._seen_rows and row not in self._lives and row not in self._coming
 
     def look(self, start_s: float, end_s: float) -> None:
         """Note what has happened since the last look: requests were scheduled at ``start_s``, and the clock is at ``end_s`` now."""
@@ -242,7 +245,11 @@ class Lives:
             self._follow_scheduling(row, life, lost=lost, here=here, at_s=start_s)
         if life.phase in IN_STEPS:
             self.running[life.rank] += 1
-        elif life.phase in IN_QUEUE and life.since_s <= start_s and not self._has_left(row, life, start_s, another=another):
+        elif (
+            life.phase in IN_QUEUE
+            and life.since_s <= start_s
+            and not self._has_left(row, life, start_s, another=another)
+        ):
             self.waiting[life.rank] += 1
         life.prefill_s = float(out.busy_prefill[row])
         while attempts > life.attempt:
@@ -291,9 +298,7 @@ class Lives:
 
     def _try_again(self, row: int, life: _Life, attempts: int, no_later_s: float = math.inf) -> None:
         """L5: who was away arrives again, if not later than so."""
-        queue = self._queue
-        if queue is None:  # a plain replica's clients stay
-            return
+        queue = cast("queues.Queue", self._queue)
         arrival_s = float(queue.row_floats[row, queues.ATTEMPT_S])
         if attempts > life.attempt + 1:  # that one left too, and only the latest is known
             arrival_s = max(life.due_s + float(queue.waits[life.attempt - 1]), life.since_s)
@@ -320,7 +325,8 @@ class Lives:
                 if stop_s < at_s:
                     pieces.append((life.phase, stop_s, at_s))
         paid = self._paid(row)
-        self.spans += [Span(row, phase, *times, paid, life.rank, life.attempt) for phase, *times in pieces]
+        for phase, since_s, until_s in pieces:
+            self.spans.append(Span(row, phase, since_s, until_s, paid, life.rank, life.attempt))
 
     def close(self, at_s: float) -> None:
         """End the stretch: whatever goes on is cut off at ``at_s``."""

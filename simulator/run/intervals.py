@@ -40,7 +40,7 @@ from simulator.roofline.residual import slowed_step
 from simulator.roofline.step_cost import StepCost
 from simulator.run.outcome import Outcome, check_conservation
 from simulator.run.resolve import Resolved, redraw
-from simulator.run.simulate import queued_at_once, simulate_fleet
+from simulator.run.serving import queued_at_once, simulate_fleet
 from simulator.run.summarise import Facts, summarise
 
 Array = NDArray[np.float64]
