@@ -21,6 +21,9 @@ __all__ = ["MAX_STEPS", "EventLog", "Moment", "Paid", "Phase", "Span", "Step", "
 MAX_STEPS = 100_000
 """Longest stretch: a minute of Python, and as much as a trace viewer can show."""
 
+#: Columns of stored prices.
+_ROWS, _PAIRS = core.Price._fields.index("rows"), core.Price._fields.index("pairs")
+
 
 class Step(NamedTuple):
     """One step of one scheduler, in the symbols of ``docs/engine-rules.md``; in a pipeline a micro-batch.
@@ -235,7 +238,7 @@ class _RankRecorder(_Recorder):
         tokens, price = int(self._board.scheduled[rank, ranks.TOKENS]), self._board.prices[rank]
         if tokens == 0:
             return 0, 0, min(end_s, start_s + float(price[parts.COPIES]))
-        return tokens, parts.load_price(self._board.prices, rank).rows, min(end_s, start_s + float(price[parts.OWN_D0]))
+        return tokens, int(price[_ROWS]), min(end_s, start_s + float(price[parts.OWN_D0]))
 
 
 class _StageRecorder(_Recorder):
@@ -287,7 +290,7 @@ class _StageRecorder(_Recorder):
     def _note_micro_batch(self, g: int, moment: Moment) -> None:
         flight, ints = self._flight, self._groups.ints[g]
         n, batch = int(flight.chunks[g]), int(ints[core.BATCH])
-        chunks, price = self._groups.chunks[g, :n], parts.load_price(flight.prices, g)
+        chunks = self._groups.chunks[g, :n]
         if self._watched >= 0 and self._holds(g, chunks[:, core.CHUNK_SLOT]):
             self.rides.append(len(self.steps))
         self.steps.append(
@@ -298,8 +301,8 @@ class _StageRecorder(_Recorder):
                 batch=batch,
                 keys=int(ints[core.KEYS_SUM]) if batch else 0,
                 chunks=n,
-                pairs=price.pairs,
-                rows=price.rows,
+                pairs=int(flight.prices[g, _PAIRS]),
+                rows=int(flight.prices[g, _ROWS]),
                 running=moment.running,
                 waiting=moment.waiting,
                 kv_blocks=moment.kv_blocks,

@@ -27,6 +27,7 @@ MOST_AHEAD = 10
 """Requests ahead that are named; all are counted."""
 
 UNDER_WAY = "queue: a step was under way"
+ALL_STAGES = "queue: every stage had its micro-batch"
 LOADING = "queue: KV blocks were loaded"
 FIRST_STEP = "first step, on the KV cache that came"
 STATES = {FINISHED: "finished", TIMED_OUT: "timed out", CANCELLED: "cancelled"}
@@ -340,6 +341,7 @@ def _within(stretches: Iterable[Stretch], stays: Iterable[Stretch]) -> list[Stre
 
 def _queue_parts(log: EventLog, stays: Sequence[Span], settings: EngineSettings) -> list[Part]:
     """The queue, by what stood in the way at each moment at which requests were scheduled."""
+    under_way = UNDER_WAY if log.n_stages == 1 else ALL_STAGES
     found: dict[str, list[Stretch]] = {}
     steps: dict[str, int] = {}
     chunks = [(step.start_s, step.end_s) for step in log.steps if step.chunks]
@@ -347,12 +349,12 @@ def _queue_parts(log: EventLog, stays: Sequence[Span], settings: EngineSettings)
         place = span.start_s
         for start_s, stop_s, why in _obstacles(log, span, settings):
             if start_s > place:
-                found.setdefault(UNDER_WAY, []).append((place, start_s))
+                found.setdefault(under_way, []).append((place, start_s))
             found.setdefault(why, []).append((start_s, stop_s))
             steps[why] = steps.get(why, 0) + 1
             place = stop_s
         if place < span.end_s:
-            found.setdefault(UNDER_WAY, []).append((place, span.end_s))
+            found.setdefault(under_way, []).append((place, span.end_s))
     return [
         Part(what, _sum_s(times), steps.get(what, 0), with_chunks_s=_sum_s(_within(chunks, times)))
         for what, times in found.items()
