@@ -118,10 +118,17 @@ class Lives:
         self._seen_rows = int(self._state.ints[core.NEXT_ROW])
         rows = np.arange(self._seen_rows)
         status = self._out.status[rows]
-        self._coming: np.ndarray[Any, Any] = rows[status == NOT_ARRIVED]
+        # Who came during the last step, and may have left again, is followed from its arrival.
+        new = status == NOT_ARRIVED
+        if not self.scheduled_last:
+            seen_s = self._out.arrival[rows] + (0.0 if self._rules is None else self._rules.request_s)
+            new |= (seen_s > self._state.floats[core.LAST_START]) & (status != REJECTED)
+        self._coming: np.ndarray[Any, Any] = rows[new]
         self._find_slots()
-        for row in rows[np.isin(status, (WAITING, RUNNING, TIMED_OUT))].tolist():
+        for row in rows[~new & np.isin(status, (WAITING, RUNNING, TIMED_OUT))].tolist():
             self._meet(row)
+        if self._seen_rows:
+            self.look(math.inf, engine.clock_s)
 
     def _meet(self, row: int) -> None:
         """Take in a request that is there when the stretch begins."""

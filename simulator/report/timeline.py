@@ -66,7 +66,7 @@ def draw_timeline(result: Result) -> "Figure":
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     if len(pools) > 1:
-        panels[0].legend(loc="upper right", fontsize=8, frameon=False, ncols=len(pools))
+        panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=9, frameon=False, ncols=len(pools))
     if len(table["start_s"]):
         panels[-1].set_xlim(0, float((table["start_s"] + table["interval_s"]).max()))
     panels[-1].set_xlabel("simulated time [s]", color=MUTED)
