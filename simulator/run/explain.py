@@ -87,7 +87,7 @@ class Ahead:
     prompt_tokens: int
     output_tokens: int
     left_s: float
-    """Time from the explained request's arrival until this one finished. [s]"""
+    """Time from the explained request's arrival until this one was done with the replica. [s]"""
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,14 @@ def explain_served(served: Served, request: int) -> Explanation:
         finish_s=last.finish_s,
         e2e_s=last.finish_s - arrival_s,
         parts=tuple(parts),
+        ahead=tuple(
+            replace(
+                one,
+                prompt_tokens=int(tokens.prompt_tokens[one.request]),
+                output_tokens=int(tokens.output_tokens[one.request]),
+            )
+            for one in found.ahead
+        ),
     )
 
 

@@ -40,22 +40,6 @@ def looks_at_replicas(scenario: Scenario) -> bool:
     return scenario.agents is not None or any(name not in STATE_FREE for name in names)
 
 
-def demand_turns(scenario: Scenario, what: str) -> None:
-    """Refuse what follows only equal replicas whose requests come by turns.
-
-    Raises
-    ------
-    InputError
-        For several pools, a store, agents, or another router.
-    """
-    other = scenario.replicas > 1 and scenario.router.policy != "round-robin"
-    if follows_paths(scenario) or other:
-        raise InputError(
-            f"{scenario.name}: {what} follows equal replicas behind round robin, not pools, stores, agents or router = "
-            f"{scenario.router.policy!r}"
-        )
-
-
 def kv_block_bytes(resolved: Resolved) -> float:
     """Bytes of one KV block on the chips that hold it, copies included: what crosses a link. [bytes]
 

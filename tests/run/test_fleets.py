@@ -12,7 +12,6 @@ from simulator.engine.records import itl_bin
 from simulator.errors import InputError
 from simulator.results import read_result, toml, write_result
 from simulator.run import Scenario, load_scenario, run_scenario
-from simulator.run.explain import explain
 from simulator.run.fleet_summary import itl_counts
 from simulator.run.fleets import kv_block_bytes, resolve_fleet
 from simulator.run.resolve import resolve
@@ -269,13 +268,6 @@ def test_latencies_fall_into_the_bins_of_the_engine():
 def test_what_makes_no_sense_is_refused_by_name(scenario, changes, says):
     with pytest.raises(InputError, match=says):
         run_scenario(load_scenario(scenario, changes))
-
-
-def test_what_follows_turns_alone_says_so():
-    for scenario, changes in ((DISAGGREGATED, FEW), ("llama-3-8b-azure-chat", [*FEW, "replicas=2", "router=random"])):
-        resolved = resolve(load_scenario(scenario, changes))
-        with pytest.raises(InputError, match="behind round robin"):
-            explain(resolved, 3)
 
 
 def test_a_scenario_with_pools_reads_back_as_itself(tmp_path):
