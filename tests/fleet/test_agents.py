@@ -8,6 +8,7 @@ import pytest
 from simulator.engine.records import FINISHED, NOT_ARRIVED, REJECTED
 from simulator.errors import InputError
 from simulator.fleet import Agents, Fleet, Link, Router, serve_agents
+from simulator.roofline.pipeline_cost import PipelineCost
 
 
 def crew(fleets, n=300, *, count=6, turns=5, think_s=0.02, deadline_s=np.inf, **more):
@@ -96,10 +97,12 @@ def test_a_hash_router_keeps_a_task_on_its_replica(fleets):
     assert len(set(replicas[:, 0])) == 3
 
 
-def test_replicas_with_caches_are_refused(fleets):
+def test_what_agents_cannot_wait_for_is_refused(fleets):
     _, requests, agents = crew(fleets)
-    pool = fleets.pool(settings=replace(fleets.settings, prefix_cache="blocks"))
-    with pytest.raises(InputError, match="not with a prefix cache"):
-        serve_agents(Fleet((pool,)), requests, agents)
+    cost = fleets.cost()
+    first = replace(cost, head_s=cost.head_s * 0)
+    stages = fleets.pool(cost=PipelineCost((first, cost), send_s=np.zeros((1, 65))))
+    with pytest.raises(InputError, match="not with pipeline stages"):
+        serve_agents(Fleet((stages,)), requests, agents)
     with pytest.raises(InputError, match="tasks have"):
         Agents(2, np.array([3, 3]), np.zeros(5))
