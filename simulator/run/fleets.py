@@ -1,5 +1,6 @@
 """Scenarios with several pools, a store of KV caches, or agents: from the scenario to a fleet, and through its run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +27,14 @@ class ResolvedFleet:
     options: tuple[PoolOptions, ...]
     pools: tuple[Resolved, ...]
     fleet: Fleet
+
+    def with_pools(self, pools: Sequence[Resolved]) -> "ResolvedFleet":
+        """The same fleet with other costs and settings of its replicas."""
+        changed = [
+            replace(pool, cost=resolved.engine_cost, settings=resolved.settings)
+            for pool, resolved in zip(self.fleet.pools, pools, strict=True)
+        ]
+        return replace(self, pools=tuple(pools), fleet=replace(self.fleet, pools=tuple(changed)))
 
 
 def follows_paths(scenario: Scenario) -> bool:

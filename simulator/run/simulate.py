@@ -8,7 +8,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ from simulator.run.statistics import between_seeds
 from simulator.run.summarise import summarise
 from simulator.run.window import cut_window
 from simulator.traffic import Stream, build_stream, stream_blocks
+
+if TYPE_CHECKING:
+    from simulator.run.intervals import OnePool, Pools
 
 #: Called with (steps done, steps in all, what is done now).
 Progress = Callable[[int, int, str], None]
@@ -130,15 +133,13 @@ def run_scenario(
             "requests (summary_only = false)"
         )
     resolved = resolve(scenario, architecture=architecture) if fleet is None else fleet.pools[-1]
+    pools = (resolved,) if fleet is None else fleet.pools
     if scenario.run.interval is not None:
         from simulator.run.intervals import check  # noqa: PLC0415 - imports this module
 
-        if fleet is not None:
-            raise InputError(
-                f"{scenario.name}: run.interval draws the parameters of one pool of equal replicas; leave pools, store and agents out"
-            )
-        check(resolved)
-    for one in (resolved,) if fleet is None else fleet.pools:
+        for one in pools:
+            check(one)
+    for one in pools:
         prepare_engine(partial(say, 0, total), one)
     if scenario.all_replicas > 1 and looks_at_replicas(scenario):
         say(0, total, "loading the engine for fleets (some 25 s the first time)")
@@ -222,33 +223,27 @@ def _run_once(
     if finished == 0:
         raise InfeasibleError(_nothing_fits(resolved, requests))
     say(f"measuring capacity, seed {seed}")
-    if requests.concurrency == 0 and float(requests.arrival_s[-1]) == 0:
-        at_once = outcome
-    else:
-        # Requests that are there at once find all replicas alike: who looks at them takes turns.
-        entry = scenario.router.entry
-        router = entry if entry.state_free else Router()
-        at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers, router=router, seed=seed)
+    at_once = served_at_once(resolved, outcome, workers=workers, seed=seed)
     about = facts(resolved, seed=seed, traffic=_source(stream.source, scenario), notes=_notes(stream, scenario))
     summary, table, timeline = summarise(outcome, at_once, about)
     if scenario.run.interval is not None and seed == scenario.run.seed:
-        from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
+        from simulator.run.intervals import OnePool  # noqa: PLC0415 - imports this module
 
-        n = scenario.run.interval_draws or DRAWS
-        say(f"drawing parameters {n} times")
-        intervals = parameter_intervals(
-            resolved,
-            requests,
-            about,
-            summary,
-            level=scenario.run.interval,
-            itl_window_s=window,
-            n=n,
-            seed=seed,
-            workers=workers,
-        )
-        summary = summary.model_copy(update={"intervals": intervals})
+        summary = _with_intervals(OnePool(resolved, requests, about, window), summary, seed, workers, say)
     return summary, table, timeline, outcome
+
+
+def _with_intervals(
+    subject: "OnePool | Pools", summary: Summary, seed: int, workers: int, say: Callable[[str], None]
+) -> Summary:
+    """The summary with intervals over draws of the parameters."""
+    from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
+
+    options = subject.scenario.run
+    n = options.interval_draws or DRAWS
+    say(f"drawing parameters {n} times")
+    found = parameter_intervals(subject, summary, level=options.interval or 0.0, n=n, seed=seed, workers=workers)
+    return summary.model_copy(update={"intervals": found})
 
 
 def _notes(stream: Stream, scenario: Scenario) -> tuple[str, ...]:
@@ -287,7 +282,14 @@ def _run_fleet(
         for options, pool in zip(resolved.options, resolved.pools, strict=True)
     ]
     about[-1] = replace(about[-1], assumptions=(*about[-1].assumptions, *link_assumptions(resolved)))
-    return summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=scenario.agents is not None)
+    tasks = scenario.agents is not None
+    found = summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=tasks)
+    if scenario.run.interval is not None and seed == scenario.run.seed:
+        from simulator.run.intervals import Pools  # noqa: PLC0415 - imports this module
+
+        subject = Pools(resolved, requests, agents, tuple(about), window, seed)
+        return _with_intervals(subject, found[0], seed, workers, say), *found[1:]
+    return found
 
 
 def _run_summary_only(
@@ -399,6 +401,17 @@ def simulate_fleet(
     (served,) = found.pools
     rows = None if router.policy == "round-robin" else served.rows
     return Outcome(requests, served.replicas, resolved.cost.chips, found.itl_counts, rows)
+
+
+def served_at_once(resolved: Resolved, outcome: Outcome, *, workers: int = 1, seed: int | None = None) -> Outcome:
+    """The requests of an outcome, all queued at t = 0: what capacity is measured with. The outcome itself, if they were."""
+    requests = outcome.requests
+    if requests.concurrency == 0 and float(requests.arrival_s[-1]) == 0:
+        return outcome
+    # Requests that are there at once find all replicas alike: who looks at them takes turns.
+    entry = resolved.scenario.router.entry
+    router = entry if entry.state_free else Router()
+    return simulate_fleet(resolved, queued_at_once(requests), workers=workers, router=router, seed=seed)
 
 
 def _itl_window_s(requests: Requests, scenario: Scenario) -> tuple[float, float] | None:
