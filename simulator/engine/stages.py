@@ -95,7 +95,7 @@ from simulator.engine.queues import (
 from simulator.engine.records import WAITING
 from simulator.engine.rounds import go_round, may_go_round
 from simulator.engine.scheduler import schedule
-from simulator.engine.scheduling import FAIR, PREFILL_FIRST
+from simulator.engine.scheduling import FAIR, PREFILL_FIRST, STATIC
 from simulator.engine.segments import (
     count_latencies,
     end_chunks,
@@ -479,6 +479,9 @@ def _try(
             empty = g
     if flying == len(flight.free):
         return False
+    nobody_comes = queue.ints[N_QUEUED] == 0 and queue.ints[N_PARTIALS] == 0
+    if chosen < 0 and nobody_comes and queue.rules.batching != STATIC:  # whose batch a try in vain closes
+        return False
     g = chosen if chosen >= 0 else empty
     group = part_of(states, g)
     extra = extra_of(extras, g)
@@ -488,11 +491,10 @@ def _try(
     if tokens == 0:
         return bool(preempted)
     if chunks > 0 and group.ints[BATCH] > 0 and queue.rules.batching >= PREFILL_FIRST:
-        taker = part_of(states, empty)
-        _move_chunks(group, taker, chunks)
-        _launch(cost, stages, stream, out, shared, taker, flight, queue, extra_of(extras, empty), empty, chunks, tokens)
-    else:
-        _launch(cost, stages, stream, out, shared, group, flight, queue, extra, g, chunks, tokens)
+        _move_chunks(group, part_of(states, empty), chunks)
+        g = empty
+    group = part_of(states, g)
+    _launch(cost, stages, stream, out, shared, group, flight, queue, extra_of(extras, g), g, chunks, tokens)
     note_peaks(limits, shared, n_waiting(shared, queue))
     return True
 
