@@ -34,7 +34,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 #: Columns of an engine's result with one value per request.
-_COLUMNS = (
+ROW_COLUMNS = (
     "status",
     "arrival_s",
     "scheduled_s",
@@ -242,7 +242,7 @@ class OneByOne:
     def result(self, replica: int, rows: Ints) -> EngineResult:
         """What a replica has done; per-request columns are those of ``rows``, all its requests among them."""
         found = self._engines[replica].result()
-        columns = {name: getattr(found, name)[rows] for name in _COLUMNS}
+        columns = {name: getattr(found, name)[rows] for name in ROW_COLUMNS}
         speculation = found.speculation
         if speculation is not None:
             speculation = replace(speculation, wasted_s=speculation.wasted_s[rows])

@@ -44,7 +44,7 @@ from simulator.run.fleets import ResolvedFleet, serve_fleet
 from simulator.run.outcome import Outcome, check_conservation
 from simulator.run.resolve import Resolved, redraw
 from simulator.run.scenario import Scenario
-from simulator.run.simulate import queued_at_once, served_at_once, simulate_fleet
+from simulator.run.serving import queued_at_once, served_at_once, simulate_fleet
 from simulator.run.summarise import Facts, summarise
 
 Array = NDArray[np.float64]

@@ -8,7 +8,7 @@ from simulator.errors import InputError
 from simulator.run import load_scenario, run_scenario
 from simulator.run.explain import explain
 from simulator.run.resolve import resolve
-from simulator.run.simulate import as_requests, simulate_fleet
+from simulator.run.serving import as_requests, simulate_fleet
 from simulator.traffic import build_stream
 
 TIGHT = ("traffic.n_requests=300", "engine.num_gpu_blocks_override=600")

@@ -11,7 +11,7 @@ from simulator.roofline.acceptance import tokens_per_pass
 from simulator.run import load_scenario, run_scenario
 from simulator.run.explain import explain
 from simulator.run.resolve import resolve
-from simulator.run.simulate import as_requests
+from simulator.run.serving import as_requests
 from simulator.run.speculation import SpeculationOptions, survival_table, with_acceptance
 from simulator.run.speculation_view import speculation_view
 from simulator.traffic import build_stream
