@@ -166,6 +166,11 @@ class Engine:
         return self._extra
 
     @property
+    def passes(self) -> int:
+        """Steps so far, those of all parts; no sequence has been in more of them."""
+        return int(self._figures()[0][core.STEPS])
+
+    @property
     def n_waiting(self) -> int:
         """Requests in the queue, without those that load."""
         found = 0

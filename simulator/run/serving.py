@@ -178,6 +178,17 @@ def serve_pool(
     return serve(Fleet((pool,), router), requests, seed=seed, workers=workers, itl_window_s=itl_window_s)
 
 
+def served_at_once(resolved: Resolved, outcome: Outcome, *, workers: int = 1, seed: int | None = None) -> Outcome:
+    """The requests of an outcome, all queued at t = 0: what capacity is measured with. The outcome itself, if they were."""
+    requests = outcome.requests
+    if requests.concurrency == 0 and float(requests.arrival_s[-1]) == 0:
+        return outcome
+    # Requests that are there at once find all replicas alike: who looks at them takes turns.
+    entry = resolved.scenario.router.entry
+    router = entry if entry.state_free else Router()
+    return simulate_fleet(resolved, queued_at_once(requests), workers=workers, router=router, seed=seed)
+
+
 def measured_stretch_s(requests: Requests, scenario: Scenario) -> tuple[float, float] | None:
     """The measured window of an open loop, known from its arrivals; None for a closed loop, or if all arrive at once. [s]"""
     if requests.concurrency:

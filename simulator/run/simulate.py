@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -15,7 +15,7 @@ from simulator import __version__
 from simulator.catalog.architecture import Architecture
 from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InfeasibleError, InputError
-from simulator.fleet.records import Router, Served
+from simulator.fleet.records import Served
 from simulator.results.store import Result
 from simulator.results.summary import Figure, Replications, Summary
 from simulator.results.tables import Table
@@ -38,12 +38,15 @@ from simulator.run.serving import (
     queued_at_once,
     serve_equal,
     serve_paths,
-    simulate_fleet,
+    served_at_once,
     with_seed,
 )
 from simulator.run.statistics import between_seeds
 from simulator.run.summarise import summarise
 from simulator.traffic import Stream, stream_blocks
+
+if TYPE_CHECKING:
+    from simulator.run.intervals import OnePool, Pools
 
 #: Called with (steps done, steps in all, what is done now).
 Progress = Callable[[int, int, str], None]
@@ -132,15 +135,13 @@ def run_scenario(
             "requests (summary_only = false)"
         )
     resolved = resolve(scenario, architecture=architecture) if fleet is None else fleet.pools[-1]
+    pools = (resolved,) if fleet is None else fleet.pools
     if scenario.run.interval is not None:
         from simulator.run.intervals import check  # noqa: PLC0415 - imports this module
 
-        if fleet is not None:
-            raise InputError(
-                f"{scenario.name}: run.interval draws the parameters of one pool of equal replicas; leave pools, store and agents out"
-            )
-        check(resolved)
-    for one in (resolved,) if fleet is None else fleet.pools:
+        for one in pools:
+            check(one)
+    for one in pools:
         prepare_engine(partial(say, 0, total), one)
     if scenario.all_replicas > 1 and looks_at_replicas(scenario):
         say(0, total, "loading the engine for fleets (some 25 s the first time)")
@@ -218,33 +219,27 @@ def _run_once(
     if finished == 0:
         raise InfeasibleError(_nothing_fits(resolved, requests))
     say(f"measuring capacity, seed {seed}")
-    if requests.concurrency == 0 and float(requests.arrival_s[-1]) == 0:
-        at_once = outcome
-    else:
-        # Requests that are there at once find all replicas alike: who looks at them takes turns.
-        entry = scenario.router.entry
-        router = entry if entry.state_free else Router()
-        at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers, router=router, seed=seed)
+    at_once = served_at_once(resolved, outcome, workers=workers, seed=seed)
     about = facts(resolved, seed=seed, traffic=_source(stream.source, scenario), notes=_notes(stream, scenario))
     summary, table, timeline = summarise(outcome, at_once, about)
     if scenario.run.interval is not None and seed == scenario.run.seed:
-        from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
+        from simulator.run.intervals import OnePool  # noqa: PLC0415 - imports this module
 
-        n = scenario.run.interval_draws or DRAWS
-        say(f"drawing parameters {n} times")
-        intervals = parameter_intervals(
-            resolved,
-            requests,
-            about,
-            summary,
-            level=scenario.run.interval,
-            itl_window_s=window,
-            n=n,
-            seed=seed,
-            workers=workers,
-        )
-        summary = summary.model_copy(update={"intervals": intervals})
+        summary = _with_intervals(OnePool(resolved, requests, about, window), summary, seed, workers, say)
     return summary, table, timeline, outcome, serving.served
+
+
+def _with_intervals(
+    subject: "OnePool | Pools", summary: Summary, seed: int, workers: int, say: Callable[[str], None]
+) -> Summary:
+    """The summary with intervals over draws of the parameters."""
+    from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
+
+    options = subject.scenario.run
+    n = options.interval_draws or DRAWS
+    say(f"drawing parameters {n} times")
+    found = parameter_intervals(subject, summary, level=options.interval or 0.0, n=n, seed=seed, workers=workers)
+    return summary.model_copy(update={"intervals": found})
 
 
 def _notes(stream: Stream, scenario: Scenario) -> tuple[str, ...]:
@@ -276,7 +271,13 @@ def _run_fleet(
         for options, pool in zip(resolved.options, resolved.pools, strict=True)
     ]
     about[-1] = replace(about[-1], assumptions=(*about[-1].assumptions, *link_assumptions(resolved)))
-    found = summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=scenario.agents is not None)
+    tasks = scenario.agents is not None
+    found = summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=tasks)
+    if scenario.run.interval is not None and seed == scenario.run.seed:
+        from simulator.run.intervals import Pools  # noqa: PLC0415 - imports this module
+
+        subject = Pools(resolved, requests, agents, tuple(about), window, seed)
+        return _with_intervals(subject, found[0], seed, workers, say), *found[1:], served
     return *found, served
 
 
