@@ -301,7 +301,7 @@ def _n_unfinished(stream: Stream, state: State, queue: Queue) -> int:
 
 
 @inlined
-def _blocks_wanted(
+def blocks_wanted(
     limits: Limits,
     state: State,
     queue: Queue,
@@ -442,7 +442,7 @@ def admit_waiting(
         cut = want < rest and (
             rules.batching != CHUNKED or 0 < rules.max_partials <= _n_unfinished(stream, state, queue)
         )
-        blocks = _blocks_wanted(limits, state, queue, done, done + want, known, held)
+        blocks = blocks_wanted(limits, state, queue, done, done + want, known, held)
         has_blocks = blocks <= ints[FREE_BLOCKS]
         if rules.batching == STATIC:  # B4
             has_blocks = queue.ints[RESERVED] + reserved_blocks(limits, stream, row) <= limits.num_blocks
