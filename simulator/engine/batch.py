@@ -258,9 +258,7 @@ def unlink_running(state: State, slot: int) -> None:
 
 
 @inlined
-def leave_batch(
-    cost: CostTable, limits: Limits, state: State, out: Outcome, extra: Extra | None, slot: int
-) -> None:
+def leave_batch(cost: CostTable, limits: Limits, state: State, out: Outcome, extra: Extra | None, slot: int) -> None:
     """Settle a decoding sequence and take it out of the batch's sums."""
     ints = state.ints
     step = ints[STEP]

@@ -61,7 +61,7 @@ from simulator.engine.core import (
 )
 from simulator.engine.fcfs import release_next
 from simulator.engine.jit import compiled, entry, inlined
-from simulator.engine.kv_blocks import release_of_step, peak_of_steps, steps_to_room
+from simulator.engine.kv_blocks import peak_of_steps, release_of_step, steps_to_room
 from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
@@ -80,7 +80,6 @@ from simulator.engine.segments import (
 )
 from simulator.engine.swap import N_MOVED, charge_copies, delay_of
 from simulator.engine.tiers import BLOCKED
-
 
 
 class Pace(NamedTuple):

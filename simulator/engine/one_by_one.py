@@ -225,11 +225,12 @@ class OneByOne:
         mine[many.REQUESTS] = len(live) + len(ended)
         if not by_kv:
             return
-        state, size = engine._state, self._kinds[r].settings.block_size  # noqa: SLF001 - of this room
-        mine[many.BLOCKS] = self._kinds[r].settings.num_kv_blocks
+        state, settings = engine._state, self._kinds[r].settings  # noqa: SLF001 - of this room
+        mine[many.BLOCKS] = settings.num_kv_blocks
         mine[many.OWNED] = mine[many.BLOCKS] - state.ints[core.FREE_BLOCKS]
         waiting = live[np.isnan(out.scheduled[live])]
-        mine[many.PROMISED] = int((-(-self._requests.prompt_tokens[waiting] // size)).sum())
+        blocks = settings.kv_groups.blocks(self._requests.prompt_tokens[waiting], settings.block_size)
+        mine[many.PROMISED] = int(blocks.sum())
 
     def itl_counts(self) -> Ints:
         """Inter-token latencies so far, all replicas; tokens that come with others of their pass are in bin 0."""

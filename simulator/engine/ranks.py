@@ -491,7 +491,9 @@ def advance_ranks(
                     busy -= k * (d0 - prices[g, OWN_D0]) + (q - prices[g, OWN_Q]) * (k * (k - 1) // 2)
             rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
             scheduled = board.scheduled[g]
-            blocks_integral += _run_rank(cost, limits, out, rank, own, extra, scheduled, prices, g, d0, q, k, t, end, profile)
+            blocks_integral += _run_rank(
+                cost, limits, out, rank, own, extra, scheduled, prices, g, d0, q, k, t, end, profile
+            )
             owned += limits.num_blocks - states.ints[g, FREE_BLOCKS]
         if limits.windowed > 0:
             owned = largest(profile)

@@ -203,7 +203,9 @@ class EngineSettings:
 
     def most_blocks(self, tokens: NDArray[np.int64] | int) -> NDArray[np.int64]:
         """KV blocks that a request owns at most until ``tokens`` tokens of it are computed (R4, W4). [tokens' shape]"""
-        return self.kv_groups.most_blocks(np.asarray(tokens) + self.lookahead, self.block_size, self.max_num_batched_tokens)
+        return self.kv_groups.most_blocks(
+            np.asarray(tokens) + self.lookahead, self.block_size, self.max_num_batched_tokens
+        )
 
     @property
     def longest_tokens(self) -> float:

@@ -58,7 +58,7 @@ from simulator.engine.fcfs import (
     schedule_chunks,
 )
 from simulator.engine.jit import entry
-from simulator.engine.kv_blocks import release_of_step, peak_of_steps, steps_to_room
+from simulator.engine.kv_blocks import peak_of_steps, release_of_step, steps_to_room
 from simulator.engine.progressions import (
     end_of_steps,
     take_blocks,

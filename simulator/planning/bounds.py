@@ -100,7 +100,8 @@ def _crowd_s(
     # The more a sequence holds, the longer its steps take: the sum of the products is at least the product of the means. Not so
     # where contexts start over.
     grows = not (total.window_chunked and total.window_slope_s)
-    held = float((decode_s * (prompt + (gaps + 1) / 2)).sum()) / (settings.num_kv_blocks * settings.block_size)
+    room = settings.kv_groups.tokens_held(settings.num_kv_blocks, settings.block_size)
+    held = float((decode_s * (prompt + (gaps + 1) / 2)).sum()) / room
     return max(seats, held if grows else 0.0) / total.ranks
 
 

@@ -7,7 +7,7 @@ unevenness of what a prefill pool sends, the run of the whole fleet shows.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from simulator.planning.rating import Load
 from simulator.planning.search import Found
 from simulator.planning.space import Place
 from simulator.results.plan import Provisioning, Role, Targets
+from simulator.roofline.kv_groups import KvGroups
 from simulator.run.fleet_options import LinkOptions, PoolOptions
 from simulator.run.fleets import kv_block_bytes
 from simulator.run.scenario import Scenario
@@ -34,14 +35,15 @@ class Handover:
         median time to first token of the prefill pool. [s]
     latency_s, seconds_per_block
         of the link. [s]
-    block_size
-        tokens per KV block.
+    block_size, kv_groups
+        tokens per KV block, and how many blocks they take.
     """
 
     prefill_s: float
     latency_s: float
     seconds_per_block: float
     block_size: int
+    kv_groups: KvGroups = field(default_factory=KvGroups)
 
     @classmethod
     def of(cls, prefill: Found) -> "Handover":
@@ -59,6 +61,7 @@ class Handover:
             latency_s=link.latency_s,
             seconds_per_block=kv_block_bytes(prefill.resolved) / link.bandwidth_bytes_per_s,
             block_size=prefill.resolved.settings.block_size,
+            kv_groups=prefill.resolved.settings.kv_groups,
         )
 
 
@@ -93,7 +96,7 @@ class RoleLoads(Loads):
             max_tokens=some.max_tokens - 1,
         )
         h = self.handover or NO_WAY
-        transfer = h.latency_s - (-some.prompt_tokens // h.block_size) * h.seconds_per_block
+        transfer = h.latency_s + h.kv_groups.blocks(some.prompt_tokens, h.block_size) * h.seconds_per_block
         return replace(
             whole,
             requests=later,

@@ -196,7 +196,9 @@ class Memory:
         kinds = []
         for windowed in (False, True):
             name = "windowed_kv_bytes" if windowed else "kv_bytes"
-            each = [(count, getattr(block, name)) for (count, _), block in zip(self._d.mixers, self.mixers, strict=True)]
+            each = [
+                (count, getattr(block, name)) for (count, _), block in zip(self._d.mixers, self.mixers, strict=True)
+            ]
             kinds.append([(count, bytes_) for count, bytes_ in each if bytes_])
         layers = [sum(count for count, _ in kind) for kind in kinds]
         few, many = min(n for n in layers if n), max(layers)

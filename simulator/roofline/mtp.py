@@ -70,9 +70,7 @@ def mtp_step(report: StepReport, runs: int) -> MtpStep:
     weights = modules * module_weights_bytes(d)
     cache = modules * module.kv_bytes_per_token
     fit = memory_fit(unpooled(d))
-    memory = replace(
-        fit, weights_bytes=fit.weights_bytes + weights, kv_bytes_per_token=fit.kv_bytes_per_token + cache
-    )
+    memory = replace(fit, weights_bytes=fit.weights_bytes + weights, kv_bytes_per_token=fit.kv_bytes_per_token + cache)
     return MtpStep(runs, run_s, report.time_s + runs * run_s, weights, cache, memory)
 
 

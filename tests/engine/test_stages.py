@@ -115,7 +115,9 @@ def long_mixture(seed, features):
     return Case(case.cost, settings, replace(requests, **longer))
 
 
-@pytest.mark.parametrize("features", [(), ("policy",), ("host",), ("clients that leave",), ("watermark",)], ids=str)
+@pytest.mark.parametrize(
+    "features", [(), ("policy",), ("host",), ("clients that leave",), ("watermark",), ("bounded windows",)], ids=str
+)
 def test_rounds_without_the_scheduler_are_those_with_it(features):
     """Engines agree exactly where micro-batches decode for long, though one does not go through them one by one."""
     steps = segments = 0

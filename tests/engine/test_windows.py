@@ -51,7 +51,9 @@ def test_blocks_of_one_request_by_hand(owned, groups):
     at_rest = groups.blocks(np.arange(5, 11), 2)
     in_step = groups.blocks_in_step(np.arange(6, 11), 2)
     assert in_step.tolist() == owned[1:]
-    assert (at_rest[:-1] + 3 * (np.arange(6, 11) % 2) == in_step).all()  # a block of each group begins with an odd token
+    assert (
+        at_rest[:-1] + 3 * (np.arange(6, 11) % 2) == in_step
+    ).all()  # a block of each group begins with an odd token
 
 
 @BOTH
@@ -84,14 +86,16 @@ def test_no_way_of_cutting_takes_more_than_the_bound(groups):
         ways = [groups.count * -(-last // block)] if last <= step else []
         for before in range(max(0, last - step), last):
             passed = before // groups.window * groups.window if groups.chunked else max(0, before - groups.window + 1)
-            ways.append(groups.count * -(-last // block) - groups.windowed * (passed // block if groups.windowed else 0))
+            ways.append(
+                groups.count * -(-last // block) - groups.windowed * (passed // block if groups.windowed else 0)
+            )
         assert max(ways) <= groups.most_blocks(last, block, step)
 
 
 @BOTH
 def test_a_window_that_is_not_the_tables_is_refused(run):
     cost, settings, requests = case(KvGroups(1, 1, 4), requests_of([0], [1], [1]))
-    with pytest.raises(InputError, match="a window of 5 tokens.*the cost table has one of 4"):
+    with pytest.raises(InputError, match=r"a window of 5 tokens.*the cost table has one of 4"):
         run(cost, replace(settings, kv_groups=KvGroups(1, 1, 5)), requests)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from simulator.errors import InputError
-from simulator.run import load_scenario, run_scenario
 from simulator.roofline.kv_groups import KvGroups
+from simulator.run import load_scenario, run_scenario
 from simulator.run.explain import explain
 from simulator.run.kv_memory import block_bytes
 from simulator.run.resolve import resolve
@@ -150,11 +150,17 @@ def test_windowed_layers_give_blocks_back_unless_told_otherwise():
     assert pooled.settings.num_kv_blocks + 1 in {2 * (kept.settings.num_kv_blocks + 1) + one for one in (0, 1)}
 
 
-@pytest.mark.parametrize("other", ["engine.prefix_cache=blocks", "engine.speculation={method='ngram', num_speculative_tokens=3, acceptance_rate=0.5}"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "engine.prefix_cache=blocks",
+        "engine.speculation={method='ngram', num_speculative_tokens=3, acceptance_rate=0.5}",
+    ],
+)
 def test_windows_are_not_given_back_beside_what_no_rule_covers(other):
     beside = (*GEMMA, other)
     assert resolve(load_scenario("llama-3-8b-azure-chat", beside)).settings.kv_groups == KvGroups()
-    with pytest.raises(InputError, match="disable_hybrid_kv_cache_manager = false.*not modelled with engine"):
+    with pytest.raises(InputError, match=r"disable_hybrid_kv_cache_manager = false.*not modelled with engine"):
         resolve(load_scenario("llama-3-8b-azure-chat", (*beside, "engine.disable_hybrid_kv_cache_manager=false")))
 
 
