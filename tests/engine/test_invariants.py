@@ -67,7 +67,7 @@ def test_requests_are_conserved_at_every_event(case):  # I1
 @MANY
 @given(ANYTHING)
 def test_blocks_are_conserved_at_every_event(case):  # I2, I10, I11
-    replica, total, block_size = Replica(*case), case.settings.num_kv_blocks, case.settings.block_size
+    replica, total = Replica(*case), case.settings.num_kv_blocks
     for _ in at_every_event(replica):
         for scheduler in replica.schedulers:
             pool = scheduler.pool
