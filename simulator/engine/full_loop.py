@@ -123,7 +123,9 @@ def stop_of(
 @inlined
 def longest_segment(limits: Limits, state: State, queue: Queue, extra: Extra | None, scheduled: Scheduled) -> int:
     """Steps after which R7 may decide otherwise though nothing happens: tenants' counts grow, blocks are published, evicted or left by a window."""
-    few = int(steps_to_room(limits, state, scheduled.wanted, queue.rules.batching >= PREFILL_FIRST))
+    few = 1 << 60
+    if limits.windowed > 0 and scheduled.wanted > 0:
+        few = int(steps_to_room(limits, state, scheduled.wanted, queue.rules.batching >= PREFILL_FIRST))
     blocked = queue.ints[N_QUEUED] > 0 and state.ints[N_RUNNING] < limits.max_num_seqs
     if queue.rules.policy == FAIR and blocked and queue.rules.batching != STATIC:
         return 1

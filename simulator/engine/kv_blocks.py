@@ -89,20 +89,19 @@ def steps_to_room(limits: Limits, state: State, wanted: int, queue_first: bool) 
     It happens within ``block_size`` steps or never: in as many a batch gives back no more than it takes.
     """
     size = limits.block_size
-    if limits.windowed > 0 and wanted > 0:
-        place = residue(-state.ints[STEP], size)
-        free = state.ints[FREE_BLOCKS]
+    place = residue(-state.ints[STEP], size)
+    free = state.ints[FREE_BLOCKS]
+    if not queue_first:
+        free -= state.residues[place]
+    for steps in range(1, size):
+        if queue_first:
+            free -= state.residues[place]
+        free += state.residues[size + place]
+        place = place - 1 if place > 0 else size - 1
         if not queue_first:
             free -= state.residues[place]
-        for steps in range(1, size):
-            if queue_first:
-                free -= state.residues[place]
-            free += state.residues[size + place]
-            place = place - 1 if place > 0 else size - 1
-            if not queue_first:
-                free -= state.residues[place]
-            if free >= wanted:
-                return steps
+        if free >= wanted:
+            return steps
     return 1 << 60
 
 

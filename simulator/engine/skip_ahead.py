@@ -133,7 +133,8 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
                 if waiting == 0 and running < limits.max_num_seqs:
                     stop = min(stop, next_arrival)
                 k = steps_until(state, price.d0, q, stop, steps_alike(cost, limits, state, None))
-                k = min(k, steps_to_room(limits, state, chunks.wanted, False))  # noqa: FBT003 - compiled code takes no keywords here
+                if limits.windowed > 0 and chunks.wanted > 0:
+                    k = min(k, steps_to_room(limits, state, chunks.wanted, False))  # noqa: FBT003 - compiled code takes no keywords here
             end = end_of_steps(t, price.d0, q, k)
             owned = limits.num_blocks - ints[FREE_BLOCKS]
             blocks_integral = owned * (end - t)
