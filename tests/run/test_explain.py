@@ -281,7 +281,7 @@ def test_ranks_chosen_by_loads_that_a_router_saw_are_refused_by_name():
         "engine.rank_routing=least-loaded",
     ]
     served = serve_scenario(load_scenario(NAME, changes)).served
-    with pytest.raises(InputError, match="least-loaded.*use round-robin"):
+    with pytest.raises(InputError, match="use round-robin"):
         replicas_of(served)[0].log()
 
 
