@@ -533,7 +533,7 @@ class _Question:
             idle |= {name: min(value, idle.get(name, math.inf)) for name, value in one.idle_s.items()}
         found: list[Alternative] = []
         searchers = [one.searcher for one in on_chip if one.searcher is not None]
-        for metrics in _subsets([t.metric for t in self.targets.limits]):
+        for metrics in _subsets([t.metric for t in self.targets.limits]) if self.options.relax else ():
             scale = min((one.scales.get(metrics, math.inf) for one in on_chip), default=math.inf)
             if not math.isfinite(scale):
                 continue
