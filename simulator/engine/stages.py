@@ -139,7 +139,7 @@ def _detach(state: State, slot: int) -> None:
     state.ints[N_RUNNING] += 1
 
 
-@compiled
+@inlined
 def _schedule_group(
     cost: CostTable,
     limits: Limits,
@@ -188,7 +188,7 @@ def _schedule_group(
     return found.n, found.tokens, found.preempted
 
 
-@compiled
+@inlined
 def _launch(
     cost: CostTable,
     stages: StageTable,
@@ -333,7 +333,7 @@ def _in_flight(flight: Flight, queue: Queue, slot: int) -> bool:
     return bool(queue.slots[slot, HELD] > 0 or (g >= 0 and flight.done[g] < math.inf))
 
 
-@compiled
+@inlined
 def _complete(
     cost: CostTable,
     limits: Limits,
@@ -453,7 +453,7 @@ def _receive_for_stages(
                 join(out, shared, shared, queue, extra_of(extras, 0), row, arrival)
 
 
-@compiled
+@inlined
 def _try(
     cost: CostTable,
     stages: StageTable,
@@ -499,7 +499,7 @@ def _try(
     return True
 
 
-@compiled
+@inlined
 def _land(
     cost: CostTable,
     limits: Limits,
