@@ -421,7 +421,7 @@ def _client_leaves(
         release_next(stream, shared, due)
 
 
-@compiled
+@inlined
 def _receive_for_stages(
     cost: CostTable,
     limits: Limits,
