@@ -546,8 +546,15 @@ def advance_stages(
     shared = part_of(states, n_groups)
     ints, floats = shared.ints, shared.floats
     floats[LAST_START] = -1.0  # who arrives between two instants was there at no micro-batch's scheduling
+    n_done = 0
     while True:
-        _receive_for_stages(cost, limits, stream, out, shared, states, flight, queue, extras, False)  # noqa: FBT003
+        before_now = stream.concurrency > 0 and n_done > 0  # who is released by a finish comes after those (M1)
+        _receive_for_stages(cost, limits, stream, out, shared, states, flight, queue, extras, before_now)
+        if before_now:
+            for _ in range(n_done):
+                release_next(stream, shared, floats[CLOCK] + queue.rules.output_s)
+            n_done = 0
+            continue
         t = floats[CLOCK]
         next_arrival = next_seen(stream, shared, queue)
         if ints[N_RUNNING] == 0 and queue.ints[N_QUEUED] == 0:
@@ -595,7 +602,3 @@ def advance_stages(
         floats[CLOCK] = when
         if first >= 0:
             n_done = _land(cost, limits, stream, out, shared, states, flight, queue, extras, first)
-            if stream.concurrency > 0 and n_done > 0:
-                _receive_for_stages(cost, limits, stream, out, shared, states, flight, queue, extras, True)  # noqa: FBT003
-                for _ in range(n_done):
-                    release_next(stream, shared, when + queue.rules.output_s)
