@@ -67,6 +67,8 @@ class Flight(NamedTuple):
         [groups] how many chunks it holds.
     free
         [pp] when each stage has its last micro-batch behind it.
+    entered, left
+        [groups, pp] when each group's latest micro-batch enters and leaves each stage: for who looks inside.
     group
         [slots] the group whose list a running request is in: the one it decodes in, or that ends its prompt; −1 before.
     prices
@@ -77,6 +79,8 @@ class Flight(NamedTuple):
     last: Any
     chunks: Any
     free: Any
+    entered: Any
+    left: Any
     group: Any
     prices: Any
     floats: Any
@@ -137,6 +141,8 @@ def enter_stages(
         start = max(ready, flight.free[j])
         end = start + time
         flight.free[j] = end
+        flight.entered[g, j] = start
+        flight.left[g, j] = end
         flight.floats[WORK] += time
         if end >= shared.timeline.shape[1] * floats[INTERVAL]:
             widen_timeline(shared.timeline, floats, end)

@@ -97,6 +97,10 @@ class RankEngine(Engine):
             )
         )
 
+    def rank_of(self, row: int) -> int:
+        """The rank that a request's present attempt joined."""
+        return int(self._board.rank[row])
+
     def _parts(self) -> Iterable[tuple[core.State, queues.Queue | None, core.Extra | None]]:
         for g in range(self._ranks):
             extra = None if self._extras is None else part(self._extras, g, _OF_RANK)
@@ -155,6 +159,8 @@ class StageEngine(Engine):
             last=np.zeros(n),
             chunks=np.zeros(n, dtype=np.int64),
             free=np.zeros(self._stages),
+            entered=np.zeros((n, self._stages)),
+            left=np.zeros((n, self._stages)),
             group=np.full(settings.max_num_seqs, -1, dtype=np.int64),
             prices=np.zeros((n, parts.N_PRICES)),
             floats=np.zeros(flight.N_FLIGHT_FLOATS),

@@ -21,7 +21,7 @@ from simulator.results.plan import Percentiles, Target, Targets
 from simulator.results.tables import Table
 from simulator.run.outcome import Outcome, requests_table
 from simulator.run.resolve import Resolved
-from simulator.run.simulate import queued_at_once, simulate_fleet
+from simulator.run.serving import queued_at_once, simulate_fleet
 from simulator.run.statistics import quantile
 from simulator.run.window import cut_window
 

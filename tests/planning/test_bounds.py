@@ -9,7 +9,7 @@ from simulator.planning.loads import Loads
 from simulator.planning.rating import Bench
 from simulator.run.resolve import resolve
 from simulator.run.scenario import load_scenario
-from simulator.run.simulate import queued_at_once, simulate_fleet
+from simulator.run.serving import queued_at_once, simulate_fleet
 
 N = 400
 #: One deployment of each kind of cost table: plain, tensor parallel on a torus, windows of both kinds, latents, experts over ranks,
