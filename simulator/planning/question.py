@@ -70,11 +70,6 @@ class Question:
         for spec in options.slices:
             if spec.rpartition(":")[0] not in chips:
                 raise InputError(f"slice {spec}: its chip is not among those asked for, {', '.join(chips)}")
-        if options.interval is not None and "disaggregated" in options.kinds:
-            raise InputError(
-                f"plan: interval = {options.interval:g} with pools of two roles: what they do to each other is not drawn; ask for "
-                "unified fleets"
-            )
         architecture = load_model(model) if isinstance(model, str) else model
         name = model if isinstance(model, str) else architecture.name
         if template is None:

@@ -9,9 +9,9 @@ from simulator.catalog.draws import Draws
 from simulator.engine.records import FINISHED, Requests
 from simulator.planning.choices import Choice, parts_of
 from simulator.planning.fleet import price_of
-from simulator.planning.intervals import chips_interval, drawn_rates
+from simulator.planning.intervals import DrawnPool, chips_interval, drawn_rates
 from simulator.planning.loads import at_rate
-from simulator.planning.pools import Split, fleet_scenario, small_fleet
+from simulator.planning.pools import Split, fleet_scenario, of_role, of_share, small_fleet
 from simulator.planning.question import Question
 from simulator.planning.rating import Sample
 from simulator.planning.search import needed_replicas, with_spares
@@ -85,16 +85,27 @@ def consume(question: Question, choice: Choice, fleet: PlannedFleet, run: Run, v
 def interval_of(question: Question, choice: Choice, fleet: PlannedFleet, workers: int) -> ParameterInterval | None:
     """Interval of the fleet's chips over draws of the calibrated parameters; None: none was asked for."""
     level = question.options.interval
-    if level is None or isinstance(choice, Split):
+    if level is None:
         return None
-    draws = Draws(question.options.interval_draws, question.options.seed)
-    # The search shares tables between batch limits; a draw prices the limits of this one.
-    resolved = resolve(choice.resolved.scenario, architecture=question.architecture)
-    own, rates = drawn_rates(resolved, choice.load, question.targets, draws, workers=workers)
+    parts = parts_of(choice)
+    pools = [
+        DrawnPool(
+            role=role,
+            # The search shares tables between batch limits; a draw prices the limits of this one.
+            resolved=resolve(found.resolved.scenario, architecture=question.architecture),
+            load=found.load,
+            targets=question.targets if role == "unified" else of_role(question.targets, role),
+        )
+        for role, found, _ in parts
+    ]
+    own, *rates = drawn_rates(pools, Draws(question.options.interval_draws, question.options.seed), workers=workers)
 
-    def chips_at(rate_per_s: float) -> int:
-        needed = needed_replicas(question.provisioning, rate_per_s)
-        return with_spares(question.provisioning, needed) * choice.resolved.cost.chips
+    def chips_at(rates_per_s: Sequence[float]) -> int:
+        chips = 0
+        for (_, found, share), rate_per_s in zip(parts, rates_per_s, strict=True):
+            needed = needed_replicas(of_share(question.provisioning, share), rate_per_s)
+            chips += with_spares(question.provisioning, needed) * found.resolved.cost.chips
+        return chips
 
     return chips_interval(fleet.chips, own, rates, level / 100, chips_at)
 
