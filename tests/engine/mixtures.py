@@ -88,6 +88,8 @@ def draw_features(pick: Pick, must: Sequence[str], refusals: Sequence[Refusal]) 
         more = with_needs(chosen | {name})
         if len(more) > len(chosen) + 1 and pick(0, 2):  # or most would have what others need
             continue
+        if name == "bounded windows" and pick(0, 2):  # it rules out three others
+            continue
         if pick(0, 5) < few and not more >= {"batching", "chunk limits"} and why_not(more, refusals) is None:
             chosen = more
     return chosen
@@ -227,7 +229,7 @@ def with_tiers(draft: Draft) -> None:
             latency_s=draft.grid_s * pick(0, 6),
             name=f"tier {i}",
         )
-        for i in range(one_of(pick, (1, 2, 2, 2, 3)))
+        for i in range(one_of(pick, (1, 2, 2, 2, 2, 3)))
     )
     policy = one_of(pick, ("always", "always", "always", "always", "cheaper", "cheaper", "never"))
     draft.set(tiers=tiers, load_policy=policy)

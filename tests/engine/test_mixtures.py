@@ -58,6 +58,8 @@ def test_special_situations_are_frequent_in_mixtures():
         counts.update(watch(random_mixture(seed, refusals=LASTING))[2])
     rare = {name: counts[name] / MIXTURES for name in SITUATIONS[""] if counts[name] < 0.05 * MIXTURES}
     assert not rare
+    for seed in range(SEEDED_CASES):  # of what meets in one of a hundred mixtures
+        counts.update(watch(random_mixture(seed, ("swap", "clients that leave"), LASTING))[2])
     assert not [name for name in MEETINGS if not counts[name]]
 
 
