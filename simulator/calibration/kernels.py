@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.calibration.kernels_models import Problem, problem_at, problems
+from simulator.calibration.kernels_models import Problem, problem_at, problems, with_optional
 from simulator.calibration.kernels_tables import read_tables
 from simulator.calibration.regression import HUBER_DELTA, Fit, fit_log_ratios, quantiles
 from simulator.catalog.chips import load_chip
@@ -22,6 +22,8 @@ FOLDS = 5
 MOST_ROWS = 4000
 """Rows of one fit; larger tables are thinned evenly. Errors are always of every row."""
 MOST_STEPS, REFIT_STEPS = 40, 8
+FAR_BETTER = 0.5
+"""Loss with a problem's optional parameters, as a multiple of that without, below which they are taken."""
 GOALS = {"gemm": 0.08, "gemv": 0.08, "attention_decode": 0.08, "attention_prefill": 0.10, "moe": 0.15, "mla_decode": 0.08, "mla_prefill": 0.10,
          "all_reduce": 0.12, "all_gather": 0.12, "reduce_scatter": 0.12, "alltoall": 0.12}  # fmt: skip
 """Median absolute error on shapes left out that a fit should reach."""
@@ -97,6 +99,9 @@ def fit_problem(problem: Problem) -> KernelFit:
         problem = replace(problem, shape=rows, held_out_by="rows, as there is one shape")
     every = np.arange(len(problem.measured))
     best = min((_fit(problem_at(problem, choice), every) for choice in _choices(problem)), key=lambda f: f.loss)
+    if problem.optional:
+        other = _fit(with_optional(best.problem), every)
+        best = other if other.loss < FAR_BETTER * best.loss else best
     outside = np.empty(len(every))
     fold = _folds(problem.shape)
     for part in range(fold.max() + 1):

@@ -24,6 +24,8 @@ from simulator.catalog.kernel_curves import (
 )
 from simulator.roofline.kernel_times import (
     QUERY_TILE,
+    decode_blocks,
+    decode_walk_s,
     grouped_waves,
     grouped_work,
     padded_heads,
@@ -80,6 +82,8 @@ class Problem:
         parameters to fit, and those that stay.
     choices
         values tried in turn for one held parameter; empty: none.
+    optional
+        further parameters, held unless they describe the rows far better: another way of working that a kernel may have.
     shape
         number of the shape each row belongs to; cross-validation leaves whole shapes out.
     held_out_by
@@ -102,6 +106,7 @@ class Problem:
     held_out_by: str
     regimes: tuple[tuple[str, NDArray[np.bool_]], ...]
     choices: tuple[str, tuple[float, ...]] = ("", ())
+    optional: tuple[Parameter, ...] = ()
     chips: int = 1
     head_dim: int = 0
     left_out: int = 0
@@ -418,9 +423,9 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
 
 
 def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
-    """Attention of single tokens: reading keys, a ramp of splitting and joining, and work per sequence and head."""
+    """Attention of single tokens: reading keys, a ramp of splitting and joining or a walk, and work per sequence and head."""
     fmt = FORMATS[dtype][0]
-    peak, hbm = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s
+    peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
     cache_bytes = quantity_si(chip.memory.on_chip) or 0.0
     every = table.columns
     rows = table.where((every["dtype"] == dtype) & (every["kv_dtype"] == kv_dtype)).columns
@@ -441,6 +446,8 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
     keys = batch * length
     read = keys * key_bytes
     flops = 4 * keys * padded * width
+    latent = op == "mla_decode"
+    blocks = decode_blocks(heads, kv_heads, latent=latent)
     keep = np.flatnonzero(few)
 
     def model(values: Values, among: Rows) -> Array:
@@ -451,6 +458,11 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
             inside = 1 / (1 + (read[at] / (c.resident * cache_bytes)) ** 8)
             load = load * (1 - inside) + inside * read[at] / (hbm * c.hbm * c.resident_speed)
         work = np.maximum(load, flops[at] / (peak * c.peak) + ramp)
+        if c.walk:
+            walk_s = decode_walk_s(
+                batch[at], blocks[at], width[at], c, latent=latent, peak_flops_per_s=peak, multiprocessors=units
+            )
+            work = np.maximum(work, length[at] * walk_s + ramp)
         each = batch[at] * (kv_heads[at] * c.kv_head_s + heads[at] * c.head_s)
         return np.asarray(c.launch_s + each + work)
 
@@ -462,8 +474,8 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
         Parameter("ramp_bytes", 1e7, 1e6, 1e9),
         Parameter("head_s", 1e-9, 1e-11, 1e-6),
     ]
-    held = {"kv_head_s": 0.0, "resident": 0.0, "resident_speed": 1.0}
-    if op == "attention_decode":
+    held = {"kv_head_s": 0.0, "walk": 0.0, "pair": 2.0, "resident": 0.0, "resident_speed": 1.0}
+    if not latent:
         free.append(Parameter("kv_head_s", 1e-8, 1e-11, 1e-6))
     if cache_bytes:
         free += [Parameter("resident", 0.8, 0.1, 2), Parameter("resident_speed", 3, 1, 10)]
@@ -479,6 +491,7 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
         shape[keep],
         by,
         _steps(read[keep], "bytes", 1e6, 1e7, 1e8, 1e9),
+        optional=(Parameter("walk", 0.5, 1e-3, 100), Parameter("pair", 1.5, 1, 2)) if chip.has_matrix_units else (),
         left_out=len(time) - len(keep),
         why=f"more than {MOST_HEADS_PER_KV_HEAD} query heads per KV head: often another kernel"
         if len(keep) < len(time)
@@ -553,3 +566,8 @@ def problem_at(problem: Problem, choice: float | None) -> Problem:
     """A problem with one of its choices made."""
     name, _ = problem.choices
     return problem if choice is None else replace(problem, held={**problem.held, name: choice}, choices=("", ()))
+
+
+def with_optional(problem: Problem) -> Problem:
+    """A problem whose optional parameters are free."""
+    return replace(problem, free=(*problem.free, *problem.optional), optional=())

@@ -70,6 +70,8 @@ _ORDER: dict[type, tuple[str, ...]] = {
         "kv_head_s",
         "resident",
         "resident_speed",
+        "walk",
+        "pair",
     )
 }
 
@@ -86,6 +88,7 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
         "head_s": "small",
         "hbm": "large",
         "peak": "large",
+        "walk": "large",
     },
     CollectiveCurve: {"latency_s": "small", "link": "large"},
 }

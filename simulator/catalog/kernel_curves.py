@@ -190,13 +190,18 @@ class DecodeCurve(_Curve):
         further time of splitting and joining sequences, reached in proportion once so many bytes are read. [s], [bytes]
     kv_head_s, head_s
         per sequence and KV head, and per sequence and query head. [s]
+    walk
+        of kernels that leave each sequence and KV head to one block of threads: time of a key on one multiprocessor, in
+        units of its products' at peak; 0 for kernels that split a sequence's keys over the chip.
+    pair
+        time of two such blocks that share a multiprocessor, in that of one: 1 where each fills the other's waits, 2 at most.
     resident, resident_speed
         of the measurement alone: the part of the on-die memory up to which repeated reads came from there, and how many
         times faster than HBM. A server's layers evict each other's keys, so nothing is priced that way.
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"hbm", "peak"})
-    multiples: ClassVar[frozenset[str]] = frozenset({"ramp_bytes", "resident_speed"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"ramp_bytes", "pair", "resident_speed"})
 
     hbm: float
     peak: float
@@ -205,6 +210,8 @@ class DecodeCurve(_Curve):
     ramp_bytes: float = 1e6
     kv_head_s: float = 0.0
     head_s: float = 0.0
+    walk: float = 0.0
+    pair: float = 2.0
     resident: float = 0.0
     resident_speed: float = 1.0
 

@@ -84,6 +84,7 @@ class Engine:
             np.ascontiguousarray(cost.decode_knots, dtype=np.float64),
             np.ascontiguousarray(cost.decode_value_s, dtype=np.float64),
             np.ascontiguousarray(cost.decode_slope_s, dtype=np.float64),
+            np.ascontiguousarray(cost.decode_walk_s, dtype=np.float64),
             float(cost.decode_seq_s),
             np.ascontiguousarray(cost.prefill_planes, dtype=np.float64),
             cost.window,

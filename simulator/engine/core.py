@@ -109,6 +109,7 @@ class CostTable(NamedTuple):
     knots: Any
     value: Any
     slope: Any
+    walk: Any
     seq: float
     planes: Any
     window: int

@@ -150,7 +150,8 @@ def pace_of(
     if chunks == 0:
         growth = price.slope * batch + cost.window_slope * state.ints[N_GROWING]
         if extra is not None and extra.spec.on:
-            growth = speculation.decode_terms(extra.spec, cost.knots, state.ints[KNOT], batch).growth
+            terms = speculation.decode_terms(extra.spec, cost.knots, cost.walk[batch], state.ints[KNOT], batch)
+            growth = terms.growth
     d0 = price.d0
     q = growth
     work = rules.host_step + rules.host_sequence * (batch + chunks) + rules.host_token * tokens

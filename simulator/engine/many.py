@@ -76,6 +76,7 @@ class Kinds(NamedTuple):
     knots: Any
     value: Any
     slope: Any
+    walk: Any
     planes: Any
     floats: Any
     ints: Any
@@ -209,6 +210,7 @@ def _cost(kinds: Kinds, kind: int) -> CostTable:
         kinds.knots[kind, : ints[N_KNOTS]],
         kinds.value[kind, : ints[N_KNOTS]],
         kinds.slope[kind, : ints[N_KNOTS]],
+        kinds.walk[kind, : ints[N_HEAD]],
         kinds.floats[kind, SEQ],
         kinds.planes[kind, : ints[N_PLANES]],
         ints[WINDOW],

@@ -144,11 +144,12 @@ def price_step(
     attention = 0.0
     if batch > 0:
         knot = find_knot(cost, state, extra)
-        slope = cost.slope[knot]
-        attention = cost.value[knot] + slope * (ints[KEYS_SUM] - cost.knots[knot]) + cost.seq * batch
+        slope = cost.slope[knot] + cost.walk[batch]
+        attention = cost.value[knot] + cost.slope[knot] * (ints[KEYS_SUM] - cost.knots[knot])
+        attention += cost.walk[batch] * ints[KEYS_SUM] + cost.seq * batch
         attention += cost.window_slope * ints[WINDOW_SUM]
         if extra is not None and extra.spec.on:
-            terms = speculation.decode_terms(extra.spec, cost.knots, knot, batch)
+            terms = speculation.decode_terms(extra.spec, cost.knots, cost.walk[batch], knot, batch)
             slope = terms.slope
             attention = terms.seconds
         d0 += attention

@@ -127,6 +127,7 @@ class StageTable(NamedTuple):
     knots: Any
     value: Any
     slope: Any
+    walk: Any
     seq: Any
     planes: Any
     window_slope: Any
@@ -226,6 +227,7 @@ def _enter_stages(
             time += excess * stages.experts[j, tokens]
         if batch > 0:
             time += stages.value[j, knot] + stages.slope[j, knot] * (ints[KEYS_SUM] - stages.knots[knot])
+            time += stages.walk[j, batch] * ints[KEYS_SUM]
             time += stages.seq[j] * batch + stages.window_slope[j] * ints[WINDOW_SUM]
         if chunks > 0:
             attention = 0.0

@@ -25,7 +25,9 @@ from simulator.catalog.kernel_curves import (
 )
 from simulator.roofline.kernel_times import (
     collective_s,
+    decode_blocks,
     decode_key_s,
+    decode_walk_s,
     gemm_compute_s,
     grouped_compute_s,
     memory_s,
@@ -249,7 +251,9 @@ def decode_times(
 ) -> Op:
     """Decode attention of ``B`` sequences over ``keys`` keys in all, in each of the op's layers.
 
-    Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys.
+    Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys, and
+    kernels that do not split a sequence its walk. The mean length stands for the longest there: a batch of unequal lengths
+    waits for its longest sequence, by up to their ratio, which a step's sums do not tell. Windowed layers have neither.
     """
     curve = decode_curve(d, mixer)
     if curve is None:
@@ -257,23 +261,30 @@ def decode_times(
     heads, units = mixer.n_heads / d.chips, d.slice.chip.has_matrix_units
     if isinstance(mixer, LatentAttention):
         kv_heads, flops = 1.0, 2.0 * padded_heads(heads, 1.0, matrix_units=units) * (2 * mixer.kv_rank + mixer.rope_dim)
-        each = heads * curve.head_s
+        each, width, latent = heads * curve.head_s, mixer.kv_rank + mixer.rope_dim / 2, True
     else:
         kv_heads = d.kv_heads_per_chip(mixer)
         flops = 4.0 * padded_heads(heads, kv_heads, matrix_units=units) * mixer.head_dim
-        each = kv_heads * curve.kv_head_s + heads * curve.head_s
+        each, width, latent = kv_heads * curve.kv_head_s + heads * curve.head_s, float(mixer.head_dim), False
     # The tokens' own traffic is priced with all tokens of the step, prefilled ones included.
     each = max(0.0, each - (token_io_s(d, mixer) or 0.0))
     rate = d.rate_flops_per_s(d.attention_dtype)
     key_s = decode_key_s(bytes_per_key, flops, curve, peak_flops_per_s=rate, hbm_bytes_per_s=d.hbm_bytes_per_s)
     ramp: Number = 0.0
+    per_key: Number = key_s
     if not is_windowed(mixer):
         ramp = curve.ramp_s * np.minimum(1.0, keys * (bytes_per_key / curve.ramp_bytes))
+        if curve.walk:
+            walk_s = decode_walk_s(
+                B, decode_blocks(heads, kv_heads, latent=latent), width, curve,
+                latent=latent, peak_flops_per_s=rate, multiprocessors=d.multiprocessors,
+            )  # fmt: skip
+            per_key = np.maximum(key_s, walk_s / np.maximum(B, 1.0))
     return replace(
         op,
         compute_s=keys * (op.count * flops / (rate * curve.peak)),
         memory_s=keys * (op.count * bytes_per_key / (d.hbm_bytes_per_s * curve.hbm)),
-        roofline_s=op.count * (keys * key_s + ramp + B * each),
+        roofline_s=op.count * (keys * per_key + ramp + B * each),
         overhead_s=present(B) * (op.count * curve.launch_s),
     )
 

@@ -141,6 +141,7 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
         head_s=head,
         decode_value_s=value,
         decode_slope_s=slope,
+        decode_walk_s=decode * cost.decode_walk_s,
         decode_seq_s=max(decode * cost.decode_seq_s, ideal.decode_seq_s) + profile.sequence_s,
         window_slope_s=max(decode * cost.window_slope_s, ideal.window_slope_s),
         prefill_planes=planes,

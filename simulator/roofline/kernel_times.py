@@ -40,6 +40,8 @@ QUERY_TILE = 128
 """Queries of one tile of prefill attention."""
 PAD_HEADS = 16
 """Query heads per KV head that decode attention computes at least."""
+LATENT_HEADS, LATENT_BLOCKS = 64, 2
+"""Query heads that a block of threads takes of latent decode attention, and blocks that share the width of their values."""
 
 _SPLITS = np.array(SPLITS, dtype=np.float64)
 _GM, _GN = (np.array(side, dtype=np.float64) for side in zip(*GROUPED_TILES, strict=True))
@@ -272,6 +274,36 @@ def decode_key_s(
 ) -> float:
     """Time per key of decode attention, its ramp apart: the longer of reading and multiplying. [s]"""
     return max(bytes_per_key / (hbm_bytes_per_s * curve.hbm), flops_per_key / (peak_flops_per_s * curve.peak))
+
+
+def decode_blocks(heads: Number, kv_heads: Number, *, latent: bool) -> Number:
+    """Blocks of threads per sequence of decode attention that does not split its keys.
+
+    >>> float(decode_blocks(32, 8, latent=False)), float(decode_blocks(128, 1, latent=True))
+    (8.0, 4.0)
+    """
+    if latent:
+        return np.ceil(heads / LATENT_HEADS) * LATENT_BLOCKS
+    return kv_heads * np.ceil(heads / kv_heads / PAD_HEADS)
+
+
+def decode_walk_s(
+    sequences: Number, blocks: Number, width: Number, curve: DecodeCurve, *,
+    latent: bool, peak_flops_per_s: float, multiprocessors: float,
+) -> Number:  # fmt: skip
+    """Time for each key of a sequence, of ``sequences`` walked side by side by ``blocks`` each; 0 without a walk. [s]
+
+    The busiest multiprocessor has ⌈sequences·blocks/multiprocessors⌉ of them, two at a time.
+
+    >>> curve = DecodeCurve(hbm=0.8, peak=0.2, launch_s=0.0, walk=1.0, pair=1.5)
+    >>> known = {"latent": False, "peak_flops_per_s": 400e12, "multiprocessors": 100}
+    >>> [round(1e9 * float(decode_walk_s(n, 10, 128, curve, **known)), 3) for n in (1, 10, 11, 21)]
+    [2.048, 2.048, 3.072, 5.12]
+    """
+    busiest = np.ceil(sequences * blocks / multiprocessors)
+    heads = LATENT_HEADS / LATENT_BLOCKS if latent else PAD_HEADS
+    one = curve.walk * 4 * heads * width * multiprocessors / peak_flops_per_s
+    return (curve.pair * np.floor(busiest / 2) + busiest % 2) * one
 
 
 def prefill_pair_s(flops_per_pair: float, heads: float, curve: PrefillCurve, peak_flops_per_s: float) -> float:

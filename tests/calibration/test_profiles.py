@@ -49,7 +49,7 @@ def test_a_profile_that_adds_nothing_changes_nothing(kernels):
     bare = replace(deployment().eff, step_overhead_s=0.0, row_overhead_s=0.0)
     plain = compile_step_cost(deployment(efficiency=bare))
     cost = apply_profile(kernels, EngineProfile())
-    for name in ("dense_s", "head_s", "decode_value_s", "decode_slope_s", "prefill_planes"):
+    for name in ("dense_s", "head_s", "decode_value_s", "decode_slope_s", "decode_walk_s", "prefill_planes"):
         assert np.allclose(getattr(cost, name), getattr(plain, name), rtol=1e-12), name
 
 

@@ -93,6 +93,9 @@ def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float) -> St
             "window_slope_s": window_slope_s * pick(0, 5),
         }
         planes = [[*plane, window_slope_s * pick(0, 3), window_slope_s * pick(0, 7)] for plane in planes]
+    # A few sequences leave most of the chip idle: their keys cost more, by their number.
+    walks = slope_s > 0 and pick(0, 1)
+    walk_s = [0.0, *(slope_s * pick(0, 3) for _ in range(max_rows))] if walks else []
     return step_cost(
         dense,
         head,
@@ -101,6 +104,7 @@ def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float) -> St
         slopes_s=slopes,
         decode_seq_s=grid_s * pick(0, 1),
         planes=planes,
+        decode_walk_s=np.array(walk_s, dtype=float),
         **window,
     )
 
