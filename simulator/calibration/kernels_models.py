@@ -30,6 +30,7 @@ from simulator.roofline.kernel_times import (
     grouped_work,
     padded_heads,
     soft_max,
+    spilled_share,
     tile_waves,
     tile_work,
     tiling_of,
@@ -60,6 +61,9 @@ MLA_LATENT, MLA_ROPE, MLA_QK, MLA_V = 512, 64, 192, 128
 """DeepSeek's latent attention: cached values per token, and widths of an expanded head."""
 LEAST_SHARE = 0.2
 """Of a row's time, what is left at least when measured parts are taken off."""
+LARGE_ON_CHIP_S = 5e-5
+"""On-die memory that HBM takes so long to fill holds whole inputs and outputs of products. Larger than that of H100, A100 and B200 (15
+to 20 us), whose times grow evenly with the rows; on L40S and RTX PRO 6000 (111 and 71 us) they jump where this memory is full."""
 LEAST_VECTORS = 5
 """Products of one row that a curve of their own takes."""
 MOST_HEADS_PER_KV_HEAD = 16
@@ -249,14 +253,21 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     tiling = tiling_of(matrix_units=chip.has_matrix_units)
     tops = np.ceil(m / tiling.step) * tiling.step
     waves = tile_waves(tops, n, units, tiling)
-    moved = n * k * weight_bytes + m * k * input_bytes + m * n * _wide_bytes(dtype)
+    weights, moved = n * k * weight_bytes, m * k * input_bytes + m * n * _wide_bytes(dtype)
     quantised = dtype not in {"float32", "bfloat16", "int8_wo", "int4_wo"} and not (dtype == "fp8" and quantisation)
+
+    # What quantises reads 16 bits and writes the input.
+    held = moved + (2.0 * m * k if quantised else 0.0)
+    on_chip_bytes = quantity_si(chip.memory.on_chip) or 0.0
 
     def model(values: Values, at: Rows) -> Array:
         c = GemmCurve(**values)
         compute = tile_work(waves[at], tops[at], n[at], k[at], c, 1 / (hbm * c.hbm), peak * c.peak / units, tiling)
-        memory = (moved[at] + c.fill_bytes) / (hbm * c.hbm)
-        return np.asarray(c.launch_s + c.quantise * (m * k)[at] / hbm + soft_max(compute, memory, c.sharpness))
+        out = spilled_share(held[at], c.resident * on_chip_bytes) if c.resident else np.zeros(len(at))
+        inside = 1 / c.resident_speed if c.resident else 1.0
+        memory = (weights[at] + moved[at] * (out + (1 - out) * inside) + c.fill_bytes) / (hbm * c.hbm)
+        quantise = (m * k)[at] * (c.quantise + c.spill * out) / hbm + m[at] * c.row_s
+        return np.asarray(c.launch_s + quantise + soft_max(compute, memory, c.sharpness))
 
     free = [
         Parameter("peak", 0.85, 0.05, 1),
@@ -269,6 +280,11 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     ]
     if quantised:
         free.append(Parameter("quantise", 3, 0.01, 100))
+    large = chip.has_matrix_units and on_chip_bytes > LARGE_ON_CHIP_S * hbm
+    if large and quantised:
+        free += [Parameter("spill", 1, 0.001, 100), Parameter("row_s", 1e-9, 1e-13, 1e-6)]
+    if large:
+        free += [Parameter("resident", 0.9, 0.1, 2), Parameter("resident_speed", 3, 1, 10)]
     return Problem(
         "gemm",
         dtype,
@@ -277,7 +293,7 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
         time,
         model,
         tuple(free),
-        {"quantise": 0.0},
+        {"quantise": 0.0, "spill": 0.0, "row_s": 0.0, "resident": 0.0, "resident_speed": 1.0},
         shape,
         "weight shapes (n, k)",
         _steps(m, "m", 1, 64, 512, 4096),

@@ -88,10 +88,17 @@ class GemmCurve(_Curve):
         bytes moved per element of the input to quantise it, at full bandwidth; 0 where the rows hold none. [bytes]
     sharpness
         p of the p-norm that joins compute and memory time: 1 is their sum, infinity their maximum.
+    spill
+        as ``quantise``, moved besides where inputs and outputs do not fit the on-die memory. [bytes]
+    row_s
+        per row of the input, of kernels that quantise it a row at a time. [s]
+    resident, resident_speed
+        part of the on-die memory that inputs and outputs may fill, and, of the measurement alone, how many times faster
+        than HBM they came from there. A price charges them to HBM.
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"peak", "hbm"})
-    multiples: ClassVar[frozenset[str]] = frozenset({"sharpness"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"sharpness", "resident_speed"})
 
     peak: float
     hbm: float
@@ -102,6 +109,10 @@ class GemmCurve(_Curve):
     split_s: float = 0.0
     quantise: float = 0.0
     sharpness: float = 2.0
+    spill: float = 0.0
+    row_s: float = 0.0
+    resident: float = 0.0
+    resident_speed: float = 1.0
 
 
 @dataclass(frozen=True)

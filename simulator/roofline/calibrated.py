@@ -36,6 +36,7 @@ from simulator.roofline.kernel_times import (
     prefill_pair_s,
     present,
     soft_max,
+    spilled_share,
     tiling_of,
 )
 from simulator.roofline.precision import BITS, Dtype, Precision
@@ -179,20 +180,20 @@ def product_times(
     peak, units = d.rate_flops_per_s(dtype), d.multiprocessors
     if isinstance(curve, GroupedCurve):
         each = grouped_compute_s(n, reads, m.n_out, m.n_in, curve, peak_flops_per_s=peak, multiprocessors=units)
-        quantise, launches = 0.0, 0.5  # the curve's launch is that of both products
+        quantise_s, launches = 0.0, 0.5  # the curve's launch is that of both products
     else:
         each = gemm_compute_s(
             n, m.n_out, m.n_in, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm, multiprocessors=units,
             tiling=tiling_of(matrix_units=d.slice.chip.has_matrix_units),
         )  # fmt: skip
-        quantise, launches = count * curve.quantise * m.n_in / hbm, 1.0
+        quantise_s, launches = count * _quantise_s(d, m, n, curve), 1.0
     compute = count * each
     if not found.own:
         compute = compute + unpacking / (peak * curve.peak)
     memory = memory_s(moved_bytes, some * (count * curve.fill_bytes), curve.hbm, hbm)
     time = soft_max(compute, memory, curve.sharpness)
-    if quantise:
-        time = time + n * quantise
+    if isinstance(quantise_s, np.ndarray) or quantise_s:
+        time = time + quantise_s
     every = Times(compute, memory, time, some * (launches * count * curve.launch_s))
     if found.vector is None:
         return every
@@ -206,6 +207,18 @@ def product_times(
     if not isinstance(n, np.ndarray):
         return single if n == 1 else every
     return Times(*(np.where(n == 1, one, other) for one, other in zip(single, every, strict=True)))
+
+
+def _quantise_s(d: Deployment, m: Matrix, n: Number, curve: GemmCurve) -> Number:
+    """Time to quantise ``n`` rows of input, where the curve's product holds that. [s]"""
+    if not (curve.quantise or curve.spill or curve.row_s):
+        return 0.0
+    moved: Number = curve.quantise * m.n_in
+    if curve.spill:
+        wide = d.precision.wide_bytes
+        held = n * (m.n_in * (wide + d.precision.input_bytes) + m.n_out * wide)
+        moved = moved + curve.spill * m.n_in * spilled_share(held, curve.resident * d.on_chip_bytes)
+    return n * (moved / d.hbm_bytes_per_s + curve.row_s)
 
 
 def linear_product_times(d: Deployment, found: Product, *, flops: Number, moved_bytes: Number, dtype: Dtype) -> Times:

@@ -250,6 +250,18 @@ def _work_of_groups(
     return present(visits) * np.maximum(best * ((k + curve.depth) * (2 / rate)), floor)
 
 
+def spilled_share(moved_bytes: Number, room_bytes: float) -> Number:
+    """Share of inputs and outputs that find no place in ``room_bytes`` of on-die memory: none well below its size, all well above.
+
+    >>> [round(float(spilled_share(x, 100.0)), 3) for x in (0.0, 50.0, 100.0, 200.0)]
+    [0.0, 0.004, 0.5, 0.996]
+    """
+    if room_bytes == 0:
+        return present(moved_bytes)
+    over = (moved_bytes / room_bytes) ** 8
+    return over / (1 + over)
+
+
 def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_s: float) -> Number:
     """Time to move bytes, those needed to fill the memory's pipeline included. [s]"""
     return (moved_bytes + fill_bytes) / (hbm_bytes_per_s * hbm)
