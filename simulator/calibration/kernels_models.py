@@ -15,6 +15,7 @@ from simulator.calibration.kernels_tables import Table
 from simulator.calibration.regression import Parameter
 from simulator.catalog.chips import ChipSpec, quantity_si
 from simulator.catalog.kernel_curves import (
+    CollectiveCurve,
     DecodeCurve,
     GemmCurve,
     GroupedCurve,
@@ -24,6 +25,7 @@ from simulator.catalog.kernel_curves import (
 )
 from simulator.roofline.kernel_times import (
     QUERY_TILE,
+    collective_s,
     decode_blocks,
     decode_walk_s,
     grouped_waves,
@@ -64,6 +66,13 @@ LEAST_SHARE = 0.2
 LARGE_ON_CHIP_S = 5e-5
 """On-die memory that HBM takes so long to fill holds whole inputs and outputs of products. Larger than that of H100, A100 and B200 (15
 to 20 us), whose times grow evenly with the rows; on L40S and RTX PRO 6000 (111 and 71 us) they jump where this memory is full."""
+MULTIPLIES_ALL_SELECTIONS = frozenset({"sglang"})
+"""Frameworks whose tables, with experts spread over chips, hold products of every selection of a token that comes to the measured
+chip. Selections of other chips' experts are marked in the input [1]_, and the times are those of products all the same: at 16,384
+tokens they are 1, 1/2, 1/4 of those of all selections on 8, 16, 32 chips with 8 selections a token. A server skips them.
+
+.. [1] ai-dynamo/aiconfigurator, collector/helper.py, ``build_rank0_local_workload``.
+"""
 LEAST_VECTORS = 5
 """Products of one row that a curve of their own takes."""
 MOST_HEADS_PER_KV_HEAD = 16
@@ -332,12 +341,16 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
     experts = rows["experts"] / rows["ep"]
     visits = np.maximum(1.0, n * rows["topk"] / rows["ep"])
     touched = np.minimum(experts, visits)
+    others = np.zeros_like(visits)
+    if table.framework in MULTIPLIES_ALL_SELECTIONS:
+        others = np.maximum(0.0, n * rows["topk"] * np.minimum(1.0, rows["topk"] / rows["ep"]) - visits)
     wide = (1 + rows["gated"]) * F
     shape = _numbered(D, rows["inter"], rows["experts"])
-    up, down = (grouped_waves(visits / touched, touched, cols, units) for cols in (wide, D))
+    up, down = (grouped_waves(visits / touched, touched, cols, units, others) for cols in (wide, D))
     weights = [touched * D * columns * weight_bytes for columns in (wide, F)]
-    inputs = [visits * (D * input_bytes + 2 * wide), visits * (F * input_bytes + 2 * D)]
-    other = visits * 2 * (wide + F) + (visits + n) * 2 * D
+    every_row = visits + others
+    inputs = [every_row * (D * input_bytes + 2 * wide), every_row * (F * input_bytes + 2 * D)]
+    other = every_row * 2 * (wide + F) + (every_row + n) * 2 * D
     bound = np.maximum(2 * visits * D * (wide + F) / peak, sum(weights) / hbm)
     keep = np.flatnonzero(time >= bound)
 
@@ -537,7 +550,8 @@ def _collectives(chip: ChipSpec, table: Table) -> Iterator[Problem]:
             for chips in sorted({*every["num_gpus"]}):
                 keep = (every["collective"] == op) & (impl == framework) & (every["num_gpus"] == chips)
                 if keep.sum() >= 8:
-                    yield _collective(op, framework, int(chips), table.where(keep), rate)
+                    flags = framework == "nccl" and chip.scale_up.topology == "pcie"
+                    yield _collective(op, framework, int(chips), table.where(keep), rate, flags=flags)
 
 
 def _framework(impl: str) -> str:
@@ -547,19 +561,19 @@ def _framework(impl: str) -> str:
     return impl.split("_", maxsplit=1)[0].lower()
 
 
-def _collective(op: str, framework: str, chips: int, table: Table, rate: float) -> Problem:
+def _collective(op: str, framework: str, chips: int, table: Table, rate: float, *, flags: bool) -> Problem:
+    """One collective; with ``flags`` small messages are sent by NCCL's protocol of flagged words, which tells over PCIe."""
     bytes_, time = table.columns["bytes"], table.columns["latency_s"]
     transfer = bytes_ * _SHARES[op](chips) / rate
 
     def model(values: Values, at: Rows) -> Array:
-        p = values["sharpness"]
-        joined = values["latency_s"] ** p + (transfer[at] / values["link"]) ** p
-        return np.asarray(joined ** (1 / p))
+        return np.asarray(collective_s(transfer[at], CollectiveCurve(**values)))
 
     free = (
         Parameter("latency_s", float(np.clip(time.min(), 2e-7, 1e-3)), 1e-7, 1e-2),
         Parameter("link", 0.5, 0.001, 1),
         Parameter("sharpness", 0.7, 0.3, 8),
+        *([Parameter("setup_s", 2e-5, 1e-8, 1e-2)] if flags else []),
     )
     kind = next(name for name in _SHARES if name == op)
     return Problem(
@@ -570,7 +584,7 @@ def _collective(op: str, framework: str, chips: int, table: Table, rate: float) 
         time,
         model,
         free,
-        {},
+        {"setup_s": 0.0},
         _numbered(bytes_),
         "message sizes",
         _steps(bytes_, "bytes", 1e5, 1e7),

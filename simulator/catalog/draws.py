@@ -90,7 +90,7 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
         "peak": "large",
         "walk": "large",
     },
-    CollectiveCurve: {"latency_s": "small", "link": "large"},
+    CollectiveCurve: {"latency_s": "small", "setup_s": "large", "link": "large"},
 }
 
 #: What carries over least from one chip to the next of each side: the parameter that sets the time of its plainest calls.

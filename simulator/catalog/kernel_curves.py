@@ -239,6 +239,9 @@ class CollectiveCurve(_Curve):
         fraction of a chip's link bandwidth.
     sharpness
         p of the p-norm that joins latency and transfer time; below 1 they hinder each other.
+    setup_s
+        further latency of messages that use the link in full, where small ones go without it, at half the rate because every other
+        word is a flag; 0 where all go one way. [s]
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"link"})
@@ -246,6 +249,7 @@ class CollectiveCurve(_Curve):
     latency_s: float
     link: float
     sharpness: float = 1.0
+    setup_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse a norm that is none, besides."""

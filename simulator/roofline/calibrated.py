@@ -7,7 +7,7 @@ change. Which curve stands for which format is decided here and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import log2
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -371,8 +371,5 @@ def collective_curve(curves: KernelCurves, kind: KernelOp, chips: int) -> Collec
         return one
     share = log2(chips / low) / log2(high / low)
     return CollectiveCurve(
-        *(
-            (1 - share) * getattr(one, name) + share * getattr(other, name)
-            for name in ("latency_s", "link", "sharpness")
-        )
+        **{f.name: (1 - share) * getattr(one, f.name) + share * getattr(other, f.name) for f in fields(CollectiveCurve)}
     )

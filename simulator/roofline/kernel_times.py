@@ -191,10 +191,12 @@ def _work_of_step(
     return float(tile_work(waves, rows, columns, depth, curve, split_bytes_s, rate / multiprocessors, tiling)[0])
 
 
-def grouped_waves(rows_per_group: Array, groups: Array, n: Array, multiprocessors: float) -> Array:
-    """Waves of every tile, [rows, tiles], of grouped products with just so many rows in each group."""
-    tiles = groups[:, None] * np.ceil(rows_per_group[:, None] / _GM) * np.ceil(n[:, None] / _GN)
-    waves: Array = np.ceil(tiles / multiprocessors)
+def grouped_waves(
+    rows_per_group: Array, groups: Array, n: Array, multiprocessors: float, further: float | Array = 0.0
+) -> Array:
+    """Waves of every tile, [rows, tiles], of grouped products with just so many rows in each group, and ``further`` in one more."""
+    high = groups[:, None] * np.ceil(rows_per_group[:, None] / _GM) + np.ceil(np.asarray(further)[..., None] / _GM)
+    waves: Array = np.ceil(high * np.ceil(n[:, None] / _GN) / multiprocessors)
     return waves
 
 
@@ -335,8 +337,15 @@ def prefill_key_s(
 def collective_s(transfer_s: Number, curve: CollectiveCurve) -> Number:
     """Time of a collective whose messages take ``transfer_s`` at the full link rate; 0 for none. [s]
 
+    The faster of two ways: with flags between the words, at half the rate, or after setting up.
+
     >>> collective_s(0.0, CollectiveCurve(5e-6, 0.7))
     0.0
+    >>> [round(1e6 * collective_s(x, CollectiveCurve(5e-6, 1.0, setup_s=20e-6))) for x in (10e-6, 20e-6, 30e-6)]
+    [25, 45, 55]
     """
-    joined = soft_max(present(transfer_s) * curve.latency_s, transfer_s / curve.link, curve.sharpness)
+    latency, transfer = present(transfer_s) * curve.latency_s, transfer_s / curve.link
+    joined = soft_max(latency, transfer, curve.sharpness)
+    if curve.setup_s:
+        joined = np.minimum(soft_max(latency, 2 * transfer, curve.sharpness), present(transfer_s) * curve.setup_s + joined)
     return joined if isinstance(transfer_s, np.ndarray) else float(joined)

@@ -30,12 +30,12 @@ H100 = load_chip("h100-sxm")
 fraction = st.floats(0.02, 1)
 seconds = st.floats(0, 1e-4)
 sharp = st.sampled_from([1.0, 2.0, 4.0, 3.3])
-gemm = st.builds(GemmCurve, fraction, fraction, seconds, st.floats(0, 1e8), st.floats(0, 5e3), st.floats(0, 1e5), seconds, st.floats(0, 9), sharp)  # fmt: skip
+gemm = st.builds(GemmCurve, fraction, fraction, seconds, st.floats(0, 1e8), st.floats(0, 5e3), st.floats(0, 1e5), seconds, st.floats(0, 9), sharp, st.floats(0, 9), st.floats(0, 1e-7), st.floats(0, 2))  # fmt: skip
 grouped = st.builds(GroupedCurve, fraction, fraction, seconds, st.floats(0, 1e8), st.floats(0, 5e3), st.floats(0, 1e5), st.floats(1, 40), sharp)  # fmt: skip
 prefill = st.builds(PrefillCurve, fraction, st.floats(0, 400), seconds, st.floats(0, 9), st.floats(1, 9))
 walk = st.sampled_from([0.0, 0.3, 5.0, 40.0])
 decode = st.builds(DecodeCurve, fraction, fraction, seconds, seconds, st.floats(1e6, 1e9), st.floats(0, 1e-6), st.floats(0, 1e-6), walk, st.floats(1, 2))  # fmt: skip
-collective = st.builds(CollectiveCurve, seconds, fraction, st.floats(0.3, 8))
+collective = st.builds(CollectiveCurve, seconds, fraction, st.floats(0.3, 8), seconds)
 
 
 @st.composite
