@@ -260,7 +260,7 @@ def spilled_share(moved_bytes: Number, room_bytes: float) -> Number:
     """
     if room_bytes == 0:
         return present(moved_bytes)
-    over = (moved_bytes / room_bytes) ** 8
+    over = np.minimum(moved_bytes / room_bytes, 100.0) ** 8
     return over / (1 + over)
 
 
