@@ -18,7 +18,7 @@ from simulator.fleet import Agents, Fleet, Link, Pool, Router, serve, serve_agen
 from simulator.run import load_scenario, run_scenario
 from simulator.run.fleets import kv_block_bytes
 from simulator.run.resolve import resolve
-from simulator.run.simulate import scenario_requests
+from simulator.run.serving import scenario_requests
 from simulator.traffic import build_stream
 
 RATE_PER_S = 15.0

@@ -1,5 +1,7 @@
 """``chipseconds explain``: where one request's time went."""
 
+import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +36,9 @@ def explain(run: str, request: int, overrides: tuple[str, ...], seed: int | None
 
     from simulator.run import explain as look
     from simulator.run import load_scenario
-    from simulator.run.resolve import resolve
 
     scenario = load_scenario(run, overrides)
-    found = look.explain(resolve(scenario), request, seed=seed)
+    found = look.explain(scenario, request, seed=seed, workers=os.cpu_count() or 1)
     if not overrides and seed is None:
         _demand_same(found, run)
     if as_json:
@@ -54,7 +55,11 @@ def _demand_same(found: "Explanation", run: str) -> None:
     if not is_result(Path(run)):
         return
     finish = read_result(Path(run)).requests["finish_s"]
-    if len(finish) and not abs(finish[found.request] - found.finish_s) <= 1e-9 * found.finish_s:
+    if (
+        found.state == "finished"
+        and len(finish)
+        and not abs(finish[found.request] - found.finish_s) <= 1e-9 * found.finish_s
+    ):
         raise InputError(
             f"{run}: request {found.request} finished at {finish[found.request]:.6g} s there and at {found.finish_s:.6g} s now: "
             "the result is of another version; run its scenario.toml again"
@@ -62,29 +67,47 @@ def _demand_same(found: "Explanation", run: str) -> None:
 
 
 def _print(found: "Explanation", scenario: "Scenario") -> None:
-    where = f", replica {found.replica}" if scenario.replicas > 1 else ""
     cached = f" ({found.cached_tokens:,} cached)" if found.cached_tokens else ""
     lost = f", preempted {found.preemptions} times" if found.preemptions else ""
+    tried = f", {found.attempts} attempts" if found.attempts > 1 else ""
+    gone = "" if found.state == "finished" else f", {found.state}"
+    several = len(found.stops) > 1
+    runs = ("prefill", "decode", "recompute")
+    waits = any(part.stalled_s for part in found.parts)
+    rows = [
+        (
+            f"{part.where}: {part.what}" if part.where and several else part.what,
+            f"{part.time_s:.6f}",
+            f"{part.time_s / found.e2e_s:.1%}",
+            f"{part.steps:,}" if part.steps else "",
+            "" if part.own_s is None else f"{part.own_s:.6f}",
+            f"{part.with_chunks_s:.6f}" if part.with_chunks_s else "",
+            *([f"{part.stalled_s:.6f}" if part.what in runs else ""] if waits else []),
+        )
+        for part in found.parts
+    ]
+    end = "last token" if found.state == "finished" else "departure"
+    rows.append((f"arrival to {end}", f"{found.e2e_s:.6f}", "100.0%", *[""] * (len(rows[0]) - 3)))
+    heads = (
+        "where the time went",
+        "time [s]",
+        "share",
+        "steps",
+        "its own share of them [s]",
+        "in steps with prefill [s]",
+    )
+    times = {
+        "arrived": found.arrival_s,
+        "first step": found.scheduled_s,
+        "first token": found.first_token_s,
+        end: found.finish_s,
+    }
     print_table(
-        f"request {found.request} of {scenario.name}{where}: {found.prompt_tokens:,} prompt tokens{cached}, "
-        f"{found.output_tokens:,} output tokens{lost}",
-        ("where the time went", "time [s]", "share", "steps", "its own share of them [s]", "in steps with prefill [s]"),
-        [
-            (
-                part.what,
-                f"{part.time_s:.6f}",
-                f"{part.time_s / found.e2e_s:.1%}",
-                f"{part.steps:,}" if part.steps else "",
-                "" if part.own_s is None else f"{part.own_s:.6f}",
-                f"{part.with_chunks_s:.6f}" if part.with_chunks_s else "",
-            )
-            for part in found.parts
-        ]
-        + [("arrival to last token", f"{found.e2e_s:.6f}", "100.0%", "", "", "")],
-        note=(
-            f"arrived {found.arrival_s:.6f} s, first step {found.scheduled_s:.6f} s, first token {found.first_token_s:.6f} s, "
-            f"last token {found.finish_s:.6f} s"
-        ),
+        f"request {found.request} of {scenario.name}{_way(found, scenario)}: {found.prompt_tokens:,} prompt tokens{cached}, "
+        f"{found.output_tokens:,} output tokens{lost}{tried}{gone}",
+        (*heads, *(["nobody worked for it [s]"] if waits else [])),
+        rows,
+        note=", ".join(f"{name} {time_s:.6f} s" for name, time_s in times.items() if math.isfinite(time_s)),
     )
     click.echo()
     print_table(
@@ -97,3 +120,15 @@ def _print(found: "Explanation", scenario: "Scenario") -> None:
         ],
         note="those that stayed longest" if found.running_ahead + found.waiting_ahead > len(found.ahead) else "",
     )
+
+
+def _way(found: "Explanation", scenario: "Scenario") -> str:
+    """The replicas that it came to, and who chose them."""
+    if scenario.all_replicas == 1:
+        return "".join(f", rank {stop.rank}" for stop in found.stops if stop.rank)
+    ways = []
+    for stop in found.stops:
+        pool = f"pool {stop.pool}, " if scenario.pool else ""
+        rank = f", rank {stop.rank}" if stop.rank else ""
+        ways.append(f"{pool}replica {stop.replica}{rank} (by {stop.router})")
+    return ", " + ", then ".join(ways)

@@ -75,7 +75,6 @@ def simulate(
     from simulator.report.tables import summary_text
     from simulator.results import check_writable, write_result
     from simulator.run import load_scenario, run_scenario
-    from simulator.run.fleets import demand_turns
 
     if out is not None:
         check_writable(out)
@@ -83,8 +82,6 @@ def simulate(
     window = _check_pictures(
         plot, timeline, trace, trace_window, out, rows_kept=not (summary_only or loaded.run.summary_only)
     )
-    if trace is not None:
-        demand_turns(loaded, "--trace")
     started = time.perf_counter()
     run = run_scenario(
         loaded,
@@ -170,18 +167,31 @@ def _draw(result: "Result", plot: Path | None, timeline: Path | None) -> None:
 
 
 def _write_trace(run: "Run", path: Path, window: tuple[float, float]) -> None:
-    from simulator.report.trace import trace_document, write_trace
-    from simulator.run.explain import record_fleet
+    from simulator.report.trace import Track, Transfer, trace_document, write_trace
+    from simulator.run.replay import all_carried, logs_of, replicas_of
 
-    table = run.result.requests
-    logs = record_fleet(run.resolved, run.outcome.requests, *window)
+    if run.served is None:  # refused before
+        return
+    table, scenario = run.result.requests, run.summary.scenario
+    replicas = replicas_of(run.served)
+    logs = logs_of(replicas, *window)
+    names = [f"{scenario}: {one.name}" if len(replicas) > 1 else scenario for one in replicas]
 
     def about(request: int) -> dict[str, int]:
-        names = ("prompt_tokens", "cached_tokens", "output_tokens", "preemptions")
-        return {name: int(table[name][request]) for name in names}
+        columns = ("prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "attempts")
+        return {name: int(table[name][request]) for name in columns}
 
     document = trace_document(
-        logs, name=run.summary.scenario, num_kv_blocks=run.resolved.settings.num_kv_blocks, about=about
+        [
+            Track(name, log, one.rows, one.settings.num_kv_blocks)
+            for name, one, log in zip(names, replicas, logs, strict=True)
+        ],
+        name=scenario,
+        transfers=[
+            Transfer(one.request, one.link, replicas[one.target].name, one.asked_s, one.sent_s, one.there_s)
+            for one in all_carried(run.served, replicas, window[0], min(window[1], max(log.end_s for log in logs)))
+        ],
+        about=about,
     )
     write_trace(document, path)
     steps = sum(len(log.steps) for log in logs)

@@ -1,5 +1,6 @@
 """Which blocks of a stream's prompts (and outputs) are alike: the input of the prefix cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,14 @@ class BlockHashes:
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.offsets) - 1
+
+    @classmethod
+    def stacked(cls, parts: Sequence["BlockHashes"]) -> "BlockHashes":
+        """Rows of several, one after the other; what is alike stays alike between them. All have one ``block_tokens``."""
+        first = parts[0]
+        counts = np.concatenate([np.diff(part.offsets) for part in parts])
+        ids = np.concatenate([part.ids for part in parts])
+        return cls(ids, _offsets(counts), first.block_tokens, first.covers_output)
 
     def rows(self, chosen: slice | Ids) -> "BlockHashes":
         """The same for some of the requests."""

@@ -18,6 +18,8 @@ from simulator.engine.new_queue import new_queue
 from simulator.engine.records import (
     ITL_BINS,
     NOT_ARRIVED,
+    RUNNING,
+    WAITING,
     EngineResult,
     EngineSettings,
     Requests,
@@ -165,6 +167,11 @@ class Engine:
         return self._extra
 
     @property
+    def passes(self) -> int:
+        """Steps so far, those of all parts; no sequence has been in more of them."""
+        return int(self._figures()[0][core.STEPS])
+
+    @property
     def n_waiting(self) -> int:
         """Requests in the queue, without those that load."""
         found = 0
@@ -174,10 +181,36 @@ class Engine:
             found += int(plain if queue is None else queue.ints[queues.N_QUEUED])
         return found
 
+    def rank_of(self, row: int) -> int:
+        """The rank that a request's present attempt joined."""
+        del row
+        return 0
+
+    def copies_s(self, row: int) -> float:
+        """What a request has paid so far for copies to and from host memory, in seconds of a part. [s]"""
+        return float(self._extra.swap.charged[row]) if self._extra is not None and self._extra.swap.on else 0.0
+
     @property
-    def clients_come_and_go(self) -> bool:
-        """Whether clients may leave, or requests are seen later than they arrive."""
-        return self._queue is not None and (self._queue.rules.clients_leave or self._queue.rules.request_s > 0)
+    def next_arrival_s(self) -> float:
+        """When the scheduler sees the next request; infinite if none is on its way. [s]"""
+        state, stream = self._state, self._stream
+        when = float(state.pending_time[0]) if state.ints[core.N_PENDING] else math.inf
+        row = int(state.ints[core.NEXT_ROW])
+        if not stream.concurrency and row < len(stream.arrival):
+            when = min(when, float(stream.arrival[row]))
+        return when + self._settings.host.request_s
+
+    @property
+    def next_departure_s(self) -> float:
+        """When the next client leaves, unless it is served before; infinite if none will. [s]"""
+        queue = self._queue
+        if queue is None or not queue.rules.clients_leave:
+            return math.inf
+        n = int(queue.counts[queues.N_DUE])
+        row, ticket = queue.due_entry[:n] >> queues.ROW_BITS, queue.due_entry[:n] & queues.ROW_MASK
+        here = np.isin(self._out.status[row], (WAITING, RUNNING)) & (queue.row_ints[row, queues.GONE] == 0)
+        here &= queue.row_ints[row, queues.TICKET] == ticket
+        return float(queue.due_time[:n][here].min(initial=math.inf))
 
     @property
     def next_load_s(self) -> float:

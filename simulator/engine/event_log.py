@@ -1,44 +1,36 @@
 """What happened in a stretch of a run, step by step and request by request.
 
-The compiled engine is cut at every step of the stretch (rule I9: a cut changes nothing) and looked at in between. So there is
-no tracing code in the engine, a traced run is the run itself, and the price, some 0.1 ms a step, is paid only where one looks.
+The compiled engine is cut at every step of the stretch, or in a pipeline at every instant at which something happens (rule I9: a cut changes
+nothing), and looked at in between. So there is no tracing code in the engine, a traced run is the run itself, and the price, some 0.1 ms a step,
+is paid only where one looks.
 """
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from simulator.engine import core
+from simulator.engine import core, parts, ranks
 from simulator.engine.compiled import Engine
-from simulator.engine.records import FINISHED, REJECTED, RUNNING
-from simulator.errors import InputError
+from simulator.engine.grouped import RankEngine, StageEngine
+from simulator.engine.lives import Lives, Paid, Phase, Span
+
+__all__ = ["MAX_STEPS", "EventLog", "Moment", "Paid", "Phase", "Span", "Step", "record"]
 
 MAX_STEPS = 100_000
 """Longest stretch: a minute of Python, and as much as a trace viewer can show."""
 
-
-class Phase(StrEnum):
-    """What a request is doing."""
-
-    QUEUED = "queued"
-    """Not yet part of any step."""
-    PREFILL = "prefill"
-    DECODE = "decode"
-    PREEMPTED = "preempted"
-    """Waiting again, its cache lost."""
-    RECOMPUTE = "recompute"
-    """In prefill again after a preemption, until it emits its next token."""
+#: Columns of stored prices.
+_ROWS, _PAIRS = core.Price._fields.index("rows"), core.Price._fields.index("pairs")
 
 
 class Step(NamedTuple):
-    """One step, in the symbols of ``docs/engine-rules.md``.
+    """One step of one scheduler, in the symbols of ``docs/engine-rules.md``; in a pipeline a micro-batch.
 
-    ``tokens`` n, ``batch`` B, ``keys`` S, ``chunks`` P, ``pairs`` A, ``rows`` R; ``running`` and ``waiting`` requests and
-    ``kv_blocks`` owned once the step is scheduled; ``preempted`` at its start.
+    ``tokens`` n, ``batch`` B, ``keys`` S, ``chunks`` P, ``pairs`` A, ``rows`` R; ``running`` and ``waiting`` requests of the scheduler once the step is scheduled (in a
+    pipeline, once all steps of that instant are), and ``kv_blocks`` owned then in the whole replica; ``preempted`` at its start. A rank that has nothing to do takes part in
+    a step with no tokens. ``worked_until_s`` is when a rank is done, and waits for the slowest one; ``stages`` are the times at which a micro-batch enters and leaves each stage.
     """
 
     start_s: float
@@ -53,19 +45,20 @@ class Step(NamedTuple):
     waiting: int
     kv_blocks: int
     preempted: int
+    rank: int = 0
+    worked_until_s: float = math.nan
+    stages: tuple[tuple[float, float], ...] = ()
 
 
-class Span(NamedTuple):
-    """A request's stay in one phase, cut to the stretch looked at; a queue alone starts with the arrival, however early.
+class Moment(NamedTuple):
+    """The whole replica, once everything has happened that happens at ``time_s``; ``in_flight`` counts steps in progress."""
 
-    ``busy_prefill_s`` is, at the end of a prefill or recomputation, what the request has paid for prefill in all its life.
-    """
-
-    row: int
-    phase: Phase
-    start_s: float
-    end_s: float
-    busy_prefill_s: float = 0.0
+    time_s: float
+    running: int
+    waiting: int
+    kv_blocks: int
+    preempted: int
+    in_flight: int
 
 
 @dataclass(frozen=True)
@@ -75,211 +68,268 @@ class EventLog:
     Attributes
     ----------
     start_s, end_s
-        what was looked at: from the first step that starts at or after the time asked for, to the end of the last one.
+        what was looked at: from the first step that starts at or after the time asked for, to the end of the last one; of a pipeline, to the last instant.
     steps
-        in order.
+        in order of their starts, those of one instant by rank.
     spans
         in order of their ends. A request's spans join without gaps: each starts, to the bit, when the one before ended.
+    moments
+        at the start of each step and when the replica falls idle, or in a pipeline at each instant.
     rejected
         (row, arrival) of the requests refused in the stretch.
     complete
         whether the stretch reaches the time asked for; False if ``max_steps`` cut it short.
+    rides
+        in a pipeline, the steps that the watched request was part of.
+    n_ranks, n_stages
+        of the replica.
     """
 
     start_s: float
     end_s: float
     steps: tuple[Step, ...]
     spans: tuple[Span, ...]
+    moments: tuple[Moment, ...]
     rejected: tuple[tuple[int, float], ...]
     complete: bool
+    rides: tuple[int, ...] = ()
+    n_ranks: int = 1
+    n_stages: int = 1
 
 
 class _Counters(NamedTuple):
-    """Totals whose growth over a step says what the step was."""
+    """Totals of one scheduler, whose growth over a step says what the step was."""
 
     batch: int
-    keys: int
+    keys: float
     chunks: int
     pairs: int
     preempted: int
-    blocks_s: float
+
+    def since(self, other: "_Counters") -> "_Counters":
+        """What has come since."""
+        return _Counters(
+            self.batch - other.batch,
+            self.keys - other.keys,
+            self.chunks - other.chunks,
+            self.pairs - other.pairs,
+            self.preempted - other.preempted,
+        )
 
 
-class Recorder:
-    """Follows an engine step by step."""
+class _Recorder:
+    """Follows a replica of one part step by step."""
 
-    def __init__(self, engine: Engine) -> None:
-        if engine.clients_come_and_go:
-            raise InputError(
-                "a run cannot be followed step by step where clients leave (timeouts and cancellations in [clients]) or requests "
-                "are seen late (engine.host.request_s)"
-            )
+    n_ranks = 1
+    n_stages = 1
+
+    def __init__(self, engine: Engine, watched: int) -> None:
         self._engine = engine
-        self._stream, self._out, self._state = engine._stream, engine._out, engine._state  # noqa: SLF001 - looking inside is its purpose
-        n = len(self._stream.prompt)
-        self._phase: dict[int, Phase] = {}
-        self._since: dict[int, float] = {}
-        self._preemptions = np.zeros(n, dtype=np.int32)
-        self._slot = np.zeros(n, dtype=np.int64)
-        self._seen_rows = 0
-        self._queue = np.zeros(0, dtype=np.int64)
+        self._watched = watched
+        self._state, self._out, self._extra = engine._state, engine._out, engine._extra  # noqa: SLF001 - looking inside is its purpose
+        self._parts = list(engine._parts())  # noqa: SLF001
+        self._num_blocks = engine._limits.num_blocks  # noqa: SLF001
         self._by_tokens = self._out.steps_by_tokens.copy()
         self._by_rows = self._out.steps_by_rows.copy()
+        self.lives = self._follow()
         self.steps: list[Step] = []
-        self.spans: list[Span] = []
-        self.rejected: list[tuple[int, float]] = []
-        self._meet()
+        self.moments: list[Moment] = []
+        self.rides: list[int] = []
 
-    def _meet(self) -> None:
-        """Take in the requests that are there when the stretch begins."""
-        now_s = self._engine.clock_s
-        self._seen_rows = int(self._state.ints[core.NEXT_ROW])
-        rows = np.arange(self._seen_rows)
-        status, scheduled = self._out.status[rows], self._out.scheduled[rows]
-        done = (status == FINISHED) | (status == REJECTED)
-        self._queue = rows[~done & np.isnan(scheduled)]
-        self._preemptions[rows] = self._out.preemptions[rows]
-        self._find_slots()
-        for row in rows[~done & ~np.isnan(scheduled)].tolist():
-            self._phase[row] = self._phase_of(row)
-            self._since[row] = now_s
-
-    def _find_slots(self) -> None:
-        state = self._state
-        used = np.ones(len(state.row), dtype=bool)
-        used[state.slots[: state.ints[core.N_FREE_SLOTS], core.FREE_SLOT]] = False
-        slots = np.flatnonzero(used)
-        self._slot[state.row[slots]] = slots
-
-    def _phase_of(self, row: int) -> Phase:
-        """Phase of a request that was scheduled at least once and is not done."""
-        if self._out.status[row] != RUNNING:
-            return Phase.PREEMPTED
-        if self._state.slots[self._slot[row], core.FINISH_STEP] >= 0:
-            return Phase.DECODE
-        return Phase.RECOMPUTE if self._out.preemptions[row] else Phase.PREFILL
-
-    def _counters(self) -> _Counters:
-        ints = self._state.ints
-        return _Counters(
-            int(ints[core.DECODE_TOKENS]),
-            round(self._engine.decode_keys),
-            int(ints[core.CHUNKS]),
-            int(ints[core.PREFILL_PAIRS]),
-            int(ints[core.PREEMPTIONS]),
-            float(self._state.floats[core.BLOCKS_INTEGRAL]),
-        )
+    def _follow(self) -> Lives:
+        return Lives(self._engine)
 
     def _next_s(self) -> float:
         """Start of the next step, or a lower bound of it; infinite if there is none."""
-        ints, state = self._state.ints, self._state
-        if ints[core.N_RUNNING] or self._engine.n_waiting:
-            return self._engine.clock_s
-        if self._stream.concurrency:
-            pending = ints[core.N_PENDING] > 0
-            arrival = float(state.pending_time[0]) if pending else math.inf
-        else:
-            row = ints[core.NEXT_ROW]
-            arrival = float(self._stream.arrival[row]) if row < len(self._stream.arrival) else math.inf
-        return max(self._engine.clock_s, min(arrival, self._engine.next_load_s))
+        engine = self._engine
+        if engine.n_waiting or any(state.ints[core.N_RUNNING] for state, _, _ in self._parts):
+            return engine.clock_s
+        return max(engine.clock_s, self._wakes_s())
+
+    def _wakes_s(self) -> float:
+        """When something happens where nobody runs or can be scheduled; a client may leave while its blocks are loaded."""
+        engine = self._engine
+        loading = any(state.ints[core.N_LOADING] for state, _, _ in self._parts)
+        return min(engine.next_arrival_s, engine.next_load_s, engine.next_departure_s if loading else math.inf)
+
+    def _counters(self) -> list[_Counters]:
+        found = []
+        for state, _, extra in self._parts:
+            ints = state.ints
+            keys = (
+                float(extra.spec.tariff.keys[0].sum())
+                if extra is not None and extra.spec.on
+                else int(ints[core.DECODE_KEYS])
+            )
+            counts = (core.CHUNKS, core.PREFILL_PAIRS, core.PREEMPTIONS)
+            found.append(_Counters(int(ints[core.DECODE_TOKENS]), keys, *(int(ints[name]) for name in counts)))
+        return found
 
     def step(self, before_s: float) -> bool:
         """Run and note the next step, if it starts before ``before_s``; return whether there was one to try."""
         start_s = self._next_s()
         if start_s >= before_s or math.isinf(start_s):
             return False
-        before = self._counters()
+        before, blocks_s = self._counters(), float(self._state.floats[core.BLOCKS_INTEGRAL])
         n_steps = int(self._state.ints[core.STEPS])
         self._engine.advance(math.nextafter(start_s, math.inf))
-        arrived = self._note_arrivals()
-        if int(self._state.ints[core.STEPS]) == n_steps:  # whoever arrived was rejected
+        if int(self._state.ints[core.STEPS]) == n_steps:  # who arrived was rejected, or loads
+            self.lives.look(math.inf, self._engine.clock_s)
             return True
-        self._note_step(before, arrived)
+        start_s, end_s = float(self._state.floats[core.LAST_START]), self._engine.clock_s
+        self.lives.look(start_s, end_s)
+        kv_blocks = round((float(self._state.floats[core.BLOCKS_INTEGRAL]) - blocks_s) / (end_s - start_s))
+        grown = [now.since(then) for now, then in zip(self._counters(), before, strict=True)]
+        for rank in range(self.n_ranks):
+            tokens, rows, worked_until_s = self._shape(rank, start_s, end_s)
+            self.steps.append(
+                Step(
+                    start_s=start_s,
+                    end_s=end_s,
+                    tokens=tokens,
+                    batch=grown[rank].batch,
+                    keys=round(grown[rank].keys),
+                    chunks=grown[rank].chunks,
+                    pairs=grown[rank].pairs,
+                    rows=rows,
+                    running=self.lives.running[rank],
+                    waiting=self.lives.waiting[rank],
+                    kv_blocks=kv_blocks,
+                    preempted=grown[rank].preempted,
+                    rank=rank,
+                    worked_until_s=worked_until_s,
+                )
+            )
+        if self.moments and self.moments[-1].time_s == start_s:  # it was not idle after all
+            self.moments.pop()
+        preempted = sum(one.preempted for one in grown)
+        self.moments.append(Moment(start_s, sum(self.lives.running), sum(self.lives.waiting), kv_blocks, preempted, 1))
+        if self._next_s() > end_s:
+            loading = sum(int(state.ints[core.N_LOADING]) for state, _, _ in self._parts)
+            owned = self._num_blocks * self.n_ranks - sum(
+                int(state.ints[core.FREE_BLOCKS]) for state, _, _ in self._parts
+            )
+            self.moments.append(Moment(end_s, 0, loading, owned, 0, 0))
         return True
 
-    def _note_arrivals(self) -> NDArray[np.int64]:
-        """Queue the rows that the engine has taken from the stream; return the queue as it was before admissions."""
-        seen = int(self._state.ints[core.NEXT_ROW])
-        if seen > self._seen_rows:
-            self._queue = np.concatenate([self._queue, np.arange(self._seen_rows, seen)])
-            self._seen_rows = seen
-        refused = self._out.status[self._queue] == REJECTED
-        if refused.any():
-            self.rejected += [(row, float(self._out.arrival[row])) for row in self._queue[refused].tolist()]
-            self._queue = self._queue[~refused]
-        return self._queue
+    def _shape(self, rank: int, start_s: float, end_s: float) -> tuple[int, int, float]:
+        """Tokens and logit rows of the step just taken, and until when it was worked on."""
+        del rank, start_s
+        out = self._out
+        tokens = int(np.flatnonzero(out.steps_by_tokens != self._by_tokens)[0])
+        rows = int(np.flatnonzero(out.steps_by_rows != self._by_rows)[0])
+        self._by_tokens[tokens] += 1
+        self._by_rows[rows] += 1
+        return tokens, rows, end_s
 
-    def _note_step(self, before: _Counters, queue: NDArray[np.int64]) -> None:
-        out, floats = self._out, self._state.floats
-        start_s, end_s = float(floats[core.LAST_START]), self._engine.clock_s
-        self._find_slots()
-        admitted = queue[~np.isnan(out.scheduled[queue])]
-        if len(admitted):
-            self._queue = queue[np.isnan(out.scheduled[queue])]
-        for row in admitted.tolist():
-            self._phase[row] = Phase.QUEUED
-            self._since[row] = float(out.arrival[row])
-        followed = np.fromiter(self._phase, dtype=np.int64, count=len(self._phase))
-        preempted = self._follow(followed, start_s, end_s)
-        after = self._counters()
-        by_tokens = int(np.flatnonzero(out.steps_by_tokens != self._by_tokens)[0])
-        by_rows = int(np.flatnonzero(out.steps_by_rows != self._by_rows)[0])
-        self._by_tokens[by_tokens] += 1
-        self._by_rows[by_rows] += 1
+
+class _RankRecorder(_Recorder):
+    """Follows ranks in lock-step."""
+
+    def __init__(self, engine: RankEngine, watched: int) -> None:
+        self._board = engine._board  # noqa: SLF001
+        self.n_ranks = len(self._board.scheduled)
+        super().__init__(engine, watched)
+
+    def _follow(self) -> Lives:
+        return Lives(self._engine, n_parts=self.n_ranks)
+
+    def _shape(self, rank: int, start_s: float, end_s: float) -> tuple[int, int, float]:
+        tokens, price = int(self._board.scheduled[rank, ranks.TOKENS]), self._board.prices[rank]
+        if tokens == 0:
+            return 0, 0, min(end_s, start_s + float(price[parts.COPIES]))
+        return tokens, int(price[_ROWS]), min(end_s, start_s + float(price[parts.OWN_D0]))
+
+
+class _StageRecorder(_Recorder):
+    """Follows micro-batches through pipeline stages, from instant to instant."""
+
+    def __init__(self, engine: StageEngine, watched: int) -> None:
+        self._flight, self._groups = engine._flight, engine._states  # noqa: SLF001
+        self.n_stages = len(self._flight.free)
+        super().__init__(engine, watched)
+
+    def _follow(self) -> Lives:
+        return Lives(self._engine, scheduled_last=True, n_parts=self.n_stages)
+
+    def _next_s(self) -> float:
+        engine, done = self._engine, self._flight.done
+        if not self._state.ints[core.N_RUNNING] and not engine.n_waiting:
+            return self._wakes_s()
+        when = min(float(done.min()), engine.next_load_s, engine.next_departure_s)
+        if np.isfinite(done).sum() < self.n_stages:
+            when = min(when, engine.next_arrival_s)
+        return when
+
+    def step(self, before_s: float) -> bool:
+        """Let the next instant happen and note what sets off, if it is before ``before_s``; return whether there was one."""
+        when = self._next_s()
+        if when >= before_s or math.isinf(when):
+            return False
+        flight, ints = self._flight, self._groups.ints
+        done, preempted = flight.done.copy(), int(ints[:, core.PREEMPTIONS].sum())
+        self._engine.advance(math.nextafter(when, math.inf))
+        now_s = self._engine.clock_s
+        self.lives.look(now_s, now_s)
+        flying = np.isfinite(flight.done)
+        waiting = self._engine.n_waiting + int(self._state.ints[core.N_LOADING])
+        moment = Moment(
+            now_s,
+            int(self._state.ints[core.N_RUNNING]),
+            waiting,
+            self._num_blocks - int(self._state.ints[core.FREE_BLOCKS]),
+            int(ints[:, core.PREEMPTIONS].sum()) - preempted,
+            int(flying.sum()),
+        )
+        self.moments.append(moment)
+        new = np.flatnonzero(flying & (flight.done != done))
+        for g in new[np.argsort(flight.done[new])].tolist():
+            self._note_micro_batch(g, moment)
+        return True
+
+    def _note_micro_batch(self, g: int, moment: Moment) -> None:
+        flight, ints = self._flight, self._groups.ints[g]
+        n, batch = int(flight.chunks[g]), int(ints[core.BATCH])
+        chunks = self._groups.chunks[g, :n]
+        if self._watched >= 0 and self._holds(g, chunks[:, core.CHUNK_SLOT]):
+            self.rides.append(len(self.steps))
         self.steps.append(
             Step(
-                start_s=start_s,
-                end_s=end_s,
-                tokens=by_tokens,
-                batch=after.batch - before.batch,
-                keys=after.keys - before.keys,
-                chunks=after.chunks - before.chunks,
-                pairs=after.pairs - before.pairs,
-                rows=by_rows,
-                running=len(followed) - preempted,
-                waiting=int((out.arrival[self._queue] <= start_s).sum()) + preempted,
-                kv_blocks=round((after.blocks_s - before.blocks_s) / (end_s - start_s)),
-                preempted=after.preempted - before.preempted,
+                start_s=moment.time_s,
+                end_s=float(flight.done[g]),
+                tokens=int(chunks[:, core.CHUNK_SIZE].sum()) + batch,
+                batch=batch,
+                keys=int(ints[core.KEYS_SUM]) if batch else 0,
+                chunks=n,
+                pairs=int(flight.prices[g, _PAIRS]),
+                rows=int(flight.prices[g, _ROWS]),
+                running=moment.running,
+                waiting=moment.waiting,
+                kv_blocks=moment.kv_blocks,
+                preempted=moment.preempted,
+                worked_until_s=float(flight.done[g]),
+                stages=tuple(zip(flight.entered[g].tolist(), flight.left[g].tolist(), strict=True)),
             )
         )
 
-    def _follow(self, rows: NDArray[np.int64], start_s: float, end_s: float) -> int:
-        """Note who changed phase in a step; return how many are preempted."""
-        out = self._out
-        again = out.preemptions[rows] > self._preemptions[rows]
-        self._preemptions[rows] = out.preemptions[rows]
-        preempted = 0
-        for row, lost in zip(rows.tolist(), again.tolist(), strict=True):
-            done = out.status[row] == FINISHED
-            now = None if done else self._phase_of(row)
-            preempted += now is Phase.PREEMPTED
-            if lost:
-                self._change(row, Phase.PREEMPTED, start_s)
-            if self._phase[row] in {Phase.QUEUED, Phase.PREEMPTED} and now is not Phase.PREEMPTED:
-                self._change(row, Phase.RECOMPUTE if out.preemptions[row] else Phase.PREFILL, start_s)
-            if now is not self._phase[row]:
-                self._change(row, now, end_s)
-        return preempted
-
-    def _change(self, row: int, phase: Phase | None, at_s: float) -> None:
-        """End a request's phase and begin another one; None: it is done."""
-        self.spans.append(Span(row, self._phase[row], self._since[row], at_s, float(self._out.busy_prefill[row])))
-        if phase is None:
-            del self._phase[row], self._since[row]
-        else:
-            self._phase[row], self._since[row] = phase, at_s
-
-    def close(self, at_s: float) -> None:
-        """End the stretch: whatever goes on is cut off at ``at_s``."""
-        for row, phase in self._phase.items():
-            self.spans.append(Span(row, phase, self._since[row], at_s, float(self._out.busy_prefill[row])))
-        arrival = self._out.arrival[self._queue]
-        for row, when in zip(self._queue.tolist(), arrival.tolist(), strict=True):
-            if when < at_s:
-                self.spans.append(Span(row, Phase.QUEUED, when, at_s))
+    def _holds(self, g: int, chunk_slots: np.ndarray) -> bool:
+        """Whether a micro-batch holds the watched request: a chunk of it, or its next token."""
+        slots = np.flatnonzero(self._state.row == self._watched)
+        decodes = (self._flight.group[slots] == g) & (self._state.slots[slots, core.FINISH_STEP] >= 0)
+        return bool(np.isin(chunk_slots, slots).any() or (decodes.any() and self._groups.ints[g, core.BATCH] > 0))
 
 
-def record(engine: Engine, start_s: float = 0.0, end_s: float = math.inf, *, max_steps: int = MAX_STEPS) -> EventLog:
+def _recorder(engine: Engine, watched: int) -> _Recorder:
+    if isinstance(engine, StageEngine):
+        return _StageRecorder(engine, watched)
+    if isinstance(engine, RankEngine):
+        return _RankRecorder(engine, watched)
+    return _Recorder(engine, watched)
+
+
+def record(
+    engine: Engine, start_s: float = 0.0, end_s: float = math.inf, *, max_steps: int = MAX_STEPS, watched: int = -1
+) -> EventLog:
     """Run an engine through a stretch of its time and tell what happened there.
 
     Parameters
@@ -289,29 +339,32 @@ def record(engine: Engine, start_s: float = 0.0, end_s: float = math.inf, *, max
     start_s, end_s
         steps that start in [``start_s``, ``end_s``) are noted. [s]
     max_steps
-        the stretch ends early after so many.
-
-    Raises
-    ------
-    InputError
-        If clients may leave the run, or requests are seen later than they arrive.
+        the stretch ends early after so many; those of ranks count each.
+    watched
+        row with which the stretch ends, and whose micro-batches :attr:`EventLog.rides` lists; −1: none.
     """
     if start_s > engine.clock_s:
         engine.advance(start_s)
-    recorder = Recorder(engine)
-    first_s = engine.clock_s
+    recorder = _recorder(engine, watched)
+    first_s = engine.clock_s if recorder.n_stages == 1 else max(engine.clock_s, start_s)
     complete = True
     while recorder.step(end_s):
+        if recorder.lives.is_gone(watched):
+            break
         if len(recorder.steps) >= max_steps:
             complete = False
             break
-    last_s = engine.clock_s if recorder.steps else first_s
-    recorder.close(last_s)
+    last_s = engine.clock_s if recorder.moments else first_s
+    recorder.lives.close(last_s)
     return EventLog(
         start_s=first_s,
         end_s=last_s,
         steps=tuple(recorder.steps),
-        spans=tuple(recorder.spans),
-        rejected=tuple(recorder.rejected),
+        spans=tuple(recorder.lives.spans),
+        moments=tuple(recorder.moments),
+        rejected=tuple(recorder.lives.rejected),
         complete=complete,
+        rides=tuple(recorder.rides),
+        n_ranks=recorder.n_ranks,
+        n_stages=recorder.n_stages,
     )

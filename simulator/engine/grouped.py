@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import core, heaps, parts, prefix_cache, queues, ranks, speculation, stages, swap, tiers
+from simulator.engine import core, flight, heaps, parts, prefix_cache, queues, ranks, speculation, stages, swap, tiers
 from simulator.engine.compiled import Engine
 from simulator.engine.records import EngineResult, EngineSettings, Requests, of_the_whole
 from simulator.engine.refusals import check_mixture
@@ -97,6 +97,10 @@ class RankEngine(Engine):
             )
         )
 
+    def rank_of(self, row: int) -> int:
+        """The rank that a request's present attempt joined."""
+        return int(self._board.rank[row])
+
     def _parts(self) -> Iterable[tuple[core.State, queues.Queue | None, core.Extra | None]]:
         for g in range(self._ranks):
             extra = None if self._extras is None else part(self._extras, g, _OF_RANK)
@@ -150,14 +154,17 @@ class StageEngine(Engine):
         for name in (core.STEP, core.STEP_ORIGIN):
             self._states.ints[:, name] = first_steps
         self._state = part(self._states, n, _OF_GROUP)
-        self._flight = stages.Flight(
+        self._flight = flight.Flight(
             done=np.full(n, np.inf),
             last=np.zeros(n),
             chunks=np.zeros(n, dtype=np.int64),
             free=np.zeros(self._stages),
+            entered=np.zeros((n, self._stages)),
+            left=np.zeros((n, self._stages)),
             group=np.full(settings.max_num_seqs, -1, dtype=np.int64),
             prices=np.zeros((n, parts.N_PRICES)),
-            floats=np.zeros(stages.N_FLIGHT_FLOATS),
+            floats=np.zeros(flight.N_FLIGHT_FLOATS),
+            passes=np.zeros((n, flight.N_PASSES), dtype=np.int64),
         )
         self._table = stage_table(cost, settings)
 
@@ -188,12 +195,12 @@ class StageEngine(Engine):
         """
         found = super().result()
         found.totals["padding_s"] = 0.0
-        found.totals["imbalance_s"] = float(self._flight.floats[stages.IMBALANCE])
-        idle_s = found.end_s - float(self._flight.floats[stages.WORK]) / self._stages
+        found.totals["imbalance_s"] = float(self._flight.floats[flight.IMBALANCE])
+        idle_s = found.end_s - float(self._flight.floats[flight.WORK]) / self._stages
         return replace(of_the_whole(found, self._stages), idle_s=idle_s)
 
 
-def stage_table(cost: PipelineCost, settings: EngineSettings) -> stages.StageTable:
+def stage_table(cost: PipelineCost, settings: EngineSettings) -> flight.StageTable:
     """Arrays of a pipeline's tables, over the knots of their sum."""
     knots = cost.total.decode_knots
     pieces = [np.searchsorted(stage.decode_knots, knots, side="right") - 1 for stage in cost.stages]
@@ -202,7 +209,7 @@ def stage_table(cost: PipelineCost, settings: EngineSettings) -> stages.StageTab
         planes[j, : len(stage.prefill_planes)] = stage.prefill_planes
     none = np.zeros(cost.total.max_tokens + 1)
     both = list(zip(cost.stages, pieces, strict=True))
-    return stages.StageTable(
+    return flight.StageTable(
         dense=np.stack([stage.dense_s for stage in cost.stages]),
         head=np.stack([stage.head_s for stage in cost.stages]),
         knots=np.ascontiguousarray(knots),

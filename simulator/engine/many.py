@@ -118,6 +118,11 @@ class Links(NamedTuple):
     sums: Any
 
 
+def new_links(n: int) -> Links:
+    """``n`` links that have carried nothing."""
+    return Links(np.zeros(n), np.zeros((n, N_SUMS)))
+
+
 class Prefixes(NamedTuple):
     """Which replica was last sent each block of prompt; empty unless a stage chooses by it."""
 

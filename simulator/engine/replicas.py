@@ -113,7 +113,7 @@ class Replicas:
             out,
             _stacked_states(engines, self.kind_of, n),
             board,
-            many.Links(np.zeros(links), np.zeros((links, many.N_SUMS))),
+            many.new_links(links),
             many.new_prefixes(prefixes),
         )
         self._finished = np.zeros(self.max_running, dtype=np.int64)
@@ -194,9 +194,13 @@ class Replicas:
         return np.asarray(self.many.out.itl.sum(axis=0))
 
     @property
-    def link_sums(self) -> Floats:
-        """[links, 4] bytes, seconds sending, seconds that transfers waited, transfers."""
-        return np.asarray(self.many.links.sums)
+    def links(self) -> many.Links:
+        """What carries KV caches to and between them; may be replaced by what other stages send over too."""
+        return self.many.links
+
+    @links.setter
+    def links(self, links: many.Links) -> None:
+        self.many = self.many._replace(links=links)
 
     def result(self, replica: int, rows: Ints) -> EngineResult:
         """What a replica has done; per-request columns are those of ``rows``, all its requests among them."""
@@ -249,9 +253,7 @@ def _engine(kind: Kind, requests: Requests, last_arrival_s: float) -> _Replica:
     """A replica that all others of its kind are like; it holds no request."""
     what = why_not_plain(kind, requests)
     if what or isinstance(kind.cost, PipelineCost):
-        raise InputError(
-            f"agents, and clients who wait for a router's choice: only with plain replicas, not with {what}"
-        )
+        raise InputError(f"replicas advanced together: plain ones, not with {what}")
     few = replace(requests.take(slice(0, 0)), concurrency=0)
     interval_s = max(last_arrival_s / 512, 64 * float(kind.cost.dense_s[1]))
     return _Replica(kind.cost, kind.settings, few, timeline_interval_s=interval_s)

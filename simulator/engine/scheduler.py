@@ -297,7 +297,7 @@ def _n_unfinished(stream: Stream, state: State, queue: Queue) -> int:
 
 
 @inlined
-def _has_blocks(
+def has_blocks(
     limits: Limits, stream: Stream, state: State, queue: Queue, row: int, tokens: int, known: int, held: int
 ) -> bool:
     """R7, B4, B7, C6: whether there are blocks for the first ``tokens`` tokens of the first of the queue, ``held`` of them others own."""
@@ -437,7 +437,7 @@ def admit_waiting(
         cut = want < rest and (
             rules.batching != CHUNKED or 0 < rules.max_partials <= _n_unfinished(stream, state, queue)
         )
-        if cut or not seat or not _has_blocks(limits, stream, state, queue, row, done + want, known, held):
+        if cut or not seat or not has_blocks(limits, stream, state, queue, row, done + want, known, held):
             if not cut and rules.preempt_lower and ints[LAST] >= 0:
                 victim = _victim(state, queue)
                 if queue.row_floats[state.row[victim], RANK] > queue.row_floats[row, RANK]:

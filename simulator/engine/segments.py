@@ -198,32 +198,42 @@ def lengthen(price: Price, seconds: float) -> Price:
 
 
 @inlined
-def steps_in_piece(cost: CostTable, limits: Limits, state: State, extra: Extra | None, k: int) -> int:
-    """Steps, at most k, until a knot or a window is crossed, or blocks run out; with speculation, blocks come later."""
+def steps_in_piece(cost: CostTable, state: State, k: int) -> int:
+    """Steps, at most k, until a knot or a window is crossed."""
     ints = state.ints
-    step, batch, knot = ints[STEP], ints[BATCH], ints[KNOT]
-    if extra is not None and extra.spec.on:
-        edge = cost.knots[knot + 1] if knot + 1 < len(cost.knots) else math.inf
-        return int(speculation.steps_in_reach(extra.spec.batch, edge, step, k))
+    batch, knot = ints[BATCH], ints[KNOT]
     if knot + 1 < len(cost.knots):
         k = min(k, (math.ceil(cost.knots[knot + 1]) - ints[KEYS_SUM] + batch - 1) // batch)
     if ints[N_EVENTS] > 0:
-        k = min(k, (state.events[0] >> SLOT_BITS) - step)
-    return int(steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS]))
+        k = min(k, (state.events[0] >> SLOT_BITS) - ints[STEP])
+    return int(k)
+
+
+@inlined
+def steps_to_finish(state: State) -> int:
+    """Steps of the batch until the first sequence has its last token."""
+    ints = state.ints
+    while True:
+        key = state.heap[0]
+        if state.slots[key & ((1 << SLOT_BITS) - 1), FINISH_STEP] == key >> SLOT_BITS:
+            return int((key >> SLOT_BITS) - ints[STEP])
+        ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
 
 
 @inlined
 def steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | None) -> int:
-    """How many decode steps the batch can take until somebody finishes, blocks run out, or a knot or window is crossed."""
+    """How many decode steps the batch can take until somebody finishes, blocks run out, or a knot or window is crossed.
+
+    With speculation, blocks come later.
+    """
     ints = state.ints
-    step = ints[STEP]
-    while True:
-        key = state.heap[0]
-        if state.slots[key & ((1 << SLOT_BITS) - 1), FINISH_STEP] == key >> SLOT_BITS:
-            break
-        ints[HEAP_SIZE] = pop_key(state.heap, ints[HEAP_SIZE])
-    k = (key >> SLOT_BITS) - step
-    return steps_in_piece(cost, limits, state, extra, k)
+    step, batch, knot = ints[STEP], ints[BATCH], ints[KNOT]
+    k = steps_to_finish(state)
+    if extra is not None and extra.spec.on:
+        edge = cost.knots[knot + 1] if knot + 1 < len(cost.knots) else math.inf
+        return int(speculation.steps_in_reach(extra.spec.batch, edge, step, k))
+    k = steps_in_piece(cost, state, k)
+    return int(steps_with_blocks(state.residues, limits.block_size, step, k, batch, ints[FREE_BLOCKS]))
 
 
 @inlined

@@ -9,7 +9,7 @@ Rules S1 to S7 of ``docs/engine-ranks.md``; M18, M21 and M22 of ``docs/engine-mi
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from simulator.engine.batch import (
     advance_decodes,
@@ -46,18 +46,13 @@ from simulator.engine.core import (
     CLOCK,
     COMPUTED,
     EMITTED,
-    FINISH_STEP,
     FIRST,
     FREE_BLOCKS,
     INTERVAL,
     KEYS_SUM,
-    KNOT,
     LAST,
     LAST_START,
     LAST_TOKEN,
-    MAX_BLOCKS,
-    MAX_RUNNING,
-    MAX_WAITING,
     N_ADMITTED,
     N_FREE_SLOTS,
     N_LOADING,
@@ -66,28 +61,24 @@ from simulator.engine.core import (
     SHARE_W,
     STEP,
     STEPS,
-    T_BUSY,
     WINDOW_SUM,
     CostTable,
     Extra,
     Limits,
     Outcome,
-    Price,
     State,
     Stream,
 )
 from simulator.engine.fcfs import release_next
+from simulator.engine.flight import IMBALANCE, Flight, StageTable, count_decodes, enter_stages, note_peaks
 from simulator.engine.full_loop import begin_step, count_latencies_after_stall, price_of, wait_for
 from simulator.engine.jit import compiled, entry, inlined
 from simulator.engine.parts import HOST_SHARE, extra_of, load_price, part_of, store_price
 from simulator.engine.prefix_cache import EPOCH, N_ENDED, catch_up, release_ended
-from simulator.engine.progressions import spread
 from simulator.engine.queues import (
-    BASE,
     GONE,
     GONE_SLOT,
     HELD,
-    HOST,
     KEPT_LAST_TOKEN,
     N_GONE,
     N_PARTIALS,
@@ -96,72 +87,22 @@ from simulator.engine.queues import (
     SLOT,
     STALL_START,
     STALLED,
-    TENANT,
     TRIES,
     Queue,
     drop_partial,
     pop_due,
 )
 from simulator.engine.records import WAITING
+from simulator.engine.rounds import go_round, may_go_round
 from simulator.engine.scheduler import schedule
-from simulator.engine.scheduling import FAIR, PREFILL_FIRST
+from simulator.engine.scheduling import FAIR, PREFILL_FIRST, STATIC
 from simulator.engine.segments import (
     count_latencies,
     end_chunks,
     end_decodes,
     price_step,
     record_segment,
-    widen_timeline,
 )
-from simulator.engine.swap import N_MOVED, charge_copies, delay_of
-
-# indices into Flight.floats: stage-seconds of work, and of it what uneven experts added
-WORK, IMBALANCE, N_FLIGHT_FLOATS = range(3)
-
-
-class StageTable(NamedTuple):
-    """Times of each stage; decode pieces are on the union of all stages' knots, planes padded with zeros."""
-
-    dense: Any
-    head: Any
-    knots: Any
-    value: Any
-    slope: Any
-    walk: Any
-    seq: Any
-    planes: Any
-    window_slope: Any
-    experts: Any
-    excess: Any
-    send: Any
-
-
-class Flight(NamedTuple):
-    """Micro-batches in flight.
-
-    Attributes
-    ----------
-    done
-        [groups] when each group completes, inf if it is not in flight.
-    last
-        [groups] when each did last, which is when its sequences had their last token; −1: each sequence had it at its own time (``LAST_TOKEN``).
-    chunks
-        [groups] how many chunks it holds.
-    free
-        [pp] when each stage has its last micro-batch behind it.
-    group
-        [slots] the group whose list a running request is in: the one it decodes in, or that ends its prompt; −1 before.
-    prices
-        [groups, columns] see :func:`simulator.engine.parts.store_price`; ``floats``: see the indices above.
-    """
-
-    done: Any
-    last: Any
-    chunks: Any
-    free: Any
-    group: Any
-    prices: Any
-    floats: Any
 
 
 @inlined
@@ -196,80 +137,6 @@ def _detach(state: State, slot: int) -> None:
     """Take a request that goes on running out of the group's list."""
     unlink_running(state, slot)
     state.ints[N_RUNNING] += 1
-
-
-@inlined
-def _enter_stages(
-    stages: StageTable,
-    flight: Flight,
-    out: Outcome,
-    shared: State,
-    group: State,
-    queue: Queue,
-    extra: Extra | None,
-    g: int,
-    price: Price,
-    tokens: int,
-    excess: float,
-) -> None:
-    """S5, M18: send a micro-batch through the stages."""
-    n_stages = len(flight.free)
-    ints, floats, rules = group.ints, shared.floats, queue.rules
-    batch, knot = ints[BATCH], ints[KNOT]
-    ready = floats[CLOCK]
-    chunks = flight.chunks[g]
-    copies = 0.0
-    host = 0.0
-    # The way through the stages first: the timeline must reach its end before it is marked.
-    for j in range(n_stages):
-        time = stages.dense[j, tokens] + stages.head[j, price.rows]
-        if excess > 0.0:
-            time += excess * stages.experts[j, tokens]
-        if batch > 0:
-            time += stages.value[j, knot] + stages.slope[j, knot] * (ints[KEYS_SUM] - stages.knots[knot])
-            time += stages.walk[j, batch] * ints[KEYS_SUM]
-            time += stages.seq[j] * batch + stages.window_slope[j] * ints[WINDOW_SUM]
-        if chunks > 0:
-            attention = 0.0
-            for p in range(stages.planes.shape[1]):
-                value = stages.planes[j, p, 0] * price.pairs + stages.planes[j, p, 1] * price.keys
-                value += stages.planes[j, p, 2] * chunks
-                value += stages.planes[j, p, 3] * price.seen_pairs + stages.planes[j, p, 4] * price.seen_keys
-                attention = max(attention, value)
-            time += attention
-        if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
-            delay = delay_of(extra.swap, time)
-            copies += delay
-            time += delay
-        if j == 0:
-            work = rules.host_step + rules.host_sequence * (batch + chunks) + rules.host_token * tokens
-            host = max(work - time, 0.0) if rules.asynchronous else work
-            time += host
-        start = max(ready, flight.free[j])
-        end = start + time
-        flight.free[j] = end
-        flight.floats[WORK] += time
-        if end >= shared.timeline.shape[1] * floats[INTERVAL]:
-            widen_timeline(shared.timeline, floats, end)
-        spread(shared.timeline, T_BUSY, floats[INTERVAL], start, end, 1.0 / n_stages)
-        ready = end
-        if j + 1 < n_stages:
-            ready += stages.send[j, tokens]
-    flight.done[g] = ready
-    if extra is not None and extra.swap.on and extra.swap.ints[N_MOVED] > 0:
-        charge_copies(extra.swap, out.busy, copies)
-    queue.floats[HOST] += host
-    flight.prices[g, HOST_SHARE] = host / tokens
-
-
-@compiled
-def _count_decodes(state: State, queue: Queue) -> None:
-    """Q4, M22: count a token of each decoding sequence of a micro-batch."""
-    slot = state.ints[FIRST]
-    while slot >= 0:
-        if state.slots[slot, FINISH_STEP] >= 0:
-            queue.tenants[queue.row_ints[state.row[slot], TENANT], BASE] += queue.rules.output_weight
-        slot = state.slots[slot, AFTER]
 
 
 @compiled
@@ -315,7 +182,7 @@ def _schedule_group(
             _link(group, slot)  # no victim before, but in its place now
     if ints[BATCH] > 0 and (found.n == 0 or queue.rules.batching < PREFILL_FIRST):
         if queue.rules.policy == FAIR:
-            _count_decodes(group, queue)
+            count_decodes(group, queue, 1)
         if extra is not None and extra.cache.late:
             catch_up(extra.cache, group.row, ints[STEP])
     return found.n, found.tokens, found.preempted
@@ -348,7 +215,21 @@ def _launch(
     flight.floats[IMBALANCE] += dense - cost.dense[tokens]
     price = price_step(cost, stream, group, None, chunks, tokens, dense)
     store_price(flight.prices, g, price)
-    _enter_stages(stages, flight, out, shared, group, queue, extra, g, price, tokens, excess)
+    enter_stages(
+        stages,
+        flight,
+        out,
+        shared,
+        queue,
+        extra,
+        g,
+        price,
+        group.ints,
+        group.ints[KEYS_SUM],
+        group.ints[WINDOW_SUM],
+        tokens,
+        excess,
+    )
     shared.ints[STEPS] += 1
     shared.ints[SEGMENTS] += 1
     out.steps_by_tokens[tokens] += 1
@@ -598,6 +479,9 @@ def _try(
             empty = g
     if flying == len(flight.free):
         return False
+    nobody_comes = queue.ints[N_QUEUED] == 0 and queue.ints[N_PARTIALS] == 0
+    if chosen < 0 and nobody_comes and queue.rules.batching != STATIC:  # whose batch a try in vain closes
+        return False
     g = chosen if chosen >= 0 else empty
     group = part_of(states, g)
     extra = extra_of(extras, g)
@@ -607,15 +491,11 @@ def _try(
     if tokens == 0:
         return bool(preempted)
     if chunks > 0 and group.ints[BATCH] > 0 and queue.rules.batching >= PREFILL_FIRST:
-        taker = part_of(states, empty)
-        _move_chunks(group, taker, chunks)
-        _launch(cost, stages, stream, out, shared, taker, flight, queue, extra_of(extras, empty), empty, chunks, tokens)
-    else:
-        _launch(cost, stages, stream, out, shared, group, flight, queue, extra, g, chunks, tokens)
-    waiting = n_waiting(shared, queue)
-    shared.ints[MAX_WAITING] = max(shared.ints[MAX_WAITING], waiting)
-    shared.ints[MAX_RUNNING] = max(shared.ints[MAX_RUNNING], shared.ints[N_RUNNING])
-    shared.ints[MAX_BLOCKS] = max(shared.ints[MAX_BLOCKS], limits.num_blocks - shared.ints[FREE_BLOCKS])
+        _move_chunks(group, part_of(states, empty), chunks)
+        g = empty
+    group = part_of(states, g)
+    _launch(cost, stages, stream, out, shared, group, flight, queue, extra_of(extras, g), g, chunks, tokens)
+    note_peaks(limits, shared, n_waiting(shared, queue))
     return True
 
 
@@ -687,7 +567,13 @@ def advance_stages(
         while _try(cost, stages, limits, stream, out, shared, states, flight, queue, extras):
             pass
 
-        # --- to the next instant ---
+        # --- to the next instant, past completions after which nothing changes ---
+        changes = min(next_load(shared, extra_of(extras, 0)), next_departure(out, queue))
+        waiting = n_waiting(shared, queue)
+        if extras is None and may_go_round(stages, limits, stream, out, shared, states, flight, queue):
+            soon = min(changes, next_arrival, until)
+            go_round(cost, stages, limits, stream, out, shared, states, flight, queue, waiting, soon)
+            t = floats[CLOCK]
         when = math.inf
         first = -1
         flying = 0
@@ -697,7 +583,6 @@ def advance_stages(
                 if flight.done[g] < when:
                     when = flight.done[g]
                     first = g
-        changes = min(next_load(shared, extra_of(extras, 0)), next_departure(out, queue))
         if flying < len(flight.free):
             changes = min(changes, next_arrival)
         if changes < when:
@@ -706,7 +591,6 @@ def advance_stages(
         if when >= until:
             return False
         owned = limits.num_blocks - ints[FREE_BLOCKS]
-        waiting = n_waiting(shared, queue)
         record_segment(shared, t, when, ints[N_RUNNING], waiting, owned * (when - t), 0.0)
         floats[CLOCK] = when
         if first >= 0:

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from simpy.events import NORMAL
 
 from simulator.engine import many
+from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.one_by_one import new_replicas
 from simulator.engine.records import COLUMNS, Requests
-from simulator.engine.replicas import Kind, Replicas
+from simulator.engine.replicas import Kind
 from simulator.errors import InputError
 from simulator.fleet.records import Agents, Fleet, Served
 from simulator.fleet.stages import Plan, StageResult, admissible, fits, goes_on, served, stages_of
@@ -38,7 +40,7 @@ def serve_agents(fleet: Fleet, requests: Requests, agents: Agents, *, seed: int 
     Raises
     ------
     InputError
-        If the replicas are not plain ones, or clients would leave.
+        If clients would leave, a router looks at what it cannot see, or steps take no time.
     """
     if requests.clients_may_leave:
         raise InputError("clients: agents wait; leave timeouts and cancellations out, or state agents.deadline_s")
@@ -76,15 +78,20 @@ class _Path:
             raise InputError(
                 "decode_router.policy = 'prefix-affinity': only the router that requests enter by goes by prefixes"
             )
-        self._replicas = Replicas(
+        self._records = [stage.record(seed, row0=k * self._n) for k, stage in enumerate(self._stages)]
+        self._replicas = new_replicas(
             [Kind(pool.cost, pool.settings, pool.replicas) for pool in fleet.pools],
             _stacked([stage.requests for stage in self._stages]),
+            policies=[record.policy for record in self._records],
             links=sum(stage.n_links for stage in self._stages),
             prefixes=prefixes[0],
         )
-        self._records = [stage.record(seed, row0=k * self._n) for k, stage in enumerate(self._stages)]
         self._able = [
             np.concatenate([np.tile(fits(pool.settings, stage.requests), (pool.replicas, 1)) for pool in stage.pools])
+            for stage in self._stages
+        ]
+        self._seen_after_s = [
+            np.repeat([pool.settings.host.request_s for pool in stage.pools], [pool.replicas for pool in stage.pools])
             for stage in self._stages
         ]
         self._when = np.full(self._n, np.nan)
@@ -127,9 +134,10 @@ class _Path:
                 )
             if len(order):
                 replicas.advance_to_finish(record, order, self._when, self._since, self._source, -np.inf)
-            for request in order[~self._able[k][record.given[order], order]]:  # they are rejected as they come (R4)
+            for request in order[~self._able[k][record.given[order], order]]:  # they are rejected as they are seen (R4)
                 row = k * self._n + int(request)
-                self._clock.happens(self._waiting.pop(row), float(record.arrive_s[request]))
+                seen_s = float(record.arrive_s[request] + self._seen_after_s[k][record.given[request]])  # H2
+                self._clock.happens(self._waiting.pop(row), seen_s)
                 self._goes_on[request] = False
         return replicas.advance_to_finish(
             self._records[last], _NOBODY, self._when, self._since, self._source, self._clock.peek()
@@ -169,7 +177,7 @@ class _Path:
         replicas, found = self._replicas, []
         for k, (plan, record) in enumerate(zip(self._stages, self._records, strict=True)):
             found.append(self._stage_result(plan, record, k * self._n))
-        return served(self._fleet, self._requests, found, self._refused_at, replicas.link_sums, None)
+        return served(self._fleet, self._requests, found, self._refused_at, replicas.links.sums, None)
 
     def _stage_result(self, plan: Plan, record: many.Stage, row0: int) -> StageResult:
         sent = np.flatnonzero(~np.isnan(record.sent_s))
@@ -188,4 +196,5 @@ def _stacked(parts: list[Requests]) -> Requests:
         values = [getattr(part, name) for part in parts]
         if all(value is not None for value in values):
             columns[name] = np.concatenate(values)
-    return Requests(**columns)
+    hashes = [part.hashes for part in parts if part.hashes is not None]
+    return Requests(**columns, hashes=BlockHashes.stacked(hashes) if len(hashes) == len(parts) else None)

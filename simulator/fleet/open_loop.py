@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from simulator.engine import many
 from simulator.engine.compiled import new_engine
-from simulator.engine.one_by_one import OneByOne, demand_kv_looks
+from simulator.engine.one_by_one import new_replicas
 from simulator.engine.records import FINISHED, EngineResult, Requests
-from simulator.engine.replicas import Kind, Replicas, why_not_plain
+from simulator.engine.replicas import Kind
 from simulator.errors import InputError
 from simulator.fleet.records import Fleet, Served
 from simulator.fleet.stages import Plan, StageResult, admissible, goes_on, served, stages_of
@@ -59,7 +59,7 @@ def serve(
         )
     stages = stages_of(fleet, requests)
     refused = ~admissible(fleet, requests, stages)
-    links = many.Links(*_links(stages))
+    links = many.new_links(sum(stage.n_links for stage in stages))
     sent = _Sent(
         when_s=np.where(refused, np.nan, requests.arrival_s),
         since_s=np.full(len(requests), np.nan),
@@ -79,11 +79,6 @@ def serve(
         sent = _Sent(np.where(goes, result.column("finish_s"), np.nan), result.column("scheduled_s"), result.replica)
     refused_s = np.where(refused, requests.arrival_s, np.nan)
     return served(fleet, requests, found, refused_s, links.sums, itl)
-
-
-def _links(stages: Sequence[Plan]) -> tuple[Floats, Floats]:
-    n = sum(stage.n_links for stage in stages)
-    return np.zeros(n), np.zeros((n, many.N_SUMS))
 
 
 @dataclass(frozen=True)
@@ -161,20 +156,13 @@ def _together(
     last_s = float(sent.when_s[order[-1]]) if len(order) else 0.0
     times = order, sent.when_s, sent.since_s, sent.source
     place, counts = 0, []
-    replicas: Replicas | OneByOne
-    if any(why_not_plain(kind, plan.requests) for kind in kinds):
-        if record.policy == many.LEAST_KV:
-            demand_kv_looks(kinds)
-        replicas = OneByOne(kinds, plan.requests, prefixes=plan.prefixes, last_arrival_s=last_s)
-    else:
-        replicas = Replicas(kinds, plan.requests, prefixes=plan.prefixes, last_arrival_s=last_s)
-        replicas.many = replicas.many._replace(links=links)
+    replicas = new_replicas(
+        kinds, plan.requests, policies=(record.policy,), prefixes=plan.prefixes, last_arrival_s=last_s
+    )
+    replicas.links = links
     for edge_s in (*(itl_window_s or ()), np.inf):
-        if isinstance(replicas, Replicas):
-            place = replicas.serve(record, *times, edge_s, place)
-            replicas.advance(record, edge_s)
-        else:
-            place = replicas.serve(record, links, *times, edge_s, place)
+        place = replicas.serve(record, *times, edge_s, place)
+        replicas.advance(record, edge_s)
         counts.append(replicas.itl_counts())
     given = record.given[order]
     rows = [order[given == r] for r in range(n)]

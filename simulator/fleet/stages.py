@@ -197,11 +197,15 @@ def stages_of(fleet: Fleet, requests: Requests) -> list[Plan]:
 
 
 def fits(settings: EngineSettings, requests: Requests) -> NDArray[np.bool_]:
-    """[n] R4: which requests a replica would not reject."""
+    """[n] R4, B2 to B4: which requests a replica would not reject."""
     longest = requests.prompt_tokens + requests.max_tokens
     found = -(-(longest - 1 + settings.lookahead) // settings.block_size) <= settings.num_kv_blocks
     if settings.max_model_len:
         found &= longest <= settings.max_model_len
+    batching = settings.scheduling.batching
+    if batching != "chunked":
+        known = requests.prompt_tokens if batching == "static" else longest - 1
+        found &= known - requests.cached_tokens <= settings.max_num_batched_tokens
     return np.asarray(found)
 
 

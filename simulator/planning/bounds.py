@@ -3,8 +3,9 @@
 A step of n tokens takes at least α + β·n for every pair (α, β) whose line lies under the table ``dense_s``. So requests of t
 tokens in all, served in at least k steps, take at least α·k + β·t, whatever steps they share with whom; the best of some lines
 bounds a prompt's prefill (t its tokens) and a whole stream (t all tokens). Attention is a maximum of planes (prefill) and a
-curve over a line (decode), so the sums of its arguments bound its sum. Recomputation, waiting, host work, larger batches and
-smaller chunks only add to this.
+curve over a line (decode), so the sums of its arguments bound its sum. A running request holds a seat and its KV blocks for at
+least so long, and there are only so many of either (Little's law). Recomputation, waiting, host work, larger batches and smaller
+chunks only add to this.
 
 The bounds hold for first-come and every other policy with chunked batching, one token per sequence and step, and cached tokens
 as the requests state them. Where they do not hold (speculative decoding, a prefix cache, other batching modes), there are none.
@@ -70,13 +71,37 @@ def floors(cost: StepCost | PipelineCost, settings: EngineSettings, requests: Re
         token_s = token_s + float(cost.send_s[:, 1:].min(axis=1).sum())
     busiest_s = max(_stream_s(stage, settings, requests, accepted) for stage in unlike.values())
     served = int(accepted.sum())
+    crowd_s = _crowd_s(cost, settings, requests, accepted, prefill, token_s)
     return Floors(
         accepted=accepted,
         ttft_s=prefill * _SLACK,
         tpot_s=np.where(gaps > 0, token_s, np.nan) * _SLACK,
         e2e_s=(prefill + gaps * token_s) * _SLACK,
-        requests_per_s=served / (busiest_s * _SLACK) if served else 0.0,
+        requests_per_s=served / (max(busiest_s, crowd_s) * _SLACK) if served else 0.0,
     )
+
+
+def _crowd_s(
+    cost: StepCost | PipelineCost,
+    settings: EngineSettings,
+    requests: Requests,
+    accepted: NDArray[np.bool_],
+    prefill_s: Array,
+    token_s: Array,
+) -> float:
+    """Least time in which all accepted requests find a seat and KV blocks, which each holds as long as it runs. [s]
+
+    It bounds a pipeline better than its busiest stage does: a sequence holds its seat on the way through all of them.
+    """
+    total = cost.total if isinstance(cost, PipelineCost) else cost
+    prompt, gaps = requests.prompt_tokens[accepted], requests.output_tokens[accepted] - 1
+    decode_s = gaps * token_s[accepted]
+    seats = float((prefill_s[accepted] + decode_s).sum()) / settings.max_num_seqs
+    # The more a sequence holds, the longer its steps take: the sum of the products is at least the product of the means. Not so
+    # where contexts start over.
+    grows = not (total.window_chunked and total.window_slope_s)
+    held = float((decode_s * (prompt + (gaps + 1) / 2)).sum()) / (settings.num_kv_blocks * settings.block_size)
+    return max(seats, held if grows else 0.0) / total.ranks
 
 
 def fitting(settings: EngineSettings, requests: Requests) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ from simulator.engine.records import Requests
 from simulator.errors import InputError
 from simulator.planning.rating import Load
 from simulator.run.scenario import Scenario
-from simulator.run.simulate import scenario_requests
+from simulator.run.serving import scenario_requests
 from simulator.traffic import Stream, TrafficSpec, build_stream
 from simulator.traffic.arrivals import Closed, Constant, Gamma, Offline, Poisson, TraceTimes
 from simulator.traffic.spec import resolve as resolve_traffic

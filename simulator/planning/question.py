@@ -46,7 +46,8 @@ from simulator.run.consumption import ideal_chip_seconds
 from simulator.run.options import SloOptions
 from simulator.run.resolve import Resolved, resolve
 from simulator.run.scenario import Scenario
-from simulator.run.simulate import Run, prepare_engine, queued_at_once, run_scenario, simulate_fleet
+from simulator.run.serving import queued_at_once, simulate_fleet
+from simulator.run.simulate import Run, prepare_engine, run_scenario
 from simulator.traffic import TrafficSpec
 
 A = TypeVar("A")

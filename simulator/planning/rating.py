@@ -1,8 +1,10 @@
 """How fast one replica can be fed before its users notice: the largest rate within the targets.
 
 The same requests arrive at every rate, their gaps scaled (common random numbers), so two rates or two deployments differ by what
-they are and not by luck. Rates are tried on a fixed grid, 2**(i/GRID) of the saturated throughput, by bisection from the same ends
-whatever the targets: looser targets then never give a smaller rate, even where a run happens to violate monotony.
+they are and not by luck. Rates are tried on a fixed grid, 2**(i/GRID) of the saturated throughput: coarse steps from saturation down
+until one keeps the targets, then bisection between it and the one above. Runs are samples, so a rate may keep targets that a lower one misses; but
+what is tried depends only on what has held, so looser targets never give a smaller rate: up to where the two searches part, both look at the same rates, and
+there the looser one goes on above a rate at which the tighter one goes on below. Rates near idle, where a run has the most steps, are looked at only by deployments that need them.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +21,7 @@ from simulator.results.plan import Percentiles, Target, Targets
 from simulator.results.tables import Table
 from simulator.run.outcome import Outcome, requests_table
 from simulator.run.resolve import Resolved
-from simulator.run.simulate import queued_at_once, simulate_fleet
+from simulator.run.serving import queued_at_once, simulate_fleet
 from simulator.run.statistics import quantile
 from simulator.run.window import cut_window
 
@@ -30,6 +32,8 @@ GRID = 128
 #: Lowest rate tried, in octaves below saturation: there a request is nearly always alone.
 OCTAVES = 8
 LOWEST = -OCTAVES * GRID
+#: Steps that are tried from saturation down until one holds: each twice as far below it as the one before.
+COARSE = (0, *(LOWEST >> i for i in range(4, -1, -1)))
 #: Full batches in a run, so that neither its filling nor its emptying weighs on it.
 FULL_BATCHES = 10
 
@@ -237,18 +241,25 @@ class Bench:
         return self._samples[step]
 
     def rate(self, targets: Targets, *, at_least_per_s: float = 0.0) -> Rated | None:
-        """Largest rate within the targets; None as soon as it is known to lie below ``at_least_per_s``."""
+        """Largest rate within the targets, of those that are tried; None as soon as it is known to lie below ``at_least_per_s``."""
         saturated = self.saturated_per_s
         if not saturated:
             nobody = Sample(dict.fromkeys(LATENCIES, np.zeros(0)))
             return None if at_least_per_s > 0 else Rated(0.0, 0.0, ("memory",), nobody)
         if saturated < at_least_per_s:
             return None
-        lowest = self.sample(LOWEST)
-        if not lowest.holds(targets):
+        # The targets do not hold at ``high``, which stands for every rate above saturation until one is tried.
+        low, high = None, 1
+        for step in COARSE:
+            if self.rate_per_s(high - 1) < at_least_per_s:
+                return None
+            if self.sample(step).holds(targets):
+                low = step
+                break
+            high = step
+        if low is None:
+            lowest = self.sample(LOWEST)
             return None if at_least_per_s > 0 else Rated(saturated, 0.0, tuple(lowest.missed(targets)), lowest)
-        # The targets hold at ``low`` and not at ``high``, which stands for every rate above saturation until it falls.
-        low, high = LOWEST, 1
         while high - low > 1:
             middle = (low + high) // 2
             if self.sample(middle).holds(targets):

@@ -1,5 +1,6 @@
 """A picture of a run over time: batch, queue, KV cache, preemptions and busy time."""
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from simulator.results.tables import Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 #: Title, timeline column, colour, and whether replicas add up (or are averaged, as a share in percent).
 PANELS = (
@@ -18,39 +20,53 @@ PANELS = (
     ("waiting requests", "waiting", ORANGE, True),
     ("KV cache in use", "kv_fraction", GREEN, False),
     ("preemptions per second", "preemptions_per_s", PINK, True),
-    ("share of time with a step in progress", "busy_fraction", GREY, False),
+    (
+        "share of time at work, without waits for the slowest rank and bubbles of pipelines",
+        "busy_fraction",
+        GREY,
+        False,
+    ),
 )
+POOL_LINES = ("-", "--", ":", "-.")
 
 
 def draw_timeline(result: Result) -> "Figure":
-    """Figure of one result: one panel per quantity over simulated time, the fleet in bold and each replica behind it.
+    """Figure of one result: one panel per quantity over simulated time, the fleet, or each of several pools, in bold and each replica behind it.
 
     The measured window is bright, warm-up and drain are shaded.
     """
     from matplotlib.figure import Figure
 
     table, window = result.timeline, result.summary.window
+    pools = _pools(result)
     figure = Figure(figsize=(11, 8.4), layout="constrained")
     panels = figure.subplots(len(PANELS), 1, sharex=True)
     for axes, (title, column, colour, adds) in zip(panels, PANELS, strict=True):
         tidy(axes)
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         replicas = np.unique(table["replica"])
-        if 1 < len(replicas) <= 16:
+        if len(pools) < len(replicas) <= 16:
             for replica in replicas:
                 own = table["replica"] == replica
                 axes.step(
                     table["start_s"][own], table[column][own], where="post", color=colour, alpha=0.25, linewidth=0.8
                 )
-        time_s, fleet = fleet_series(table, column, adds=adds)
-        axes.step(time_s, fleet, where="post", color=colour, linewidth=1.4)
-        axes.fill_between(time_s, fleet, step="post", color=colour, alpha=0.15, linewidth=0)
-        _shade(axes, window.start_s, window.stop_s, float(time_s[-1]) if len(time_s) else window.end_s)
+        largest, end_s = 0.0, window.end_s
+        for (name, own), line in zip(pools.items(), cycle(POOL_LINES), strict=False):
+            time_s, values = fleet_series({key: of[own] for key, of in table.items()}, column, adds=adds)
+            axes.step(time_s, values, where="post", color=colour, linewidth=1.4, linestyle=line, label=name)
+            if len(pools) == 1:
+                axes.fill_between(time_s, values, step="post", color=colour, alpha=0.15, linewidth=0)
+            largest = max(largest, float(values.max(initial=0.0)))
+            end_s = max(end_s, float(time_s[-1]) if len(time_s) else 0.0)
+        _shade(axes, window.start_s, window.stop_s, end_s)
         if adds:
-            axes.set_ylim(0, max(1.08 * float(fleet.max(initial=0.0)), 1e-9) if fleet.any() else 1)
+            axes.set_ylim(0, 1.08 * largest if largest else 1)
         else:
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    if len(pools) > 1:
+        panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=9, frameon=False, ncols=len(pools))
     if len(table["start_s"]):
         panels[-1].set_xlim(0, float((table["start_s"] + table["interval_s"]).max()))
     panels[-1].set_xlabel("simulated time [s]", color=MUTED)
@@ -64,6 +80,17 @@ def draw_timeline(result: Result) -> "Figure":
         color=INK,
     )
     return figure
+
+
+def _pools(result: Result) -> "dict[str, NDArray[np.bool_]]":
+    """Rows of the timeline that are each pool's, by its name; all of them, if there are no several pools."""
+    replica = result.timeline["replica"]
+    pools = result.summary.pools or []
+    if len(pools) < 2:
+        return {"": np.ones(len(replica), dtype=bool)}
+    firsts = [pool.first_replica for pool in pools]
+    number = np.searchsorted(firsts, replica, side="right") - 1
+    return {pool.name: number == i for i, pool in enumerate(pools)}
 
 
 def fleet_series(table: Table, column: str, *, adds: bool) -> tuple[np.ndarray, np.ndarray]:

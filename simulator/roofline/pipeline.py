@@ -32,7 +32,7 @@ from simulator.roofline.collectives import all_gather_s, send_s
 from simulator.roofline.deployment import Deployment, Part, part_of
 from simulator.roofline.memory import Memory, MemoryFit
 from simulator.roofline.ops import StepShape
-from simulator.roofline.sharding import Links, Sharding, check_sharding, link_domains, subdomains
+from simulator.roofline.sharding import Links, Sharding, check_sharding, link_domains, links_of_one, subdomains
 from simulator.roofline.stage_times import StepTimes
 
 
@@ -150,9 +150,7 @@ class Shardings:
         if ranks in alike:
             return alike[ranks]
         slice_, settings = self._slice, self._settings | layout
-        inner = links.tp or slice_.domains[:1]
-        if not links.tp:
-            inner = (replace(inner[0], dims=(1,) * len(inner[0].dims), wraps=(False,) * len(inner[0].dims)),)
+        inner = links.tp or links_of_one(slice_)
         spec = slice_.spec if s.tp == slice_.n_chips else f"{slice_.spec} (tp{s.tp} of it)"
         if s.cp > 1:  # a chip has its part of the tokens of a step
             limit = settings.get("max_num_batched_tokens", Deployment.max_num_batched_tokens)

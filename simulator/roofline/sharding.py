@@ -15,7 +15,7 @@ exchange tokens with each other's experts, then ``pp``, then ``dp`` where replic
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 
@@ -142,6 +142,22 @@ def link_domains(slice_: Slice, s: Sharding) -> Links:
     order = ("tp", "cp", "dp", "pp") if s.ep > 1 else ("tp", "cp", "pp", "dp")
     found = subdomains(slice_, [getattr(s, name) for name in order], names=order)
     return Links(**dict(zip(order, found, strict=True)))
+
+
+def one_chip(slice_: Slice) -> Slice:
+    """A single chip of a slice, whose links lead nowhere.
+
+    >>> from simulator.catalog.slices import resolve_slice
+    >>> one_chip(resolve_slice("tpu-v5e:4x4")).n_chips
+    1
+    """
+    return Slice(f"{slice_.spec} (one chip of it)", slice_.chip, 1, links_of_one(slice_))
+
+
+def links_of_one(slice_: Slice) -> tuple[LinkDomain, ...]:
+    """Links of a group of one chip: none, of the kind of the innermost."""
+    inner = slice_.domains[0]
+    return (replace(inner, dims=(1,) * len(inner.dims), wraps=(False,) * len(inner.dims)),)
 
 
 def subdomains(slice_: Slice, sizes: Sequence[int], *, names: Sequence[str] = ()) -> tuple[tuple[LinkDomain, ...], ...]:

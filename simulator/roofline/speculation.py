@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from simulator.errors import InputError, UnpriceableError
 from simulator.roofline.blocks import decode_knots, state_bytes
-from simulator.roofline.compile import compile_step_cost, dense_parts, hidden_s, sum_over
+from simulator.roofline.compile import compile_part, dense_parts, hidden_s, sum_over
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Matrix, Number, Op, matmul_op, matrix_bytes
 from simulator.roofline.memory import MemoryFit, memory_fit, weights_bytes
@@ -160,7 +160,7 @@ class Drafter:
     deployment
         of the model or layer; None for heads and lookup.
     same_slice
-        whether it shares the target's chips and memory; otherwise prompts are drafted beside the target's own steps.
+        whether it shares the target's chips, or some of them, and their memory; otherwise prompts are drafted beside the target's own steps.
     step_s, sequence_s
         host time per drafting step, and per sequence and drafting step, such as lookup, or the way to another slice. [s]
     modules
@@ -230,6 +230,9 @@ def model_drafter(
 
 def compile_speculation(target: Deployment, cost: StepCost, drafter: Drafter, levels: list[Tree]) -> SpeculationCost:
     """Tables of the levels of ``target`` with ``drafter``.
+
+    Of lock-step attention ranks ``target`` is one rank, and so are the tables: what it takes to draft for its own sequences. Where a drafter's experts are spread
+    over all ranks, the others draft for as many.
 
     Parameters
     ----------
@@ -389,7 +392,7 @@ def _chunk_work(drafter: Drafter, max_tokens: int) -> dict[str, Any]:
     d = drafter.deployment
     if d is None or not drafter.same_slice:
         return {"chunk_s": 0 * c}
-    table = compile_step_cost(replace(d, max_num_batched_tokens=max_tokens))
+    table = compile_part(replace(d, max_num_batched_tokens=max_tokens))
     time, flops, moved = table.dense_s, table.dense_flops, table.dense_bytes
     if drafter.kind == "layer":
         inputs = input_ops(d, c)
@@ -421,7 +424,7 @@ def drafter_weights_bytes(target: Deployment, drafter: Drafter, depth: int) -> f
 
 
 def memory_with_drafter(target: Deployment, drafter: Drafter, depth: int) -> MemoryFit:
-    """How target and drafter fill each chip: weights of both, and each token's KV in both caches."""
+    """How target and drafter fill each chip, or the fullest if not all have the drafter: weights of both, and each token's KV in both caches."""
     fit = memory_fit(target)
     weights = drafter_weights_bytes(target, drafter, depth)
     d = drafter.deployment if drafter.same_slice else None
@@ -437,7 +440,7 @@ def memory_with_drafter(target: Deployment, drafter: Drafter, depth: int) -> Mem
 
 
 def pass_time_s(cost: StepCost, speculation: SpeculationCost, level: int, batch: int, context: float) -> float:
-    """Time of a step in which ``batch`` sequences of ``context`` tokens take a pass of ``level``. [s]"""
+    """Time of a step in which ``batch`` sequences of ``context`` tokens, of each rank, take a pass of ``level``. [s]"""
     tokens = batch * int(speculation.queries[level])
     S, SW = batch * context, batch * min(context, cost.window)
     inner = speculation.decode_s(level, B=batch, S=S, SW=SW)

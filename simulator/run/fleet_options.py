@@ -1,5 +1,6 @@
 """What a scenario says about fleets: ``[router]``, ``[[pool]]``, ``[link]``, ``[store]`` and ``[agents]``."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -7,15 +8,20 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from simulator.catalog.records import Record
+from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.records import Requests
 from simulator.errors import UnpriceableError, nearest
 from simulator.fleet.records import POLICIES, Agents, Link, Role, Router
 from simulator.randomness import draw
 from simulator.traffic.arrivals import Closed
 from simulator.traffic.lengths import Fixed, Length
+from simulator.traffic.sessions import growing_blocks
+from simulator.traffic.stream import MAX_TOKENS_PER_REQUEST
 
 if TYPE_CHECKING:
     from simulator.catalog.slices import Slice
 
+Ints = NDArray[np.int64]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -146,14 +152,24 @@ class AgentOptions(Record):
     start_s: Seconds = 0.0
     """Agents start evenly spread over this time."""
     growing: bool = False
-    """Whether a turn re-sends what was said before: ``traffic`` then says what it adds, and with a ``[store]`` the rest is cached."""
+    """Whether a turn re-sends what was said before: ``traffic`` then says what it adds. With a ``[store]`` the rest is cached, and
+    replicas with a prefix cache find it there."""
+    opening: Length | None = None
+    """What a task that grows brings along before its first turn: documents, code. [tokens]"""
+    shared_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS_PER_REQUEST)] = 0
+    """A prompt that growing tasks have in common, in front of everything. [tokens]"""
+    block_tokens: PositiveInt = 16
+    """Granularity at which a prefix cache may see what a growing task re-sends. [tokens]"""
     deadline_s: PositiveFloat | None = None
     """An agent leaves a task that it has not ended this long after its first request: it sends no more of it."""
 
     @model_validator(mode="after")
-    def _think_law_exists(self) -> "AgentOptions":
+    def _fields_go_together(self) -> "AgentOptions":
         if 0 < self.think_cv < 0.01:
             raise ValueError(f"think_cv = {self.think_cv:g}: must be 0 (constant) or 0.01 … 100")
+        for name in ("opening", "shared_tokens"):
+            if getattr(self, name) and not self.growing:
+                raise ValueError(f"{name}: only with growing = true; otherwise traffic states whole prompts")
         return self
 
     @property
@@ -187,15 +203,34 @@ class AgentOptions(Record):
         return Agents(self.count, turns, think, self.deadline_s or np.inf)
 
 
-def growing_context(
-    agents: Agents, prompt: NDArray[np.int64], output: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Prompts of turns that re-send the past, and how many of their tokens were there before. [tokens]
+def growing_context(options: AgentOptions, agents: Agents, requests: Requests, seed: int) -> tuple[Requests, Ints]:
+    """Turns that re-send the past, and how many of their tokens were there before. [tokens]
 
-    ``prompt`` is what each turn adds.
+    ``requests`` have as prompts what each turn adds. Their hashes, if any, are taken off: they were of those prompts.
     """
+    n_tasks = len(agents.turns)
     first = np.concatenate([[0], np.cumsum(agents.turns)])[:-1]
+    task = np.repeat(np.arange(n_tasks), agents.turns)
+    said = np.concatenate([[0], np.cumsum(requests.prompt_tokens + requests.output_tokens)])[:-1]
+    start = np.full(n_tasks, options.shared_tokens)
+    if options.opening is not None:
+        start += options.opening.sample(seed, "agent_opening", 0, n_tasks)
+    before = said - said[first][task] + start[task]
+    prompt = before + requests.prompt_tokens
+    before[first] = 0  # brought along, and computed by whoever has it first
+    return replace(requests, prompt_tokens=prompt, hashes=None), before
+
+
+def growing_hashes(options: AgentOptions, agents: Agents, requests: Requests) -> BlockHashes:
+    """What a prefix cache, or a router that goes by prefixes, may know of tasks that grow; ``requests`` with whole prompts."""
     task = np.repeat(np.arange(len(agents.turns)), agents.turns)
-    said = np.concatenate([[0], np.cumsum(prompt + output)])[:-1]
-    before = said - said[first][task]
-    return before + prompt, before
+    blocks = growing_blocks(
+        task,
+        requests.prompt_tokens,
+        requests.output_tokens,
+        block_tokens=options.block_tokens,
+        shared_tokens=options.shared_tokens,
+        shared=np.zeros(len(task), dtype=np.int64),
+        field="agents.block_tokens",
+    )
+    return BlockHashes(**vars(blocks))

@@ -1,5 +1,6 @@
 """Scenarios with several pools, a store of KV caches, or agents: from the scenario to a fleet, and through its run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from simulator.engine.records import Requests
 from simulator.errors import InputError
 from simulator.fleet.records import STATE_FREE, Agents, Fleet, Pool, Router, Served
 from simulator.results.summary import Assumption
-from simulator.run.fleet_options import PoolOptions, growing_context
+from simulator.run.fleet_options import PoolOptions, growing_context, growing_hashes
 from simulator.run.kv_memory import block_bytes
 from simulator.run.resolve import Resolved, resolve
 from simulator.run.scenario import Scenario
@@ -27,6 +28,14 @@ class ResolvedFleet:
     pools: tuple[Resolved, ...]
     fleet: Fleet
 
+    def with_pools(self, pools: Sequence[Resolved]) -> "ResolvedFleet":
+        """The same fleet with other costs and settings of its replicas."""
+        changed = [
+            replace(pool, cost=resolved.engine_cost, settings=resolved.settings)
+            for pool, resolved in zip(self.fleet.pools, pools, strict=True)
+        ]
+        return replace(self, pools=tuple(pools), fleet=replace(self.fleet, pools=tuple(changed)))
+
 
 def follows_paths(scenario: Scenario) -> bool:
     """Whether a scenario is more than equal replicas that requests come to: then the whole path of each is followed."""
@@ -38,22 +47,6 @@ def looks_at_replicas(scenario: Scenario) -> bool:
     """Whether somebody looks at replicas while they run."""
     names = [scenario.router.policy, *([scenario.router.decode] if scenario.disaggregated else [])]
     return scenario.agents is not None or any(name not in STATE_FREE for name in names)
-
-
-def demand_turns(scenario: Scenario, what: str) -> None:
-    """Refuse what follows only equal replicas whose requests come by turns.
-
-    Raises
-    ------
-    InputError
-        For several pools, a store, agents, or another router.
-    """
-    other = scenario.replicas > 1 and scenario.router.policy != "round-robin"
-    if follows_paths(scenario) or other:
-        raise InputError(
-            f"{scenario.name}: {what} follows equal replicas behind round robin, not pools, stores, agents or router = "
-            f"{scenario.router.policy!r}"
-        )
 
 
 def kv_block_bytes(resolved: Resolved) -> float:
@@ -160,9 +153,11 @@ def agents_of(scenario: Scenario, requests: Requests, seed: int) -> tuple[Agents
     if scenario.agents is not None:
         agents = scenario.agents.agents(n, seed)
         if scenario.agents.growing:
-            prompt, before = growing_context(agents, requests.prompt_tokens, requests.output_tokens)
-            cached = before if scenario.store is not None else np.zeros_like(before)
-            requests = replace(requests, prompt_tokens=prompt, cached_tokens=cached)
+            requests, before = growing_context(scenario.agents, agents, requests, seed)
+            requests = replace(requests, cached_tokens=before if scenario.store is not None else np.zeros_like(before))
+            engines = [scenario.engine, *(scenario.of_pool(pool).engine for pool in scenario.pool)]
+            if scenario.router.policy == "prefix-affinity" or any(e.prefix_cache != "off" for e in engines):
+                requests = replace(requests, hashes=growing_hashes(scenario.agents, agents, requests))
         return agents, requests
     if requests.concurrency:
         return Agents(requests.concurrency, np.ones(n, dtype=np.int64), requests.arrival_s), requests

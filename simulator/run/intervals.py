@@ -5,6 +5,7 @@ draw replays the same requests, so that sampling noise cancels in its difference
 """
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ from simulator.catalog.engines import EngineProfile, EngineSpec, LeftOut, load_e
 from simulator.economics import PowerModel
 from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InfeasibleError, InputError
+from simulator.fleet.records import Agents, Served
 from simulator.results.summary import Estimate, Intervals, Summary
 from simulator.roofline.intervals import (
     DRAWS,
@@ -38,9 +40,11 @@ from simulator.roofline.intervals import (
 )
 from simulator.roofline.residual import slowed_step
 from simulator.roofline.step_cost import StepCost
+from simulator.run.fleets import ResolvedFleet, serve_fleet
 from simulator.run.outcome import Outcome, check_conservation
 from simulator.run.resolve import Resolved, redraw
-from simulator.run.simulate import queued_at_once, simulate_fleet
+from simulator.run.scenario import Scenario
+from simulator.run.serving import queued_at_once, served_at_once, simulate_fleet
 from simulator.run.summarise import Facts, summarise
 
 Array = NDArray[np.float64]
@@ -128,6 +132,11 @@ class ParameterDraw:
             later = (self.first_token - 1) * (one.first_token_s - one.arrival_s)
             replicas.append(replace(one, first_token_s=one.first_token_s + later, finish_s=one.finish_s + later))
         return replace(outcome, replicas=tuple(replicas))
+
+    def delay_path(self, served: Served) -> Served:
+        """The same for requests that crossed a fleet. Agents do not wait for it either."""
+        later = (self.first_token - 1) * (served.first_token_s - served.arrival_s)
+        return replace(served, first_token_s=served.first_token_s + later, finish_s=served.finish_s + later)
 
 
 def parameter_draws(resolved: Resolved, draws: Draws) -> list[ParameterDraw]:
@@ -221,14 +230,108 @@ def _drawn_powers(power: PowerModel | None, draws: Draws) -> list[PowerModel | N
     return [replace(power, idle_w=float(i), peak_w=float(p)) for i, p in zip(ends["idle"], ends["peak"], strict=True)]
 
 
+@dataclass(frozen=True)
+class OnePool:
+    """A run of equal replicas, to be made again in every draw: its requests, facts and measured window."""
+
+    resolved: Resolved
+    requests: Requests
+    facts: Facts
+    itl_window_s: tuple[float, float] | None
+
+    @property
+    def scenario(self) -> Scenario:
+        """What was run."""
+        return self.resolved.scenario
+
+    @property
+    def pools(self) -> tuple[Resolved, ...]:
+        """The one."""
+        return (self.resolved,)
+
+    def figures(self, draws: Sequence[ParameterDraw]) -> dict[str, float] | None:
+        """Headline figures in one draw, ``overloaded`` among them if it has no steady state; None if nothing could be served."""
+        (draw,) = draws
+        try:
+            changed = draw.apply(self.resolved)
+            outcome = simulate_fleet(changed, self.requests, itl_window_s=self.itl_window_s)
+        except InfeasibleError:
+            return None
+        if not (outcome.column("status") == FINISHED).any():
+            return None
+        at_once = served_at_once(changed, outcome)
+        about = replace(self.facts, cost=changed.cost, settings=changed.settings, power=draw.power)
+        check_conservation(outcome, changed.cost)
+        return _known(summarise(draw.delay(outcome), at_once, about, checked=True)[0])
+
+
+@dataclass(frozen=True)
+class Pools:
+    """A run of several pools, or of agents: each pool has its own draws, which share what deployments have in common."""
+
+    fleet: ResolvedFleet
+    requests: Requests
+    agents: Agents | None
+    facts: tuple[Facts, ...]
+    itl_window_s: tuple[float, float] | None
+    seed: int
+
+    @property
+    def scenario(self) -> Scenario:
+        """What was run."""
+        return self.fleet.scenario
+
+    @property
+    def pools(self) -> tuple[Resolved, ...]:
+        """Of each pool, one replica."""
+        return self.fleet.pools
+
+    def figures(self, draws: Sequence[ParameterDraw]) -> dict[str, float] | None:
+        """As :meth:`OnePool.figures`."""
+        from simulator.run.fleet_summary import check_fleet, path_of, path_table, pools_of, summarise_fleet  # noqa: PLC0415 - numba
+
+        def serve(requests: Requests, agents: Agents | None, itl_window_s: tuple[float, float] | None) -> Served:
+            return serve_fleet(fleet, requests, agents, seed=self.seed, workers=1, itl_window_s=itl_window_s)
+
+        try:
+            fleet = self.fleet.with_pools([d.apply(pool) for d, pool in zip(draws, self.pools, strict=True)])
+            served = serve(self.requests, self.agents, self.itl_window_s)
+        except InfeasibleError:
+            return None
+        if not served.finished.any():
+            return None
+        at_once = serve(queued_at_once(self.requests), None, None)
+        about = [
+            replace(facts, cost=pool.cost, settings=pool.settings, power=draw.power)
+            for facts, pool, draw in zip(self.facts, fleet.pools, draws, strict=True)
+        ]
+        pools = pools_of(served)
+        check_fleet(served, path_table(served, path_of(served, pools, window_s=self.itl_window_s), pools), pools, about)
+        # Who gives the first token says how far off its time may be.
+        first = draws[0 if fleet.fleet.first_token == "prefill" else -1]  # noqa: S105 - a token of text
+        return _known(
+            summarise_fleet(
+                first.delay_path(served),
+                at_once,
+                about,
+                window_s=self.itl_window_s,
+                agents=self.agents,
+                tasks=self.scenario.agents is not None,
+                checked=True,
+            )[0]
+        )
+
+
+def _known(summary: Summary) -> dict[str, float]:
+    found = headline_figures(summary)
+    return found | {"overloaded": 1.0} if summary.load.overloaded else found
+
+
 def parameter_intervals(
-    resolved: Resolved,
-    requests: Requests,
-    facts: Facts,
+    subject: OnePool | Pools,
     summary: Summary,
     *,
     level: float,
-    itl_window_s: tuple[float, float] | None,
     n: int = DRAWS,
     seed: int = 0,
     workers: int = 1,
@@ -237,8 +340,8 @@ def parameter_intervals(
 
     Parameters
     ----------
-    requests, facts, summary, itl_window_s
-        those of the run.
+    subject, summary
+        the run, and what it gave.
     level
         percent of draws inside an interval.
     workers
@@ -250,23 +353,21 @@ def parameter_intervals(
         See :func:`check`; or for a level outside (0, 100).
     """
     check_level(level)
-    check(resolved)
+    for pool in subject.pools:
+        check(pool)
     every = Draws(n, seed)
-    active = _active_sources(resolved, every)
+    active = [s for s in SOURCES if any(s in _active_sources(pool, every) for pool in subject.pools)]
     fewer = draws_per_source(n)
     alone = [every.only(source, fewer) for source in active] if len(active) > 1 else []
-    batches = [parameter_draws(resolved, draws) for draws in (every, *alone)]
-    flat = [draw for batch in batches for draw in batch]
-
-    def one(draw: ParameterDraw) -> dict[str, float] | None:
-        return _figures_of(draw, resolved, requests, facts, itl_window_s)
-
+    flat: list[tuple[ParameterDraw, ...]] = []
+    for draws in (every, *alone):
+        flat += zip(*(parameter_draws(pool, draws) for pool in subject.pools), strict=True)
     if workers == 1:
-        results = [one(draw) for draw in flat]
+        results = [subject.figures(draw) for draw in flat]
     else:
         # The compiled engine and large numpy operations hold no lock; map keeps the order of draws.
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            results = list(pool.map(one, flat))
+        with ThreadPoolExecutor(max_workers=workers) as threads:
+            results = list(threads.map(subject.figures, flat))
     main, rest = results[:n], results[n:]
     by_source = {source: rest[i * fewer : (i + 1) * fewer] for i, source in enumerate(active)} if alone else {}
     figures = {}
@@ -284,7 +385,7 @@ def parameter_intervals(
         overloaded_fraction=float(np.mean(unsteady)),
         infeasible_fraction=float(np.mean([r is None for r in main])),
         figures=figures,
-        notes=_notes(resolved),
+        notes=list(dict.fromkeys(note for pool in subject.pools for note in _notes(pool))),
     )
 
 
@@ -299,31 +400,6 @@ def headline_figures(summary: Summary) -> dict[str, float]:
         if isinstance(value, int | float):
             found[path] = float(value)
     return found
-
-
-def _figures_of(
-    draw: ParameterDraw,
-    resolved: Resolved,
-    requests: Requests,
-    facts: Facts,
-    itl_window_s: tuple[float, float] | None,
-) -> dict[str, float] | None:
-    """Headline figures in one draw, ``overloaded`` among them if it has no steady state; None if nothing could be served."""
-    try:
-        changed = draw.apply(resolved)
-        outcome = simulate_fleet(changed, requests, itl_window_s=itl_window_s)
-    except InfeasibleError:
-        return None
-    if not (outcome.column("status") == FINISHED).any():
-        return None
-    at_once = outcome
-    if requests.concurrency or float(requests.arrival_s[-1]) > 0:
-        at_once = simulate_fleet(changed, queued_at_once(requests))
-    about = replace(facts, cost=changed.cost, settings=changed.settings, power=draw.power)
-    check_conservation(outcome, changed.cost)
-    summary = summarise(draw.delay(outcome), at_once, about, checked=True)[0]
-    found = headline_figures(summary)
-    return found | {"overloaded": 1.0} if summary.load.overloaded else found
 
 
 def _column(figures: dict[str, float] | None, path: str) -> float:

@@ -174,10 +174,10 @@ def _resolve(
         cost = apply_profile(kernels, profile)
     drafting = None
     if engine.speculation is not None:
-        if sharded is not None or isinstance(cost, PipelineCost):
+        if isinstance(cost, PipelineCost):
             raise InputError(
-                f"{scenario.name}: engine.speculation with sharding {sharding}: drafts are priced for replicas of one part; leave "
-                "one of them out"
+                f"{scenario.name}: engine.speculation with sharding {sharding}: the next drafts need the last stage's verdict on the "
+                "present ones, and vLLM 0.19 does not compose the two either; leave one of them out"
             )
         if profile is not None:
             raise InputError(

@@ -7,31 +7,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from simulator import __version__
 from simulator.catalog.architecture import Architecture
-from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.records import FINISHED, Requests
 from simulator.errors import InfeasibleError, InputError
-from simulator.fleet.records import Fleet, Router
+from simulator.fleet.records import Served
 from simulator.results.store import Result
 from simulator.results.summary import Figure, Replications, Summary
 from simulator.results.tables import Table
 from simulator.roofline.intervals import DRAWS, check_level
-from simulator.run.fleet_options import PoolOptions
 from simulator.run.fleets import (
     ResolvedFleet,
-    agents_of,
     follows_paths,
     link_assumptions,
     looks_at_replicas,
-    pool_of,
     resolve_fleet,
     serve_fleet,
 )
@@ -39,11 +32,21 @@ from simulator.run.options import RunOptions
 from simulator.run.outcome import Outcome, requests_table
 from simulator.run.resolve import Resolved, check_contradictions, facts, resolve
 from simulator.run.scenario import Scenario
-from simulator.run.speculation import with_acceptance
+from simulator.run.serving import (
+    as_requests,
+    outcome_of,
+    queued_at_once,
+    serve_equal,
+    serve_paths,
+    served_at_once,
+    with_seed,
+)
 from simulator.run.statistics import between_seeds
 from simulator.run.summarise import summarise
-from simulator.run.window import cut_window
-from simulator.traffic import Stream, build_stream, stream_blocks
+from simulator.traffic import Stream, stream_blocks
+
+if TYPE_CHECKING:
+    from simulator.run.intervals import OnePool, Pools
 
 #: Called with (steps done, steps in all, what is done now).
 Progress = Callable[[int, int, str], None]
@@ -60,6 +63,8 @@ class Run:
     resolved: Resolved
     outcome: Outcome
     """Of the first seed."""
+    served: Served | None
+    """What each replica did, of the first seed; None of a run in blocks."""
 
     @property
     def summary(self) -> Summary:
@@ -130,19 +135,17 @@ def run_scenario(
             "requests (summary_only = false)"
         )
     resolved = resolve(scenario, architecture=architecture) if fleet is None else fleet.pools[-1]
+    pools = (resolved,) if fleet is None else fleet.pools
     if scenario.run.interval is not None:
         from simulator.run.intervals import check  # noqa: PLC0415 - imports this module
 
-        if fleet is not None:
-            raise InputError(
-                f"{scenario.name}: run.interval draws the parameters of one pool of equal replicas; leave pools, store and agents out"
-            )
-        check(resolved)
-    for one in (resolved,) if fleet is None else fleet.pools:
+        for one in pools:
+            check(one)
+    for one in pools:
         prepare_engine(partial(say, 0, total), one)
     if scenario.all_replicas > 1 and looks_at_replicas(scenario):
         say(0, total, "loading the engine for fleets (some 25 s the first time)")
-    runs = []
+    runs: list[tuple[Summary, Table, Table, Outcome, Served | None]] = []
     for k in range(n_seeds):
         say(1 + 2 * k, total, f"simulating, seed {first + k}")
         tell = partial(say, 2 + 2 * k, total)
@@ -153,7 +156,7 @@ def run_scenario(
         else:
             runs.append(_run_once(resolved, first + k, workers, tell))
     say(total, total, "done")
-    summary, requests, timeline, outcome = runs[0]
+    summary, requests, timeline, outcome, served = runs[0]
     if n_seeds > 1:
         summary = summary.model_copy(update={"replications": _replications([run[0] for run in runs], first)})
     result = Result(
@@ -165,7 +168,7 @@ def run_scenario(
         versions=versions(),
         inputs=_input_digests(scenario),
     )
-    return Run(result=result, resolved=resolved, outcome=outcome)
+    return Run(result=result, resolved=resolved, outcome=outcome, served=served)
 
 
 def _changed(options: RunOptions, changes: Mapping[str, Any]) -> RunOptions:
@@ -206,49 +209,37 @@ def prepare_engine(say: Callable[[str], None], resolved: Resolved) -> None:
 
 def _run_once(
     resolved: Resolved, seed: int, workers: int, say: Callable[[str], None]
-) -> tuple[Summary, Table, Table, Outcome]:
+) -> tuple[Summary, Table, Table, Outcome, Served]:
     scenario = resolved.scenario
-    if resolved.settings.expert_skew.on:
-        skew = replace(resolved.settings.expert_skew, seed=seed)
-        resolved = replace(resolved, settings=replace(resolved.settings, expert_skew=skew))
-    stream = build_stream(scenario.traffic, seed, base_folder=Path.cwd())
-    if len(stream) == 0:
-        raise InputError(f"{scenario.name}: the traffic has no requests")
-    check_contradictions(scenario, stream.concurrency)
-    requests = scenario_requests(scenario, stream, seed)
-    window = _itl_window_s(requests, scenario)
-    outcome = simulate_fleet(resolved, requests, workers=workers, itl_window_s=window, seed=seed)
+    resolved = with_seed(resolved, seed)
+    serving = serve_equal(resolved, seed, workers)
+    stream, requests, window = serving.stream, serving.requests, serving.itl_window_s
+    outcome = outcome_of(serving.served)
     finished = int((outcome.column("status") == FINISHED).sum())
     if finished == 0:
         raise InfeasibleError(_nothing_fits(resolved, requests))
     say(f"measuring capacity, seed {seed}")
-    if requests.concurrency == 0 and float(requests.arrival_s[-1]) == 0:
-        at_once = outcome
-    else:
-        # Requests that are there at once find all replicas alike: who looks at them takes turns.
-        entry = scenario.router.entry
-        router = entry if entry.state_free else Router()
-        at_once = simulate_fleet(resolved, queued_at_once(requests), workers=workers, router=router, seed=seed)
+    at_once = served_at_once(resolved, outcome, workers=workers, seed=seed)
     about = facts(resolved, seed=seed, traffic=_source(stream.source, scenario), notes=_notes(stream, scenario))
     summary, table, timeline = summarise(outcome, at_once, about)
     if scenario.run.interval is not None and seed == scenario.run.seed:
-        from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
+        from simulator.run.intervals import OnePool  # noqa: PLC0415 - imports this module
 
-        n = scenario.run.interval_draws or DRAWS
-        say(f"drawing parameters {n} times")
-        intervals = parameter_intervals(
-            resolved,
-            requests,
-            about,
-            summary,
-            level=scenario.run.interval,
-            itl_window_s=window,
-            n=n,
-            seed=seed,
-            workers=workers,
-        )
-        summary = summary.model_copy(update={"intervals": intervals})
-    return summary, table, timeline, outcome
+        summary = _with_intervals(OnePool(resolved, requests, about, window), summary, seed, workers, say)
+    return summary, table, timeline, outcome, serving.served
+
+
+def _with_intervals(
+    subject: "OnePool | Pools", summary: Summary, seed: int, workers: int, say: Callable[[str], None]
+) -> Summary:
+    """The summary with intervals over draws of the parameters."""
+    from simulator.run.intervals import parameter_intervals  # noqa: PLC0415 - imports this module
+
+    options = subject.scenario.run
+    n = options.interval_draws or DRAWS
+    say(f"drawing parameters {n} times")
+    found = parameter_intervals(subject, summary, level=options.interval or 0.0, n=n, seed=seed, workers=workers)
+    return summary.model_copy(update={"intervals": found})
 
 
 def _notes(stream: Stream, scenario: Scenario) -> tuple[str, ...]:
@@ -260,21 +251,14 @@ def _notes(stream: Stream, scenario: Scenario) -> tuple[str, ...]:
 
 def _run_fleet(
     resolved: ResolvedFleet, seed: int, workers: int, say: Callable[[str], None]
-) -> tuple[Summary, Table, Table, Outcome]:
+) -> tuple[Summary, Table, Table, Outcome, Served]:
     """As :func:`_run_once`, for pools, a store, or clients who wait for a router that looks at replicas."""
     from simulator.run.fleet_summary import summarise_fleet  # noqa: PLC0415 - imports the engine, which imports numba
 
     scenario = resolved.scenario
-    traffic = scenario.traffic
-    if scenario.agents is not None:
-        traffic = traffic.model_copy(update={"arrival": scenario.agents.arrival})
-    stream = build_stream(traffic, seed, base_folder=Path.cwd())
-    if len(stream) == 0:
-        raise InputError(f"{scenario.name}: the traffic has no requests")
-    # Where answers are decoded says what the scheduler and the drafts must know of each request.
-    agents, requests = agents_of(scenario, scenario_requests(resolved.pools[-1].scenario, stream, seed), seed)
-    window = None if agents is not None else _itl_window_s(requests, scenario)
-    served = serve_fleet(resolved, requests, agents, seed=seed, workers=workers, itl_window_s=window)
+    serving = serve_paths(resolved, seed, workers)
+    stream, requests, served = serving.stream, serving.requests, serving.served
+    agents, window = serving.agents, serving.itl_window_s
     if not served.finished.any():
         raise InfeasibleError(_nothing_fits(resolved.pools[-1], requests))
     say(f"measuring capacity, seed {seed}")
@@ -287,12 +271,19 @@ def _run_fleet(
         for options, pool in zip(resolved.options, resolved.pools, strict=True)
     ]
     about[-1] = replace(about[-1], assumptions=(*about[-1].assumptions, *link_assumptions(resolved)))
-    return summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=scenario.agents is not None)
+    tasks = scenario.agents is not None
+    found = summarise_fleet(served, at_once, about, window_s=window, agents=agents, tasks=tasks)
+    if scenario.run.interval is not None and seed == scenario.run.seed:
+        from simulator.run.intervals import Pools  # noqa: PLC0415 - imports this module
+
+        subject = Pools(resolved, requests, agents, tuple(about), window, seed)
+        return _with_intervals(subject, found[0], seed, workers, say), *found[1:], served
+    return *found, served
 
 
 def _run_summary_only(
     resolved: Resolved, seed: int, workers: int, say: Callable[[str], None]
-) -> tuple[Summary, Table, Table, Outcome]:
+) -> tuple[Summary, Table, Table, Outcome, None]:
     """As :func:`_run_once`, block by block: the requests table is empty."""
     from simulator.run.streaming import EqualReplicas, run_streaming  # noqa: PLC0415 - imports the engine, which imports numba
 
@@ -318,7 +309,7 @@ def _run_summary_only(
     if found is None:
         raise InfeasibleError(_nothing_fits(resolved, as_requests(next(blocks.blocks()))))
     summary, timeline, outcome = found
-    return summary, requests_table(replace(outcome, replicas=outcome.replicas[:1])), timeline, outcome
+    return summary, requests_table(replace(outcome, replicas=outcome.replicas[:1])), timeline, outcome, None
 
 
 def _source(text: str, scenario: Scenario) -> str:
@@ -328,89 +319,6 @@ def _source(text: str, scenario: Scenario) -> str:
         if path:
             text = text.replace(path, Path(path).name)
     return text
-
-
-def scenario_requests(scenario: Scenario, stream: Stream, seed: int) -> Requests:
-    """A scenario's stream as the engine takes it, with what its clients add and what is drawn for each request."""
-    requests = as_requests(stream, client_columns(scenario, stream.output_tokens, seed))
-    if scenario.engine.stored_prefix_tokens:
-        stored = np.minimum(requests.prompt_tokens, scenario.engine.stored_prefix_tokens)
-        requests = replace(requests, stored_tokens=stored)
-    return with_acceptance(requests, scenario.engine.speculation, seed)
-
-
-def client_columns(scenario: Scenario, output_tokens: NDArray[np.int64], seed: int) -> dict[str, NDArray[Any]]:
-    """What a scenario's clients add to a stream of requests."""
-    engine = scenario.engine
-    sigma = engine.length_prediction_sigma if engine.policy == "sjf" else None
-    ttft_s = scenario.slo.ttft_s if engine.policy == "edf" else None
-    return scenario.clients.columns(output_tokens, seed, prediction_sigma=sigma, ttft_s=ttft_s)
-
-
-def as_requests(stream: Stream, columns: Mapping[str, NDArray[Any]] = MappingProxyType({})) -> Requests:
-    """A traffic stream as the engine takes it, with what the clients add to it."""
-    return Requests(
-        arrival_s=stream.arrival_s,
-        prompt_tokens=stream.prompt_tokens,
-        output_tokens=stream.output_tokens,
-        cached_tokens=stream.cached_tokens,
-        max_tokens=stream.max_tokens,
-        concurrency=stream.concurrency,
-        hashes=None if stream.blocks is None else BlockHashes(**vars(stream.blocks)),
-        **columns,
-    )
-
-
-def queued_at_once(requests: Requests) -> Requests:
-    """The same requests, all queued at t = 0, from clients who wait: what capacity is measured with."""
-    return replace(
-        requests,
-        arrival_s=np.zeros(len(requests)),
-        concurrency=0,
-        ttft_timeout_s=None,
-        timeout_s=None,
-        cancel_s=None,
-    )
-
-
-def simulate_fleet(
-    resolved: Resolved,
-    requests: Requests,
-    *,
-    workers: int = 1,
-    itl_window_s: tuple[float, float] | None = None,
-    router: Router | None = None,
-    seed: int | None = None,
-) -> Outcome:
-    """Serve a stream with the scenario's equal replicas, sent there by ``router``, or else by the scenario's.
-
-    ``itl_window_s``: count the inter-token latencies of the steps that start in this stretch of time by themselves. [s]
-    """
-    from simulator.fleet import serve  # noqa: PLC0415 - numba takes a while to import
-
-    scenario = resolved.scenario
-    n = scenario.replicas
-    if len(requests) < n:
-        raise InputError(f"{scenario.name}: {len(requests)} requests cannot occupy replicas = {n}")
-    router = router or scenario.router.entry
-    pool = pool_of(PoolOptions(name="replicas", replicas=n), resolved, carried=False)
-    seed = scenario.run.seed if seed is None else seed
-    found = serve(Fleet((pool,), router), requests, seed=seed, workers=workers, itl_window_s=itl_window_s)
-    (served,) = found.pools
-    rows = None if router.policy == "round-robin" else served.rows
-    return Outcome(requests, served.replicas, resolved.cost.chips, found.itl_counts, rows)
-
-
-def _itl_window_s(requests: Requests, scenario: Scenario) -> tuple[float, float] | None:
-    """The measured window of an open loop, known from its arrivals; None for a closed loop, or if all arrive at once. [s]"""
-    if requests.concurrency:
-        return None
-    first, last = float(requests.arrival_s[0]), float(requests.arrival_s[-1])
-    options = scenario.run
-    window, offline = cut_window(
-        first, last, np.nan, warm_up_fraction=options.warm_up_fraction, drain_fraction=options.drain_fraction
-    )
-    return None if offline else (window.start_s, window.stop_s)
 
 
 def _nothing_fits(resolved: Resolved, requests: Requests) -> str:

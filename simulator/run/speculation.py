@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, model_validator
 
+from simulator.catalog.architecture import Architecture, MoEFFN
 from simulator.catalog.models import load_model
 from simulator.catalog.records import Record
-from simulator.catalog.slices import resolve_slice
+from simulator.catalog.slices import LinkDomain, resolve_slice
 from simulator.engine.records import Requests, Speculation
 from simulator.errors import InfeasibleError, InputError
 from simulator.randomness import draw
@@ -25,6 +26,7 @@ from simulator.roofline.acceptance import (
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import MemoryFit, memory_fit, require_fit
 from simulator.roofline.precision import parse_precision
+from simulator.roofline.sharding import one_chip
 from simulator.roofline.speculation import (
     Drafter,
     SpeculationCost,
@@ -56,7 +58,9 @@ class SpeculationOptions(Record):
     precision: str | None = None
     """Of the draft model; None: the target's."""
     slice: str | None = None
-    """Slice of the draft model; None: the target's own."""
+    """Slice of the draft model, of attention ranks one for each; None: the target's own."""
+    draft_tensor_parallel_size: PositiveInt | None = None
+    """Chips of the target's slice, or of an attention rank, that the draft model is spread over: 1, or all of them (None)."""
     tree: tuple[PositiveInt, ...] = ()
     """Draft nodes at each depth; empty: a chain."""
     acceptance_rate: Share | None = None
@@ -93,8 +97,12 @@ class SpeculationOptions(Record):
             raise ValueError("give exactly one of num_speculative_tokens and tree")
         if (self.method == "draft_model") != (self.model is not None):
             raise ValueError('model goes with method = "draft_model", and only with it')
-        if self.model is None and (self.precision or self.slice):
-            raise ValueError("precision and slice are those of a draft model")
+        if self.model is None and (self.precision or self.slice or self.draft_tensor_parallel_size):
+            raise ValueError("precision, slice and draft_tensor_parallel_size are those of a draft model")
+        if self.slice and self.draft_tensor_parallel_size:
+            raise ValueError(
+                "draft_tensor_parallel_size goes with the target's slice; a slice of its own is used whole"
+            )
         if self.tree and self.method in {"draft_model", "ngram"}:
             raise ValueError(f"method = {self.method!r} drafts chains, not trees")
         if self.adaptive and self.drafts_by_batch:
@@ -135,7 +143,7 @@ class ResolvedSpeculation:
     plan
         for the engines.
     other_chips, other_peak_flops_per_s, other_bandwidth_bytes_per_s
-        of the drafter's own slice, whose time is the replica's too; 0 without one.
+        of the drafter's own slice, or of one for each attention rank, whose time is the replica's too; 0 without one.
     """
 
     options: SpeculationOptions
@@ -185,23 +193,39 @@ def drafter_of(options: SpeculationOptions, target: Deployment) -> Drafter:
         return Drafter("heads", **host)
     if options.method == "ngram":
         return Drafter("lookup", **host)
+    architecture = load_model(options.model or "")
+    place = resolve_slice(options.slice) if options.slice else target.slice
+    alone = options.draft_tensor_parallel_size == 1
+    if options.draft_tensor_parallel_size not in {None, 1, target.chips}:
+        of_rank = " of an attention rank" if target.expert_ranks > 1 else ""
+        raise InputError(
+            f"engine.speculation.draft_tensor_parallel_size = {options.draft_tensor_parallel_size}: a draft model lies on one chip, or on "
+            f"all {target.chips}{of_rank}"
+        )
     draft = replace(
         target,
-        architecture=load_model(options.model or ""),
-        slice=resolve_slice(options.slice) if options.slice else target.slice,
+        architecture=architecture,
+        slice=one_chip(place) if alone else place,
         tp=None,
         precision=parse_precision(options.precision) if options.precision else target.precision,
         decode_tokens=1,
+        expert_domains=() if options.slice or alone else _experts_alike(target, architecture),
     )
     if options.slice:
         require_fit(draft)
     return model_drafter(draft, same_slice=options.slice is None, **host)
 
 
+def _experts_alike(target: Deployment, draft: Architecture) -> tuple[LinkDomain, ...]:
+    """The chips over which a draft model's experts are spread: the target's, if they can be."""
+    counts = [group.ffn.n_experts for group in draft.layers if isinstance(group.ffn, MoEFFN)]
+    return target.expert_domains if counts and not any(n % target.expert_chips for n in counts) else ()
+
+
 def resolve_speculation(
     options: SpeculationOptions, target: Deployment, cost: StepCost, *, check_memory: bool = True
 ) -> ResolvedSpeculation:
-    """Compile a scenario's speculation; ``target`` and ``cost`` must be of ``options.decode_tokens``.
+    """Compile a scenario's speculation; ``target`` and ``cost`` must be of ``options.decode_tokens``. Of attention ranks ``target`` is one, and ``cost`` of all.
 
     Raises
     ------
@@ -221,13 +245,14 @@ def resolve_speculation(
     prices = compile_speculation(target, cost, drafter, options.levels)
     survival = survival_table(options)
     other = None if drafter.same_slice else drafter.deployment
+    chips = cost.ranks * other.chips if other else 0
     return ResolvedSpeculation(
         options=options,
         fit=fit,
         plan=Speculation(prices, survival, _level_table(options, target, cost, prices, survival)),
-        other_chips=other.chips if other else 0,
-        other_peak_flops_per_s=other.chips * other.peak_flops_per_s if other else 0.0,
-        other_bandwidth_bytes_per_s=other.chips * other.hbm_bytes_per_s if other else 0.0,
+        other_chips=chips,
+        other_peak_flops_per_s=chips * other.peak_flops_per_s if other else 0.0,
+        other_bandwidth_bytes_per_s=chips * other.hbm_bytes_per_s if other else 0.0,
     )
 
 

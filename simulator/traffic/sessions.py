@@ -161,19 +161,59 @@ def _within(values: NDArray[T], first: NDArray[np.int64], session: NDArray[np.in
 
 
 def _as_turns(sessions: Sessions, table: _Table, n: int) -> Turns:
-    """The first ``n`` turns, with ids: those of the shared prompts first, then as many for each session as its longest turn needs."""
-    unit = sessions.block_tokens
-    prompt, output, session = table.prompt[:n], table.output[:n], table.session[:n]
-    counts = (prompt + output - 1) // unit
+    """The first ``n`` turns, and which of their blocks are alike."""
+    prompt, output = table.prompt[:n], table.output[:n]
+    blocks = growing_blocks(
+        table.session[:n],
+        prompt,
+        output,
+        block_tokens=sessions.block_tokens,
+        shared_tokens=sessions.shared_tokens,
+        shared=table.shared[:n],
+        field="traffic.sessions.block_tokens",
+    )
+    return Turns(table.arrival_s[:n], prompt, output, blocks)
+
+
+def growing_blocks(
+    session: NDArray[np.int64],
+    prompt: NDArray[np.int64],
+    output: NDArray[np.int64],
+    *,
+    block_tokens: int,
+    shared_tokens: int,
+    shared: NDArray[np.int64],
+    field: str,
+) -> BlockIds:
+    """Which blocks of requests are alike, where each re-sends all that its session has said.
+
+    Parameters
+    ----------
+    session
+        [n] which one, from 0.
+    prompt, output
+        [n] whole prompts, the past included. [tokens]
+    shared_tokens, shared
+        the part of every prompt, in front, that sessions have in common, and [n] which of several such parts. [tokens]
+    field
+        what the message calls ``block_tokens``.
+
+    Raises
+    ------
+    InputError
+        If there would be more than ``MAX_BLOCK_IDS`` blocks.
+    """
+    # Ids: those of the shared prompts first, then as many for each session as its longest turn needs.
+    counts = (prompt + output - 1) // block_tokens
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
     if int(offsets[-1]) > MAX_BLOCK_IDS:
         raise InputError(
-            f"traffic.sessions.block_tokens = {unit}: {offsets[-1]:,} blocks are more than {MAX_BLOCK_IDS:,}; use larger blocks"
+            f"{field} = {block_tokens}: {offsets[-1]:,} blocks are more than {MAX_BLOCK_IDS:,}; use larger blocks"
         )
-    n_shared = sessions.shared_tokens // unit
+    n_shared = shared_tokens // block_tokens
     place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
     longest = np.zeros(int(session.max(initial=-1)) + 2, dtype=np.int64)
     np.maximum.at(longest, session + 1, np.maximum(counts - n_shared, 0))
-    own = sessions.shared_prompts * n_shared + np.cumsum(longest)[session] - n_shared
-    ids = place + np.where(place < n_shared, np.repeat(table.shared[:n] * n_shared, counts), np.repeat(own, counts))
-    return Turns(table.arrival_s[:n], prompt, output, BlockIds(ids, offsets, unit, covers_output=True))
+    own = (int(shared.max(initial=0)) + 1) * n_shared + np.cumsum(longest)[session] - n_shared
+    ids = place + np.where(place < n_shared, np.repeat(shared * n_shared, counts), np.repeat(own, counts))
+    return BlockIds(ids, offsets, block_tokens, covers_output=True)

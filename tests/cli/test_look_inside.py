@@ -20,13 +20,46 @@ def test_a_trace_of_a_window_is_written(run_cli, tmp_path):
     whole = json.loads((tmp_path / "whole.json").read_text())
     begun = [event for event in whole["traceEvents"] if event["ph"] == "b" and event["name"].startswith("request")]
     assert sorted(event["id"] for event in begun) == list(range(300))
-    assert begun[0]["args"].keys() == {"prompt_tokens", "cached_tokens", "output_tokens", "preemptions"}
+    assert begun[0]["args"].keys() == {"prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "attempts"}
+
+
+DISAGGREGATED = ("llama-3-70b-disaggregated", "--set", "traffic.n_requests=120")
+
+
+def test_a_fleet_is_looked_into(run_cli, tmp_path):
+    run_cli("simulate", *DISAGGREGATED, "-q", "--out", str(tmp_path / "run"), "--trace", str(tmp_path / "t.json"))
+    document = json.loads((tmp_path / "t.json").read_text())
+    names = [event["args"]["name"] for event in document["traceEvents"] if event["name"] == "process_name"]
+    assert [name.rpartition(": ")[2] for name in names[:4]] == [
+        "prefill, replica 0",
+        "prefill, replica 1",
+        "decode, replica 2",
+        "decode, replica 3",
+    ]
+    found = json.loads(run_cli("explain", str(tmp_path / "run"), "77", "--json").stdout)
+    assert sum(part["time_s"] for part in found["parts"]) == pytest.approx(found["e2e_s"], rel=1e-14)
+    assert [stop["pool"] for stop in found["stops"]] == ["prefill", "decode"]
+    text = run_cli("explain", str(tmp_path / "run"), "77").stdout
+    for words in ("KV link: sending and latency", "decode: decode", "least-kv)"):
+        assert words in text
+
+
+def test_a_client_that_leaves_is_explained_up_to_its_departure(run_cli):
+    clients = ("--set", "clients.timeout_s=0.5", "--set", "clients.max_attempts=2", "--set", "clients.backoff_s=0.25")
+    found = json.loads(run_cli("explain", NAME, "120", *SMALL, *clients, "--json").stdout)
+    assert (found["state"], found["attempts"]) == ("timed out", 2)
+    assert sum(part["time_s"] for part in found["parts"]) == pytest.approx(found["e2e_s"], rel=1e-14)
+    assert 1.25 <= found["e2e_s"] < 1.5  # two attempts, a wait between, and what was left of a step
+    text = run_cli("explain", NAME, "120", *SMALL, *clients).stdout
+    assert "arrival to departure" in text
+    assert "2 attempts, timed out" in text
+    assert "between attempts" in text
 
 
 def test_a_trace_too_long_for_a_viewer_says_where_it_ends(run_cli, tmp_path, monkeypatch):
-    from simulator.run import explain
+    from simulator.run import replay
 
-    monkeypatch.setattr(explain.record_fleet, "__kwdefaults__", {"max_steps": 40})
+    monkeypatch.setattr(replay.logs_of, "__kwdefaults__", {"max_steps": 40})
     done = run_cli("simulate", NAME, *SMALL, "--trace", str(tmp_path / "t.json"))
     assert "trace of 40 steps" in done.stderr
     assert "choose a --trace-window" in done.stderr

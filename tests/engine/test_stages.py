@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from simulator.engine.expert_skew import ExpertSkew
 from simulator.engine.grouped import StageEngine
 from simulator.engine.records import EngineSettings
-from simulator.engine.refusals import LASTING
+from simulator.engine.refusals import LASTING, MEMORY, Refusal
 from simulator.errors import InputError
 from simulator.roofline.pipeline import flow_s
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
-from tests.engine.comparing import TIMES, assert_counts_equal
+from tests.engine.comparing import TIMES, assert_counts_equal, assert_equal
 from tests.engine.engines import engine
-from tests.engine.mixtures import seeded_mixtures
+from tests.engine.mixtures import random_mixture, seeded_mixtures
 from tests.engine.strategies import Case, real_case, requests_of, step_cost
 
 
@@ -96,6 +96,35 @@ def test_a_prompt_flows_through_the_stages_as_the_closed_form_says(chunks):
     ]
     times_s = [[stage.step_s(**work) for stage in pipeline.stages] for work in works]
     assert found.first_token_s[0] == flow_s(times_s, [0.25, 0.25])
+
+
+ONE_BY_ONE = Refusal(
+    ("stages",), ("batching", "uneven experts", *MEMORY), "micro-batches go through the scheduler one by one"
+)
+
+
+def long_mixture(seed, features):
+    """A mixture whose outputs are so long, and some of whose arrivals so far apart, that micro-batches mostly decode."""
+    case = random_mixture(seed, ("stages", *features), (*LASTING, ONE_BY_ONE))
+    requests, settings = case.requests, case.settings
+    output = requests.output_tokens * (7 + 11 * (np.arange(len(requests)) % 3))
+    longer = {"output_tokens": output, "max_tokens": output + 1, "arrival_s": requests.arrival_s * (1 + 3 * (seed % 5))}
+    longest = int((requests.prompt_tokens + output).max())
+    more = max(longest, int(output.sum()) // (1 + seed % 4)) // settings.block_size
+    settings = replace(settings, num_kv_blocks=settings.num_kv_blocks + more, max_model_len=0)
+    return Case(case.cost, settings, replace(requests, **longer))
+
+
+@pytest.mark.parametrize("features", [(), ("policy",), ("host",), ("clients that leave",), ("watermark",)], ids=str)
+def test_rounds_without_the_scheduler_are_those_with_it(features):
+    """Engines agree exactly where micro-batches decode for long, though one does not go through them one by one."""
+    steps = segments = 0
+    for seed in range(16):
+        case, interval_s = long_mixture(seed, features), (None, 1.0, 7.5)[seed % 3]
+        assert_equal(case, interval_s)
+        totals = run(case).totals
+        steps, segments = steps + totals["steps"], segments + totals["segments"]
+    assert segments < 0.75 * steps
 
 
 def test_two_equal_stages_nearly_double_a_full_pipeline():

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from simulator.engine.records import FINISHED, NOT_ARRIVED, REJECTED
+from simulator.engine.replicas import Kind, why_not_plain
+from simulator.engine.scheduling import HostOverheads
 from simulator.errors import InputError
 from simulator.fleet import Agents, Fleet, Link, Router, serve_agents
+from simulator.roofline.pipeline_cost import PipelineCost
 
 
 def crew(fleets, n=300, *, count=6, turns=5, think_s=0.02, deadline_s=np.inf, **more):
@@ -36,6 +39,19 @@ def test_turns_of_a_task_follow_each_other_by_the_time_to_think(fleets):
     events = sorted([(t, 1) for t in arrival[:, 0]] + [(t, -1) for t in finish[:, -1]])
     at_work = np.cumsum([step for _, step in events])
     assert at_work.max() == 6
+
+
+def test_replicas_of_their_own_calls_make_the_same_path(fleets):
+    """Two pools, a store and links, once with plain replicas and once with hosts that take no time, which are not plain."""
+    fleet, requests, agents = crew(fleets)
+    host = HostOverheads(step_s=1e-15)
+    slow = [replace(pool, settings=replace(pool.settings, host=host)) for pool in fleet.pools]
+    assert why_not_plain(Kind(slow[0].cost, slow[0].settings, 1), requests)
+    plain, other = (serve_agents(replace(fleet, pools=tuple(pools)), requests, agents) for pools in (fleet.pools, slow))
+    assert other.finished.all()
+    assert np.array_equal(plain.replica, other.replica)
+    for name in ("arrival_s", "finish_s", "store_s", "transfer_s"):
+        assert getattr(other, name) == pytest.approx(getattr(plain, name), rel=1e-6, abs=1e-9), name
 
 
 def test_a_run_is_the_same_again(fleets):
@@ -96,10 +112,12 @@ def test_a_hash_router_keeps_a_task_on_its_replica(fleets):
     assert len(set(replicas[:, 0])) == 3
 
 
-def test_replicas_with_caches_are_refused(fleets):
+def test_what_agents_cannot_wait_for_is_refused(fleets):
     _, requests, agents = crew(fleets)
-    pool = fleets.pool(settings=replace(fleets.settings, prefix_cache="blocks"))
-    with pytest.raises(InputError, match="not with a prefix cache"):
-        serve_agents(Fleet((pool,)), requests, agents)
+    cost = fleets.cost()
+    first = replace(cost, head_s=cost.head_s * 0)
+    stages = fleets.pool(cost=PipelineCost((first, cost), send_s=np.zeros((1, 65))))
+    with pytest.raises(InputError, match="not with pipeline stages"):
+        serve_agents(Fleet((stages,)), requests, agents)
     with pytest.raises(InputError, match="tasks have"):
         Agents(2, np.array([3, 3]), np.zeros(5))

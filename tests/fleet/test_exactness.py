@@ -11,12 +11,14 @@ import pytest
 
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.compiled import new_engine, simulate
-from simulator.engine.records import EngineResult, EngineSettings
+from simulator.engine.kv_memory import HostSwap
+from simulator.engine.records import FINISHED, EngineResult, EngineSettings, Speculation
 from simulator.engine.scheduling import HostOverheads, Retries, Scheduling
 from simulator.fleet import Agents, Fleet, Router, serve, serve_agents
 from simulator.fleet.records import LOAD_BASED, STATE_FREE
 from simulator.fleet.routing import assign, two_replicas
 from simulator.roofline.pipeline_cost import PipelineCost
+from simulator.roofline.speculation import SpeculationCost
 from tests.engine.strategies import dyadic_case
 
 COLUMNS = [f.name for f in fields(EngineResult) if f.name.endswith(("_s", "status", "preemptions", "tokens"))]
@@ -201,16 +203,22 @@ def test_replicas_with_caches_do_what_they_would_alone(fleets, policy):
         assert all(len(set(replicas)) == 1 for replicas in first)
 
 
+def dyadic_cost(fleets, rows=16):
+    """Times whose sums are exact."""
+    cost = fleets.cost(step_s=2.0**-10, token_s=2.0**-13, key_s=2.0**-22, rows=rows)
+    return replace(cost, head_s=np.arange(rows + 1.0) * 2.0**-15)
+
+
 def kinds_of_replicas(fleets):
     """Settings and costs beyond the plain loop, and what their requests need."""
     plain = fleets.settings
-    cost = fleets.cost()
+    cost = dyadic_cost(fleets)
     rng = np.random.default_rng(3)
-    yield "host", cost, replace(plain, host=HostOverheads(step_s=5e-4, request_s=1e-3, output_s=2e-3)), {}
+    yield "host", cost, replace(plain, host=HostOverheads(step_s=2.0**-11, request_s=2.0**-10, output_s=2.0**-9)), {}
     priority = {"priority": rng.integers(0, 3, 300)}
     yield "priority", cost, replace(plain, scheduling=Scheduling(policy="priority", preempt_lower=True)), priority
     leaving = {"timeout_s": rng.uniform(0.02, 0.3, 300)}
-    yield "leaving", cost, replace(plain, retries=Retries(max_attempts=2, backoff_s=0.01)), leaving
+    yield "leaving", fleets.cost(), replace(plain, retries=Retries(max_attempts=2, backoff_s=0.01)), leaving
     yield "ranks", replace(cost, ranks=2), plain, {}
     first = replace(cost, head_s=cost.head_s * 0)
     yield "stages", PipelineCost((first, cost), send_s=np.zeros((1, 65))), plain, {}
@@ -233,6 +241,95 @@ def test_replicas_of_any_kind_do_what_they_would_alone(fleets, name):
         for column in ("scheduled_s", "first_token_s", "finish_s"):
             assert getattr(result, column) == pytest.approx(getattr(by_itself, column), rel=1e-9, nan_ok=True)
         assert result.busy_s.sum() == pytest.approx(by_itself.busy_s.sum(), rel=1e-9)
+
+
+def three_drafts(seqs):
+    """Always three drafts, 0.7 of them accepted one by one, which cost 1/8 ms each."""
+    accepted = np.zeros((1, 2, 3))
+    accepted[0, 1] = 0.7 ** np.arange(1, 4)
+    zeros, one = np.zeros(2), np.zeros((2, 1))
+    prices = SpeculationCost(
+        queries=np.array([1, 4]),
+        knots=np.zeros(1),
+        value_s=one,
+        slope_s=one + 2.0**-22,
+        window_slope_s=zeros,
+        seq_s=zeros,
+        draft_s=np.array([[0.0], [3 * 2.0**-13]]) * (np.arange(seqs + 1) > 0),
+        draft_value_s=one,
+        draft_slope_s=one,
+        chunk_s=np.zeros(65),
+    )
+    return Speculation(prices, accepted, np.ones(seqs + 1, dtype=np.int64))
+
+
+def kinds_that_wait(fleets):
+    """The same, for clients who wait: caches, swap, speculation and batching modes besides, nobody who leaves, no stages."""
+    yield from (kind for kind in kinds_of_replicas(fleets) if kind[0] not in {"leaving", "stages"})
+    plain, cost = fleets.settings, dyadic_cost(fleets)
+    tight = replace(plain, num_kv_blocks=60)
+    prompt = fleets.requests(300).prompt_tokens
+    counts = prompt // 4
+    ids = np.concatenate([100 * (i % 5) + np.arange(k) for i, k in enumerate(counts)])
+    hashes = {"hashes": BlockHashes(ids, np.concatenate([[0], np.cumsum(counts)]), 4)}
+    yield "cache", cost, replace(tight, prefix_cache="blocks"), hashes
+    yield "swap", cost, replace(tight, swap=HostSwap(50, 2.0**-16)), {}
+    yield "static", cost, replace(plain, scheduling=Scheduling(batching="static")), {}
+    yield "spec", dyadic_cost(fleets, rows=64), replace(plain, speculation=three_drafts(plain.max_num_seqs)), {}
+
+
+WAITING_KINDS = ["host", "priority", "ranks", "cache", "swap", "static", "spec"]
+
+
+@pytest.mark.parametrize("name", WAITING_KINDS)
+def test_clients_of_any_kind_of_replica_are_agents_of_one_turn(fleets, name):
+    """One replica: the engine's own closed loop, prompts that are rejected among them."""
+    _, cost, settings, columns = next(kind for kind in kinds_that_wait(fleets) if kind[0] == name)
+    rng = np.random.default_rng(7)
+    requests = replace(fleets.requests(300), arrival_s=rng.integers(0, 4096, 300) * 2.0**-16, concurrency=9, **columns)
+    # The hashes of a cache are of these prompts; with a host's delays the engine and agents number the rows that an answer and a
+    # rejection release at nearly the same time differently.
+    if name not in {"cache", "host"}:
+        requests = replace(requests, prompt_tokens=np.where(np.arange(300) % 50 == 7, 900, requests.prompt_tokens))
+    one_turn = Agents(9, np.ones(300, dtype=np.int64), requests.arrival_s)
+    served = serve_agents(Fleet((fleets.pool(cost=cost, settings=settings),)), requests, one_turn)
+    engine = new_engine(cost, settings, requests)
+    engine.advance()
+    plain = engine.result()
+    assert np.array_equal(served.status, plain.status)
+    assert (plain.status == FINISHED).sum() >= 290
+    for column in ("arrival_s", "scheduled_s", "first_token_s", "finish_s"):
+        assert np.array_equal(getattr(served, column), getattr(plain, column), equal_nan=True), column
+    result = served.pools[0].replicas[0]
+    assert np.array_equal(result.preemptions, plain.preemptions[served.pools[0].rows[0]])
+    assert {k: v for k, v in result.totals.items() if isinstance(v, int) and k != "segments"} == {
+        k: v for k, v in plain.totals.items() if isinstance(v, int) and k != "segments"
+    }
+
+
+@pytest.mark.parametrize("name", WAITING_KINDS)
+def test_agents_on_replicas_of_any_kind_wait_for_what_each_does_alone(fleets, name):
+    """Three replicas behind a router that looks: turns follow answers, and each replica does what it would with what it was sent."""
+    _, cost, settings, columns = next(kind for kind in kinds_that_wait(fleets) if kind[0] == name)
+    requests = replace(fleets.requests(300), **columns)
+    agents = Agents(12, np.full(60, 5), np.full(300, 2.0**-8))
+    pool = fleets.pool(replicas=3, cost=cost, settings=settings)
+    served = serve_agents(Fleet((pool,), Router("least-requests")), requests, agents)
+    assert served.finished.all()
+    arrival, finish = served.arrival_s.reshape(-1, 5), served.finish_s.reshape(-1, 5)
+    assert np.array_equal(arrival[:, 1:], finish[:, :-1] + 2.0**-8)
+    (found,) = served.pools
+    assert min(map(len, found.rows)) > 30
+    for rows, result in zip(found.rows, found.replicas, strict=True):
+        order = rows[np.argsort(served.arrival_s[rows], kind="stable")]
+        mine = replace(requests.take(order, concurrency=1), arrival_s=served.arrival_s[order], concurrency=0)
+        engine = new_engine(cost, settings, mine)
+        engine.advance()
+        by_itself = engine.result()
+        back = np.argsort(order, kind="stable")
+        for column in ("scheduled_s", "first_token_s", "finish_s", "preemptions"):
+            assert np.array_equal(getattr(result, column), getattr(by_itself, column)[back]), column
+        assert np.array_equal(result.reused_tokens, by_itself.reused_tokens[back])
 
 
 def test_without_numba_the_same_results():

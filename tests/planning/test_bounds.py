@@ -9,7 +9,7 @@ from simulator.planning.loads import Loads
 from simulator.planning.rating import Bench
 from simulator.run.resolve import resolve
 from simulator.run.scenario import load_scenario
-from simulator.run.simulate import queued_at_once, simulate_fleet
+from simulator.run.serving import queued_at_once, simulate_fleet
 
 N = 400
 #: One deployment of each kind of cost table: plain, tensor parallel on a torus, windows of both kinds, latents, experts over ranks,
@@ -40,6 +40,13 @@ DEPLOYMENTS = {
         "sharding.tp=2",
         "sharding.pp=2",
         "engine.max_num_batched_tokens=512",
+    ],
+    "stages, few seats": [
+        "model=llama-3-8b",
+        "slice=a10g:4",
+        "sharding.tp=1",
+        "sharding.pp=4",
+        "engine.max_num_seqs=8",
     ],
     "recurrent": ["model=nemotron-h-8b", "slice=h100-sxm:1"],
     "engine profile": ["model=llama-3-8b", "slice=h100-sxm:1", "engine.profile=vllm"],
@@ -91,6 +98,14 @@ def test_bounds_are_not_idle(deployment):
     e2e = outcome.column("finish_s") - outcome.column("arrival_s")
     assert np.median(e2e / bounds.e2e_s) < 1.1
     assert Bench(resolved, load).saturated_per_s > 0.3 * bounds.requests_per_s
+
+
+def test_seats_bound_a_pipeline_that_its_busiest_stage_does_not():
+    resolved, load = deployed("stages, few seats")
+    bounds = floors(resolved.engine_cost, resolved.settings, load.requests)
+    seats_per_s = resolved.settings.max_num_seqs / bounds.e2e_s.mean()
+    assert bounds.requests_per_s == pytest.approx(seats_per_s)
+    assert Bench(resolved, load).saturated_per_s > 0.6 * bounds.requests_per_s
 
 
 @pytest.mark.parametrize("changes", [["engine.batching=static"], ["engine.prefix_cache=blocks"]])

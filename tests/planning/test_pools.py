@@ -11,7 +11,7 @@ from simulator.results.plan import Target, Targets
 from simulator.run.outcome import requests_table
 from simulator.run.resolve import resolve
 from simulator.run.scenario import load_scenario
-from simulator.run.simulate import simulate_fleet
+from simulator.run.serving import simulate_fleet
 
 SCENARIO = load_scenario("llama-3-8b-azure-chat")
 TARGETS = Targets(

@@ -117,6 +117,26 @@ def test_looser_targets_never_rate_lower(limit_s, factor, metric, percentile, jo
     assert BENCH.rate(tight, at_least_per_s=max(slow.rate_per_s, 1e-6) * 1.02) is None
 
 
+class Erratic(Bench):
+    """A bench whose latencies at a rate have nothing to do with those at others."""
+
+    saturated_per_s = 1.0
+
+    def sample(self, step):
+        latency_s = draw(5, "latency", step - LOWEST, step - LOWEST + 1, lambda rng, size: rng.random(size))
+        return Sample(dict.fromkeys(LATENCIES, latency_s))
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_looser_targets_never_rate_lower_even_if_runs_are_erratic(one, other):
+    bench = Erratic(DEPLOYED, poisson(2))
+    rates = [
+        bench.rate(Targets(limits=(Target(metric="e2e_s", limit_s=limit_s, percentile=50),)))
+        for limit_s in sorted((max(one, 1e-9), max(other, 1e-9)))
+    ]
+    assert rates[0].rate_per_s <= rates[1].rate_per_s
+
+
 def test_the_same_requests_arrive_at_every_rate():
     load = poisson(50)
     slow, fast = load.at(0.5), load.at(2.0)

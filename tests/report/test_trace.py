@@ -4,15 +4,30 @@ import json
 from collections import defaultdict
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from simulator.engine.compiled import Engine
+from simulator.engine.compiled import new_engine
 from simulator.engine.event_log import EventLog, record
 from simulator.errors import InputError
-from simulator.report.trace import trace_document, write_trace
+from simulator.report.trace import WAITS, Track, Transfer, trace_document, write_trace
+from simulator.run import load_scenario, run_scenario
+from simulator.run.replay import all_carried, logs_of, replicas_of
+from tests.engine.mixtures import random_mixture
 from tests.engine.strategies import random_case
 
 PHASES = {"X", "C", "b", "e", "i", "M"}
+METADATA = {
+    "process_name": "name",
+    "thread_name": "name",
+    "process_sort_index": "sort_index",
+    "thread_sort_index": "sort_index",
+}
+
+
+def track(case, name="case"):
+    """A replica that runs a case, and its log."""
+    return Track(name, record(new_engine(*case)), np.arange(len(case.requests)), case.settings.num_kv_blocks)
 
 
 def validate(document):
@@ -22,7 +37,7 @@ def validate(document):
     assert isinstance(document["traceEvents"], list)
     assert document["displayTimeUnit"] in {"ms", "ns"}
     open_spans, last = defaultdict(list), defaultdict(float)
-    slices = defaultdict(list)
+    slices, named = defaultdict(list), set()
     for event in document["traceEvents"]:
         phase = event["ph"]
         assert phase in PHASES
@@ -31,8 +46,9 @@ def validate(document):
         assert isinstance(event["pid"], int)
         assert isinstance(event["tid"], int)
         if phase == "M":
-            assert event["name"] in {"process_name", "thread_name"}
-            assert isinstance(event["args"]["name"], str)
+            about = METADATA[event["name"]]
+            assert isinstance(event["args"][about], int if about == "sort_index" else str)
+            named.add((event["name"], event["pid"], event["tid"]))
             continue
         assert isinstance(event["ts"], float)
         assert event["ts"] >= 0
@@ -53,6 +69,7 @@ def validate(document):
             else:
                 assert open_spans[key].pop() == event["name"]
     assert not any(open_spans.values())
+    assert all(("thread_name", pid, tid) in named and ("process_name", pid, 0) in named for pid, tid in slices)
     for steps in slices.values():  # slices of one thread must not overlap; a thousandth of a microsecond is rounding
         for (start, length), (after, _) in pairwise(steps):
             assert start + length <= after + 2e-3
@@ -62,10 +79,11 @@ def validate(document):
 @pytest.mark.parametrize("seed", range(30))
 def test_a_trace_is_valid_and_complete(seed):
     case = random_case(seed)
-    log = record(Engine(*case))
+    one = track(case)
+    log = one.log
     if not log.steps:
         pytest.skip("every request of this case is rejected")
-    document = trace_document([log], name="case", num_kv_blocks=case.settings.num_kv_blocks)
+    document = trace_document([one], name="case")
     validate(document)
     events = document["traceEvents"]
     steps = [event for event in events if event["ph"] == "X"]
@@ -81,9 +99,63 @@ def test_a_trace_is_valid_and_complete(seed):
     assert sum(event["ph"] == "i" for event in events) == len(log.rejected)
 
 
+@pytest.mark.parametrize("feature", ["stages", "ranks", "clients that leave", "tiers", "speculation"])
+def test_a_trace_of_any_replica_is_valid(feature):
+    """One thread for each rank or stage; what a rank waits and what a pipeline idles can be seen."""
+    for seed in range(15):
+        case = random_mixture(seed, (feature,))
+        one = track(case)
+        log = one.log
+        if not log.steps:
+            continue
+        document = trace_document([one], name="case")
+        validate(document)
+        steps = [event for event in document["traceEvents"] if event["ph"] == "X"]
+        worked = [event for event in steps if event["name"] != WAITS]
+        length = {tid: sum(event["dur"] for event in steps if event["tid"] == tid) for tid in range(log.n_ranks)}
+        if log.n_stages > 1:
+            assert {event["tid"] for event in steps} == set(range(log.n_stages))
+            expected = sum(left - entered for step in log.steps for entered, left in step.stages)
+        else:
+            expected = sum(step.worked_until_s - step.start_s for step in log.steps if step.tokens)
+            # Ranks step together: each is at work, or waits for the slowest.
+            assert length == pytest.approx(dict.fromkeys(length, length[0]), rel=1e-6, abs=0.1)
+        assert sum(event["dur"] for event in worked) == pytest.approx(1e6 * expected, rel=1e-6, abs=0.1)
+        counters = [event["args"] for event in document["traceEvents"] if event["name"] == "KV blocks"]
+        assert {c["owned"] + c["free"] for c in counters} == {case.settings.num_kv_blocks * log.n_ranks}
+
+
+def test_a_trace_of_a_fleet_shows_pools_and_links():
+    scenario = load_scenario("llama-3-70b-disaggregated", ["traffic.n_requests=120"])
+    run = run_scenario(scenario)
+    replicas = replicas_of(run.served)
+    logs = logs_of(replicas, 2.0, 6.0)
+    tracks = [Track(one.name, log, one.rows, 1 << 30) for one, log in zip(replicas, logs, strict=True)]
+    sent = all_carried(run.served, replicas, 2.0, 6.0)
+    transfers = [Transfer(c.request, c.link, replicas[c.target].name, c.asked_s, c.sent_s, c.there_s) for c in sent]
+    document = trace_document(tracks, name="fleet", transfers=transfers)
+    validate(document)
+    names = {event["args"]["name"] for event in document["traceEvents"] if event["name"] == "process_name"}
+    assert names == {
+        "prefill, replica 0",
+        "prefill, replica 1",
+        "decode, replica 2",
+        "decode, replica 3",
+        "KV caches on their way",
+    }
+    assert len(sent) > 10
+    by_request = defaultdict(set)
+    for event in document["traceEvents"]:
+        if event["ph"] == "b" and event["name"].startswith(("request", "link")):
+            by_request[event["id"]].add(event["pid"])
+    assert sum(len(pids) == 3 for pids in by_request.values()) > 5  # a prefill replica, the links, a decode replica
+    for one in sent:
+        assert one.asked_s <= one.sent_s <= one.there_s
+
+
 def test_replicas_are_processes_and_requests_keep_their_index(tmp_path):
-    logs = [record(Engine(*random_case(seed))) for seed in (3, 4)]
-    document = trace_document(logs, name="two", num_kv_blocks=99, about=lambda index: {"index": index})
+    tracks = [track(random_case(seed))._replace(rows=2 * np.arange(100) + r) for r, seed in enumerate((3, 4))]
+    document = trace_document(tracks, name="two", about=lambda index: {"index": index})
     validate(document)
     begun = [event for event in document["traceEvents"] if event["name"].startswith("request ") and event["ph"] == "b"]
     assert {event["pid"] for event in begun} == {0, 1}
@@ -97,6 +169,6 @@ def test_replicas_are_processes_and_requests_keep_their_index(tmp_path):
 
 
 def test_an_empty_stretch_is_an_empty_trace():
-    log = EventLog(5.0, 5.0, (), (), (), complete=True)
-    document = trace_document([log], name="nothing", num_kv_blocks=1)
-    assert [event["ph"] for event in document["traceEvents"]] == ["M", "M"]
+    log = EventLog(5.0, 5.0, (), (), (), (), complete=True)
+    document = trace_document([Track("nothing", log, np.zeros(0, dtype=np.int64), 1)], name="nothing")
+    assert {event["ph"] for event in document["traceEvents"]} == {"M"}

@@ -8,10 +8,11 @@ import pytest
 
 from simulator.catalog.draws import Draws
 from simulator.catalog.engines import FitErrors, LeftOut, load_engine
+from simulator.catalog.files import parse
 from simulator.errors import InputError
 from simulator.results.summary import Summary
+from simulator.run import Scenario, load_scenario, run_scenario
 from simulator.run import intervals as module
-from simulator.run import load_scenario, run_scenario
 from simulator.run.intervals import HEADLINES, parameter_draws
 from simulator.run.resolve import resolve
 
@@ -218,3 +219,47 @@ def test_two_scenarios_of_one_chip_share_their_kernels():
     first, second = (parameter_draws(r, Draws(16, 3)) for r in (one, other))
     assert [d.efficiency for d in first] == [d.efficiency for d in second]
     assert np.isfinite([d.step for d in first]).all()
+
+
+def disaggregated(*overrides):
+    small = ("traffic.n_requests=300", "traffic.arrival.rate_per_s=4", "engine.profile=vllm")
+    return load_scenario("llama-3-70b-disaggregated", (*small, *overrides))
+
+
+def test_pools_share_their_draws_and_one_pool_is_the_plain_run(profile_with):
+    """A pool by itself, on the way through a fleet: the same draws, so the same intervals."""
+    profile_with(errors())
+    one = {"name": "all", "role": "unified", "replicas": 2}
+    stated = scenario(*PROFILED).as_toml() | {"pool": [one]}
+    stated["run"] |= {"interval": 80.0, "interval_draws": 16}
+    path = run_scenario(parse(Scenario, stated, "one pool")).summary.intervals
+    alone = run_scenario(scenario(*PROFILED, "replicas=2"), interval=80, interval_draws=16).summary.intervals
+    assert path.sources == alone.sources
+    assert path.figures.keys() == alone.figures.keys()
+    for name, figure in alone.figures.items():
+        other = path.figures[name]
+        assert [other.value, other.low, other.high] == pytest.approx([figure.value, figure.low, figure.high], rel=1e-9)
+
+
+def test_two_roles_and_agents_have_intervals_that_do_not_depend_on_workers():
+    ways = (
+        disaggregated(),
+        load_scenario("coding-agents", ["traffic.n_requests=40", "agents.count=4", "agents.start_s=1", "replicas=2"]),
+    )
+    for way in ways:
+        one, other = (run_scenario(way, interval=80, interval_draws=16, workers=k).summary for k in (1, 3))
+        assert one.model_dump_json() == other.model_dump_json()
+        figures = one.intervals.figures
+        for name in ("latency.ttft_s.p50", "latency.tpot_s.p50", "chip_seconds_per_query.busy"):
+            assert figures[name].low < figures[name].value < figures[name].high, name
+        assert figures["latency.tpot_s.p50"].shares["residual"] > 0.2
+
+
+def test_where_prefill_gives_first_tokens_its_residual_moves_them(profile_with):
+    profile_with(errors())
+    wide = widths(run_scenario(disaggregated(), interval=80, interval_draws=16).summary)
+    narrow = errors().left_out["dense"].model_copy(update={"first_token_scale": 0.01})
+    profile_with(errors(left_out={"dense": narrow}))
+    less = widths(run_scenario(disaggregated(), interval=80, interval_draws=16).summary)
+    assert less["latency.ttft_s.p50"] < 0.8 * wide["latency.ttft_s.p50"]
+    assert less["latency.tpot_s.p50"] == pytest.approx(wide["latency.tpot_s.p50"], rel=0.1)

@@ -8,7 +8,7 @@ from simulator.errors import InputError
 from simulator.run import load_scenario, run_scenario
 from simulator.run.explain import explain
 from simulator.run.resolve import resolve
-from simulator.run.simulate import as_requests, simulate_fleet
+from simulator.run.serving import as_requests, simulate_fleet
 from simulator.traffic import build_stream
 
 TIGHT = ("traffic.n_requests=300", "engine.num_gpu_blocks_override=600")
@@ -112,7 +112,7 @@ def test_explain_names_the_load():
     requests = as_requests(build_stream(scenario.traffic, scenario.run.seed, base_folder=Path()))
     load_s = simulate_fleet(resolved, requests).column("load_s")
     row = int(load_s.argmax())
-    explained = explain(resolved, row)
+    explained = explain(scenario, row)
     parts = {part.what: part.time_s for part in explained.parts}
     assert parts["queue: KV blocks were loaded"] == pytest.approx(load_s[row])
     assert sum(parts.values()) == pytest.approx(explained.e2e_s, abs=1e-9)

@@ -9,7 +9,7 @@ from simulator.errors import InputError
 from simulator.run import load_scenario, run_scenario
 from simulator.run.consumption import saved_chip_seconds
 from simulator.run.resolve import resolve
-from simulator.run.simulate import as_requests, queued_at_once, simulate_fleet
+from simulator.run.serving import as_requests, queued_at_once, simulate_fleet
 from simulator.traffic import build_stream
 
 SESSIONS = (

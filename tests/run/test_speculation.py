@@ -11,7 +11,7 @@ from simulator.roofline.acceptance import tokens_per_pass
 from simulator.run import load_scenario, run_scenario
 from simulator.run.explain import explain
 from simulator.run.resolve import resolve
-from simulator.run.simulate import as_requests
+from simulator.run.serving import as_requests
 from simulator.run.speculation import SpeculationOptions, survival_table, with_acceptance
 from simulator.run.speculation_view import speculation_view
 from simulator.traffic import build_stream
@@ -170,7 +170,7 @@ def test_tokens_that_come_together_are_counted_in_the_measured_window(runs):
 def test_explain_and_summary_only_know_speculation_or_say_so():
     text = '{method="eagle", num_speculative_tokens=3, acceptance_rate=0.75, acceptance_spread=0.1}'
     settings = scenario(text, "traffic.n_requests=200")
-    found = explain(resolve(settings), 50)
+    found = explain(settings, 50)
     assert found.e2e_s == pytest.approx(run_scenario(settings).result.requests["e2e_s"][50], rel=1e-12)
     with pytest.raises(InputError, match="speculation"):
         run_scenario(scenario(text, "run.summary_only=true"))

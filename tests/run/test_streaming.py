@@ -16,7 +16,7 @@ from simulator.results import read_result, write_result
 from simulator.run import load_scenario, run_scenario
 from simulator.run.histogram import BINS, BINS_PER_OCTAVE, LogHistogram, as_float, bins_of, fixed_sum, value_in_bin
 from simulator.run.outcome import Outcome, split
-from simulator.run.simulate import as_requests
+from simulator.run.serving import as_requests
 from simulator.run.statistics import BATCHES, distribution, quantile
 from simulator.run.streaming import EqualReplicas, run_streaming
 from simulator.run.summarise import summarise
