@@ -476,7 +476,7 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
     read = keys * key_bytes
     flops = 4 * keys * padded * width
     latent = op == "mla_decode"
-    blocks = decode_blocks(heads, kv_heads, latent=latent)
+    blocks = np.asarray(decode_blocks(heads, kv_heads, latent=latent))
     keep = np.flatnonzero(few)
 
     def model(values: Values, among: Rows) -> Array:

@@ -77,7 +77,15 @@ _ORDER: dict[type, tuple[str, ...]] = {
 
 #: Parameters by the calls whose time they set, small or large; the others shape what lies between.
 _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
-    GemmCurve: {"launch_s": "small", "hbm": "small", "quantise": "small", "row_s": "small", "peak": "large", "split_s": "large", "spill": "large"},  # fmt: skip
+    GemmCurve: {
+        "launch_s": "small",
+        "hbm": "small",
+        "quantise": "small",
+        "row_s": "small",
+        "peak": "large",
+        "split_s": "large",
+        "spill": "large",
+    },
     VectorCurve: {"launch_s": "small", "hbm": "large"},
     GroupedCurve: {"launch_s": "small", "hbm": "small", "traffic": "small", "peak": "large"},
     PrefillCurve: {"launch_s": "small", "traffic": "small", "serial": "large", "peak": "large"},

@@ -280,8 +280,8 @@ def _stacked_kinds(engines: Sequence[_Replica]) -> many.Kinds:
         row[many.MAX_SEQS : many.LOOKAHEAD + 1] = limit
     floats[:, many.SEQ] = [cost.seq for cost in costs]
     floats[:, many.WINDOW_SLOPE] = [cost.window_slope for cost in costs]
-    tables = (_stacked([getattr(cost, name) for cost in costs]) for name in many.Kinds._fields[:7])
-    return many.Kinds(*tables, floats, ints)
+    tables = {name: _stacked([getattr(cost, name) for cost in costs]) for name in many.Kinds._fields[:7]}
+    return many.Kinds(**tables, floats=floats, ints=ints)
 
 
 def _stacked_states(engines: Sequence[_Replica], kind_of: Ints, n: int) -> core.State:

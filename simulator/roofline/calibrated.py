@@ -178,9 +178,10 @@ def product_times(
     """
     curve, hbm, some = found.curve, d.hbm_bytes_per_s, present(n)
     peak, units = d.rate_flops_per_s(dtype), d.multiprocessors
+    quantise_s: Number = 0.0
     if isinstance(curve, GroupedCurve):
         each = grouped_compute_s(n, reads, m.n_out, m.n_in, curve, peak_flops_per_s=peak, multiprocessors=units)
-        quantise_s, launches = 0.0, 0.5  # the curve's launch is that of both products
+        launches = 0.5  # the curve's launch is that of both products
     else:
         each = gemm_compute_s(
             n, m.n_out, m.n_in, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm, multiprocessors=units,

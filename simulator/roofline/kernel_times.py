@@ -260,7 +260,7 @@ def spilled_share(moved_bytes: Number, room_bytes: float) -> Number:
     """
     if room_bytes == 0:
         return present(moved_bytes)
-    over = np.minimum(moved_bytes / room_bytes, 100.0) ** 8
+    over: Number = np.minimum(moved_bytes / room_bytes, 100.0) ** 8
     return over / (1 + over)
 
 
@@ -296,9 +296,8 @@ def decode_blocks(heads: Number, kv_heads: Number, *, latent: bool) -> Number:
     >>> float(decode_blocks(32, 8, latent=False)), float(decode_blocks(128, 1, latent=True))
     (8.0, 4.0)
     """
-    if latent:
-        return np.ceil(heads / LATENT_HEADS) * LATENT_BLOCKS
-    return kv_heads * np.ceil(heads / kv_heads / PAD_HEADS)
+    each: Number = np.ceil(heads / LATENT_HEADS) if latent else np.ceil(heads / kv_heads / PAD_HEADS)
+    return each * (LATENT_BLOCKS if latent else kv_heads)
 
 
 def decode_walk_s(
@@ -314,10 +313,11 @@ def decode_walk_s(
     >>> [round(1e9 * float(decode_walk_s(n, 10, 128, curve, **known)), 3) for n in (1, 10, 11, 21)]
     [2.048, 2.048, 3.072, 5.12]
     """
-    busiest = np.ceil(sequences * blocks / multiprocessors)
+    busiest: Number = np.ceil(sequences * blocks / multiprocessors)
     heads = LATENT_HEADS / LATENT_BLOCKS if latent else PAD_HEADS
     one = curve.walk * 4 * heads * width * multiprocessors / peak_flops_per_s
-    return (curve.pair * np.floor(busiest / 2) + busiest % 2) * one
+    together: Number = curve.pair * np.floor(busiest / 2) + busiest % 2
+    return together * one
 
 
 def prefill_pair_s(flops_per_pair: float, heads: float, curve: PrefillCurve, peak_flops_per_s: float) -> float:
@@ -347,5 +347,7 @@ def collective_s(transfer_s: Number, curve: CollectiveCurve) -> Number:
     latency, transfer = present(transfer_s) * curve.latency_s, transfer_s / curve.link
     joined = soft_max(latency, transfer, curve.sharpness)
     if curve.setup_s:
-        joined = np.minimum(soft_max(latency, 2 * transfer, curve.sharpness), present(transfer_s) * curve.setup_s + joined)
+        joined = np.minimum(
+            soft_max(latency, 2 * transfer, curve.sharpness), present(transfer_s) * curve.setup_s + joined
+        )
     return joined if isinstance(transfer_s, np.ndarray) else float(joined)

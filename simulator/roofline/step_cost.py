@@ -170,7 +170,9 @@ class StepCost:
             object.__setattr__(self, "decode_walk_s", np.zeros(len(self.head_s)))
         walk = self.decode_walk_s
         if walk.shape != self.head_s.shape or walk[0] != 0 or not (np.isfinite(walk) & (walk >= 0)).all():
-            raise InputError("StepCost.decode_walk_s must be as long as head_s, start at 0, finite and not negative; or empty")
+            raise InputError(
+                "StepCost.decode_walk_s must be as long as head_s, start at 0, finite and not negative; or empty"
+            )
         if self.ranks < 1:
             raise InputError(f"StepCost.ranks = {self.ranks}: must be at least 1")
         if len(self.expert_s) and (

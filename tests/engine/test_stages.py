@@ -29,7 +29,15 @@ def equal_stages(cost: StepCost, shares, send_s: float = 0.0) -> PipelineCost:
     """Stages that are multiples of one table, all of the head in the last one."""
     stages = []
     for share in shares:
-        times = ("dense_s", "decode_value_s", "decode_slope_s", "decode_walk_s", "decode_seq_s", "window_slope_s", "prefill_planes")
+        times = (
+            "dense_s",
+            "decode_value_s",
+            "decode_slope_s",
+            "decode_walk_s",
+            "decode_seq_s",
+            "window_slope_s",
+            "prefill_planes",
+        )
         stages.append(replace(cost, **{name: getattr(cost, name) * share for name in times}, head_s=0 * cost.head_s))
     stages[-1] = replace(stages[-1], head_s=cost.head_s)
     send = np.full((len(stages) - 1, len(cost.dense_s)), send_s)
