@@ -93,8 +93,8 @@ class GemmCurve(_Curve):
     row_s
         per row of the input, of kernels that quantise it a row at a time. [s]
     resident, resident_speed
-        part of the on-die memory that inputs and outputs may fill, and, of the measurement alone, how many times faster
-        than HBM they came from there. A price charges them to HBM.
+        part of the on-die memory that inputs and outputs may fill, and how many times faster than HBM they come from there.
+        A price stays at or above the time of all bytes at HBM's full rate.
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"peak", "hbm"})

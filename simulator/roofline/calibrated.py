@@ -163,7 +163,7 @@ class Times(NamedTuple):
 
 def product_times(
     d: Deployment, m: Matrix, n: Number, found: Product, *,
-    count: int, dtype: Dtype, moved_bytes: Number, reads: Number, unpacking: Number,
+    count: int, dtype: Dtype, weight_bytes: Number, activation_bytes: Number, reads: Number, unpacking: Number,
 ) -> Times:  # fmt: skip
     """Times of ``count`` products by their curve.
 
@@ -171,8 +171,8 @@ def product_times(
     ----------
     n, reads
         rows, and matrices read, per launch.
-    moved_bytes
-        weights, inputs and outputs of all launches.
+    weight_bytes, activation_bytes
+        weights, and inputs and outputs, of all launches.
     unpacking
         FLOPs of unpacking weights, charged where the curve is that of another format.
     """
@@ -191,7 +191,14 @@ def product_times(
     compute = count * each
     if not found.own:
         compute = compute + unpacking / (peak * curve.peak)
-    memory = memory_s(moved_bytes, some * (count * curve.fill_bytes), curve.hbm, hbm)
+    moved_bytes = weight_bytes + activation_bytes
+    crossing = moved_bytes
+    if isinstance(curve, GemmCurve) and curve.resident:
+        out = _spilled(d, m, n, curve)
+        crossing = weight_bytes + activation_bytes * (out + (1 - out) / curve.resident_speed)
+    memory = memory_s(crossing, some * (count * curve.fill_bytes), curve.hbm, hbm)
+    if crossing is not moved_bytes:  # what stays on the die counts as moved all the same: no op falls under that bound
+        memory = np.maximum(memory, moved_bytes / hbm)
     time = soft_max(compute, memory, curve.sharpness)
     if isinstance(quantise_s, np.ndarray) or quantise_s:
         time = time + quantise_s
@@ -216,10 +223,17 @@ def _quantise_s(d: Deployment, m: Matrix, n: Number, curve: GemmCurve) -> Number
         return 0.0
     moved: Number = curve.quantise * m.n_in
     if curve.spill:
-        wide = d.precision.wide_bytes
-        held = n * (m.n_in * (wide + d.precision.input_bytes) + m.n_out * wide)
-        moved = moved + curve.spill * m.n_in * spilled_share(held, curve.resident * d.on_chip_bytes)
+        moved = moved + curve.spill * m.n_in * _spilled(d, m, n, curve)
     return n * (moved / d.hbm_bytes_per_s + curve.row_s)
+
+
+def _spilled(d: Deployment, m: Matrix, n: Number, curve: GemmCurve) -> Number:
+    """Share of ``n`` rows of input and output that the on-die memory cannot hold, with what is quantised into the input."""
+    p, narrow = d.precision, m.quantised(d.precision) and m.form != "head"
+    each = m.n_in * (p.input_bytes if narrow else p.wide_bytes) + m.n_out * p.wide_bytes
+    if curve.quantise:
+        each += m.n_in * p.wide_bytes
+    return spilled_share(n * each, curve.resident * d.on_chip_bytes)
 
 
 def linear_product_times(d: Deployment, found: Product, *, flops: Number, moved_bytes: Number, dtype: Dtype) -> Times:
