@@ -22,8 +22,6 @@ FOLDS = 5
 MOST_ROWS = 4000
 """Rows of one fit; larger tables are thinned evenly. Errors are always of every row."""
 MOST_STEPS, REFIT_STEPS = 40, 8
-FAR_BETTER = 0.5
-"""Loss with a problem's optional parameters, as a multiple of that without, below which they are taken."""
 GOALS = {"gemm": 0.08, "gemv": 0.08, "attention_decode": 0.08, "attention_prefill": 0.10, "moe": 0.15, "mla_decode": 0.08, "mla_prefill": 0.10,
          "all_reduce": 0.12, "all_gather": 0.12, "reduce_scatter": 0.12, "alltoall": 0.12}  # fmt: skip
 """Median absolute error on shapes left out that a fit should reach."""
@@ -98,10 +96,10 @@ def fit_problem(problem: Problem) -> KernelFit:
         rows = np.arange(len(problem.measured), dtype=np.int64)
         problem = replace(problem, shape=rows, held_out_by="rows, as there is one shape")
     every = np.arange(len(problem.measured))
-    best = min((_fit(problem_at(problem, choice), every) for choice in _choices(problem)), key=lambda f: f.loss)
+    best = _best(problem, every)
     if problem.optional:
-        other = _fit(with_optional(best.problem), every)
-        best = other if other.loss < FAR_BETTER * best.loss else best
+        other = _best(with_optional(problem), every)
+        best = other if other.loss < problem.worth * best.loss else best
     outside = np.empty(len(every))
     fold = _folds(problem.shape)
     for part in range(fold.max() + 1):
@@ -118,6 +116,11 @@ class _Fitted:
     values: dict[str, float]
     ratios: Array
     loss: float
+
+
+def _best(problem: Problem, rows: NDArray[np.int64]) -> _Fitted:
+    """The fit of the choice that describes the rows best."""
+    return min((_fit(problem_at(problem, choice), rows) for choice in _choices(problem)), key=lambda f: f.loss)
 
 
 def _choices(problem: Problem) -> tuple[float | None, ...]:

@@ -63,6 +63,8 @@ MLA_LATENT, MLA_ROPE, MLA_QK, MLA_V = 512, 64, 192, 128
 """DeepSeek's latent attention: cached values per token, and widths of an expanded head."""
 LEAST_SHARE = 0.2
 """Of a row's time, what is left at least when measured parts are taken off."""
+WALK_WORTH, ON_CHIP_WORTH = 0.5, 0.85
+"""Loss of a fit with the parameters of a walk, and of a large on-die memory, relative to that without, below which they are taken."""
 LARGE_ON_CHIP_S = 5e-5
 """On-die memory that HBM takes so long to fill holds whole inputs and outputs of products. Larger than that of H100, A100 and B200 (15
 to 20 us), whose times grow evenly with the rows; on L40S and RTX PRO 6000 (111 and 71 us) they jump where this memory is full."""
@@ -95,8 +97,9 @@ class Problem:
         parameters to fit, and those that stay.
     choices
         values tried in turn for one held parameter; empty: none.
-    optional
-        further parameters, held unless they describe the rows far better: another way of working that a kernel may have.
+    optional, worth
+        further parameters, held unless the loss with them is below ``worth`` times that without: another way of working that a
+        kernel may have.
     shape
         number of the shape each row belongs to; cross-validation leaves whole shapes out.
     held_out_by
@@ -120,6 +123,7 @@ class Problem:
     regimes: tuple[tuple[str, NDArray[np.bool_]], ...]
     choices: tuple[str, tuple[float, ...]] = ("", ())
     optional: tuple[Parameter, ...] = ()
+    worth: float = 1.0
     chips: int = 1
     head_dim: int = 0
     left_out: int = 0
@@ -289,11 +293,11 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     ]
     if quantised:
         free.append(Parameter("quantise", 3, 0.01, 100))
-    large = chip.has_matrix_units and on_chip_bytes > LARGE_ON_CHIP_S * hbm
-    if large and quantised:
-        free += [Parameter("spill", 1, 0.001, 100), Parameter("row_s", 1e-9, 1e-13, 1e-6)]
-    if large:
-        free += [Parameter("resident", 0.9, 0.1, 2), Parameter("resident_speed", 3, 1, 10)]
+    optional: list[Parameter] = []
+    if chip.has_matrix_units and on_chip_bytes > LARGE_ON_CHIP_S * hbm:
+        if quantised:
+            optional += [Parameter("spill", 1, 0.001, 100), Parameter("row_s", 1e-9, 1e-13, 1e-6)]
+        optional += [Parameter("resident", 0.9, 0.1, 2), Parameter("resident_speed", 3, 1, 10)]
     return Problem(
         "gemm",
         dtype,
@@ -307,6 +311,8 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
         "weight shapes (n, k)",
         _steps(m, "m", 1, 64, 512, 4096),
         ("sharpness", SHARPNESS),
+        tuple(optional),
+        ON_CHIP_WORTH,
         left_out=left_out,
         why=why,
     )
@@ -521,6 +527,7 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
         by,
         _steps(read[keep], "bytes", 1e6, 1e7, 1e8, 1e9),
         optional=(Parameter("walk", 0.5, 1e-3, 100), Parameter("pair", 1.5, 1, 2)) if chip.has_matrix_units else (),
+        worth=WALK_WORTH,
         left_out=len(time) - len(keep),
         why=f"more than {MOST_HEADS_PER_KV_HEAD} query heads per KV head: often another kernel"
         if len(keep) < len(time)
