@@ -121,10 +121,9 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     n = np.arange(len(cost.dense_s), dtype=np.float64)
     rows = np.arange(len(cost.head_s), dtype=np.float64)
     fixed = profile.step_s + profile.kernel_s * kernels.launches
-    # Each part is held above its own bound; a product bound by memory here may be bound by compute there, so the sum is held too.
-    dense = np.maximum(_slowed(cost.dense_s, kernels.dense, kernels.dense_bound, profile), ideal.dense_s)
+    dense = _slowed(cost.dense_s, kernels.dense, kernels.dense_bound, profile)
     dense = dense + profile.token_s * n + fixed * (n > 0)
-    head = np.maximum(_slowed(cost.head_s, kernels.head, kernels.head_bound, profile), ideal.head_s) + 0.0 * rows
+    head = _slowed(cost.head_s, kernels.head, kernels.head_bound, profile) + 0.0 * rows
     decode = profile.decode_attention_slowdown
     slope = np.maximum(decode * cost.decode_slope_s, ideal.decode_slope_s[-1])
     # g keeps its intercept of launches; its pieces are joined again after each has been held above its bound.
@@ -156,6 +155,10 @@ def _slowed(total: Array, parts: dict[str, Array], bounds: dict[str, Array], pro
         slowdown = getattr(profile, f"{name}_slowdown")
         if slowdown != 1:
             found = found + np.maximum((slowdown - 1) * part, bounds[name] - part)
+    if (
+        found is not total
+    ):  # a product bound by compute here may be bound by memory there: the sum is held above its bound too
+        found = np.maximum(found, np.sum(np.broadcast_arrays(*bounds.values()), axis=0))
     return found
 
 
