@@ -46,6 +46,7 @@ from simulator.engine.core import (
     STEPS,
     T_WAITING,
     WAITING_INTEGRAL,
+    WALK,
     CostTable,
     Extra,
     Limits,
@@ -150,7 +151,7 @@ def pace_of(
     if chunks == 0:
         growth = price.slope * batch + cost.window_slope * state.ints[N_GROWING]
         if extra is not None and extra.spec.on:
-            terms = speculation.decode_terms(extra.spec, cost.knots, cost.walk[batch], state.ints[KNOT], batch)
+            terms = speculation.decode_terms(extra.spec, cost.knots, cost.head[WALK, batch], state.ints[KNOT], batch)
             growth = terms.growth
     d0 = price.d0
     q = growth

@@ -42,7 +42,6 @@ from simulator.engine.skip_ahead import advance
 # columns of Kinds.ints
 (
     N_DENSE,
-    N_HEAD,
     N_KNOTS,
     N_PLANES,
     WINDOW,
@@ -55,7 +54,7 @@ from simulator.engine.skip_ahead import advance
     RESERVE_FULL,
     LOOKAHEAD,
     N_KIND_INTS,
-) = range(14)
+) = range(13)
 # columns of Kinds.floats
 SEQ, WINDOW_SLOPE, N_KIND_FLOATS = range(3)
 # columns of Board.ints
@@ -76,7 +75,6 @@ class Kinds(NamedTuple):
     knots: Any
     value: Any
     slope: Any
-    walk: Any
     planes: Any
     floats: Any
     ints: Any
@@ -211,11 +209,10 @@ def _cost(kinds: Kinds, kind: int) -> CostTable:
     ints = kinds.ints[kind]
     return CostTable(
         kinds.dense[kind, : ints[N_DENSE]],
-        kinds.head[kind, : ints[N_HEAD]],
+        kinds.head[kind],
         kinds.knots[kind, : ints[N_KNOTS]],
         kinds.value[kind, : ints[N_KNOTS]],
         kinds.slope[kind, : ints[N_KNOTS]],
-        kinds.walk[kind, : ints[N_HEAD]],
         kinds.floats[kind, SEQ],
         kinds.planes[kind, : ints[N_PLANES]],
         ints[WINDOW],
