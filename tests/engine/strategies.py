@@ -94,8 +94,7 @@ def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float) -> St
         }
         planes = [[*plane, window_slope_s * pick(0, 3), window_slope_s * pick(0, 7)] for plane in planes]
     # A few sequences leave most of the chip idle: their keys cost more, by their number.
-    walks = slope_s > 0 and pick(0, 1)
-    walk_s = [0.0, *(slope_s * pick(0, 3) for _ in range(max_rows))] if walks else []
+    walk_s = [slope_s * (len(knots) * rows % 4) for rows in range(max_rows + 1)]
     return step_cost(
         dense,
         head,
