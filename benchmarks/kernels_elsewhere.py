@@ -54,7 +54,7 @@ def report(
     """One line per problem: errors of all rows and of those that take longer. Gives the predictions of each."""
     for problem in problems(load_chip(chip), tables):
         fit = fit_of(chip, problem.op, problem.framework, problem.chips, head_dim)
-        # As priced: nothing comes from the on-die memory.
+        # As priced: no keys come from the on-die memory.
         priced = {name: 0.0 if name == "resident" else value for name, value in fit.parameters.items()}
         predicted = problem.model(priced, np.arange(len(problem.measured)))
         ratios = np.log(predicted / problem.measured)
