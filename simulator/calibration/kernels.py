@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.calibration.kernels_models import Problem, problem_at, problems
+from simulator.calibration.kernels_models import Problem, problem_at, problems, with_optional
 from simulator.calibration.kernels_tables import read_tables
 from simulator.calibration.regression import HUBER_DELTA, Fit, fit_log_ratios, quantiles
 from simulator.catalog.chips import load_chip
@@ -96,7 +96,10 @@ def fit_problem(problem: Problem) -> KernelFit:
         rows = np.arange(len(problem.measured), dtype=np.int64)
         problem = replace(problem, shape=rows, held_out_by="rows, as there is one shape")
     every = np.arange(len(problem.measured))
-    best = min((_fit(problem_at(problem, choice), every) for choice in _choices(problem)), key=lambda f: f.loss)
+    best = _best(problem, every)
+    if problem.optional:
+        other = _best(with_optional(problem), every)
+        best = other if other.loss < problem.worth * best.loss else best
     outside = np.empty(len(every))
     fold = _folds(problem.shape)
     for part in range(fold.max() + 1):
@@ -113,6 +116,11 @@ class _Fitted:
     values: dict[str, float]
     ratios: Array
     loss: float
+
+
+def _best(problem: Problem, rows: NDArray[np.int64]) -> _Fitted:
+    """The fit of the choice that describes the rows best."""
+    return min((_fit(problem_at(problem, choice), rows) for choice in _choices(problem)), key=lambda f: f.loss)
 
 
 def _choices(problem: Problem) -> tuple[float | None, ...]:

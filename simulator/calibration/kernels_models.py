@@ -15,6 +15,7 @@ from simulator.calibration.kernels_tables import Table
 from simulator.calibration.regression import Parameter
 from simulator.catalog.chips import ChipSpec, quantity_si
 from simulator.catalog.kernel_curves import (
+    CollectiveCurve,
     DecodeCurve,
     GemmCurve,
     GroupedCurve,
@@ -24,10 +25,14 @@ from simulator.catalog.kernel_curves import (
 )
 from simulator.roofline.kernel_times import (
     QUERY_TILE,
+    collective_s,
+    decode_blocks,
+    decode_walk_s,
     grouped_waves,
     grouped_work,
     padded_heads,
     soft_max,
+    spilled_share,
     tile_waves,
     tile_work,
     tiling_of,
@@ -58,6 +63,18 @@ MLA_LATENT, MLA_ROPE, MLA_QK, MLA_V = 512, 64, 192, 128
 """DeepSeek's latent attention: cached values per token, and widths of an expanded head."""
 LEAST_SHARE = 0.2
 """Of a row's time, what is left at least when measured parts are taken off."""
+WALK_WORTH, ON_CHIP_WORTH = 0.5, 0.85
+"""Loss of a fit with the parameters of a walk, and of a large on-die memory, relative to that without, below which they are taken."""
+LARGE_ON_CHIP_S = 5e-5
+"""On-die memory that HBM takes so long to fill holds whole inputs and outputs of products. Larger than that of H100, A100 and B200 (15
+to 20 us), whose times grow evenly with the rows; on L40S and RTX PRO 6000 (111 and 71 us) they jump where this memory is full."""
+MULTIPLIES_ALL_SELECTIONS = frozenset({"sglang"})
+"""Frameworks whose tables, with experts spread over chips, hold products of every selection of a token that comes to the measured
+chip. Selections of other chips' experts are marked in the input [1]_, and the times are those of products all the same: at 16,384
+tokens they are 1, 1/2, 1/4 of those of all selections on 8, 16, 32 chips with 8 selections a token. A server skips them.
+
+.. [1] ai-dynamo/aiconfigurator, collector/helper.py, ``build_rank0_local_workload``.
+"""
 LEAST_VECTORS = 5
 """Products of one row that a curve of their own takes."""
 MOST_HEADS_PER_KV_HEAD = 16
@@ -80,6 +97,9 @@ class Problem:
         parameters to fit, and those that stay.
     choices
         values tried in turn for one held parameter; empty: none.
+    optional, worth
+        further parameters, held unless the loss with them is below ``worth`` times that without: another way of working that a
+        kernel may have.
     shape
         number of the shape each row belongs to; cross-validation leaves whole shapes out.
     held_out_by
@@ -102,6 +122,8 @@ class Problem:
     held_out_by: str
     regimes: tuple[tuple[str, NDArray[np.bool_]], ...]
     choices: tuple[str, tuple[float, ...]] = ("", ())
+    optional: tuple[Parameter, ...] = ()
+    worth: float = 1.0
     chips: int = 1
     head_dim: int = 0
     left_out: int = 0
@@ -244,14 +266,21 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     tiling = tiling_of(matrix_units=chip.has_matrix_units)
     tops = np.ceil(m / tiling.step) * tiling.step
     waves = tile_waves(tops, n, units, tiling)
-    moved = n * k * weight_bytes + m * k * input_bytes + m * n * _wide_bytes(dtype)
+    weights, moved = n * k * weight_bytes, m * k * input_bytes + m * n * _wide_bytes(dtype)
     quantised = dtype not in {"float32", "bfloat16", "int8_wo", "int4_wo"} and not (dtype == "fp8" and quantisation)
+
+    # What quantises reads 16 bits and writes the input.
+    held = moved + (2.0 * m * k if quantised else 0.0)
+    on_chip_bytes = quantity_si(chip.memory.on_chip) or 0.0
 
     def model(values: Values, at: Rows) -> Array:
         c = GemmCurve(**values)
         compute = tile_work(waves[at], tops[at], n[at], k[at], c, 1 / (hbm * c.hbm), peak * c.peak / units, tiling)
-        memory = (moved[at] + c.fill_bytes) / (hbm * c.hbm)
-        return np.asarray(c.launch_s + c.quantise * (m * k)[at] / hbm + soft_max(compute, memory, c.sharpness))
+        out = spilled_share(held[at], c.resident * on_chip_bytes) if c.resident else np.zeros(len(at))
+        inside = 1 / c.resident_speed if c.resident else 1.0
+        memory = (weights[at] + moved[at] * (out + (1 - out) * inside) + c.fill_bytes) / (hbm * c.hbm)
+        quantise = (m * k)[at] * (c.quantise + c.spill * out) / hbm + m[at] * c.row_s
+        return np.asarray(c.launch_s + quantise + soft_max(compute, memory, c.sharpness))
 
     free = [
         Parameter("peak", 0.85, 0.05, 1),
@@ -264,6 +293,11 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     ]
     if quantised:
         free.append(Parameter("quantise", 3, 0.01, 100))
+    optional: list[Parameter] = []
+    if chip.has_matrix_units and on_chip_bytes > LARGE_ON_CHIP_S * hbm:
+        if quantised:
+            optional += [Parameter("spill", 1, 0.001, 100), Parameter("row_s", 1e-9, 1e-13, 1e-6)]
+        optional += [Parameter("resident", 0.9, 0.1, 2), Parameter("resident_speed", 3, 1, 10)]
     return Problem(
         "gemm",
         dtype,
@@ -272,11 +306,13 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
         time,
         model,
         tuple(free),
-        {"quantise": 0.0},
+        {"quantise": 0.0, "spill": 0.0, "row_s": 0.0, "resident": 0.0, "resident_speed": 1.0},
         shape,
         "weight shapes (n, k)",
         _steps(m, "m", 1, 64, 512, 4096),
         ("sharpness", SHARPNESS),
+        tuple(optional),
+        ON_CHIP_WORTH,
         left_out=left_out,
         why=why,
     )
@@ -311,12 +347,16 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
     experts = rows["experts"] / rows["ep"]
     visits = np.maximum(1.0, n * rows["topk"] / rows["ep"])
     touched = np.minimum(experts, visits)
+    others = np.zeros_like(visits)
+    if table.framework in MULTIPLIES_ALL_SELECTIONS:
+        others = np.maximum(0.0, n * rows["topk"] * np.minimum(1.0, rows["topk"] / rows["ep"]) - visits)
     wide = (1 + rows["gated"]) * F
     shape = _numbered(D, rows["inter"], rows["experts"])
-    up, down = (grouped_waves(visits / touched, touched, cols, units) for cols in (wide, D))
+    up, down = (grouped_waves(visits / touched, touched, cols, units, others) for cols in (wide, D))
     weights = [touched * D * columns * weight_bytes for columns in (wide, F)]
-    inputs = [visits * (D * input_bytes + 2 * wide), visits * (F * input_bytes + 2 * D)]
-    other = visits * 2 * (wide + F) + (visits + n) * 2 * D
+    every_row = visits + others
+    inputs = [every_row * (D * input_bytes + 2 * wide), every_row * (F * input_bytes + 2 * D)]
+    other = every_row * 2 * (wide + F) + (every_row + n) * 2 * D
     bound = np.maximum(2 * visits * D * (wide + F) / peak, sum(weights) / hbm)
     keep = np.flatnonzero(time >= bound)
 
@@ -418,9 +458,9 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
 
 
 def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
-    """Attention of single tokens: reading keys, a ramp of splitting and joining, and work per sequence and head."""
+    """Attention of single tokens: reading keys, a ramp of splitting and joining or a walk, and work per sequence and head."""
     fmt = FORMATS[dtype][0]
-    peak, hbm = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s
+    peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
     cache_bytes = quantity_si(chip.memory.on_chip) or 0.0
     every = table.columns
     rows = table.where((every["dtype"] == dtype) & (every["kv_dtype"] == kv_dtype)).columns
@@ -441,6 +481,8 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
     keys = batch * length
     read = keys * key_bytes
     flops = 4 * keys * padded * width
+    latent = op == "mla_decode"
+    blocks = np.asarray(decode_blocks(heads, kv_heads, latent=latent))
     keep = np.flatnonzero(few)
 
     def model(values: Values, among: Rows) -> Array:
@@ -451,6 +493,11 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
             inside = 1 / (1 + (read[at] / (c.resident * cache_bytes)) ** 8)
             load = load * (1 - inside) + inside * read[at] / (hbm * c.hbm * c.resident_speed)
         work = np.maximum(load, flops[at] / (peak * c.peak) + ramp)
+        if c.walk:
+            walk_s = decode_walk_s(
+                batch[at], blocks[at], width[at], c, latent=latent, peak_flops_per_s=peak, multiprocessors=units
+            )
+            work = np.maximum(work, length[at] * walk_s + ramp)
         each = batch[at] * (kv_heads[at] * c.kv_head_s + heads[at] * c.head_s)
         return np.asarray(c.launch_s + each + work)
 
@@ -462,8 +509,8 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
         Parameter("ramp_bytes", 1e7, 1e6, 1e9),
         Parameter("head_s", 1e-9, 1e-11, 1e-6),
     ]
-    held = {"kv_head_s": 0.0, "resident": 0.0, "resident_speed": 1.0}
-    if op == "attention_decode":
+    held = {"kv_head_s": 0.0, "walk": 0.0, "pair": 2.0, "resident": 0.0, "resident_speed": 1.0}
+    if not latent:
         free.append(Parameter("kv_head_s", 1e-8, 1e-11, 1e-6))
     if cache_bytes:
         free += [Parameter("resident", 0.8, 0.1, 2), Parameter("resident_speed", 3, 1, 10)]
@@ -479,6 +526,8 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
         shape[keep],
         by,
         _steps(read[keep], "bytes", 1e6, 1e7, 1e8, 1e9),
+        optional=(Parameter("walk", 0.5, 1e-3, 100), Parameter("pair", 1.5, 1, 2)) if chip.has_matrix_units else (),
+        worth=WALK_WORTH,
         left_out=len(time) - len(keep),
         why=f"more than {MOST_HEADS_PER_KV_HEAD} query heads per KV head: often another kernel"
         if len(keep) < len(time)
@@ -508,7 +557,8 @@ def _collectives(chip: ChipSpec, table: Table) -> Iterator[Problem]:
             for chips in sorted({*every["num_gpus"]}):
                 keep = (every["collective"] == op) & (impl == framework) & (every["num_gpus"] == chips)
                 if keep.sum() >= 8:
-                    yield _collective(op, framework, int(chips), table.where(keep), rate)
+                    flags = framework == "nccl" and chip.scale_up.topology == "pcie"
+                    yield _collective(op, framework, int(chips), table.where(keep), rate, flags=flags)
 
 
 def _framework(impl: str) -> str:
@@ -518,19 +568,19 @@ def _framework(impl: str) -> str:
     return impl.split("_", maxsplit=1)[0].lower()
 
 
-def _collective(op: str, framework: str, chips: int, table: Table, rate: float) -> Problem:
+def _collective(op: str, framework: str, chips: int, table: Table, rate: float, *, flags: bool) -> Problem:
+    """One collective; with ``flags`` small messages are sent by NCCL's protocol of flagged words, which tells over PCIe."""
     bytes_, time = table.columns["bytes"], table.columns["latency_s"]
     transfer = bytes_ * _SHARES[op](chips) / rate
 
     def model(values: Values, at: Rows) -> Array:
-        p = values["sharpness"]
-        joined = values["latency_s"] ** p + (transfer[at] / values["link"]) ** p
-        return np.asarray(joined ** (1 / p))
+        return np.asarray(collective_s(transfer[at], CollectiveCurve(**values)))
 
     free = (
         Parameter("latency_s", float(np.clip(time.min(), 2e-7, 1e-3)), 1e-7, 1e-2),
         Parameter("link", 0.5, 0.001, 1),
         Parameter("sharpness", 0.7, 0.3, 8),
+        *([Parameter("setup_s", 2e-5, 1e-8, 1e-2)] if flags else []),
     )
     kind = next(name for name in _SHARES if name == op)
     return Problem(
@@ -541,7 +591,7 @@ def _collective(op: str, framework: str, chips: int, table: Table, rate: float) 
         time,
         model,
         free,
-        {},
+        {"setup_s": 0.0},
         _numbered(bytes_),
         "message sizes",
         _steps(bytes_, "bytes", 1e5, 1e7),
@@ -553,3 +603,8 @@ def problem_at(problem: Problem, choice: float | None) -> Problem:
     """A problem with one of its choices made."""
     name, _ = problem.choices
     return problem if choice is None else replace(problem, held={**problem.held, name: choice}, choices=("", ()))
+
+
+def with_optional(problem: Problem) -> Problem:
+    """A problem whose optional parameters are free."""
+    return replace(problem, free=(*problem.free, *problem.optional), optional=())

@@ -70,12 +70,22 @@ _ORDER: dict[type, tuple[str, ...]] = {
         "kv_head_s",
         "resident",
         "resident_speed",
+        "walk",
+        "pair",
     )
 }
 
 #: Parameters by the calls whose time they set, small or large; the others shape what lies between.
 _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
-    GemmCurve: {"launch_s": "small", "hbm": "small", "quantise": "small", "peak": "large", "split_s": "large"},
+    GemmCurve: {
+        "launch_s": "small",
+        "hbm": "small",
+        "quantise": "small",
+        "row_s": "small",
+        "peak": "large",
+        "split_s": "large",
+        "spill": "large",
+    },
     VectorCurve: {"launch_s": "small", "hbm": "large"},
     GroupedCurve: {"launch_s": "small", "hbm": "small", "traffic": "small", "peak": "large"},
     PrefillCurve: {"launch_s": "small", "traffic": "small", "serial": "large", "peak": "large"},
@@ -86,8 +96,9 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
         "head_s": "small",
         "hbm": "large",
         "peak": "large",
+        "walk": "large",
     },
-    CollectiveCurve: {"latency_s": "small", "link": "large"},
+    CollectiveCurve: {"latency_s": "small", "setup_s": "large", "link": "large"},
 }
 
 #: What carries over least from one chip to the next of each side: the parameter that sets the time of its plainest calls.

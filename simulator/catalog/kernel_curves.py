@@ -88,10 +88,17 @@ class GemmCurve(_Curve):
         bytes moved per element of the input to quantise it, at full bandwidth; 0 where the rows hold none. [bytes]
     sharpness
         p of the p-norm that joins compute and memory time: 1 is their sum, infinity their maximum.
+    spill
+        as ``quantise``, moved besides where inputs and outputs do not fit the on-die memory. [bytes]
+    row_s
+        per row of the input, of kernels that quantise it a row at a time. [s]
+    resident, resident_speed
+        part of the on-die memory that inputs and outputs may fill, and how many times faster than HBM they come from there.
+        A price stays at or above the time of all bytes at HBM's full rate.
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"peak", "hbm"})
-    multiples: ClassVar[frozenset[str]] = frozenset({"sharpness"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"sharpness", "resident_speed"})
 
     peak: float
     hbm: float
@@ -102,6 +109,10 @@ class GemmCurve(_Curve):
     split_s: float = 0.0
     quantise: float = 0.0
     sharpness: float = 2.0
+    spill: float = 0.0
+    row_s: float = 0.0
+    resident: float = 0.0
+    resident_speed: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -190,13 +201,18 @@ class DecodeCurve(_Curve):
         further time of splitting and joining sequences, reached in proportion once so many bytes are read. [s], [bytes]
     kv_head_s, head_s
         per sequence and KV head, and per sequence and query head. [s]
+    walk
+        of kernels that leave each sequence and KV head to one block of threads: time of a key on one multiprocessor, in
+        units of its products' at peak; 0 for kernels that split a sequence's keys over the chip.
+    pair
+        time of two such blocks that share a multiprocessor, in that of one: 1 where each fills the other's waits, 2 at most.
     resident, resident_speed
         of the measurement alone: the part of the on-die memory up to which repeated reads came from there, and how many
         times faster than HBM. A server's layers evict each other's keys, so nothing is priced that way.
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"hbm", "peak"})
-    multiples: ClassVar[frozenset[str]] = frozenset({"ramp_bytes", "resident_speed"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"ramp_bytes", "pair", "resident_speed"})
 
     hbm: float
     peak: float
@@ -205,6 +221,8 @@ class DecodeCurve(_Curve):
     ramp_bytes: float = 1e6
     kv_head_s: float = 0.0
     head_s: float = 0.0
+    walk: float = 0.0
+    pair: float = 2.0
     resident: float = 0.0
     resident_speed: float = 1.0
 
@@ -221,6 +239,9 @@ class CollectiveCurve(_Curve):
         fraction of a chip's link bandwidth.
     sharpness
         p of the p-norm that joins latency and transfer time; below 1 they hinder each other.
+    setup_s
+        further latency of messages that use the link in full, where small ones go without it, at half the rate because every other
+        word is a flag; 0 where all go one way. [s]
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"link"})
@@ -228,6 +249,7 @@ class CollectiveCurve(_Curve):
     latency_s: float
     link: float
     sharpness: float = 1.0
+    setup_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse a norm that is none, besides."""

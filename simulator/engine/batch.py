@@ -371,11 +371,11 @@ def advance_decodes(cost: CostTable, state: State, extra: Extra | None, price: P
     knot = ints[KNOT]
     if extra is not None and extra.spec.on:
         per_token = price.per_token + price.per_row
-        share = speculation.fixed_share(extra.spec, cost.knots, knot, batch, price.slope, per_token)
+        share = speculation.fixed_share(extra.spec, cost.knots, knot, batch, per_token)
         since = ints[STEP] - ints[STEP_ORIGIN]
         speculation.count_passes(extra.spec, cost.knots, knot, batch, k, per_token, since)
     else:
-        intercept = cost.value[knot] - price.slope * cost.knots[knot]
+        intercept = cost.value[knot] - cost.slope[knot] * cost.knots[knot]
         share = price.per_token + price.per_row + cost.seq + intercept / batch
         ints[DECODE_KEYS] += k * total_keys + batch * growth
         ints[KEYS_SUM] = total_keys + k * batch

@@ -83,7 +83,7 @@ class Engine:
             cost = with_drafter(cost, settings.speculation.cost)
         self._cost = core.CostTable(
             np.ascontiguousarray(cost.dense_s, dtype=np.float64),
-            np.ascontiguousarray(cost.head_s, dtype=np.float64),
+            np.stack([cost.head_s, cost.decode_walk_s]).astype(np.float64),
             np.ascontiguousarray(cost.decode_knots, dtype=np.float64),
             np.ascontiguousarray(cost.decode_value_s, dtype=np.float64),
             np.ascontiguousarray(cost.decode_slope_s, dtype=np.float64),

@@ -92,6 +92,8 @@ T_RUNNING, T_WAITING, T_BLOCKS, T_BUSY, T_PREEMPTIONS = range(5)
 ) = range(13)
 # columns of State.sums: the running sums when a sequence was last settled, and the time of its last token before a preemption
 SETTLED_W, SETTLED_R0, SETTLED_R1, LAST_TOKEN, N_SUMS = range(5)
+# rows of CostTable.head: the output head by logit rows, and what a key costs on top by decoding sequences
+HEAD, WALK = range(2)
 # columns of State.chunks
 CHUNK_SLOT, CHUNK_SIZE, CHUNK_START, N_CHUNK_COLUMNS = range(4)
 
@@ -102,7 +104,7 @@ REBASE_STEPS = 1 << 14
 
 
 class CostTable(NamedTuple):
-    """Arrays of a StepCost."""
+    """Arrays of a StepCost; ``head`` [2, rows]: see ``HEAD`` and ``WALK``."""
 
     dense: Any
     head: Any

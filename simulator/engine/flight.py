@@ -46,6 +46,7 @@ class StageTable(NamedTuple):
     knots: Any
     value: Any
     slope: Any
+    walk: Any
     seq: Any
     planes: Any
     window_slope: Any
@@ -121,6 +122,7 @@ def enter_stages(
             time += excess * stages.experts[j, tokens]
         if batch > 0:
             time += stages.value[j, knot] + stages.slope[j, knot] * (keys - stages.knots[knot])
+            time += stages.walk[j, batch] * keys
             time += stages.seq[j] * batch + stages.window_slope[j] * windowed
         if chunks > 0:
             attention = 0.0

@@ -51,6 +51,7 @@ from simulator.engine.core import (
     STEPS,
     T_WAITING,
     WAITING_INTEGRAL,
+    WALK,
     CostTable,
     Extra,
     Limits,
@@ -154,7 +155,8 @@ def pace_of(
     if chunks == 0:
         growth = price.slope * batch + cost.window_slope * state.ints[N_GROWING]
         if extra is not None and extra.spec.on:
-            growth = speculation.decode_terms(extra.spec, cost.knots, state.ints[KNOT], batch).growth
+            terms = speculation.decode_terms(extra.spec, cost.knots, cost.head[WALK, batch], state.ints[KNOT], batch)
+            growth = terms.growth
     d0 = price.d0
     q = growth
     work = rules.host_step + rules.host_sequence * (batch + chunks) + rules.host_token * tokens

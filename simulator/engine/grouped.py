@@ -215,6 +215,7 @@ def stage_table(cost: PipelineCost, settings: EngineSettings) -> flight.StageTab
         knots=np.ascontiguousarray(knots),
         value=np.array([[stage.decode_attention_s(S) for S in knots] for stage in cost.stages]),
         slope=np.stack([stage.decode_slope_s[j] for stage, j in both]),
+        walk=np.stack([stage.decode_walk_s for stage in cost.stages]),
         seq=np.array([stage.decode_seq_s for stage in cost.stages]),
         planes=planes,
         window_slope=np.array([stage.window_slope_s for stage in cost.stages]),

@@ -42,7 +42,6 @@ from simulator.engine.skip_ahead import advance
 # columns of Kinds.ints
 (
     N_DENSE,
-    N_HEAD,
     N_KNOTS,
     N_PLANES,
     WINDOW,
@@ -60,7 +59,7 @@ from simulator.engine.skip_ahead import advance
     KV_CHUNKED,
     WINDOWED_MOST,
     N_KIND_INTS,
-) = range(19)
+) = range(18)
 # columns of Kinds.floats
 SEQ, WINDOW_SLOPE, N_KIND_FLOATS = range(3)
 # columns of Board.ints
@@ -215,7 +214,7 @@ def _cost(kinds: Kinds, kind: int) -> CostTable:
     ints = kinds.ints[kind]
     return CostTable(
         kinds.dense[kind, : ints[N_DENSE]],
-        kinds.head[kind, : ints[N_HEAD]],
+        kinds.head[kind],
         kinds.knots[kind, : ints[N_KNOTS]],
         kinds.value[kind, : ints[N_KNOTS]],
         kinds.slope[kind, : ints[N_KNOTS]],

@@ -105,6 +105,7 @@ class Pricing:
         else:
             decodes_s = self.speculator.decode_s(plan.level, work.B, work.S, work.SW)
             chunk_s = self.speculator.chunk_s(chunk_tokens(plan))
+            decodes_s += float(cost.decode_walk_s[work.B]) * work.S
             device_s = dense_s + cost.step_s(**rest | {"B": 0, "S": 0, "SW": 0}) + decodes_s + chunk_s
         copies_s = host.delay_s(device_s) if host is not None else 0.0
         host_s = self.host_s(work.n, len(plan.batch), device_s + copies_s) if stage == 0 else 0.0
@@ -122,7 +123,7 @@ class Pricing:
         per_token_s = (part.dense_s + part.host_s) / work.n
         per_row_s = float(cost.head_s[work.R]) / work.R if work.R else 0.0
         piece = max(j for j, knot in enumerate(cost.decode_knots) if knot <= work.S)
-        slope_s = float(cost.decode_slope_s[piece])
+        slope_s, walk_s = float(cost.decode_slope_s[piece]), float(cost.decode_walk_s[work.B])
         intercept_s = float(cost.decode_value_s[piece]) - slope_s * float(cost.decode_knots[piece])
         planes = [[float(entry) for entry in plane] for plane in cost.prefill_planes]
         plane = max(planes, key=lambda plane: dot(plane, (work.A, work.K, work.P, work.AW, work.KW)))
@@ -133,6 +134,7 @@ class Pricing:
             if self.speculator is not None and not request.in_prefill:
                 level, B, S = plan.level, work.B, work.S
                 request.busy_s += self.speculator.share(request, level, B, S, per_token_s, per_row_s)
+                request.busy_s += walk_s * self.speculator.context(request)
                 continue
             share_s = per_token_s * tokens
             if stop == request.known:
@@ -146,7 +148,7 @@ class Pricing:
                 request.recompute_s += share_s * again / tokens
                 recomputed += again
             else:
-                share_s += slope_s * (start + 1) + intercept_s / work.B + cost.decode_seq_s
+                share_s += (slope_s + walk_s) * (start + 1) + intercept_s / work.B + cost.decode_seq_s
                 share_s += cost.window_slope_s * keys_in_window(cost, start + 1)
             request.busy_s += share_s
         return recomputed
@@ -154,11 +156,13 @@ class Pricing:
     def count(self, plan: Plan, work: Work) -> None:
         """Add a scheduler's step to the sums (R14)."""
         cost = self.cost
-        decode_s = cost.decode_attention_s(work.S) + cost.window_slope_s * work.SW + cost.decode_seq_s * work.B
+        decode_s = cost.decode_attention_s(work.S, work.B) + cost.window_slope_s * work.SW
+        decode_s += cost.decode_seq_s * work.B
         if self.speculator is not None:
             level, B, S, SW = plan.level, work.B, work.S, work.SW
             self.speculator.count(level, B, S, SW, chunk_tokens(plan))
             decode_s = self.speculator.decode_s(level, B, S, SW) - self.speculator.draft_s(level, B, S)
+            decode_s += float(cost.decode_walk_s[B]) * S
         self.steps_by_tokens[work.n] += 1
         self.steps_by_rows[work.R] += 1
         self.add(

@@ -274,15 +274,14 @@ def _stacked_kinds(engines: Sequence[_Replica]) -> many.Kinds:
     ints = np.zeros((len(engines), many.N_KIND_INTS), dtype=np.int64)
     floats = np.zeros((len(engines), many.N_KIND_FLOATS))
     for row, cost, limit in zip(ints, costs, limits, strict=True):
-        row[many.N_DENSE], row[many.N_HEAD] = len(cost.dense), len(cost.head)
+        row[many.N_DENSE] = len(cost.dense)
         row[many.N_KNOTS], row[many.N_PLANES] = len(cost.knots), len(cost.planes)
         row[many.WINDOW], row[many.WINDOW_CHUNKED] = cost.window, cost.window_chunked
         row[many.MAX_SEQS : many.WINDOWED_MOST + 1] = limit
     floats[:, many.SEQ] = [cost.seq for cost in costs]
     floats[:, many.WINDOW_SLOPE] = [cost.window_slope for cost in costs]
-    tables = (_stacked([getattr(cost, name) for cost in costs]) for name in many.Kinds._fields[:6])
-    dense, head, knots, value, slope, planes = tables
-    return many.Kinds(dense, head, knots, value, slope, planes, floats, ints)
+    tables = {name: _stacked([getattr(cost, name) for cost in costs]) for name in many.Kinds._fields[:6]}
+    return many.Kinds(**tables, floats=floats, ints=ints)
 
 
 def _stacked_states(engines: Sequence[_Replica], kind_of: Ints, n: int) -> core.State:

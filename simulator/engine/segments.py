@@ -30,6 +30,7 @@ from simulator.engine.core import (
     FINISH_STEP,
     FREE_BLOCKS,
     FREE_SLOT,
+    HEAD,
     HEAP_SIZE,
     INTERVAL,
     ITL_MAX,
@@ -52,6 +53,7 @@ from simulator.engine.core import (
     T_RUNNING,
     T_WAITING,
     WAITING_INTEGRAL,
+    WALK,
     WINDOW_KEYS,
     WINDOW_PAIRS,
     WINDOW_SUM,
@@ -139,16 +141,19 @@ def price_step(
             seen_keys += chunk_keys(cost, done, size)
         if done + size == stream.prompt[row] + state.slots[slot, EMITTED]:
             rows += 1
-    d0 = dense + cost.head[rows]
+    d0 = dense + cost.head[HEAD, rows]
     slope = 0.0
     attention = 0.0
     if batch > 0:
         knot = find_knot(cost, state, extra)
+        walk = cost.head[WALK, batch]
         slope = cost.slope[knot]
         attention = cost.value[knot] + slope * (ints[KEYS_SUM] - cost.knots[knot]) + cost.seq * batch
+        attention += walk * ints[KEYS_SUM]
+        slope += walk
         attention += cost.window_slope * ints[WINDOW_SUM]
         if extra is not None and extra.spec.on:
-            terms = speculation.decode_terms(extra.spec, cost.knots, knot, batch)
+            terms = speculation.decode_terms(extra.spec, cost.knots, walk, knot, batch)
             slope = terms.slope
             attention = terms.seconds
         d0 += attention
@@ -165,7 +170,7 @@ def price_step(
                 plane = j
         d0 += prefill
     per_token = dense / tokens
-    per_row = cost.head[rows] / rows if rows > 0 else 0.0
+    per_row = cost.head[HEAD, rows] / rows if rows > 0 else 0.0
     per_chunk = per_token
     if extra is not None and extra.spec.on and chunks > 0:
         drafting = speculation.chunk_time(extra.spec, tokens - decoded)

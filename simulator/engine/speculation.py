@@ -434,12 +434,16 @@ def steps_in_reach(batch: Batch, next_knot: float, step: int, k: int) -> int:
 
 
 @inlined
-def decode_terms(spec: Spec, knots: Any, knot: int, size: int) -> DecodeTerms:
-    """Verification's attention and drafting of ``size`` sequences (P4) on the piece of the cost curve that starts at ``knot``."""
+def decode_terms(spec: Spec, knots: Any, walk: float, knot: int, size: int) -> DecodeTerms:
+    """Verification's attention and drafting of ``size`` sequences (P4) on the piece of the cost curve that starts at ``knot``.
+
+    ``walk`` is what a key costs on top while so many sequences decode.
+    """
     ints, tariff = spec.batch.ints, spec.tariff
     level = ints[LEVEL]
-    slope = tariff.slope[level, knot]
-    seconds = tariff.value[level, knot] + slope * (ints[KEYS] * PER_TOKEN - knots[knot])
+    slope = tariff.slope[level, knot] + walk
+    seconds = tariff.value[level, knot] + tariff.slope[level, knot] * (ints[KEYS] * PER_TOKEN - knots[knot])
+    seconds += walk * (ints[KEYS] * PER_TOKEN)
     seconds += tariff.levels[level, SEQ] * size + tariff.draft[level, size]
     growth = slope * (ints[RATES] * PER_TOKEN)
     window_slope = tariff.levels[level, WINDOW_SLOPE]
@@ -449,11 +453,11 @@ def decode_terms(spec: Spec, knots: Any, knot: int, size: int) -> DecodeTerms:
 
 
 @inlined
-def fixed_share(spec: Spec, knots: Any, knot: int, size: int, slope: float, per_token: float) -> float:
+def fixed_share(spec: Spec, knots: Any, knot: int, size: int, per_token: float) -> float:
     """What each of ``size`` sequences pays for a step whatever its context; ``per_token`` includes the token's logit row (P5)."""
     tariff = spec.tariff
     level = spec.batch.ints[LEVEL]
-    intercept = tariff.value[level, knot] + tariff.draft[level, size] - slope * knots[knot]
+    intercept = tariff.value[level, knot] + tariff.draft[level, size] - tariff.slope[level, knot] * knots[knot]
     return float(tariff.levels[level, QUERIES] * per_token + tariff.levels[level, SEQ] + intercept / size)
 
 

@@ -455,6 +455,12 @@ def key_bytes(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> float
     return latent_bytes(d, mixer)
 
 
+def walks_sequences(d: Deployment) -> bool:
+    """Whether a kernel of decode attention leaves each sequence to one multiprocessor."""
+    mixers = [mixer for _, mixer in d.mixers if isinstance(mixer, SoftmaxAttention | LatentAttention)]
+    return any(curve is not None and curve.walk > 0 for curve in (calibrated.decode_curve(d, m) for m in mixers))
+
+
 def decode_knots(d: Deployment) -> list[float]:
     """Keys at which the slope of decode attention changes, ascending. [keys]"""
     if d.eff.curves is None:

@@ -7,7 +7,7 @@ change. Which curve stands for which format is decided here and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import log2
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -25,7 +25,9 @@ from simulator.catalog.kernel_curves import (
 )
 from simulator.roofline.kernel_times import (
     collective_s,
+    decode_blocks,
     decode_key_s,
+    decode_walk_s,
     gemm_compute_s,
     grouped_compute_s,
     memory_s,
@@ -34,6 +36,7 @@ from simulator.roofline.kernel_times import (
     prefill_pair_s,
     present,
     soft_max,
+    spilled_share,
     tiling_of,
 )
 from simulator.roofline.precision import BITS, Dtype, Precision
@@ -160,7 +163,7 @@ class Times(NamedTuple):
 
 def product_times(
     d: Deployment, m: Matrix, n: Number, found: Product, *,
-    count: int, dtype: Dtype, moved_bytes: Number, reads: Number, unpacking: Number,
+    count: int, dtype: Dtype, weight_bytes: Number, activation_bytes: Number, reads: Number, unpacking: Number,
 ) -> Times:  # fmt: skip
     """Times of ``count`` products by their curve.
 
@@ -168,29 +171,37 @@ def product_times(
     ----------
     n, reads
         rows, and matrices read, per launch.
-    moved_bytes
-        weights, inputs and outputs of all launches.
+    weight_bytes, activation_bytes
+        weights, and inputs and outputs, of all launches.
     unpacking
         FLOPs of unpacking weights, charged where the curve is that of another format.
     """
     curve, hbm, some = found.curve, d.hbm_bytes_per_s, present(n)
     peak, units = d.rate_flops_per_s(dtype), d.multiprocessors
+    quantise_s: Number = 0.0
     if isinstance(curve, GroupedCurve):
         each = grouped_compute_s(n, reads, m.n_out, m.n_in, curve, peak_flops_per_s=peak, multiprocessors=units)
-        quantise, launches = 0.0, 0.5  # the curve's launch is that of both products
+        launches = 0.5  # the curve's launch is that of both products
     else:
         each = gemm_compute_s(
             n, m.n_out, m.n_in, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm, multiprocessors=units,
             tiling=tiling_of(matrix_units=d.slice.chip.has_matrix_units),
         )  # fmt: skip
-        quantise, launches = count * curve.quantise * m.n_in / hbm, 1.0
+        quantise_s, launches = count * _quantise_s(d, m, n, curve), 1.0
     compute = count * each
     if not found.own:
         compute = compute + unpacking / (peak * curve.peak)
-    memory = memory_s(moved_bytes, some * (count * curve.fill_bytes), curve.hbm, hbm)
+    moved_bytes = weight_bytes + activation_bytes
+    crossing = moved_bytes
+    if isinstance(curve, GemmCurve) and curve.resident:
+        out = _spilled(d, m, n, curve)
+        crossing = weight_bytes + activation_bytes * (out + (1 - out) / curve.resident_speed)
+    memory = memory_s(crossing, some * (count * curve.fill_bytes), curve.hbm, hbm)
+    if crossing is not moved_bytes:  # what stays on the die counts as moved all the same: no op falls under that bound
+        memory = np.maximum(memory, moved_bytes / hbm)
     time = soft_max(compute, memory, curve.sharpness)
-    if quantise:
-        time = time + n * quantise
+    if isinstance(quantise_s, np.ndarray) or quantise_s:
+        time = time + quantise_s
     every = Times(compute, memory, time, some * (launches * count * curve.launch_s))
     if found.vector is None:
         return every
@@ -204,6 +215,25 @@ def product_times(
     if not isinstance(n, np.ndarray):
         return single if n == 1 else every
     return Times(*(np.where(n == 1, one, other) for one, other in zip(single, every, strict=True)))
+
+
+def _quantise_s(d: Deployment, m: Matrix, n: Number, curve: GemmCurve) -> Number:
+    """Time to quantise ``n`` rows of input, where the curve's product holds that. [s]"""
+    if not (curve.quantise or curve.spill or curve.row_s):
+        return 0.0
+    moved: Number = curve.quantise * m.n_in
+    if curve.spill:
+        moved = moved + curve.spill * m.n_in * _spilled(d, m, n, curve)
+    return n * (moved / d.hbm_bytes_per_s + curve.row_s)
+
+
+def _spilled(d: Deployment, m: Matrix, n: Number, curve: GemmCurve) -> Number:
+    """Share of ``n`` rows of input and output that the on-die memory cannot hold, with what is quantised into the input."""
+    p, narrow = d.precision, m.quantised(d.precision) and m.form != "head"
+    each = m.n_in * (p.input_bytes if narrow else p.wide_bytes) + m.n_out * p.wide_bytes
+    if curve.quantise:
+        each += m.n_in * p.wide_bytes
+    return spilled_share(n * each, curve.resident * d.on_chip_bytes)
 
 
 def linear_product_times(d: Deployment, found: Product, *, flops: Number, moved_bytes: Number, dtype: Dtype) -> Times:
@@ -249,7 +279,9 @@ def decode_times(
 ) -> Op:
     """Decode attention of ``B`` sequences over ``keys`` keys in all, in each of the op's layers.
 
-    Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys.
+    Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys, and
+    kernels that do not split a sequence its walk. The mean length stands for the longest there: a batch of unequal lengths
+    waits for its longest sequence, by up to their ratio, which a step's sums do not tell. Windowed layers have neither.
     """
     curve = decode_curve(d, mixer)
     if curve is None:
@@ -257,23 +289,30 @@ def decode_times(
     heads, units = mixer.n_heads / d.chips, d.slice.chip.has_matrix_units
     if isinstance(mixer, LatentAttention):
         kv_heads, flops = 1.0, 2.0 * padded_heads(heads, 1.0, matrix_units=units) * (2 * mixer.kv_rank + mixer.rope_dim)
-        each = heads * curve.head_s
+        each, width, latent = heads * curve.head_s, mixer.kv_rank + mixer.rope_dim / 2, True
     else:
         kv_heads = d.kv_heads_per_chip(mixer)
         flops = 4.0 * padded_heads(heads, kv_heads, matrix_units=units) * mixer.head_dim
-        each = kv_heads * curve.kv_head_s + heads * curve.head_s
+        each, width, latent = kv_heads * curve.kv_head_s + heads * curve.head_s, float(mixer.head_dim), False
     # The tokens' own traffic is priced with all tokens of the step, prefilled ones included.
     each = max(0.0, each - (token_io_s(d, mixer) or 0.0))
     rate = d.rate_flops_per_s(d.attention_dtype)
     key_s = decode_key_s(bytes_per_key, flops, curve, peak_flops_per_s=rate, hbm_bytes_per_s=d.hbm_bytes_per_s)
     ramp: Number = 0.0
+    per_key: Number = key_s
     if not is_windowed(mixer):
         ramp = curve.ramp_s * np.minimum(1.0, keys * (bytes_per_key / curve.ramp_bytes))
+        if curve.walk:
+            walk_s = decode_walk_s(
+                B, decode_blocks(heads, kv_heads, latent=latent), width, curve,
+                latent=latent, peak_flops_per_s=rate, multiprocessors=d.multiprocessors,
+            )  # fmt: skip
+            per_key = np.maximum(key_s, walk_s / np.maximum(B, 1.0))
     return replace(
         op,
         compute_s=keys * (op.count * flops / (rate * curve.peak)),
         memory_s=keys * (op.count * bytes_per_key / (d.hbm_bytes_per_s * curve.hbm)),
-        roofline_s=op.count * (keys * key_s + ramp + B * each),
+        roofline_s=op.count * (keys * per_key + ramp + B * each),
         overhead_s=present(B) * (op.count * curve.launch_s),
     )
 
@@ -347,8 +386,5 @@ def collective_curve(curves: KernelCurves, kind: KernelOp, chips: int) -> Collec
         return one
     share = log2(chips / low) / log2(high / low)
     return CollectiveCurve(
-        *(
-            (1 - share) * getattr(one, name) + share * getattr(other, name)
-            for name in ("latency_s", "link", "sharpness")
-        )
+        **{f.name: (1 - share) * getattr(one, f.name) + share * getattr(other, f.name) for f in fields(CollectiveCurve)}
     )

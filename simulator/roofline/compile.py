@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.roofline.blocks import decode_knots
+from simulator.roofline.blocks import decode_knots, walks_sequences
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.ops import (
     Number,
@@ -23,6 +23,9 @@ from simulator.roofline.ops import (
 from simulator.roofline.step_cost import StepCost
 
 Array = NDArray[np.float64]
+
+MANY_KEYS, ROUNDING = 2.0**20, 1e-12
+"""Keys from which a time per key is found, so many that the rounding of the times per sequence does not show."""
 
 
 def compile_step_cost(d: Deployment, *, equal_ranks: bool = False) -> StepCost:
@@ -80,6 +83,7 @@ def compile_part(d: Deployment) -> StepCost:
         decode_value_s=values,
         decode_slope_s=slopes,
         decode_seq_s=float(sum_over(op.roofline_s for op in launch)) + expansion_s,
+        decode_walk_s=_decode_walk(d, rows),
         prefill_planes=_prefill_planes(d, expansion_s),
         chips=chips,
         dense_flops=_table(n, chips * sum_over(op.flops - op.copied_flops for op in dense)),
@@ -121,6 +125,18 @@ def _decode_curve(d: Deployment, launch_s: float) -> tuple[Array, Array, Array]:
     points = np.append(knots, 2 * knots[-1] + 1)  # the last slope is that of any stretch beyond the last knot
     keys_s = sum_over(op.roofline_s for op in decode_attention_ops(d, 0.0, points)) + np.zeros_like(points)
     return knots, keys_s[:-1] + launch_s, np.diff(keys_s) / np.diff(points)
+
+
+def _decode_walk(d: Deployment, rows: Array) -> Array:
+    """Table of what a key costs on top while 1, 2 … sequences decode, of kernels that leave each to one multiprocessor. [s]"""
+    if not walks_sequences(d):
+        return np.zeros(0)
+    both_s, rows_s, keys_s = (
+        sum_over(op.roofline_s for op in decode_attention_ops(d, *x))
+        for x in ((rows, MANY_KEYS), (rows, 0.0), (0.0, MANY_KEYS))
+    )
+    more_s = both_s - rows_s - keys_s
+    return _table(rows, np.where(more_s > ROUNDING * both_s, more_s, 0.0) / MANY_KEYS)
 
 
 def _table(counts: Array, figure: Number) -> Array:

@@ -16,7 +16,7 @@ from simulator.catalog.architecture import (
     Mixer,
     SoftmaxAttention,
 )
-from simulator.catalog.chips import IDEAL, Efficiency
+from simulator.catalog.chips import IDEAL, Efficiency, quantity_si
 from simulator.catalog.models import attention_windows, unpriceable_features
 from simulator.catalog.slices import LinkDomain, Slice
 from simulator.errors import InputError, UnpriceableError
@@ -566,6 +566,11 @@ class Deployment:
     def hbm_capacity_bytes(self) -> float:
         """Memory of one chip. [bytes]"""
         return self.slice.chip.hbm_capacity_bytes
+
+    @cached_property
+    def on_chip_bytes(self) -> float:
+        """On-die memory of one chip; 0 if its size is not known. [bytes]"""
+        return quantity_si(self.slice.chip.memory.on_chip) or 0.0
 
     @cached_property
     def multiprocessors(self) -> float:

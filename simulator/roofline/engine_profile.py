@@ -141,6 +141,7 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
         head_s=head,
         decode_value_s=value,
         decode_slope_s=slope,
+        decode_walk_s=decode * cost.decode_walk_s,
         decode_seq_s=max(decode * cost.decode_seq_s, ideal.decode_seq_s) + profile.sequence_s,
         window_slope_s=max(decode * cost.window_slope_s, ideal.window_slope_s),
         prefill_planes=planes,
@@ -154,6 +155,10 @@ def _slowed(total: Array, parts: dict[str, Array], bounds: dict[str, Array], pro
         slowdown = getattr(profile, f"{name}_slowdown")
         if slowdown != 1:
             found = found + np.maximum((slowdown - 1) * part, bounds[name] - part)
+    if (
+        found is not total
+    ):  # a product bound by compute here may be bound by memory there: the sum is held above its bound too
+        found = np.maximum(found, np.sum(np.broadcast_arrays(*bounds.values()), axis=0))
     return found
 
 

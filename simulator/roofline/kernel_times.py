@@ -40,6 +40,8 @@ QUERY_TILE = 128
 """Queries of one tile of prefill attention."""
 PAD_HEADS = 16
 """Query heads per KV head that decode attention computes at least."""
+LATENT_HEADS, LATENT_BLOCKS = 64, 2
+"""Query heads that a block of threads takes of latent decode attention, and blocks that share the width of their values."""
 
 _SPLITS = np.array(SPLITS, dtype=np.float64)
 _GM, _GN = (np.array(side, dtype=np.float64) for side in zip(*GROUPED_TILES, strict=True))
@@ -189,10 +191,12 @@ def _work_of_step(
     return float(tile_work(waves, rows, columns, depth, curve, split_bytes_s, rate / multiprocessors, tiling)[0])
 
 
-def grouped_waves(rows_per_group: Array, groups: Array, n: Array, multiprocessors: float) -> Array:
-    """Waves of every tile, [rows, tiles], of grouped products with just so many rows in each group."""
-    tiles = groups[:, None] * np.ceil(rows_per_group[:, None] / _GM) * np.ceil(n[:, None] / _GN)
-    waves: Array = np.ceil(tiles / multiprocessors)
+def grouped_waves(
+    rows_per_group: Array, groups: Array, n: Array, multiprocessors: float, further: float | Array = 0.0
+) -> Array:
+    """Waves of every tile, [rows, tiles], of grouped products with just so many rows in each group, and ``further`` in one more."""
+    high = groups[:, None] * np.ceil(rows_per_group[:, None] / _GM) + np.ceil(np.asarray(further)[..., None] / _GM)
+    waves: Array = np.ceil(high * np.ceil(n[:, None] / _GN) / multiprocessors)
     return waves
 
 
@@ -248,6 +252,18 @@ def _work_of_groups(
     return present(visits) * np.maximum(best * ((k + curve.depth) * (2 / rate)), floor)
 
 
+def spilled_share(moved_bytes: Number, room_bytes: float) -> Number:
+    """Share of inputs and outputs that find no place in ``room_bytes`` of on-die memory: none well below its size, all well above.
+
+    >>> [round(float(spilled_share(x, 100.0)), 3) for x in (0.0, 50.0, 100.0, 200.0)]
+    [0.0, 0.004, 0.5, 0.996]
+    """
+    if room_bytes == 0:
+        return present(moved_bytes)
+    over: Number = np.minimum(moved_bytes / room_bytes, 100.0) ** 8
+    return over / (1 + over)
+
+
 def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_s: float) -> Number:
     """Time to move bytes, those needed to fill the memory's pipeline included. [s]"""
     return (moved_bytes + fill_bytes) / (hbm_bytes_per_s * hbm)
@@ -274,6 +290,36 @@ def decode_key_s(
     return max(bytes_per_key / (hbm_bytes_per_s * curve.hbm), flops_per_key / (peak_flops_per_s * curve.peak))
 
 
+def decode_blocks(heads: Number, kv_heads: Number, *, latent: bool) -> Number:
+    """Blocks of threads per sequence of decode attention that does not split its keys.
+
+    >>> float(decode_blocks(32, 8, latent=False)), float(decode_blocks(128, 1, latent=True))
+    (8.0, 4.0)
+    """
+    each: Number = np.ceil(heads / LATENT_HEADS) if latent else np.ceil(heads / kv_heads / PAD_HEADS)
+    return each * (LATENT_BLOCKS if latent else kv_heads)
+
+
+def decode_walk_s(
+    sequences: Number, blocks: Number, width: Number, curve: DecodeCurve, *,
+    latent: bool, peak_flops_per_s: float, multiprocessors: float,
+) -> Number:  # fmt: skip
+    """Time for each key of a sequence, of ``sequences`` walked side by side by ``blocks`` each; 0 without a walk. [s]
+
+    The busiest multiprocessor has ⌈sequences·blocks/multiprocessors⌉ of them, two at a time.
+
+    >>> curve = DecodeCurve(hbm=0.8, peak=0.2, launch_s=0.0, walk=1.0, pair=1.5)
+    >>> known = {"latent": False, "peak_flops_per_s": 400e12, "multiprocessors": 100}
+    >>> [round(1e9 * float(decode_walk_s(n, 10, 128, curve, **known)), 3) for n in (1, 10, 11, 21)]
+    [2.048, 2.048, 3.072, 5.12]
+    """
+    busiest: Number = np.ceil(sequences * blocks / multiprocessors)
+    heads = LATENT_HEADS / LATENT_BLOCKS if latent else PAD_HEADS
+    one = curve.walk * 4 * heads * width * multiprocessors / peak_flops_per_s
+    together: Number = curve.pair * np.floor(busiest / 2) + busiest % 2
+    return together * one
+
+
 def prefill_pair_s(flops_per_pair: float, heads: float, curve: PrefillCurve, peak_flops_per_s: float) -> float:
     """Time per (query, key) pair of prefill attention, softmax included. [s]"""
     return (flops_per_pair + 4 * heads * curve.softmax) / (peak_flops_per_s * curve.peak)
@@ -291,8 +337,17 @@ def prefill_key_s(
 def collective_s(transfer_s: Number, curve: CollectiveCurve) -> Number:
     """Time of a collective whose messages take ``transfer_s`` at the full link rate; 0 for none. [s]
 
+    The faster of two ways: with flags between the words, at half the rate, or after setting up.
+
     >>> collective_s(0.0, CollectiveCurve(5e-6, 0.7))
     0.0
+    >>> [round(1e6 * collective_s(x, CollectiveCurve(5e-6, 1.0, setup_s=20e-6))) for x in (10e-6, 20e-6, 30e-6)]
+    [25, 45, 55]
     """
-    joined = soft_max(present(transfer_s) * curve.latency_s, transfer_s / curve.link, curve.sharpness)
+    latency, transfer = present(transfer_s) * curve.latency_s, transfer_s / curve.link
+    joined = soft_max(latency, transfer, curve.sharpness)
+    if curve.setup_s:
+        joined = np.minimum(
+            soft_max(latency, 2 * transfer, curve.sharpness), present(transfer_s) * curve.setup_s + joined
+        )
     return joined if isinstance(transfer_s, np.ndarray) else float(joined)

@@ -200,8 +200,9 @@ def matmul_op(
         taken = calibrated.linear_product_times(d, found, flops=flops, moved_bytes=moved, dtype=dtype)
     else:
         taken = calibrated.product_times(
-            d, m, n, found, count=count, dtype=dtype, moved_bytes=moved, reads=read, unpacking=unpacking
-        )
+            d, m, n, found, count=count, dtype=dtype, weight_bytes=weights, activation_bytes=activations, reads=read,
+            unpacking=unpacking,
+        )  # fmt: skip
     return Op(
         name,
         "matmul",

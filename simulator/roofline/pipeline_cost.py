@@ -77,6 +77,7 @@ class PipelineCost:
             decode_value_s=np.array([sum(cost.decode_attention_s(S) for cost in stages) for S in knots]),
             decode_slope_s=np.sum([c.decode_slope_s[j] for c, j in zip(stages, pieces, strict=True)], axis=0),
             decode_seq_s=sum_of("decode_seq_s"),
+            decode_walk_s=total("decode_walk_s"),
             prefill_planes=_sums_of_planes([cost.prefill_planes for cost in stages]),
             chips=sum(cost.chips for cost in stages),
             dense_flops=total("dense_flops"),

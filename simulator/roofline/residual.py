@@ -41,6 +41,7 @@ def slowed_step(cost: StepCost, factor: float, bound: StepCost) -> StepCost:
         head_s=np.maximum(factor * cost.head_s, bound.head_s),
         decode_value_s=value,
         decode_slope_s=slope,
+        decode_walk_s=factor * cost.decode_walk_s,
         decode_seq_s=max(factor * cost.decode_seq_s, bound.decode_seq_s),
         window_slope_s=max(factor * cost.window_slope_s, bound.window_slope_s),
         prefill_planes=planes,

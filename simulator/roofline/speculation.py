@@ -32,7 +32,7 @@ class SpeculationCost:
 
     With n tokens, of which c in prefill chunks, R rows, B decoding sequences whose contexts sum to S, a step of level l takes::
 
-        dense_s[n] + head_s[R] + [B > 0]·(g_l(S) + window_slope_s[l]·SW + seq_s[l]·B + draft_s[l, B] + h_l(S))
+        dense_s[n] + head_s[R] + [B > 0]·(g_l(S) + decode_walk_s[B]·S + window_slope_s[l]·SW + seq_s[l]·B + draft_s[l, B] + h_l(S))
         + [P > 0]·(max_j(planes[j]·(A, K, P, AW, KW)) + chunk_s[c])
 
     Attributes

@@ -24,7 +24,7 @@ query at context t (itself included) sees w(t) = min(t, W) keys when sliding, ((
 
 and the time of a step is::
 
-    dense_s[n] + head_s[R] + [B > 0]·(g(S) + window_slope_s·SW + decode_seq_s·B) + [P > 0]·max_j(planes[j]·(A, K, P, AW, KW))
+    dense_s[n] + head_s[R] + [B > 0]·(g(S) + decode_walk_s[B]·S + window_slope_s·SW + decode_seq_s·B) + [P > 0]·max_j(planes[j]·(A, K, P, AW, KW))
 
 with ``g`` the piecewise linear curve through the decode knots. Each term is at least its own roofline bound.
 """
@@ -87,6 +87,9 @@ class StepCost:
         g is continuous and the last slope holds to infinity.
     decode_seq_s
         time per decoding sequence that depends on neither n nor S. [s]
+    decode_walk_s
+        [max_num_seqs + 1] further seconds per key while B sequences decode: kernels that leave each sequence to one
+        multiprocessor fill the chip by their number alone. Zeros if left out.
     prefill_planes
         [q, 5] seconds per attention pair (A), per KV token read (K), per chunk (P), per windowed pair (AW) and per
         windowed token read (KW); the time is the largest plane. Three columns are read as five, the last two 0.
@@ -145,6 +148,7 @@ class StepCost:
     ranks: int = 1
     stages: int = 1
     expert_s: Array = field(default_factory=lambda: np.zeros(0))
+    decode_walk_s: Array = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         """Refuse tables that would give silently wrong times."""
@@ -162,6 +166,13 @@ class StepCost:
                 raise InputError(f"StepCost.{name} must be finite and not negative")
         if not (self.dense_s[1:] > 0).all():
             raise InputError("StepCost.dense_s must be positive from one token on: a step takes time")
+        if not len(self.decode_walk_s):
+            object.__setattr__(self, "decode_walk_s", np.zeros(len(self.head_s)))
+        walk = self.decode_walk_s
+        if walk.shape != self.head_s.shape or walk[0] != 0 or not (np.isfinite(walk) & (walk >= 0)).all():
+            raise InputError(
+                "StepCost.decode_walk_s must be as long as head_s, start at 0, finite and not negative; or empty"
+            )
         if self.ranks < 1:
             raise InputError(f"StepCost.ranks = {self.ranks}: must be at least 1")
         if len(self.expert_s) and (
@@ -192,10 +203,11 @@ class StepCost:
         """Largest R the table covers."""
         return len(self.head_s) - 1
 
-    def decode_attention_s(self, S: float) -> float:
-        """g(S): attention time of the decoding sequences. [s]"""
+    def decode_attention_s(self, S: float, B: int = 0) -> float:
+        """g(S), and what its keys cost on top while ``B`` sequences decode: their attention time. [s]"""
         j = int(np.searchsorted(self.decode_knots, S, side="right")) - 1
-        return float(self.decode_value_s[j] + self.decode_slope_s[j] * (S - self.decode_knots[j]))
+        g = self.decode_value_s[j] + self.decode_slope_s[j] * (S - self.decode_knots[j])
+        return float(g + self.decode_walk_s[B] * S)
 
     def prefill_attention_s(self, A: float, K: float, P: float, AW: float = 0, KW: float = 0) -> float:
         """Attention time of the prefill chunks. [s]"""
@@ -216,5 +228,5 @@ class StepCost:
         KW: float = 0,
     ) -> float:
         """Time of one step. [s]"""
-        decode = self.decode_attention_s(S) + self.window_slope_s * SW + self.decode_seq_s * B if B else 0.0
+        decode = self.decode_attention_s(S, B) + self.window_slope_s * SW + self.decode_seq_s * B if B else 0.0
         return float(self.dense_s[n] + self.head_s[R]) + decode + self.prefill_attention_s(A, K, P, AW, KW)

@@ -104,6 +104,8 @@ def sweep_decode(cost: StepCost, fit: MemoryFit, batch: ArrayLike, context: Arra
         attention_s = cost.decode_value_s[knot] + cost.decode_slope_s[knot] * (S - cost.decode_knots[knot])
     step_s = (cost.dense_s[: most + 1] + cost.head_s[: most + 1])[B]
     step_s += attention_s
+    if cost.decode_walk_s.any():
+        step_s += cost.decode_walk_s[B] * S
     if cost.decode_seq_s:
         step_s += cost.decode_seq_s * B
     if cost.window_slope_s:

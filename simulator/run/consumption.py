@@ -216,6 +216,7 @@ def ideal_decode_chip_seconds(
     attention = cost.decode_value_s[knot] + cost.decode_slope_s[knot] * (keys - cost.decode_knots[knot])
     seen = window_keys(np.rint(context).astype(np.int64), cost.window, chunked=cost.window_chunked)
     attention += cost.window_slope_s * batch * seen
+    attention += np.interp(batch, np.arange(len(cost.decode_walk_s)), cost.decode_walk_s) * keys
     shared = np.interp(batch, np.arange(len(cost.dense_s)), cost.dense_s) + np.interp(
         batch, np.arange(len(cost.head_s)), cost.head_s
     )

@@ -144,9 +144,10 @@ def test_the_order_of_a_correlation_is_that_of_the_fit(name, tmp_path):
 def test_every_correlation_of_the_catalogue_is_of_the_parameters_with_errors():
     fits = [fit for name in calibration_names() for fit in read_calibration(name).fits]
     sizes = [(len(free_parameters(fit, CURVES[fit.op])), len(fit.correlation)) for fit in fits]
-    # Along a flat direction a standard error may be 0 and its row of the correlation empty: then draws are independent.
+    # Along a flat direction a standard error may be 0 and its row of the correlation empty: then draws are independent. So it is
+    # where a kernel's walk over a sequence is always longer than its products.
     assert all(rows >= free for free, rows in sizes if free > 1)
-    assert sum(rows > free for free, rows in sizes if free > 1) <= 0.02 * len(fits)
+    assert sum(rows > free for free, rows in sizes if free > 1) <= 0.04 * len(fits)
 
 
 def test_a_slightly_indefinite_correlation_still_has_a_root():

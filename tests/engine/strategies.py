@@ -94,6 +94,8 @@ def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float, *, wi
             "window_slope_s": window_slope_s * pick(0, 5),
         }
         planes = [[*plane, window_slope_s * pick(0, 3), window_slope_s * pick(0, 7)] for plane in planes]
+    # A few sequences leave most of the chip idle: their keys cost more, by their number.
+    walk_s = [slope_s * (len(knots) * rows % 4) for rows in range(max_rows + 1)]
     return step_cost(
         dense,
         head,
@@ -102,6 +104,7 @@ def dyadic_cost(pick: Pick, max_tokens: int, max_rows: int, grid_s: float, *, wi
         slopes_s=slopes,
         decode_seq_s=grid_s * pick(0, 1),
         planes=planes,
+        decode_walk_s=np.array(walk_s, dtype=float),
         **window,
     )
 

@@ -105,6 +105,7 @@ def test_twice_the_times_is_the_same_run_at_half_the_speed(name):
             "head_s",
             "decode_value_s",
             "decode_slope_s",
+            "decode_walk_s",
             "decode_seq_s",
             "window_slope_s",
             "prefill_planes",
