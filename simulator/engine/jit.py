@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import platformdirs
 
+from simulator.engine import by_address
+
 numba: Any
 try:
     numba = import_module("numba")
@@ -27,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., object])
 COMPILED_SOURCES = (
     "batch.py",
     "block_hashes.py",
+    "by_address.py",
     "clients.py",
     "core.py",
     "fcfs.py",
@@ -100,6 +103,10 @@ def mark_warm(form: str) -> None:
     """Record that a loop has been compiled into the cache folder."""
     if CACHE_FOLDER is not None:
         (CACHE_FOLDER / f"ready-{form}").touch()
+
+
+if is_compiled_mode():
+    by_address.install()
 
 
 def entry(function: F) -> F:
