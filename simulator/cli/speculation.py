@@ -17,6 +17,9 @@ LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 @click.command()
 @click.option("--model", required=True, help="Catalogue name, or a path to a model TOML or Hugging Face config.json.")
 @click.option("--slice", "slice_", required=True, help="Slice of the model, and of the drafter.")
+@click.option(
+    "--shard", "sharding", help="How the model lies on the slice: tp2dp4ep8 …; batches are then those of a rank."
+)
 @click.option("--precision", default="bf16", show_default=True)
 @click.option("--method", type=click.Choice(METHODS), required=True, help="Who drafts.")
 @click.option("--draft-model", help="For --method draft_model.")
@@ -36,6 +39,7 @@ def speculation(plot: Path | None, as_json: bool, **options: Any) -> None:
     \b
     chipseconds speculation --model llama-3-70b --slice h100-sxm:8 --method draft_model --draft-model llama-3-8b \
         --tokens 4 --acceptance 0.8 --simulate --plot speculation.png
+    chipseconds speculation --model deepseek-v3 --slice h200-sxm:8 --shard dp8ep8 --precision fp8 --method mtp --tokens 1 --acceptance 0.85
     chipseconds speculation --model deepseek-v3 --slice h200-sxm:8 --precision fp8 --method mtp --tokens 2 --acceptance 0.85,0.6
     """
     from simulator.run.speculation_view import speculation_view
@@ -44,7 +48,8 @@ def speculation(plot: Path | None, as_json: bool, **options: Any) -> None:
         from simulator.report.figures import check_figure_path
 
         check_figure_path(plot)
-    target, settings = _target(options), _settings(options)
+    settings = _settings(options)
+    target = _target(options, settings.decode_tokens)
     clients = [batch for batch in LADDER[::2] if batch <= options["max_num_seqs"]] if options["simulates"] else []
     view = speculation_view(target, settings, context=options["context"], simulate_at=clients)
     if as_json:
@@ -78,20 +83,25 @@ def document(view: "SpeculationView") -> dict[str, Any]:
     }
 
 
-def _target(options: dict[str, Any]) -> Any:
+def _target(options: dict[str, Any], decode_tokens: int) -> Any:
     from simulator.catalog.models import load_model
     from simulator.catalog.slices import resolve_slice
     from simulator.roofline.deployment import Deployment
+    from simulator.roofline.pipeline import shard
     from simulator.roofline.precision import parse_precision
+    from simulator.roofline.sharding import parse_sharding
 
     seqs = options["max_num_seqs"]
-    return Deployment(
-        load_model(options["model"]),
-        resolve_slice(options["slice_"]),
-        parse_precision(options["precision"]),
-        max_num_seqs=seqs,
-        max_num_batched_tokens=max(8192, 64 * seqs),
-    )
+    model, slice_ = load_model(options["model"]), resolve_slice(options["slice_"])
+    limits = {
+        "precision": parse_precision(options["precision"]),
+        "max_num_seqs": seqs,
+        "max_num_batched_tokens": max(8192, 64 * seqs),
+        "decode_tokens": decode_tokens,
+    }
+    if options["sharding"] is None:
+        return Deployment(model, slice_, **limits)
+    return shard(model, slice_, parse_sharding(options["sharding"]), **limits)
 
 
 def _settings(options: dict[str, Any]) -> Any:
@@ -125,6 +135,7 @@ def _print(view: "SpeculationView") -> None:
     click.echo(
         f"{d.architecture.name} in {d.precision.name} on {d.slice.spec}, {o.method}{f' {o.model}' if o.model else ''}: "
         f"speed-up of decoding at a context of {view.context:,}"
+        + (f", by the batch of each of {d.expert_ranks:g} attention ranks" if d.expert_ranks > 1 else "")
     )
     runs = {clients: (fixed, adaptive) for clients, fixed, adaptive in view.simulated}
     columns = ["batch", *view.labels[1:], "best"] + (["simulated", "adaptive"] if runs else [])

@@ -126,7 +126,7 @@ class _Recorder:
     def __init__(self, engine: Engine, watched: int) -> None:
         self._engine = engine
         self._watched = watched
-        self._state, self._out, self._extra = engine._state, engine._out, engine._extra  # noqa: SLF001 - looking inside is its purpose
+        self._state, self._out = engine._state, engine._out  # noqa: SLF001 - looking inside is its purpose
         self._parts = list(engine._parts())  # noqa: SLF001
         self._num_blocks = engine._limits.num_blocks  # noqa: SLF001
         self._by_tokens = self._out.steps_by_tokens.copy()

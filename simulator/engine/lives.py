@@ -208,7 +208,19 @@ class Lives:
         self._find_slots()
         self.running = [0] * len(self._parts)
         self.waiting = [0] * len(self._parts)
-        for row, life in list(self._lives.items()):
+        rows = np.fromiter(self._lives, dtype=np.int64, count=len(self._lives))
+        status, preemptions = self._out.status[rows].tolist(), self._out.preemptions[rows].tolist()
+        attempts = [1] * len(rows) if self._queue is None else self._queue.row_ints[rows, queues.ATTEMPTS].tolist()
+        news = zip(list(self._lives.items()), status, preemptions, attempts, strict=True)
+        for (row, life), now, lost, attempt in news:
+            if lost == life.preemptions and attempt == life.attempt:  # most are where they were
+                if now == RUNNING and life.phase is Phase.DECODE:
+                    self.running[life.rank] += 1
+                    continue
+                if now == WAITING and life.phase in IN_QUEUE:
+                    self._note_load(row, life)
+                    self.waiting[life.rank] += life.since_s <= start_s
+                    continue
             self._catch_up(row, life, start_s, end_s)
 
     def _take_in(self) -> None:

@@ -80,7 +80,7 @@ def may_go_round(
     return bool(_nobody_is_admitted(limits, stream, out, shared, states, flight, queue))
 
 
-@compiled
+@inlined
 def go_round(
     cost: CostTable,
     stages: StageTable,

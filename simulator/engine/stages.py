@@ -139,7 +139,7 @@ def _detach(state: State, slot: int) -> None:
     state.ints[N_RUNNING] += 1
 
 
-@compiled
+@inlined
 def _schedule_group(
     cost: CostTable,
     limits: Limits,
@@ -188,7 +188,7 @@ def _schedule_group(
     return found.n, found.tokens, found.preempted
 
 
-@compiled
+@inlined
 def _launch(
     cost: CostTable,
     stages: StageTable,
@@ -333,7 +333,7 @@ def _in_flight(flight: Flight, queue: Queue, slot: int) -> bool:
     return bool(queue.slots[slot, HELD] > 0 or (g >= 0 and flight.done[g] < math.inf))
 
 
-@compiled
+@inlined
 def _complete(
     cost: CostTable,
     limits: Limits,
@@ -421,7 +421,7 @@ def _client_leaves(
         release_next(stream, shared, due)
 
 
-@compiled
+@inlined
 def _receive_for_stages(
     cost: CostTable,
     limits: Limits,
@@ -453,7 +453,7 @@ def _receive_for_stages(
                 join(out, shared, shared, queue, extra_of(extras, 0), row, arrival)
 
 
-@compiled
+@inlined
 def _try(
     cost: CostTable,
     stages: StageTable,
@@ -499,7 +499,7 @@ def _try(
     return True
 
 
-@compiled
+@inlined
 def _land(
     cost: CostTable,
     limits: Limits,
@@ -546,8 +546,15 @@ def advance_stages(
     shared = part_of(states, n_groups)
     ints, floats = shared.ints, shared.floats
     floats[LAST_START] = -1.0  # who arrives between two instants was there at no micro-batch's scheduling
+    n_done = 0
     while True:
-        _receive_for_stages(cost, limits, stream, out, shared, states, flight, queue, extras, False)  # noqa: FBT003
+        before_now = stream.concurrency > 0 and n_done > 0  # who is released by a finish comes after those (M1)
+        _receive_for_stages(cost, limits, stream, out, shared, states, flight, queue, extras, before_now)
+        if before_now:
+            for _ in range(n_done):
+                release_next(stream, shared, floats[CLOCK] + queue.rules.output_s)
+            n_done = 0
+            continue
         t = floats[CLOCK]
         next_arrival = next_seen(stream, shared, queue)
         if ints[N_RUNNING] == 0 and queue.ints[N_QUEUED] == 0:
@@ -595,7 +602,3 @@ def advance_stages(
         floats[CLOCK] = when
         if first >= 0:
             n_done = _land(cost, limits, stream, out, shared, states, flight, queue, extras, first)
-            if stream.concurrency > 0 and n_done > 0:
-                _receive_for_stages(cost, limits, stream, out, shared, states, flight, queue, extras, True)  # noqa: FBT003
-                for _ in range(n_done):
-                    release_next(stream, shared, when + queue.rules.output_s)

@@ -98,9 +98,10 @@ class PlanServing(Record):
     """Of one replica."""
     shardings: Annotated[tuple[Literal["tp", "pp", "ep"], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
         "tp",
+        "pp",
         "ep",
     )
-    """Kinds that are tried; pipelines (``pp``) take many times as long to simulate."""
+    """Kinds that are tried."""
     usd_per_chip_hour: PositiveFloat | None = None
     headroom: Annotated[float, Field(ge=0, lt=1)] | None = None
     peak_to_mean: Annotated[float, Field(ge=1)] | None = None

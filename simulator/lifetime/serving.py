@@ -149,6 +149,7 @@ class PlannedServer:
                 front=(),
                 runners_up=0,
                 look_elsewhere=False,
+                relax=False,
                 **more,
             ),
             template=self.scenario,

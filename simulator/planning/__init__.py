@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 from simulator.planning.options import PlanOptions
 
 if TYPE_CHECKING:
-    from simulator.planning.question import plan, targets_of
+    from simulator.planning.planner import plan
+    from simulator.planning.question import targets_of
     from simulator.planning.rating import rate_within_targets
 
 __all__ = ["PlanOptions", "plan", "rate_within_targets", "targets_of"]
 
 _LATE = {
-    "plan": "simulator.planning.question",
+    "plan": "simulator.planning.planner",
     "targets_of": "simulator.planning.question",
     "rate_within_targets": "simulator.planning.rating",
 }

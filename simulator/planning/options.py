@@ -54,3 +54,5 @@ class PlanOptions(Record):
     """Further fleets to name."""
     look_elsewhere: bool = True
     """If no chip asked for will do: look for others in the catalogue that do."""
+    relax: bool = True
+    """If no chip asked for will do: look for the least relaxation of the limits with which one does, and its fleet."""

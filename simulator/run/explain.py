@@ -252,7 +252,7 @@ def parts_of(log: EventLog, spans: Sequence[Span], settings: EngineSettings) -> 
     for span in spans:
         if span.attempt < last or span.phase is Phase.AWAY:
             found.setdefault(_of_earlier(span), []).append(span)
-    parts = [_part(log, what, stays, sum(own[id(span)] for span in stays)) for what, stays in found.items()]
+    parts = [_part(log, what, stays, sum(own[id(span)] for span in stays) or None) for what, stays in found.items()]
     now = [span for span in spans if span.attempt == last and span.phase is not Phase.AWAY]
     before = [span for span in now if span.phase is Phase.HOST and span.start_s < now[-1].start_s]
     parts += [_part(log, "host: the request", [span], None) for span in before]

@@ -7,9 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.engine.records import EngineSettings, Requests, Speculation
-from simulator.errors import InfeasibleError
+from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.pipeline import ShardedDeployment
+from simulator.roofline.pipeline_cost import PipelineCost
+from simulator.roofline.sharded_cost import compile_sharded
 from simulator.roofline.speculation import best_levels, speedup
 from simulator.roofline.step_cost import StepCost
 from simulator.run.speculation import ResolvedSpeculation, SpeculationOptions, resolve_speculation
@@ -29,7 +32,7 @@ class SpeculationView:
     Attributes
     ----------
     batches
-        [n] decoding sequences.
+        [n] decoding sequences, of each attention rank.
     gains
         [levels, n] of each fixed level; 1 at level 0.
     best
@@ -61,22 +64,27 @@ class SpeculationView:
 
 
 def speculation_view(
-    target: Deployment, options: SpeculationOptions, *, context: int, simulate_at: Sequence[int] = ()
+    target: Deployment | ShardedDeployment,
+    options: SpeculationOptions,
+    *,
+    context: int,
+    simulate_at: Sequence[int] = (),
 ) -> SpeculationView:
-    """Compute the view for batches of 1 to the deployment's ``max_num_seqs``.
+    """Compute the view for batches of 1 to the deployment's ``max_num_seqs``, of attention ranks those of each rank.
 
     Parameters
     ----------
+    target
+        a sharded one must be of ``options.decode_tokens``.
     simulate_at
         numbers of clients at which the engine runs as well: a closed loop of requests whose prompts are cached.
 
     Raises
     ------
     InputError, UnpriceableError, InfeasibleError
-        As :func:`simulator.run.speculation.resolve_speculation`; the last also if not one sequence fits.
+        As :func:`simulator.run.speculation.resolve_speculation`; the last also if not one sequence fits, the first for pipeline stages.
     """
-    d = replace(target, decode_tokens=options.decode_tokens)
-    cost = compile_step_cost(d)
+    d, cost = _laid(target, options)
     found = resolve_speculation(options, d, cost)
     largest = found.fit.kv_blocks // -(-(context + found.plan.cost.lookahead) // d.block_size)
     if largest < 1:
@@ -104,16 +112,30 @@ def speculation_view(
     return SpeculationView(d, options, context, batches, gains, table[1:], largest, tokens, simulated)
 
 
+def _laid(target: Deployment | ShardedDeployment, options: SpeculationOptions) -> tuple[Deployment, StepCost]:
+    """The target, or one rank of it, and the table of all of it."""
+    if isinstance(target, Deployment):
+        d = replace(target, decode_tokens=options.decode_tokens)
+        return d, compile_step_cost(d)
+    cost = compile_sharded(target)
+    if isinstance(cost, PipelineCost):
+        raise InputError(
+            f"speculation with sharding {target.sharding}: the next drafts need the last stage's verdict on the present ones; leave pp out"
+        )
+    return target.whole, cost
+
+
 def _simulated(
     d: Deployment, cost: StepCost, found: ResolvedSpeculation, table: NDArray[np.int64], context: int, clients: int
 ) -> tuple[int, float, float]:
     """Speed-ups of a closed loop: its time without speculation over its time with it."""
     from simulator.engine.compiled import simulate  # noqa: PLC0415 - numba takes a while to import
 
-    n = ROUNDS * clients
+    clients_of_all = clients * cost.ranks
+    n = ROUNDS * clients_of_all
     prompt = np.full(n, max(context - OUTPUT_TOKENS // 2, 1))
     output = np.full(n, OUTPUT_TOKENS)
-    requests = Requests(np.zeros(n), prompt, output, prompt - 1, output, clients)
+    requests = Requests(np.zeros(n), prompt, output, prompt - 1, output, clients_of_all)
     fixed = replace(found.plan, level_by_batch=np.full(d.max_num_seqs + 1, len(found.plan.cost.queries) - 1))
 
     def end_s(plan: Speculation | None) -> float:

@@ -27,6 +27,22 @@ def test_a_curve_and_a_tree(run_cli):
     assert found["tokens_per_pass"] == pytest.approx([1, 1 + 0.8 + 0.56])
 
 
+def test_attention_ranks(run_cli):
+    args = [
+        "speculation",
+        "--model",
+        "qwen3-30b-a3b",
+        "--slice",
+        "h100-sxm:4",
+        "--shard",
+        "dp4ep4",
+        "--max-num-seqs",
+        "32",
+    ]
+    done = run_cli(*args, "--method", "eagle", "--tokens", "1", "--acceptance", "0.8")
+    assert "by the batch of each of 4 attention ranks" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [

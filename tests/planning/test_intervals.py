@@ -63,21 +63,32 @@ def test_workers_do_not_matter_and_nothing_is_drawn_unasked(wide):
 def test_arithmetic_of_draws():
     """Half the rate takes twice the chips; what the verifying run added stays in proportion; no rate, no bound."""
 
-    def chips_at(rate):
-        return round(120 / rate)
+    def chips_at(rates):
+        return sum(round(120 / rate) for rate in rates)
 
-    same = chips_interval(66, 2.0, [2.0] * 20, 0.8, chips_at)
+    same = chips_interval(66, [2.0], [[2.0]] * 20, 0.8, chips_at)
     assert (same.low, same.median, same.high) == (66, 66, 66)
-    some = chips_interval(60, 2.0, [1.0, 2.0, 4.0] * 10, 0.95, chips_at)
+    some = chips_interval(60, [2.0], [[1.0], [2.0], [4.0]] * 10, 0.95, chips_at)
     assert (some.low, some.high) == (30, 120)
-    lost = chips_interval(60, 2.0, [2.0] * 10 + [0.0] * 10, 0.8, chips_at)
+    two = chips_interval(180, [2.0, 1.0], [[1.0, 1.0], [2.0, 1.0], [2.0, 0.5]] * 10, 0.95, chips_at)
+    assert (two.low, two.high) == (180, 300)
+    lost = chips_interval(60, [2.0, 2.0], [[2.0, 2.0]] * 10 + [[2.0, 0.0]] * 10, 0.8, chips_at)
     assert lost.high is None
     assert "10 of 20 draws" in lost.reason
 
 
+def test_two_pools_have_an_interval():
+    """Both are searched again in every draw: workers do not matter, levels are nested, and each side alone would be narrower."""
+    wide, narrow = (planned(level, kinds=("disaggregated",), workers=2) for level in (95.0, 50.0))
+    assert [pool.role for pool in wide.best.pools] == ["prefill", "decode"]
+    found, inner = wide.chips_interval, narrow.chips_interval
+    assert found.value == wide.best.chips
+    assert found.low < found.value < found.high
+    assert found.low <= inner.low <= inner.high <= found.high
+    assert planned(50.0, kinds=("disaggregated",)) == narrow
+
+
 def test_refusals():
-    with pytest.raises(InputError, match="unified"):
-        planned(80.0, kinds=("unified", "disaggregated"))
     with pytest.raises(InputError, match="nothing to draw"):
         planned(80.0, profile=None, changes=("efficiency=ideal",))
 

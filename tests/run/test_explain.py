@@ -17,7 +17,7 @@ from simulator.fleet.records import Pool
 from simulator.run import load_scenario, run_scenario
 from simulator.run.explain import LOADING, explain, explain_served, follow
 from simulator.run.outcome import ConservationError
-from simulator.run.replay import ReplicaRun
+from simulator.run.replay import ReplicaRun, replicas_of
 from simulator.run.serving import serve_scenario
 from tests.engine.mixtures import random_mixture
 from tests.engine.strategies import Case, dyadic_cases, real_case
@@ -235,6 +235,54 @@ def test_a_request_that_was_never_sent_has_no_parts():
     absent = int(np.flatnonzero(~served.arrived)[0])
     with pytest.raises(InfeasibleError, match="never sent"):
         explain_served(served, absent)
+
+
+RANKS = ["model=qwen3-30b-a3b", "slice=h100-sxm:4", "sharding.dp=4", "sharding.ep=4", "traffic.n_requests=150"]
+ANY_REPLICA = {
+    "uneven experts": [*RANKS, "deployment.expert_skew=1.5", "run.seed=7", "traffic.arrival.rate_per_s=30"],
+    "ranks behind a router": [*RANKS, "replicas=2", "router=least-requests", "traffic.arrival.rate_per_s=60"],
+    "ranks that speculate": [
+        *RANKS,
+        'engine.speculation={method="eagle", num_speculative_tokens=2, acceptance_rate=0.8}',
+    ],
+    "pipelines whose clients leave": [
+        *("slice=l40s:2", "sharding.pp=2", "traffic.n_requests=150", "traffic.arrival.rate_per_s=30"),
+        *(
+            "replicas=2",
+            "router=power-of-two",
+            "clients.timeout_s=6",
+            "clients.max_attempts=2",
+            "clients.backoff_s=0.5",
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ANY_REPLICA)
+def test_explanations_agree_with_the_result_of_any_replica(name):
+    run = run_scenario(load_scenario(NAME, ANY_REPLICA[name]))
+    table, chips = run.result.requests, run.summary.deployment.chips_per_replica
+    for request in range(0, 150, 19):
+        found = explain_served(run.served, request)
+        assert sum(part.time_s for part in found.parts) == pytest.approx(found.e2e_s, rel=1e-14)
+        if found.state == "finished":
+            assert found.e2e_s == pytest.approx(table["e2e_s"][request], rel=1e-9)
+        assert found.attempts == table["attempts"][request]
+        own = sum(part.own_s or 0.0 for part in found.parts)
+        assert own * chips == pytest.approx(table["chip_s_busy"][request], rel=1e-6)
+
+
+def test_ranks_chosen_by_loads_that_a_router_saw_are_refused_by_name():
+    changes = [
+        *RANKS,
+        "replicas=2",
+        "router=least-requests",
+        "traffic.arrival.rate_per_s=60",
+        "engine.rank_routing=least-loaded",
+    ]
+    served = serve_scenario(load_scenario(NAME, changes)).served
+    with pytest.raises(InputError, match="use round-robin"):
+        replicas_of(served)[0].log()
 
 
 def test_a_replica_that_does_something_else_is_refused():

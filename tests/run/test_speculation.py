@@ -6,8 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simulator.catalog.models import load_model
+from simulator.catalog.slices import resolve_slice
 from simulator.errors import InfeasibleError, InputError
 from simulator.roofline.acceptance import tokens_per_pass
+from simulator.roofline.deployment import Deployment
+from simulator.roofline.pipeline import shard
+from simulator.roofline.sharding import parse_sharding
 from simulator.run import load_scenario, run_scenario
 from simulator.run.explain import explain
 from simulator.run.resolve import resolve
@@ -156,6 +161,26 @@ def test_the_gain_collapses_with_the_batch_in_the_engine_as_in_the_cost_model():
         assert adaptive >= fixed - 0.02
     assert view.best[0] == 3
     assert view.best[255] < 3
+
+
+def test_attention_ranks_gain_in_the_engine_what_the_cost_model_says():
+    options = SpeculationOptions(method="eagle", num_speculative_tokens=2, acceptance_rate=0.8)
+    model, slice_ = load_model("qwen3-30b-a3b"), resolve_slice("h100-sxm:4")
+    limits = {"max_num_seqs": 64, "max_num_batched_tokens": 4096, "decode_tokens": options.decode_tokens}
+    ranks = shard(model, slice_, parse_sharding("dp4ep4"), **limits)
+    view = speculation_view(ranks, options, context=1024, simulate_at=(1, 32))
+    for clients, fixed, _ in view.simulated:
+        assert fixed == pytest.approx(view.gains[-1, clients - 1], rel=0.06)
+    # Tensor parallelism alone is the same said either way, to the last bit.
+    dense, all_chips = load_model("llama-3-8b"), resolve_slice("h100-sxm:4")
+    either = [
+        speculation_view(shard(dense, all_chips, parse_sharding("tp4"), **limits), options, context=1024),
+        speculation_view(Deployment(dense, all_chips, **limits), options, context=1024),
+    ]
+    assert (either[0].gains == either[1].gains).all()
+    assert either[0].largest == either[1].largest
+    with pytest.raises(InputError, match="leave pp out"):
+        speculation_view(shard(dense, all_chips, parse_sharding("tp2pp2"), **limits), options, context=1024)
 
 
 def test_tokens_that_come_together_are_counted_in_the_measured_window(runs):
