@@ -124,7 +124,7 @@ def compiled(function: F) -> F:
 
 
 def inlined(function: F) -> F:
-    """As :func:`compiled`, for a helper that takes the engine's records: a call would copy every array header in them."""
+    """As :func:`compiled`, for a helper that is called often: it becomes part of every function that calls it."""
     return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 
