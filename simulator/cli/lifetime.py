@@ -13,7 +13,7 @@ from simulator.cli.output import json_option, note, print_json
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change a field; may be repeated.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw cost against size, and regret.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the study, for `report`.")
-@click.option("--workers", type=click.IntRange(1), help="Replicas simulated at the same time. Default: all cores.")
+@click.option("--workers", type=click.IntRange(1), help="Sizes planned for at the same time. Default: all cores.")
 @json_option
 def lifetime(
     scenario: str, overrides: tuple[str, ...], plot: Path | None, out: Path | None, workers: int | None, as_json: bool

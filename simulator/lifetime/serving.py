@@ -1,6 +1,6 @@
 """What serving a query costs as a function of model size: by a formula, or by planning a fleet for each size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -118,20 +118,29 @@ class PlannedServer:
         InfeasibleError
             If no fleet of the chips keeps the targets.
         """
-        if architecture.name not in self.known:
-            self.progress(f"planning for {count(architecture).total / 1e9:.3g}B parameters")
-            try:
-                self.known[architecture.name] = self._plan(architecture)
-            except InfeasibleError as error:
-                self.known[architecture.name] = str(error)
+        self.plan_for([architecture])
         found = self.known[architecture.name]
         if isinstance(found, str):
             raise InfeasibleError(found)
         return found
 
-    def _plan(self, architecture: Architecture) -> Served:
+    def plan_for(self, architectures: Sequence[Architecture]) -> None:
+        """Plan those that are not known yet, ``workers`` at a time: what is found, and its order, does not depend on how many."""
+        from simulator.planning.choices import in_threads
+
+        new = [one for one in architectures if one.name not in self.known]
+        each = self.workers if len(new) == 1 else 1  # chips searched at the same time
+        for one, (found, assumptions) in zip(
+            new, in_threads(lambda one: self._plan(one, each), new, self.workers), strict=True
+        ):
+            self.known[one.name] = found
+            self.assumptions += [assumption for assumption in assumptions if assumption not in self.assumptions]
+
+    def _plan(self, architecture: Architecture, workers: int) -> tuple[Served | str, list[Assumption]]:
+        """What serves a size, or why nothing does; and what that rests on."""
         from simulator.planning import PlanOptions, plan
 
+        self.progress(f"planning for {count(architecture).total / 1e9:.3g}B parameters")
         o = self.options
         more = {name: getattr(o, name) for name in ("headroom", "peak_to_mean") if getattr(o, name) is not None}
         made = plan(
@@ -153,23 +162,21 @@ class PlannedServer:
                 **more,
             ),
             template=self.scenario,
-            workers=self.workers,
+            workers=workers,
         )
         if made.best is None:
-            raise InfeasibleError("; ".join(f"{c.chip}: {c.reason}" for c in made.by_chip))
+            return "; ".join(f"{c.chip}: {c.reason}" for c in made.by_chip), []
         if made.best.usd_per_query is None:
             chips = ", ".join(o.chips)
             raise ChipsecondsError(f"{chips}: no price is known; state serving.usd_per_chip_hour")
-        for assumption in made.assumptions:
-            if assumption not in self.assumptions:
-                self.assumptions.append(assumption)
-        return Served(
+        served = Served(
             float(count(architecture).total),
             made.best.usd_per_query,
             made.best.chip_seconds_per_query,
             made.best.chips,
             _in_words(made.best),
         )
+        return served, made.assumptions
 
 
 def planned_server(

@@ -311,11 +311,18 @@ def _by_plan(
     refused: dict[float, str] = {}
 
     def try_sizes(wanted: Sequence[float]) -> None:
+        new = {}
         for parameters, shape in distinct_shapes(rule, wanted):
             if parameters in sizes or parameters in refused:
                 continue
             try:
                 problem.law.tokens_for(parameters, problem.loss)
+                new[parameters] = shape
+            except InfeasibleError as error:
+                refused[parameters] = str(error)
+        server.plan_for(list(new.values()))
+        for parameters, shape in new.items():
+            try:
                 sizes[parameters] = problem.size(server.of(shape))
             except InfeasibleError as error:
                 refused[parameters] = str(error)
