@@ -85,17 +85,14 @@ def install() -> None:
                 builder.store(data, cgutils.gep_inbounds(builder, value, 0, index))
             return value
 
-    @extending.register_model(types.NamedTuple)
     def model_of(manager: Any, kind: Any) -> Any:
         return (RecordModel if is_record(kind) else models.TupleModel)(manager, kind)
 
-    @extending.lower_getattr_generic(types.NamedTuple)
     def field_of(context: Any, builder: Any, kind: Any, value: Any, name: str) -> Any:
         if not is_record(kind):
             return tuples.namedtuple_getattr(context, builder, kind, value, name)
         return context.data_model_manager[kind].field(builder, value, kind.fields.index(name))
 
-    @extending.lower_builtin(types.NamedTupleClass, types.VarArg(types.Any))
     def construct(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.return_type
         if not is_record(kind):
@@ -103,7 +100,6 @@ def install() -> None:
         values = [context.cast(builder, *item) for item in zip(arguments, signature.args, kind, strict=True)]
         return context.data_model_manager[kind].build(builder, values)
 
-    @extending.unbox(types.NamedTuple)
     def unbox(kind: Any, instance: Any, c: Any) -> Any:
         if not is_record(kind):
             return boxing.unbox_tuple(kind, instance, c)
@@ -119,3 +115,8 @@ def install() -> None:
 
         value = c.context.data_model_manager[kind].build(c.builder, [field.value for field in fields])
         return extending.NativeValue(value, cleanup=clean, is_error=failed)
+
+    extending.register_model(types.NamedTuple)(model_of)
+    extending.lower_getattr_generic(types.NamedTuple)(field_of)
+    extending.lower_builtin(types.NamedTupleClass, types.VarArg(types.Any))(construct)
+    extending.unbox(types.NamedTuple)(unbox)
