@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import platformdirs
 
+from simulator.engine import by_address
+
 numba: Any
 try:
     numba = import_module("numba")
@@ -27,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., object])
 COMPILED_SOURCES = (
     "batch.py",
     "block_hashes.py",
+    "by_address.py",
     "clients.py",
     "core.py",
     "fcfs.py",
@@ -103,6 +106,10 @@ def mark_warm(form: str) -> None:
         (CACHE_FOLDER / f"ready-{form}").touch()
 
 
+if is_compiled_mode():
+    by_address.install()
+
+
 def entry(function: F) -> F:
     """Compile ``function`` with Numba, or return it unchanged when there is none; for what Python calls.
 
@@ -118,16 +125,42 @@ def compiled(function: F) -> F:
 
 
 def inlined(function: F) -> F:
-    """As :func:`compiled`, for a helper that takes the engine's records: a call would copy every array header in them."""
+    """As :func:`compiled`, for a helper that is called often: it becomes part of every function that calls it."""
     return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+
+
+def inlined_or_none(function: F) -> F:
+    """As :func:`inlined`, for a helper of two arguments whose first may be None, and then so is what comes back.
+
+    Within the function Numba would take both for possible, and compile all that gets the result once more for "a record or None".
+    """
+
+    def either(record: Any, index: Any) -> Any:
+        return None if record is None else function(record, index)
+
+    if is_compiled_mode():
+        inner = inlined(function)
+
+        def choose(record: Any, index: Any) -> Any:
+            del index
+            if isinstance(record, numba.types.NoneType):
+                return lambda record, index: None  # noqa: ARG005 - Numba asks for the same names
+            return lambda record, index: inner(record, index)  # noqa: PLW0108 - Numba asks for a function of Python
+
+        import_module("numba.extending").overload(either, strict=False, jit_options={**OPTIONS, "forceinline": True})(
+            choose
+        )
+    return cast("F", either)
+
+
+OPTIONS = {"error_model": "numpy", "nogil": True, "_nrt": False}
+"""The compiled code allocates nothing, and its caller holds every array; without ``_nrt``, two thirds of the time would go to counting references."""
 
 
 def _compile(function: F, **more: bool) -> F:
     if not is_compiled_mode():
         return function
-    # The compiled code allocates nothing, and its caller holds every array; without _nrt=False, two thirds of the time
-    # would go to counting references.
-    options = {"error_model": "numpy", "nogil": True, "_nrt": False, **more}
+    options = {**OPTIONS, **more}
     if CACHE_FOLDER is None:
         return cast("F", numba.njit(**options)(function))
     before = numba.config.CACHE_DIR

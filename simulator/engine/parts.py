@@ -6,7 +6,7 @@ What each part has for itself lies in arrays with a leading axis; what is one fo
 from typing import Any
 
 from simulator.engine.core import Extra, Price, State
-from simulator.engine.jit import inlined
+from simulator.engine.jit import inlined, inlined_or_none
 from simulator.engine.prefix_cache import Cache
 from simulator.engine.queues import Queue
 from simulator.engine.speculation import Batch, Spec, Tariff
@@ -205,11 +205,9 @@ def _loads_of(loads: Loads, g: int) -> Loads:
     )
 
 
-@inlined
-def extra_of(extras: Extra | None, g: int) -> Extra | None:
+@inlined_or_none
+def extra_of(extras: Any, g: int) -> Any:
     """View of one part's features, if there are any."""
-    if extras is None:
-        return None
     return Extra(
         _cache_of(extras.cache, g), _spec_of(extras.spec, g), _swap_of(extras.swap, g), _loads_of(extras.loads, g)
     )

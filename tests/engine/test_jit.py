@@ -59,7 +59,9 @@ def test_every_compiled_module_enters_the_cache_key():
         return {m.rsplit(".", 1)[1] + ".py" for m in modules if m.startswith("simulator.engine.")}
 
     compiled = {
-        p.name for p in ENGINE.glob("*.py") if re.search(r"^@(entry|compiled|inlined)$", p.read_text(), re.MULTILINE)
+        p.name
+        for p in ENGINE.glob("*.py")
+        if re.search(r"^@(entry|compiled|inlined|inlined_or_none)$", p.read_text(), re.MULTILINE)
     }
     needed = compiled | {m for name in compiled for m in imports(name)}
     assert needed <= set(jit.COMPILED_SOURCES)
@@ -86,7 +88,7 @@ def test_an_unwritable_cache_directory_is_no_obstacle(tmp_path):
 
 def decorated(tree: ast.Module) -> dict[str, str]:
     """Compiled functions of a module, and how they are compiled."""
-    kinds = {"entry", "compiled", "inlined"}
+    kinds = {"entry", "compiled", "inlined", "inlined_or_none"}
     return {
         node.name: mark.id
         for node in tree.body
@@ -130,3 +132,64 @@ def test_python_calls_only_functions_that_are_compiled_for_it():
                 if name in inner:
                     wrong.append(f"{path.name}: {function.name} calls {name}")
     assert not wrong
+
+
+RECORDS = """
+from typing import NamedTuple
+import json
+import numpy as np
+from simulator.engine import jit
+class Inner(NamedTuple):
+    on: bool
+    values: np.ndarray
+class Outer(NamedTuple):
+    inner: Inner
+    scale: float
+    nothing: None
+    counts: np.ndarray
+class Foreign(NamedTuple):
+    values: np.ndarray
+    scale: float
+Inner.__module__ = Outer.__module__ = "simulator.engine.{module}"
+@jit.inlined
+def part(outer, g):
+    return Outer(Inner(not outer.inner.on, outer.inner.values[g:]), outer.scale + g, outer.nothing, outer.counts)
+@jit.compiled
+def total(outer, twin):
+    found = 0.0
+    for i in range(len(outer.inner.values)):
+        outer.counts[i] += 1
+        if outer.inner.on and twin.nothing is None:
+            found += outer.scale * twin.inner.values[i]
+    return found
+@jit.entry
+def run(outer, foreign):
+    found = total(outer, outer)
+    for g in range(3):
+        mine = part(outer, g)
+        other = part(part(outer, 1), g)
+        found += 10.0 * total(mine, other) + 100.0 * total(other, outer)
+    return found + foreign.scale * foreign.values[-1]
+counts = np.zeros(5, dtype=np.int64)
+outer = Outer(Inner(True, np.arange(5.0)), 0.5, None, counts)
+answers = [run(outer, Foreign(np.arange(3.0), 7.0)), counts.tolist()]
+print(json.dumps([jit.is_compiled_mode(), *answers]))
+"""
+
+
+def test_records_by_address_give_what_python_gives(tmp_path):
+    """Records within records, made and handed back by compiled functions, two names of one, and a tuple of another package."""
+
+    def run_records(module: str, **environment: str) -> list:
+        script = tmp_path / f"{module}.py"
+        script.write_text(RECORDS.replace("{module}", module))
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path), **environment}
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=True)
+        return json.loads(done.stdout)
+
+    python = run_records("python", NUMBA_DISABLE_JIT="1")
+    compiled = run_records("compiled", NUMBA_DISABLE_JIT="0")
+    assert [python[0], compiled[0]] == [False, True]
+    assert python[1:] == compiled[1:]
+    assert python[1] > 0
+    assert min(python[2]) > 0

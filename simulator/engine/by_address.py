@@ -1,0 +1,122 @@
+"""How compiled functions hold the engine's records of arrays: by address.
+
+Numba holds a named tuple as the values of its fields, an array as eight of them, and passes each as an argument: with every feature a call
+had a thousand arguments, and most of the machine code, and of the time to compile it, was about them. :func:`install` lets compiled code
+keep a record of arrays in memory and pass its address. Records are never written to once they are made, so nothing else changes.
+
+A record made in compiled code lies in the frame of the function that made it or received it, and each line has one place there: a loop
+must not keep the record that a line made in an earlier round. A function hands back the record itself.
+
+Only the named tuples of this package that hold arrays are concerned; records of numbers and other packages' tuples are as ever.
+"""
+
+from importlib import import_module
+from typing import Any
+
+PACKAGE = "simulator.engine."
+
+
+def install() -> None:
+    """Teach Numba the layout; before anything is compiled."""
+    ir: Any = import_module("llvmlite.ir")
+    cgutils: Any = import_module("numba.core.cgutils")
+    models: Any = import_module("numba.core.datamodel.models")
+    types: Any = import_module("numba.core.types")
+    tuples: Any = import_module("numba.cpython.tupleobj")
+    boxing: Any = import_module("numba.core.boxing")
+    extending: Any = import_module("numba.extending")
+
+    def is_record(kind: Any) -> bool:
+        return (
+            isinstance(kind, types.NamedTuple)
+            and kind.instance_class.__module__.startswith(PACKAGE)
+            and any(isinstance(field, types.Array) or is_record(field) for field in kind)
+        )
+
+    class RecordModel(models.DataModel):  # type: ignore[misc]
+        """An address; as data and as a result, the record itself."""
+
+        def __init__(self, manager: Any, kind: Any) -> None:
+            super().__init__(manager, kind)
+            self.fields = [manager.lookup(field) for field in kind]
+            self.layout = ir.LiteralStructType([field.get_data_type() for field in self.fields])
+
+        def get_value_type(self) -> Any:
+            return self.layout.as_pointer()
+
+        def get_data_type(self) -> Any:
+            return self.layout
+
+        def get_return_type(self) -> Any:
+            return self.layout
+
+        def as_data(self, builder: Any, value: Any) -> Any:
+            return builder.load(value)
+
+        def from_data(self, builder: Any, value: Any) -> Any:
+            return cgutils.alloca_once_value(builder, value)
+
+        as_return = as_data
+        from_return = from_data
+
+        def as_argument(self, builder: Any, value: Any) -> Any:
+            del builder
+            return value
+
+        def from_argument(self, builder: Any, value: Any) -> Any:
+            del builder
+            value.add_attribute("noalias")  # nobody writes where a record lies, so a store to an array cannot change it
+            return value
+
+        def field(self, builder: Any, value: Any, index: int) -> Any:
+            place = cgutils.gep_inbounds(builder, value, 0, index)
+            model = self.fields[index]
+            if isinstance(model, RecordModel):
+                return place
+            data = builder.load(place)
+            # an array is the same as data; taking it apart and together again would only be more to compile
+            return data if model.get_data_type() == model.get_value_type() else model.from_data(builder, data)
+
+        def build(self, builder: Any, values: Any) -> Any:
+            value = cgutils.alloca_once(builder, self.layout)
+            for index, (model, field) in enumerate(zip(self.fields, values, strict=True)):
+                same = model.get_data_type() == model.get_value_type()
+                data = field if same else model.as_data(builder, field)
+                builder.store(data, cgutils.gep_inbounds(builder, value, 0, index))
+            return value
+
+    def model_of(manager: Any, kind: Any) -> Any:
+        return (RecordModel if is_record(kind) else models.TupleModel)(manager, kind)
+
+    def field_of(context: Any, builder: Any, kind: Any, value: Any, name: str) -> Any:
+        if not is_record(kind):
+            return tuples.namedtuple_getattr(context, builder, kind, value, name)
+        return context.data_model_manager[kind].field(builder, value, kind.fields.index(name))
+
+    def construct(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.return_type
+        if not is_record(kind):
+            return tuples.namedtuple_constructor(context, builder, signature, arguments)
+        values = [context.cast(builder, *item) for item in zip(arguments, signature.args, kind, strict=True)]
+        return context.data_model_manager[kind].build(builder, values)
+
+    def unbox(kind: Any, instance: Any, c: Any) -> Any:
+        if not is_record(kind):
+            return boxing.unbox_tuple(kind, instance, c)
+        fields = [c.unbox(field, c.pyapi.tuple_getitem(instance, index)) for index, field in enumerate(kind)]
+        failed = cgutils.false_bit
+        for field in fields:
+            failed = c.builder.or_(failed, field.is_error)
+
+        def clean() -> None:
+            for field in reversed(fields):
+                if field.cleanup is not None:
+                    field.cleanup()
+
+        value = c.context.data_model_manager[kind].build(c.builder, [field.value for field in fields])
+        return extending.NativeValue(value, cleanup=clean, is_error=failed)
+
+    extending.register_model(types.NamedTuple)(model_of)
+    extending.lower_getattr_generic(types.NamedTuple)(field_of)
+    extending.lower_builtin(types.NamedTupleClass, types.VarArg(types.Any))(construct)
+    extending.unbox(types.NamedTuple)(unbox)
