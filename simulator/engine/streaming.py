@@ -35,6 +35,7 @@ PLAIN_SETTINGS = (
     "num_kv_blocks",
     "max_model_len",
     "scheduler_reserve_full_isl",
+    "kv_groups",
 )
 
 

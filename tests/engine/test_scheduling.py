@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from simulator.engine.compiled import Engine, simulate
 from simulator.engine.event_log import record
 from simulator.engine.refusals import LASTING, MEMORY, PENDING, Refusal
-from simulator.engine.scheduling import HostOverheads, Scheduling
-from simulator.errors import InputError
+from simulator.engine.scheduling import Scheduling
 from tests.engine.comparing import TIMES, assert_counts_equal, assert_shares_close
 from tests.engine.mixtures import mixtures
 from tests.engine.strategies import Case, observe, random_case, real_case
@@ -92,10 +91,3 @@ def test_a_run_by_policy_can_be_followed_step_by_step(case):
     case = Case(cost, replace(engine_settings, host=host), patient)
     _, steps, _ = observe(case)
     assert_steps_are(record(Engine(*case)), steps, engine_settings.num_kv_blocks)
-
-
-def test_a_run_that_clients_leave_cannot_be_followed():
-    cost, engine_settings, requests = random_case(3)
-    late = replace(engine_settings, host=HostOverheads(request_s=0.5))
-    with pytest.raises(InputError, match="clients leave"):
-        record(Engine(cost, late, requests))
