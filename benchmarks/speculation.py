@@ -96,7 +96,7 @@ def compare(rate: float, spread: float, load: float, n: int, seeds: int) -> str:
 def wide_table() -> StepCost:
     """The benchmark's table with logit rows for every draft."""
     rows = np.arange(MAX_SEQS * (DEPTH + 1) + 1)
-    return replace(table(), head_s=np.where(rows > 0, 3e-4 + 1e-6 * rows, 0.0))
+    return replace(table(), head_s=np.where(rows > 0, 3e-4 + 1e-6 * rows, 0.0), decode_walk_s=np.zeros(0))
 
 
 def speed(requests: int, repeats: int) -> None:
