@@ -198,7 +198,7 @@ def test_limits_hold(case):  # R5, R7, B5
 
 
 @MANY
-@given(ANYTHING)
+@given(seeded_mixtures(("policy",), LASTING))
 def test_nobody_is_admitted_before_someone_with_a_smaller_key(case):  # I16
     policy = case.settings.scheduling.policy
     assume(policy in {"priority", "sjf"})
