@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # How many drawn cases an assumption leaves, and how fast they are drawn on a busy machine, is luck; a test that no case
 # reaches still fails.
-settings.register_profile("steady", suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+settings.register_profile(
+    "steady", deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow]
+)
 settings.load_profile("steady")
 
 
