@@ -139,8 +139,10 @@ class BlockPool:
             self.tables[row].append(block)
 
     def give_back(self, row: int, count: int) -> None:
-        """Take blocks from a request whose window has left them: not beside a cache (W5)."""
-        raise NotImplementedError
+        """Cannot be: windows that give blocks back are refused beside a prefix cache before a run begins (W5, ``refusals.LASTING``)."""
+        raise AssertionError(
+            f"request {row}: {count} blocks to give back from a prefix cache, which check_mixture refuses"
+        )
 
     def evict(self, block: Block) -> None:
         """Let a block no longer be found in HBM (C2, F2)."""
