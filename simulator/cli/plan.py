@@ -324,8 +324,8 @@ def _print_best(found: "Plan", best: "PlannedFleet") -> None:
         spread = "" if low == high else f" ({_money(low)} … {_money(high)} over the range of the price)"
         click.echo(f"price: {best.usd_per_chip_hour:g} USD per chip-hour, {best.price_source}{spread}")
     if found.chips_interval is not None:
+        from simulator.report.forms import number
         from simulator.report.intervals import interval_text
-        from simulator.report.tables import number
 
         span = interval_text(found.chips_interval, number)
         reason = f"; {found.chips_interval.reason}" if found.chips_interval.reason else ""

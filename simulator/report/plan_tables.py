@@ -3,7 +3,7 @@
 import math
 
 from simulator.planning.search import with_spares
-from simulator.report.tables import number, seconds, usd
+from simulator.report.forms import number, seconds, usd
 from simulator.results.plan import Plan, PlannedFleet, Pool, Provisioning, Target, Targets
 
 #: Rates for which a planned fleet is scaled.

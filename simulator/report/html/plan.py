@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from simulator.report.forms import number, percent, seconds, usd
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Bar, Bars, Block, Card, Grid, Page, Picture, Prose, Section, waterfall
@@ -25,7 +26,7 @@ from simulator.report.plan_tables import (
     targets_text,
     words,
 )
-from simulator.report.tables import latency_rows, number, percent, seconds, usd
+from simulator.report.tables import latency_rows
 from simulator.results.plan import Alternative, Plan, PlannedFleet, Pool, Verification
 
 if TYPE_CHECKING:
