@@ -46,6 +46,26 @@ def fleet_cells(fleet: PlannedFleet | None) -> tuple[str, ...]:
     )
 
 
+def front_table(plan: Plan) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], int]:
+    """Columns and rows of the cheapest fleets under other limits, and how many columns are text; columns that say nothing are left out."""
+    columns = ("limits", "", *FLEET_COLUMNS)
+    rows = [
+        (f"{p.scale:g}×", "" if p.on_front else "no fleet" if p.fleet is None else "no cheaper", *fleet_cells(p.fleet))
+        for p in plan.front
+    ]
+    left_out = {"chip-s/query"}
+    if all(p.on_front for p in plan.front):
+        left_out.add("")
+    if len({pool.precision for p in plan.front if p.fleet for pool in p.fleet.pools}) == 1:
+        left_out.add("precision")
+    keep = [i for i, column in enumerate(columns) if column not in left_out]
+    return (
+        tuple(columns[i] for i in keep),
+        tuple(tuple(row[i] for i in keep) for row in rows),
+        sum(i < FLEET_TEXTS + 2 for i in keep),
+    )
+
+
 def sharding_text(pool: Pool) -> str:
     """Sharding, with its layout where it is not the usual one."""
     return pool.sharding if pool.layout == "1d" else f"{pool.sharding} {pool.layout}"
