@@ -362,7 +362,7 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
 
     def model(values: Values, among: Rows) -> Array:
         c, at = GroupedCurve(**values), keep[among]
-        total = c.launch_s + c.traffic * other[at] / hbm
+        total = c.launch_s + c.expert_s * experts[at] + c.traffic * other[at] / hbm
         for waves, depth, weight, moved in ((up, D, weights[0], inputs[0]), (down, F, weights[1], inputs[1])):
             compute = grouped_work(waves[at], depth[at], c, peak * c.peak / units)
             memory = (weight[at] + moved[at] + c.fill_bytes) / (hbm * c.hbm)
@@ -377,6 +377,7 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
         Parameter("depth", 100, 0.1, 5000),
         Parameter("tile", 1000, 1, 1e6),
         Parameter("traffic", 2, 1, 100),
+        Parameter("expert_s", 1e-7, 1e-10, 1e-5),
     )
     return Problem(
         "moe",

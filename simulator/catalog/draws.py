@@ -87,7 +87,7 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
         "spill": "large",
     },
     VectorCurve: {"launch_s": "small", "hbm": "large"},
-    GroupedCurve: {"launch_s": "small", "hbm": "small", "traffic": "small", "peak": "large"},
+    GroupedCurve: {"launch_s": "small", "expert_s": "small", "hbm": "small", "traffic": "small", "peak": "large"},
     PrefillCurve: {"launch_s": "small", "traffic": "small", "serial": "large", "peak": "large"},
     DecodeCurve: {
         "launch_s": "small",

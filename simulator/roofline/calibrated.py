@@ -243,6 +243,14 @@ def linear_product_times(d: Deployment, found: Product, *, flops: Number, moved_
     return Times(compute, memory, np.maximum(compute, memory), 0.0)
 
 
+def walked_experts(d: Deployment, op: Op, held: float, n: Number) -> Op:
+    """One of the two products of routed experts, with its half of the time of walking the ``held`` experts of this chip."""
+    found = product_curve(d, narrow=True, experts=True)
+    if found is None or not isinstance(found.curve, GroupedCurve) or not found.curve.expert_s:
+        return op
+    return replace(op, roofline_s=op.roofline_s + present(n) * (0.5 * op.count * held * found.curve.expert_s))
+
+
 def expert_traffic(d: Deployment, op: Op, routed_bytes: Number, *, launches: float) -> Op:
     """An op that moves tokens to, within or from routed experts: ``routed_bytes`` of its traffic at the experts' curve.
 
