@@ -24,14 +24,16 @@ from simulator.roofline.analysis import step_report
 from simulator.roofline.compile import compile_step_cost, step_time_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.ops import StepShape, step_ops
+from simulator.roofline.pipeline import shard as shard_
 from simulator.roofline.precision import parse_precision
+from simulator.roofline.sharding import Sharding
 
 H100 = load_chip("h100-sxm")
 fraction = st.floats(0.02, 1)
 seconds = st.floats(0, 1e-4)
 sharp = st.sampled_from([1.0, 2.0, 4.0, 3.3])
-gemm = st.builds(GemmCurve, fraction, fraction, seconds, st.floats(0, 1e8), st.floats(0, 5e3), st.floats(0, 1e5), seconds, st.floats(0, 9), sharp, st.floats(0, 9), st.floats(0, 1e-7), st.floats(0, 2))  # fmt: skip
-grouped = st.builds(GroupedCurve, fraction, fraction, seconds, st.floats(0, 1e8), st.floats(0, 5e3), st.floats(0, 1e5), st.floats(1, 40), sharp)  # fmt: skip
+gemm = st.builds(GemmCurve, fraction, fraction, seconds, st.floats(0, 1e8), st.floats(0, 5e3), st.floats(0, 1e5), seconds, st.floats(0, 9), sharp, st.floats(0, 9), st.floats(0, 1e-7), st.just(0.0) | st.floats(1e-3, 2))  # fmt: skip
+grouped = st.builds(GroupedCurve, fraction, fraction, seconds, st.floats(0, 1e8), st.floats(0, 5e3), st.floats(0, 1e5), st.floats(1, 40), st.floats(0, 1e-6), sharp)  # fmt: skip
 prefill = st.builds(PrefillCurve, fraction, st.floats(0, 400), seconds, st.floats(0, 9), st.floats(1, 9))
 walk = st.sampled_from([0.0, 0.3, 5.0, 40.0])
 decode = st.builds(DecodeCurve, fraction, fraction, seconds, seconds, st.floats(1e6, 1e9), st.floats(0, 1e-6), st.floats(0, 1e-6), walk, st.floats(1, 2))  # fmt: skip
@@ -222,6 +224,29 @@ def test_wave_quantisation_shows_where_tiles_outnumber_the_multiprocessors():
 def test_parameters_that_could_break_a_bound_are_refused(kind, values, message):
     with pytest.raises(InputError, match=message):
         kind(**values)
+
+
+@pytest.mark.parametrize(("shard", "held"), [({"tp": 1}, 128), ({"tp": 4}, 128), ({"tp": 4, "ep": 4}, 32)])
+def test_every_expert_a_chip_holds_takes_its_time_idle_or_not(shard, held):
+    """A token of Qwen3-30B-A3B visits 8 of 128 experts; all those that its chip holds are walked."""
+
+    def experts_s(expert_s):
+        curve = GroupedCurve(peak=0.8, hbm=0.8, launch_s=0.0, expert_s=expert_s)
+        found = shard_(load_model("qwen3-30b-a3b"), resolve_slice(f"h100-sxm:{shard['tp']}"), Sharding(**shard),
+            efficiency=replace(H100.efficiency, curves=KernelCurves("drawn", {("moe", "bfloat16", "", 1): curve})))  # fmt: skip
+        (stage,) = found.stages
+        return sum(op.roofline_s for op in step_ops(stage, StepShape.decode(1, 100)) if op.name.startswith("experts"))
+
+    assert experts_s(1e-7) - experts_s(0.0) == pytest.approx(48 * held * 1e-7)
+
+
+def test_other_frameworks_skip_what_tensorrt_llm_walks():
+    """8-bit blocks on Blackwell: TensorRT-LLM's kernels stand for vLLM's, without more of its walk than vLLM's own takes on H100."""
+    key = ("moe", "fp8_block", "", 1)
+    blackwell, hopper = load_curves("b200"), load_curves("h100-sxm")
+    walk_s = {name: blackwell.of(name).curves[key].expert_s for name in ("trtllm", "vllm", "sglang")}
+    assert walk_s["trtllm"] > 5 * walk_s["vllm"]
+    assert walk_s["vllm"] == walk_s["sglang"] == pytest.approx(hopper.of("vllm").curves[key].expert_s, rel=0.1)
 
 
 def test_fixed_times_of_every_curve_scale_together():
