@@ -70,8 +70,10 @@ _ORDER: dict[type, tuple[str, ...]] = {
         "kv_head_s",
         "resident",
         "resident_speed",
+        "item_s",
         "walk",
         "pair",
+        "split_s",
     )
 }
 
@@ -94,8 +96,10 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
         "ramp_s": "small",
         "kv_head_s": "small",
         "head_s": "small",
+        "split_s": "small",
         "hbm": "large",
         "peak": "large",
+        "item_s": "large",
         "walk": "large",
     },
     CollectiveCurve: {"latency_s": "small", "setup_s": "large", "link": "large"},
