@@ -38,12 +38,14 @@ from simulator.roofline.kernel_times import soft_max
 
 MLA_LATENT, MLA_ROPE, MLA_QK, MLA_V = 512, 64, 192, 128
 """DeepSeek's latent attention: cached values per token, and widths of an expanded head."""
-SCHEDULE_WORTH = 0.85
+SCHEDULE_WORTH = 0.7
 """Loss of a fit with a schedule, relative to that without, below which it is taken."""
 MOST_HEADS_PER_KV_HEAD = 16
 """Beyond this some frameworks fall back to another kernel, which few models need."""
 LEAST_ROWS = 120
 """Rows of one width of heads from which it is fitted on its own."""
+LEAST_MULTIPROCESSORS = 16
+"""Chips with fewer are no GPUs, and the schedules are GPU libraries'."""
 OTHER_KERNEL_UNSHARED = frozenset({"trtllm"})
 """Frameworks that send query heads which share no keys to a kernel of its own (TensorRT-LLM: masked multi-head attention)."""
 
@@ -60,7 +62,7 @@ def attention_problems(chip: ChipSpec, table: Table) -> Iterator[Problem]:
             continue
         for op, some in _kernels(of):
             for width, rows in _widths(some):
-                yield replace(_decode(chip, rows, dtype, kv_dtype, op), head_dim=width)
+                yield _decode(chip, rows, dtype, kv_dtype, op, width)
 
 
 def _kernels(table: Table) -> Iterator[tuple[KernelOp, Table]]:
@@ -144,7 +146,7 @@ def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem
     )
 
 
-def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str, op: KernelOp) -> Problem:
+def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str, op: KernelOp, head_dim: int) -> Problem:
     """Attention of single tokens: reading keys, a ramp, and work per sequence and head; or keys dealt to blocks by a schedule."""
     fmt = FORMATS[dtype][0]
     peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
@@ -170,30 +172,38 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str, op: KernelO
     blocks = batch * np.asarray(decode_blocks(heads, kv_heads, latent=latent))
     keep = np.flatnonzero(few)
 
-    def load_s(c: DecodeCurve, at: Rows) -> Array:
-        reading, products = read[at] / (hbm * c.hbm), flops[at] / (peak * c.peak)
-        load = np.maximum(reading, products)
-        if cache_bytes and c.resident:
-            inside = 1 / (1 + (read[at] / (c.resident * cache_bytes)) ** 8)
-            load = load * (1 - inside) + inside * np.maximum(reading / c.resident_speed, products)
-        return load
+    def inside(c: DecodeCurve, at: Rows) -> Array:
+        """Share of reads that came from the on-die memory."""
+        if not (cache_bytes and c.resident):
+            return np.zeros(len(at))
+        return np.asarray(1 / (1 + (read[at] / (c.resident * cache_bytes)) ** 8))
 
-    def fixed_s(c: DecodeCurve, at: Rows) -> Array:
+    def loads(
+        values: Values, among: Rows, schedule: Schedule = ""
+    ) -> tuple[DecodeCurve, Rows, Array, Array, Array, Array]:
+        """The curve, its rows, and their times of reading, of multiplying, of the ramp and of what has neither keys nor ramp."""
+        c, at = DecodeCurve(**dict(values), schedule=schedule), keep[among]
         ramp = c.ramp_s * np.minimum(1.0, read[at] / c.ramp_bytes)
-        return np.asarray(c.launch_s + ramp + batch[at] * (kv_heads[at] * c.kv_head_s + heads[at] * c.head_s))
+        each = batch[at] * (kv_heads[at] * c.kv_head_s + heads[at] * c.head_s)
+        return c, at, read[at] / (hbm * c.hbm), flops[at] / (peak * c.peak), ramp, c.launch_s + each
 
     def even(values: Values, among: Rows) -> Array:
-        c, at = DecodeCurve(**values), keep[among]
-        return fixed_s(c, at) + load_s(c, at)
+        c, at, reading, products, ramp, rest = loads(values, among)
+        near = inside(c, at)
+        return np.asarray(
+            rest + np.maximum((1 - near) * (reading + ramp) + near * reading / c.resident_speed, products + ramp)
+        )
 
     def dealt_by(schedule: Schedule) -> Problem:
         dealt = deal(schedule, blocks[keep], length[keep], units)
 
         def model(values: Values, among: Rows) -> Array:
-            c, at, some = DecodeCurve(**values, schedule=schedule), keep[among], dealt.at(among)
+            c, at, reading, products, ramp, rest = loads(values, among, schedule)
+            some, near = dealt.at(among), inside(c, at)
+            load = (1 - near) * np.maximum(reading, products) + near * np.maximum(reading / c.resident_speed, products)
             key_s = block_key_s(width[at], c, latent=latent, peak_flops_per_s=peak, multiprocessors=units)
-            work = soft_max(busiest_s(some, key_s, c), load_s(c, at), c.sharpness)
-            return np.asarray(fixed_s(c, at) + work + c.split_s * some.split)
+            work = soft_max(busiest_s(some, key_s, c), load, c.sharpness)
+            return np.asarray(rest + ramp + work + c.split_s * some.split)
 
         of_blocks = [
             Parameter("item_s", 1e-6, 1e-9, 1e-4),
@@ -205,7 +215,8 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str, op: KernelO
         return replace(
             plain,
             model=model,
-            free=(*(p for p in plain.free if p.name != "kv_head_s"), *of_blocks),
+            free=(*(p for p in plain.free if latent or p.name not in {"kv_head_s", "peak"}), *of_blocks),
+            held={"peak": 1.0, **plain.held},  # of plain attention the products are in the walk
             choices=("sharpness", SHARPNESS),
             schedule=schedule,
         )
@@ -243,10 +254,12 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str, op: KernelO
         shape[keep],
         by,
         steps(read[keep], "bytes", 1e6, 1e7, 1e8, 1e9),
+        head_dim=head_dim,
         left_out=len(time) - len(keep),
         why=f"more than {MOST_HEADS_PER_KV_HEAD} query heads per KV head: often another kernel"
         if len(keep) < len(time)
         else "",
     )
-    others = tuple(dealt_by(name) for name in SCHEDULES if name) if chip.has_matrix_units else ()
+    many = chip.has_matrix_units and units >= LEAST_MULTIPROCESSORS
+    others = tuple(dealt_by(name) for name in SCHEDULES if name) if many else ()
     return replace(plain, others=others, worth=SCHEDULE_WORTH)

@@ -24,6 +24,7 @@ How many parts is each library's own rule:
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +46,8 @@ SHARES_TILE, SHARES_MARGIN, UNSPLIT_TILES = 112, 1.1, 4
 """Of the schedule ``shares``: keys of a tile (of heads 128 wide), a block's share of keys over a multiprocessor's, tiles not worth splitting."""
 SHARES_STEP = 64
 """Keys that a block of it walks at once."""
-PRICED_KEYS = tuple(128.0 * 2**i for i in range(8))
-"""Lengths of sequences over which the price of a schedule is the best straight line. [keys]"""
+PRICED_KEYS = tuple(256.0 * 2**i for i in range(7))
+"""Lengths of sequences over which the price of a schedule is the nearest straight line. [keys]"""
 
 
 def padded_heads(heads: float, kv_heads: float, *, matrix_units: bool = True) -> float:
@@ -149,17 +150,31 @@ def block_key_s(
     return curve.walk * 4 * heads * width * multiprocessors / peak_flops_per_s
 
 
+class Line(NamedTuple):
+    """The price of a schedule: straight in the keys for each number of sequences.
+
+    Attributes
+    ----------
+    launch_s, sequence_s
+        of a call, :attr:`DecodeCurve.launch_s` apart, and per sequence. [s]
+    table
+        time per key of each of 0, 1, 2 … sequences that decode together; read-only. [s]
+    """
+
+    launch_s: float
+    sequence_s: float
+    table: Array
+
+
 @lru_cache(maxsize=4096)
-def scheduled_line(
-    curve: DecodeCurve, blocks: float, key_s: float, block_s: float, multiprocessors: float
-) -> tuple[float, Array]:
-    """The price of a schedule: a time per sequence, and for 0, 1, 2 … sequences one per key of each; read-only. [s]
+def scheduled_line(curve: DecodeCurve, blocks: float, key_s: float, block_s: float, multiprocessors: float) -> Line:
+    """The price that is nearest to a schedule's times.
 
     Servers' sequences differ in length and grow, so what each length's last wave and last tile lose is averaged over
-    :data:`PRICED_KEYS`: for each number of sequences the line that is nearest to the fitted times, in proportion to them. What a block
-    costs besides its keys is charged to sequences as far as it shows at the shortest of these lengths; under reading long ones
-    it hides. A key takes no less than ``key_s``, and a step no less than one of fewer sequences. The table ends where
-    no schedule splits any more and the last wave hardly counts; beyond it times are in proportion.
+    :data:`PRICED_KEYS`, by least squares of relative errors: the time per sequence is that of crowds of them; that of a call fits 1, 2,
+    4 … sequences, and the one per key each number of them. A key takes no less than ``key_s``, and a step no less than one of
+    fewer sequences. The table ends where no schedule splits any more and the last wave hardly counts; beyond it times are
+    in proportion.
 
     Parameters
     ----------
@@ -172,19 +187,35 @@ def scheduled_line(
     """
     keys = np.array(PRICED_KEYS)
     crowd = curve.pair / 2 * blocks / multiprocessors
-    shortest = float(soft_max(crowd * (curve.item_s + keys[0] * block_s), key_s * keys[0], curve.sharpness))
-    sequence_s = max(0.0, shortest - keys[0] * float(soft_max(crowd * block_s, key_s, curve.sharpness)))
+    many = np.asarray(soft_max(crowd * (curve.item_s + keys * block_s), keys * key_s, curve.sharpness))
+    sequence_s = _beside_keys(np.ones_like(many)[None], many[None], many[None], keys)
     batch = np.arange(1.0, ceil(MOST_WAVES * multiprocessors / blocks) + 1)[:, None]
     dealt = deal(curve.schedule, blocks * batch, keys[None, :], multiprocessors)
     took = (
         soft_max(busiest_s(dealt, block_s, curve), batch * keys * key_s, curve.sharpness) + curve.split_s * dealt.split
     )
-    rest = took - curve.item_s - curve.split_s - batch * sequence_s
-    weights = keys / took**2
-    slope = np.maximum(batch[:, 0] * key_s, (rest * weights).sum(axis=1) / (keys * weights).sum(axis=1))
-    table = np.maximum.accumulate(np.append(0.0, slope))
+    rest = took - batch * sequence_s
+    rungs = 2 ** np.arange(int(np.log2(len(batch))) + 1) - 1
+    launch_s = _beside_keys(np.ones_like(took)[rungs], rest[rungs], took[rungs], keys)
+    slope = ((rest - launch_s) * keys / took**2).sum(axis=1) / ((keys / took) ** 2).sum(axis=1)
+    table = np.maximum.accumulate(np.append(0.0, np.maximum(batch[:, 0] * key_s, slope)))
     table.flags.writeable = False
-    return sequence_s, table
+    return Line(launch_s, sequence_s, table)
+
+
+def _beside_keys(figure: Array, times: Array, scale: Array, keys: Array) -> float:
+    """How much of ``figure`` and, row by row, of a time per key give the times, relative to ``scale``: least squares, not negative.
+
+    >>> keys = np.array([1.0, 2.0, 4.0])
+    >>> round(_beside_keys(np.ones((1, 3)), 5 + 3 * keys[None], 5 + 3 * keys[None], keys), 6)
+    5.0
+    """
+    per_key = keys / scale
+    square = (per_key**2).sum(axis=1, keepdims=True)
+    left, target = (
+        x / scale - per_key * ((x / scale * per_key).sum(axis=1, keepdims=True) / square) for x in (figure, times)
+    )
+    return max(0.0, float((left * target).sum() / (left * left).sum()))
 
 
 def scheduled_key_s(sequences: Number, table: Array, key_s: float) -> Number:

@@ -308,15 +308,16 @@ def decode_times(
         each, width, latent = kv_heads * curve.kv_head_s + heads * curve.head_s, float(mixer.head_dim), False
     rate = d.rate_flops_per_s(d.attention_dtype)
     key_s = decode_key_s(bytes_per_key, flops, curve, peak_flops_per_s=rate, hbm_bytes_per_s=d.hbm_bytes_per_s)
+    launch_s = curve.launch_s
     ramp: Number = 0.0
     per_key: Number = key_s
     if curve.schedule:
         block_s = block_key_s(width, curve, latent=latent, peak_flops_per_s=rate, multiprocessors=d.multiprocessors)
         blocks = float(decode_blocks(heads, kv_heads, latent=latent))
-        sequence_s, table = scheduled_line(curve, blocks, key_s, float(block_s), d.multiprocessors)
-        each += sequence_s
+        line = scheduled_line(curve, blocks, key_s, float(block_s), d.multiprocessors)
+        launch_s, each = launch_s + line.launch_s, each + line.sequence_s
         if not is_windowed(mixer):
-            per_key = scheduled_key_s(B, table, key_s)
+            per_key = scheduled_key_s(B, line.table, key_s)
     if not is_windowed(mixer):
         ramp = curve.ramp_s * np.minimum(1.0, keys * (bytes_per_key / curve.ramp_bytes))
     # The tokens' own traffic is priced with all tokens of the step, prefilled ones included.
@@ -326,7 +327,7 @@ def decode_times(
         compute_s=keys * (op.count * flops / (rate * curve.peak)),
         memory_s=keys * (op.count * bytes_per_key / (d.hbm_bytes_per_s * curve.hbm)),
         roofline_s=op.count * (keys * per_key + ramp + B * each),
-        overhead_s=present(B) * (op.count * (curve.launch_s + curve.item_s + curve.split_s)),
+        overhead_s=present(B) * (op.count * launch_s),
     )
 
 
