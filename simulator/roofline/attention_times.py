@@ -92,7 +92,7 @@ def decode_splits(schedule: Schedule, blocks: Array, keys: Array, multiprocessor
         parts = np.maximum(1.0, np.floor(keys / WAVES_TILE))
         parts = np.minimum(parts, np.round(np.sqrt(8 * parts)))
         waves = blocks * parts / multiprocessors
-        return np.maximum(1.0, np.floor(parts / np.maximum(1.0, waves / MOST_WAVES)))
+        return np.asarray(np.maximum(1.0, np.floor(parts / np.maximum(1.0, waves / MOST_WAVES))))
     if schedule == "shares":
         tiles = np.ceil(keys / SHARES_TILE)
         share = np.maximum(1.0, np.ceil(SHARES_MARGIN * blocks * tiles / multiprocessors))
@@ -191,9 +191,8 @@ def scheduled_line(curve: DecodeCurve, blocks: float, key_s: float, block_s: flo
     sequence_s = _beside_keys(np.ones_like(many)[None], many[None], many[None], keys)
     batch = np.arange(1.0, ceil(MOST_WAVES * multiprocessors / blocks) + 1)[:, None]
     dealt = deal(curve.schedule, blocks * batch, keys[None, :], multiprocessors)
-    took = (
-        soft_max(busiest_s(dealt, block_s, curve), batch * keys * key_s, curve.sharpness) + curve.split_s * dealt.split
-    )
+    work = soft_max(busiest_s(dealt, block_s, curve), batch * keys * key_s, curve.sharpness)
+    took = np.asarray(work + curve.split_s * dealt.split, dtype=np.float64)
     rest = took - batch * sequence_s
     rungs = 2 ** np.arange(int(np.log2(len(batch))) + 1) - 1
     launch_s = _beside_keys(np.ones_like(took)[rungs], rest[rungs], took[rungs], keys)
