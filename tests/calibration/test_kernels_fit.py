@@ -106,6 +106,8 @@ def test_how_a_kernel_deals_keys_is_found_again_with_its_parameters(tmp_path, sc
     assert fit.residuals[0].median_abs < 0.02
     for name in ("hbm", "item_s", "walk", "pair"):
         assert fit.parameters[name] == pytest.approx(getattr(true, name), rel=0.1), name
+    (few,) = problems(CHIP, [read_table(write(tmp_path / "attention_decode_mine.csv", columns, rows[::8]))])
+    assert fit_problem(few).schedule == ""  # too few rows to tell
 
 
 def test_heads_that_share_no_keys_are_another_kernel_of_tensorrt_llm_alone(tmp_path):
