@@ -7,7 +7,7 @@ many parts. Blocks run side by side on the multiprocessors, and the kernel takes
 How many parts is each library's own rule:
 
 ``whole``
-    one: TensorRT-LLM's kernels for an 8-bit cache on GPUs of compute capability 8.9 and 12.0, and for latent attention [1]_.
+    one: TensorRT-LLM's for latent attention [1]_ and, as their times tell, for an 8-bit cache on L40S and RTX PRO 6000.
 ``waves``
     so many that no block has fewer than :data:`WAVES_TILE` keys, at most √(8 · their number), and all blocks make at most
     :data:`MOST_WAVES` waves: TensorRT-LLM's for queries that share keys [1]_.
