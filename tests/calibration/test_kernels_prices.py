@@ -22,8 +22,10 @@ from simulator.catalog.models import load_model
 from simulator.catalog.slices import resolve_slice
 from simulator.errors import InputError
 from simulator.roofline.analysis import step_report
+from simulator.roofline.attention_times import block_key_s, busiest_s, deal, scheduled_key_s, scheduled_line
 from simulator.roofline.compile import compile_step_cost, step_time_s
 from simulator.roofline.deployment import Deployment
+from simulator.roofline.kernel_times import soft_max
 from simulator.roofline.ops import StepShape, step_ops
 from simulator.roofline.precision import parse_precision
 
@@ -136,6 +138,50 @@ def test_sequences_that_a_kernel_does_not_split_fill_a_chip_by_their_number():
     context = 8192
     one, four, sixteen = (cost.decode_attention_s(B * context, B) / 32 for B in (1, 4, 16))
     assert (one, four, sixteen) == pytest.approx((139.4e-6, 139.4e-6, 386.6e-6), rel=0.07)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "keys", "measured_us"),
+    [(32, 8192, 136.0), (32, 16384, 351.4), (64, 8192, 355.2), (128, 8192, 683.4), (64, 256, 23.4), (128, 2048, 196.5)],
+)
+def test_flash_attention_deals_sequences_so_that_twice_the_keys_may_take_far_longer(sequences, keys, measured_us):
+    """SGLang's kernel on A100, 8 heads that share one KV head, as measured: 32 sequences of 8,192 keys are dealt in three parts each,
+    a block for most multiprocessors; of 16,384 keys in four, two for some. What the committed curve says, launch included.
+    """
+    chip, curve = (
+        load_chip("a100-80-sxm"),
+        load_curves("a100-80-sxm").of("sglang").at_width(DecodeCurve, "attention_decode", "bfloat16", "bfloat16", 128),
+    )
+    units, hbm = chip.multiprocessor_count, chip.hbm_bandwidth_bytes_per_s
+    dealt = deal(curve.schedule, np.array([float(sequences)]), np.array([float(keys)]), units)
+    known = {"latent": False, "peak_flops_per_s": chip.peak_flops_per_s("bf16"), "multiprocessors": units}
+    read = sequences * keys * 512
+    work = soft_max(
+        busiest_s(dealt, block_key_s(128, curve, **known), curve)[0], read / (hbm * curve.hbm), curve.sharpness
+    )
+    rest = curve.launch_s + curve.ramp_s * min(1, read / curve.ramp_bytes) + curve.split_s * dealt.split[0]
+    assert 1e6 * (rest + work + sequences * 8 * curve.head_s) == pytest.approx(measured_us, rel=0.1)
+
+
+def test_a_price_is_the_time_of_reading_where_sequences_are_many_and_long():
+    curve = DecodeCurve(hbm=0.8, peak=1.0, launch_s=1e-5, item_s=2e-6, walk=5.0, pair=1.5, sharpness=4.0, split_s=2e-6)
+    for schedule in SCHEDULES[1:]:
+        line = scheduled_line(replace(curve, schedule=schedule), 8.0, 1e-9, 2e-9, 132.0)
+        assert line.table[0] == 0
+        assert (np.diff(line.table) >= 0).all()
+        batch = np.array([1.0, 2.0, 16.0, 512.0, 5000.0])
+        per_key = scheduled_key_s(batch, line.table, 1e-9)
+        assert (per_key >= 1e-9).all()  # never under reading
+        assert per_key[-1] == pytest.approx(1e-9, rel=0.01)
+        assert scheduled_key_s(0.0, line.table, 1e-9) == 1e-9
+        longest = 16384.0  # where reading takes over, price and time are one
+        dealt = deal(schedule, 8.0 * batch, np.full(5, longest), 132.0)
+        took = (
+            soft_max(busiest_s(dealt, 2e-9, curve), batch * longest * 1e-9, curve.sharpness)
+            + curve.split_s * dealt.split
+        )
+        priced = line.launch_s + batch * (line.sequence_s + longest * per_key)
+        assert priced[3:] == pytest.approx(took[3:], rel=0.02)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
