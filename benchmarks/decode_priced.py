@@ -58,7 +58,7 @@ def priced(chip: ChipSpec, curves: KernelCurves, table: Table) -> Iterator[tuple
         key_s = decode_key_s(read, flops, curve, peak_flops_per_s=peak, hbm_bytes_per_s=hbm)
         each, launch_s, per_key = kv_heads * curve.kv_head_s + heads * curve.head_s, curve.launch_s, key_s
         if curve.schedule:
-            block_s = block_key_s(width, curve, latent=latent, peak_flops_per_s=peak, multiprocessors=units)
+            block_s = block_key_s(width, curve)
             blocks = float(decode_blocks(heads, kv_heads, latent=latent))
             line = scheduled_line(curve, blocks, key_s, float(block_s), units)
             each, launch_s = each + line.sequence_s, launch_s + line.launch_s

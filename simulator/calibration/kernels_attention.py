@@ -201,13 +201,13 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str, op: KernelO
             c, at, reading, products, ramp, rest = loads(values, among, schedule)
             some, near = dealt.at(among), inside(c, at)
             load = (1 - near) * np.maximum(reading, products) + near * np.maximum(reading / c.resident_speed, products)
-            key_s = block_key_s(width[at], c, latent=latent, peak_flops_per_s=peak, multiprocessors=units)
+            key_s = block_key_s(width[at], c)
             work = soft_max(busiest_s(some, key_s, c), load, c.sharpness)
             return np.asarray(rest + ramp + work + c.split_s * some.split)
 
         of_blocks = [
             Parameter("item_s", 1e-6, 1e-9, 1e-4),
-            Parameter("walk", 2, 1e-3, 100),
+            Parameter("walk_s", 5e-9, 1e-12, 1e-6),
             Parameter("pair", 1.5, 1, 2),
         ]
         if schedule != "whole":
@@ -246,7 +246,7 @@ def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str, op: KernelO
             "resident": 0.0,
             "resident_speed": 1.0,
             "item_s": 0.0,
-            "walk": 0.0,
+            "walk_s": 0.0,
             "pair": 2.0,
             "split_s": 0.0,
             "sharpness": 1.0,

@@ -71,7 +71,7 @@ _ORDER: dict[type, tuple[str, ...]] = {
         "resident",
         "resident_speed",
         "item_s",
-        "walk",
+        "walk_s",
         "pair",
         "split_s",
     )
@@ -100,7 +100,7 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
         "hbm": "large",
         "peak": "large",
         "item_s": "large",
-        "walk": "large",
+        "walk_s": "large",
     },
     CollectiveCurve: {"latency_s": "small", "setup_s": "large", "link": "large"},
 }

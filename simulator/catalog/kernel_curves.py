@@ -212,8 +212,8 @@ class DecodeCurve(_Curve):
         how the kernel deals keys to blocks of threads, one of :data:`SCHEDULES`; empty: evenly, whatever their number.
     item_s
         with a schedule: of a block, whatever its keys. [s]
-    walk
-        with a schedule: time of a key in a block, in units of its products' at peak on one multiprocessor.
+    walk_s
+        with a schedule: time of a key in a block that is alone on its multiprocessor, of heads 128 wide. [s]
     pair
         with a schedule: time of two blocks that share a multiprocessor, in that of one: 1 where each fills the other's waits, 2 at most.
     split_s
@@ -235,7 +235,7 @@ class DecodeCurve(_Curve):
     ramp_bytes: float = 1e6
     kv_head_s: float = 0.0
     head_s: float = 0.0
-    walk: float = 0.0
+    walk_s: float = 0.0
     pair: float = 2.0
     resident: float = 0.0
     resident_speed: float = 1.0
@@ -433,12 +433,17 @@ class KernelCurves:
         return self._mapped(lambda curves: {key: curve for key, curve in curves.items() if key[0] not in ops})
 
     def with_fixed_times(self, *, kernels: float, collectives: float) -> "KernelCurves":
-        """Launches and other fixed times of kernels, and latencies of collectives, multiplied."""
+        """Launches and other fixed times of kernels, and latencies of collectives, multiplied; times per key stay."""
 
         def changed(curve: Curve) -> Curve:
             factor = collectives if isinstance(curve, CollectiveCurve) else kernels
             return replace(
-                curve, **{f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")}
+                curve,
+                **{
+                    f.name: factor * getattr(curve, f.name)
+                    for f in fields(curve)
+                    if f.name.endswith("_s") and f.name != "walk_s"
+                },
             )
 
         return self._mapped(lambda curves: {key: changed(curve) for key, curve in curves.items()})

@@ -44,6 +44,8 @@ WAVES_TILE, MOST_WAVES = 128, 8
 """Keys of a block at least, and waves of blocks at most, of the schedule ``waves``."""
 SHARES_TILE, SHARES_MARGIN, UNSPLIT_TILES = 112, 1.1, 4
 """Of the schedule ``shares``: keys of a tile (of heads 128 wide), a block's share of keys over a multiprocessor's, tiles not worth splitting."""
+WALK_WIDTH = 128
+"""Width of the heads that a curve's time per key in a block is of."""
 SHARES_STEP = 64
 """Keys that a block of it walks at once."""
 PRICED_KEYS = tuple(256.0 * 2**i for i in range(7))
@@ -142,12 +144,9 @@ def busiest_s(dealt: Dealt, key_s: Number, curve: DecodeCurve) -> Array:
     return np.asarray(together * (curve.item_s + dealt.keys * key_s))
 
 
-def block_key_s(
-    width: Number, curve: DecodeCurve, *, latent: bool, peak_flops_per_s: float, multiprocessors: float
-) -> Number:
-    """Time of a key in a block of threads alone on a multiprocessor. [s]"""
-    heads = LATENT_HEADS / LATENT_BLOCKS if latent else PAD_HEADS
-    return curve.walk * 4 * heads * width * multiprocessors / peak_flops_per_s
+def block_key_s(width: Number, curve: DecodeCurve) -> Number:
+    """Time of a key of heads so wide in a block of threads alone on a multiprocessor. [s]"""
+    return curve.walk_s * (width / WALK_WIDTH)
 
 
 class Line(NamedTuple):

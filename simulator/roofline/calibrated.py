@@ -312,7 +312,7 @@ def decode_times(
     ramp: Number = 0.0
     per_key: Number = key_s
     if curve.schedule:
-        block_s = block_key_s(width, curve, latent=latent, peak_flops_per_s=rate, multiprocessors=d.multiprocessors)
+        block_s = block_key_s(width, curve)
         blocks = float(decode_blocks(heads, kv_heads, latent=latent))
         line = scheduled_line(curve, blocks, key_s, float(block_s), d.multiprocessors)
         launch_s, each = launch_s + line.launch_s, each + line.sequence_s

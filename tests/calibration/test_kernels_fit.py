@@ -80,7 +80,9 @@ def test_known_parameters_are_found_again_within_their_errors(gemm_table):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_how_a_kernel_deals_keys_is_found_again_with_its_parameters(tmp_path, schedule):
     """Times of a machine that obeys the model, within 1 %: the schedule is told from the others, and from none."""
-    of_blocks = {"item_s": 2e-6, "walk": 12.0, "pair": 1.6, "sharpness": 4.0, "schedule": schedule} if schedule else {}
+    of_blocks = (
+        {"item_s": 2e-6, "walk_s": 1.3e-8, "pair": 1.6, "sharpness": 4.0, "schedule": schedule} if schedule else {}
+    )
     true = DecodeCurve(hbm=0.8, peak=0.3, launch_s=8e-6, ramp_s=4e-6, ramp_bytes=2e7, **of_blocks)
     peak, hbm, units = CHIP.peak_flops_per_s("bf16"), CHIP.hbm_bandwidth_bytes_per_s, CHIP.multiprocessor_count
     noise, rows = np.random.default_rng(3), []
@@ -92,8 +94,7 @@ def test_how_a_kernel_deals_keys_is_found_again_with_its_parameters(tmp_path, sc
                 work = max(read / (hbm * true.hbm), 4 * batch * keys * padded * 128 / (peak * true.peak))
                 blocks = np.array([batch * float(attention_times.decode_blocks(heads, kv_heads, latent=False))])
                 dealt = attention_times.deal(schedule, blocks, np.array([float(keys)]), units)
-                known = {"latent": False, "peak_flops_per_s": peak, "multiprocessors": units}
-                key_s = attention_times.block_key_s(128, true, **known)
+                key_s = attention_times.block_key_s(128, true)
                 if schedule:
                     work = float(soft_max(attention_times.busiest_s(dealt, key_s, true)[0], work, true.sharpness))
                 time = true.launch_s + work + true.ramp_s * min(1, read / true.ramp_bytes)
@@ -104,7 +105,7 @@ def test_how_a_kernel_deals_keys_is_found_again_with_its_parameters(tmp_path, sc
     fit = fit_problem(problem)
     assert fit.schedule == schedule
     assert fit.residuals[0].median_abs < 0.02
-    for name in ("hbm", "item_s", "walk", "pair"):
+    for name in ("hbm", "item_s", "walk_s", "pair"):
         assert fit.parameters[name] == pytest.approx(getattr(true, name), rel=0.1), name
     (few,) = problems(CHIP, [read_table(write(tmp_path / "attention_decode_mine.csv", columns, rows[::8]))])
     assert fit_problem(few).schedule == ""  # too few rows to tell
