@@ -433,17 +433,13 @@ class KernelCurves:
         return self._mapped(lambda curves: {key: curve for key, curve in curves.items() if key[0] not in ops})
 
     def with_fixed_times(self, *, kernels: float, collectives: float) -> "KernelCurves":
-        """Launches and other fixed times of kernels, and latencies of collectives, multiplied; times per key stay."""
+        """Launches and other times of kernels in seconds, and latencies of collectives, multiplied."""
 
         def changed(curve: Curve) -> Curve:
             factor = collectives if isinstance(curve, CollectiveCurve) else kernels
             return replace(
                 curve,
-                **{
-                    f.name: factor * getattr(curve, f.name)
-                    for f in fields(curve)
-                    if f.name.endswith("_s") and f.name != "walk_s"
-                },
+                **{f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")},
             )
 
         return self._mapped(lambda curves: {key: changed(curve) for key, curve in curves.items()})
