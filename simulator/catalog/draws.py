@@ -70,8 +70,10 @@ _ORDER: dict[type, tuple[str, ...]] = {
         "kv_head_s",
         "resident",
         "resident_speed",
-        "walk",
+        "item_s",
+        "walk_s",
         "pair",
+        "split_s",
     )
 }
 
@@ -94,9 +96,11 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
         "ramp_s": "small",
         "kv_head_s": "small",
         "head_s": "small",
+        "split_s": "small",
         "hbm": "large",
         "peak": "large",
-        "walk": "large",
+        "item_s": "large",
+        "walk_s": "large",
     },
     CollectiveCurve: {"latency_s": "small", "setup_s": "large", "link": "large"},
 }

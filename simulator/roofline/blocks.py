@@ -455,10 +455,10 @@ def key_bytes(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> float
     return latent_bytes(d, mixer)
 
 
-def walks_sequences(d: Deployment) -> bool:
-    """Whether a kernel of decode attention leaves each sequence to one multiprocessor."""
+def deals_sequences(d: Deployment) -> bool:
+    """Whether a kernel of decode attention deals each sequence's keys to blocks of threads, by a schedule."""
     mixers = [mixer for _, mixer in d.mixers if isinstance(mixer, SoftmaxAttention | LatentAttention)]
-    return any(curve is not None and curve.walk > 0 for curve in (calibrated.decode_curve(d, m) for m in mixers))
+    return any(curve is not None and curve.schedule != "" for curve in (calibrated.decode_curve(d, m) for m in mixers))
 
 
 def decode_knots(d: Deployment) -> list[float]:
