@@ -234,13 +234,16 @@ class Engine:
         kept: NDArray[np.int64] = cache.log[: int(cache.ints[prefix_cache.N_LOG])]
         return kept
 
-    def advance(self, until_s: float = math.inf) -> None:
-        """Run every step that starts before ``until_s``."""
+    def advance(self, until_s: float = math.inf, known_s: float = math.inf) -> None:
+        """Run every step that starts before ``until_s``.
+
+        Before ``known_s`` everybody who comes is known, to whom a router sends requests while it runs: later ones are seated by a later call.
+        """
         replica = self._cost, self._limits, self._stream, self._out, self._state
         if self._queue is not None:
-            self.done = bool(full_loop.advance(*replica, self._queue, self._extra, float(until_s)))
+            self.done = bool(full_loop.advance(*replica, self._queue, self._extra, float(until_s), float(known_s)))
         else:
-            self.done = bool(skip_ahead.advance(*replica, float(until_s)))
+            self.done = bool(skip_ahead.advance(*replica, float(until_s), float(known_s)))
 
     def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
         """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``).
