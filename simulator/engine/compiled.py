@@ -24,10 +24,10 @@ from simulator.engine.records import (
     EngineSettings,
     Requests,
     SpeculationResult,
-    cache_hashes,
     check_columns,
     check_windows,
     drafted_tokens,
+    findable_hashes,
     fixed_drafting_s,
     needs_queue,
 )
@@ -134,13 +134,13 @@ class Engine:
         self._state = _new_state(n, n_pending, settings)
         self._queue: queues.Queue | None = None
         self._extra: core.Extra | None = None
-        hashes = cache_hashes(settings, requests)
+        hashes = findable_hashes(settings, requests)
         remembers = hashes is not None or settings.speculation is not None or settings.swap is not None
         if remembers or self._of_parts or needs_queue(settings, clients_leave=requests.clients_may_leave):
             self._queue = new_queue(settings, requests, counts_by_step=not self._in_stages)
         if remembers:
             self._extra = core.Extra(
-                cache=_new_cache(hashes, settings, n, log_size, by_epoch=self._in_stages),
+                cache=_new_cache(hashes, settings, requests, log_size, by_epoch=self._in_stages),
                 spec=_new_spec(cost, settings, requests),
                 swap=swap.new_swap(settings.swap, max_num_seqs=m, n=n),
                 loads=tiers.new_loads(settings.load_policy, n, on=bool(settings.tiers)),
@@ -547,14 +547,23 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
 
 
 def _new_cache(
-    hashes: BlockHashes | None, settings: EngineSettings, n: int, log_size: int, *, by_epoch: bool
+    hashes: BlockHashes | None, settings: EngineSettings, requests: Requests, log_size: int, *, by_epoch: bool
 ) -> prefix_cache.Cache:
+    parts, counts, lengths = 1, None, (requests.prompt_tokens, requests.output_tokens)
+    if hashes is not None:
+        blocks_of_id = hashes.block_tokens // settings.block_size
+        if settings.prefix_cache == "radix" or settings.tiers or not 1 < blocks_of_id < 1 << prefix_cache.PART_BITS:
+            hashes = hashes.at_block_size(settings.block_size, *lengths)
+        else:  # blocks of one id stay together, as far as they are
+            parts, counts, hashes = blocks_of_id, hashes.counts_at(settings.block_size, *lengths), hashes.renumbered()
     return prefix_cache.new_cache(
         hashes,
         num_blocks=settings.num_kv_blocks,
         max_num_seqs=settings.max_num_seqs,
         block_size=settings.block_size,
-        n=n,
+        n=len(requests),
+        parts=parts,
+        counts=counts,
         radix=settings.prefix_cache == "radix",
         prompts_first=settings.scheduling.batching in {"prefill_first", "static"},
         late=settings.speculation is None,
