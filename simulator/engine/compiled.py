@@ -552,7 +552,7 @@ def _new_cache(
     parts, counts, lengths = 1, None, (requests.prompt_tokens, requests.output_tokens)
     if hashes is not None:
         blocks_of_id = hashes.block_tokens // settings.block_size
-        if settings.prefix_cache == "radix" or settings.tiers or not 1 < blocks_of_id < 1 << prefix_cache.PART_BITS:
+        if settings.tiers or not 1 < blocks_of_id < 1 << prefix_cache.PART_BITS:
             hashes = hashes.at_block_size(settings.block_size, *lengths)
         else:  # blocks of one id stay together, as far as they are
             parts, counts, hashes = blocks_of_id, hashes.counts_at(settings.block_size, *lengths), hashes.renumbered()

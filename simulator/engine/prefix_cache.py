@@ -122,7 +122,7 @@ def new_cache(
 ) -> Cache:
     """An empty cache over ``num_blocks`` free blocks, or the stand-in of none if ``hashes`` is None.
 
-    ``parts``, ``counts``: blocks per id of ``hashes``, and how many of them each request has, unless one for each. More than one go neither with a tree nor with tiers.
+    ``parts``, ``counts``: blocks per id of ``hashes``, and how many of them each request has, unless one for each. More than one do not go with tiers.
     ``prompts_first``: whether a step is prompts or decodes (B3, B4). ``by_epoch``: whether ``ints[EPOCH]`` orders what is published, because groups count steps each for itself. ``late``: whether blocks that decoding fills are published as they are filled.
     ``log_size``: entries of the record that tests replay.
     """
@@ -282,6 +282,8 @@ def _oldest(cache: Cache, unit: int, part: int, stop: int) -> tuple[int, int]:
     """The oldest run of a unit that holds its block ``part``, 0 if none does; and up to which block, at most ``stop``, it is the one found."""
     nodes = cache.nodes
     first = cache.first[unit]
+    if cache.parts == 1:
+        return first, stop
     node = first
     while node > 0:
         start = nodes[node, ID] & PART_MASK
@@ -320,6 +322,17 @@ def _split(cache: Cache, node: int, count: int) -> int:
         nodes[before, NEXT] = rest
         nodes[node, PREVIOUS] = rest
     return rest
+
+
+@inlined
+def _cut(cache: Cache, node: int, part: int, stop: int) -> int:
+    """Part a run so that blocks ``part`` to ``stop`` of its unit are one by themselves; return that."""
+    begin = cache.nodes[node, ID] & PART_MASK
+    if stop < begin + cache.nodes[node, COUNT]:
+        _split(cache, node, stop - begin)
+    if part > begin:
+        node = _split(cache, node, part - begin)
+    return node
 
 
 @compiled
@@ -390,11 +403,8 @@ def admit(cache: Cache, slot: int, row: int, hits: int, loaded: int, known: int,
     found, freed = 0, 0
     while found < hits:
         node, stop = _oldest(cache, cache.ids[place], part, min(cache.parts, part + hits - found))
-        begin = nodes[node, ID] & PART_MASK
-        if stop < begin + nodes[node, COUNT]:
-            _split(cache, node, stop - begin)
-        if part > begin:
-            node = _split(cache, node, part - begin)
+        if cache.parts > 1:
+            node = _cut(cache, node, part, stop)
         if nodes[node, OWNERS] == 0:
             _remove(cache, node)
             freed += stop - part
@@ -439,14 +449,19 @@ def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
     freed = 0
     while done < full:
         unit = cache.ids[place]
-        count = min(cache.parts - part, full - done)
-        node = cache.first[unit] if cache.radix else 0
+        stop = min(cache.parts, part + full - done)
+        node = 0
+        if cache.radix:
+            node, stop = _oldest(cache, unit, part, stop)
+        count = stop - part
         if node > 0:
-            cache.ints[BLANK] += 1
-            freed += 1
+            if cache.parts > 1:
+                node = _cut(cache, node, part, stop)
+            cache.ints[BLANK] += count
             if nodes[node, OWNERS] == 0:
                 _remove(cache, node)
-                freed -= 1
+            else:
+                freed += count
             nodes[node, OWNERS] += 1
         else:
             node = _new_node(cache)
@@ -458,7 +473,9 @@ def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
         cache.table[entry] = node << PART_BITS | count
         entry += 1
         done += count
-        place, part = place + 1, 0
+        part = stop
+        if part == cache.parts:
+            place, part = place + 1, 0
     cache.slots[slot, PUBLISHED] = full
     cache.slots[slot, RUNS] = entry - slot * cache.stride
     return freed
