@@ -116,6 +116,29 @@ class BlockHashes:
         counts: Ids = np.minimum(np.diff(self.offsets) * unit // block_size, known // block_size)
         return counts
 
+    def units(self, longest: int) -> tuple[Ids, Ids, Ids]:
+        """The rows in *units* of up to ``longest`` ids that follow each other by number, and never follow any other.
+
+        So every row that has an id of a unit has those before it in the unit right before it, whatever else is in the rows. Where rows part, one of them leaves
+        the unit early.
+
+        Returns
+        -------
+        units, offsets, lengths
+            as ``ids`` and ``offsets``, with a number for each unit of a row, and how many of the unit's ids the row has.
+        """
+        ids, offsets = self.ids, self.offsets
+        follows = np.zeros(len(ids), dtype=bool)
+        if longest > 1:
+            follows[1:] = np.diff(ids) == 1
+            follows[offsets[:-1][offsets[:-1] < len(ids)]] = False
+        heads = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
+        heads[::longest] = True
+        heads[ids[~follows]] = True
+        starts = np.flatnonzero(heads[ids])
+        numbers = np.cumsum(heads) - 1
+        return numbers[ids[starts]], np.searchsorted(starts, offsets), np.diff(starts, append=len(ids))
+
     def renumbered(self) -> "BlockHashes":
         """The same with ids numbered from 0 without large gaps."""
         return BlockHashes(_dense(self.ids), self.offsets, self.block_tokens, self.covers_output)

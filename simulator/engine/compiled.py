@@ -549,13 +549,20 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
 def _new_cache(
     hashes: BlockHashes | None, settings: EngineSettings, requests: Requests, log_size: int, *, by_epoch: bool
 ) -> prefix_cache.Cache:
-    parts, counts, lengths = 1, None, (requests.prompt_tokens, requests.output_tokens)
+    parts, longest, counts, lengths = 1, 1, None, (requests.prompt_tokens, requests.output_tokens)
+    late = (
+        settings.prefix_cache == "blocks"
+        and settings.speculation is None
+        and hashes is not None
+        and hashes.covers_output
+    )
     if hashes is not None:
         blocks_of_id = hashes.block_tokens // settings.block_size
-        if settings.tiers or not 1 < blocks_of_id < 1 << prefix_cache.PART_BITS:
+        if settings.tiers or not 0 < blocks_of_id < 1 << prefix_cache.PART_BITS:
             hashes = hashes.at_block_size(settings.block_size, *lengths)
-        else:  # blocks of one id stay together, as far as they are
+        else:  # blocks of one id, and of those that follow it, stay together as far as they are
             parts, counts, hashes = blocks_of_id, hashes.counts_at(settings.block_size, *lengths), hashes.renumbered()
+            longest = 1 if late else max(1, prefix_cache.LONG_UNIT // parts)
     return prefix_cache.new_cache(
         hashes,
         num_blocks=settings.num_kv_blocks,
@@ -563,10 +570,11 @@ def _new_cache(
         block_size=settings.block_size,
         n=len(requests),
         parts=parts,
+        longest=longest,
         counts=counts,
         radix=settings.prefix_cache == "radix",
         prompts_first=settings.scheduling.batching in {"prefill_first", "static"},
-        late=settings.speculation is None,
+        late=late,
         by_epoch=by_epoch,
         tiers=settings.tiers,
         log_size=log_size,

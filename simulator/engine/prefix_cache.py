@@ -1,8 +1,8 @@
 """The compiled engine's prefix cache: published blocks in a queue, and counts of those nobody can find.
 
 Rules C1 to C9 of ``docs/engine-prefix-cache.md``. A *node* is a run of blocks: published ones that follow each other within one *unit*, or, in the
-queue of free blocks only, unpublished ones, which are all alike. A unit is what the requests have an id for: one block, or as many as
-its tokens are cut into (:attr:`Cache.parts`), of which every request that has one has those before it. So what is looked up, owned, freed and evicted is a few runs and not
+queue of free blocks only, unpublished ones, which are all alike. A unit is a number of blocks of which every request that has one has those before it: those into which the tokens of one id are cut,
+and of ids that always follow each other (:meth:`~simulator.engine.block_hashes.BlockHashes.units`). So what is looked up, owned, freed and evicted is a few runs and not
 each of their blocks. A request owns a table of runs, its published blocks, which are always its first; the rest of its blocks is a number that the engine knows.
 
 A node is one row of :attr:`Cache.nodes`, 64 bytes, a cache line. Node 0 is the end of the queue, which is a ring; a run in it is taken from its end, as if its blocks
@@ -30,11 +30,13 @@ NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
 # indices into Cache.ints
 N_NODES, SPARE, BLANK, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, EPOCH, N_INTS = range(12)
 # columns of Cache.slots
-PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, ENDED_KEY, RUNS, N_COLUMNS = range(10)
+PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, ENDED_KEY, RUNS, PLACE, PART, N_COLUMNS = range(12)
 NOBODY = -1
 """Id of a run of blocks that nobody can find."""
 PART_BITS = 20
 PART_MASK = (1 << PART_BITS) - 1
+LONG_UNIT = 256
+"""Blocks of a unit at most, unless one id has more: who looks for a block goes through the runs of its unit. Where decoding publishes blocks one by one, a unit is one id."""
 SLOT_BITS = 20
 """A key of the fill heap is step << SLOT_BITS | slot."""
 STAMP_BITS = 31
@@ -58,18 +60,19 @@ class Cache(NamedTuple):
         [blocks + 2, 8] see the columns' names.
     first
         [ids] oldest run published of a unit; 0: none.
-    ids, offsets
-        the requests' :class:`BlockHashes`, an id for each unit.
-    parts, counts
-        blocks of a unit; [requests] blocks of each request that have an id.
+    ids, offsets, sizes
+        the units of each request, as the ids of its :class:`BlockHashes`, and how many blocks of each it has at most.
+    largest, counts
+        the largest of ``sizes``; [requests] blocks of each request that have an id.
     table, stride
         runs that slot s owns are ``table[s * stride :]``, each as node << PART_BITS | blocks.
     slots
-        [slots, 9] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
+        [slots, 11] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
         admission, and the step that fills its next block with an id (-1: none). Four columns list the slots
-        whose requests finished in this step, the blocks they have to give back, how many of them are full, and the keys by which they are ordered. RUNS: entries of a slot in ``table``.
+        whose requests finished in this step, the blocks they have to give back, how many of them are full, and the keys by which they are ordered. RUNS: entries of a slot in ``table``; PLACE, PART: which of
+        its units, and which block of it, is the first that is not published.
     pieces
-        [parts] scratch of :func:`release`.
+        [largest] scratch of :func:`release`.
     fills, n_fills
         heap of the steps that fill blocks, and [1] its size.
     reused
@@ -90,7 +93,8 @@ class Cache(NamedTuple):
     first: Any
     ids: Any
     offsets: Any
-    parts: int
+    sizes: Any
+    largest: int
     counts: Any
     table: Any
     stride: int
@@ -112,6 +116,7 @@ def new_cache(
     block_size: int,
     n: int,
     parts: int = 1,
+    longest: int = 1,
     counts: NDArray[np.int64] | None = None,
     radix: bool = False,
     prompts_first: bool = False,
@@ -122,7 +127,7 @@ def new_cache(
 ) -> Cache:
     """An empty cache over ``num_blocks`` free blocks, or the stand-in of none if ``hashes`` is None.
 
-    ``parts``, ``counts``: blocks per id of ``hashes``, and how many of them each request has, unless one for each. More than one do not go with tiers.
+    ``parts``, ``counts``: blocks per id of ``hashes``, and how many of them each request has, unless one for each; ``longest``: ids of a unit at most. Units of more than a block do not go with tiers.
     ``prompts_first``: whether a step is prompts or decodes (B3, B4). ``by_epoch``: whether ``ints[EPOCH]`` orders what is published, because groups count steps each for itself. ``late``: whether blocks that decoding fills are published as they are filled.
     ``log_size``: entries of the record that tests replay.
     """
@@ -134,7 +139,10 @@ def new_cache(
     if counts is None:
         counts = np.diff(hashes.offsets)
     stride = int(counts.max(initial=0))
-    n_ids = int(hashes.ids.max(initial=-1)) + 1
+    ids, offsets, lengths = hashes.units(longest)
+    sizes = parts * lengths
+    largest = int(sizes.max(initial=1))
+    n_units = int(ids.max(initial=-1)) + 1
     cache = Cache(
         on=on,
         radix=radix,
@@ -143,19 +151,20 @@ def new_cache(
         by_epoch=by_epoch,
         block_size=block_size,
         nodes=np.zeros((num_blocks + 2, 8), dtype=np.int64),
-        first=np.zeros(n_ids, dtype=np.int64),
-        ids=hashes.ids,
-        offsets=hashes.offsets,
-        parts=parts,
+        first=np.zeros(n_units, dtype=np.int64),
+        ids=ids,
+        offsets=offsets,
+        sizes=sizes,
+        largest=largest,
         counts=counts,
         table=np.zeros(max_num_seqs * stride, dtype=np.int64),
         stride=stride,
         slots=np.zeros((max_num_seqs, N_COLUMNS), dtype=np.int64),
-        pieces=np.zeros(parts, dtype=np.int64),
+        pieces=np.zeros(largest, dtype=np.int64),
         fills=np.zeros(2 * max_num_seqs + 2, dtype=np.int64),
         n_fills=np.zeros(1, dtype=np.int64),
         reused=np.zeros(n, dtype=np.int64),
-        tiers=new_tiers(tiers, n_ids),
+        tiers=new_tiers(tiers, n_units),
         log=np.zeros((log_size, 4), dtype=np.int64),
         ints=np.zeros(N_INTS, dtype=np.int64),
     )
@@ -282,7 +291,7 @@ def _oldest(cache: Cache, unit: int, part: int, stop: int) -> tuple[int, int]:
     """The oldest run of a unit that holds its block ``part``, 0 if none does; and up to which block, at most ``stop``, it is the one found."""
     nodes = cache.nodes
     first = cache.first[unit]
-    if cache.parts == 1:
+    if cache.largest == 1:
         return first, stop
     node = first
     while node > 0:
@@ -379,14 +388,15 @@ def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int) -> tuple
     place, part = cache.offsets[row], 0
     found, held = 0, 0
     while found < longest:
-        node, stop = _oldest(cache, cache.ids[place], part, min(cache.parts, part + longest - found))
+        size = cache.sizes[place]
+        node, stop = _oldest(cache, cache.ids[place], part, min(size, part + longest - found))
         if node == 0:
             return found, held
         found += stop - part
         if cache.nodes[node, OWNERS] > 0:
             held += stop - part
         part = stop
-        if part == cache.parts:
+        if part == size:
             place, part = place + 1, 0
     return longest, held
 
@@ -402,8 +412,9 @@ def admit(cache: Cache, slot: int, row: int, hits: int, loaded: int, known: int,
     place, part = cache.offsets[row], 0
     found, freed = 0, 0
     while found < hits:
-        node, stop = _oldest(cache, cache.ids[place], part, min(cache.parts, part + hits - found))
-        if cache.parts > 1:
+        size = cache.sizes[place]
+        node, stop = _oldest(cache, cache.ids[place], part, min(size, part + hits - found))
+        if cache.largest > 1:
             node = _cut(cache, node, part, stop)
         if nodes[node, OWNERS] == 0:
             _remove(cache, node)
@@ -413,8 +424,10 @@ def admit(cache: Cache, slot: int, row: int, hits: int, loaded: int, known: int,
         entry += 1
         found += stop - part
         part = stop
-        if part == cache.parts:
+        if part == size:
             place, part = place + 1, 0
+    cache.slots[slot, PLACE] = place
+    cache.slots[slot, PART] = part
     cache.slots[slot, PUBLISHED] = hits
     cache.slots[slot, RUNS] = entry - slot * cache.stride
     cache.slots[slot, START] = start
@@ -445,17 +458,17 @@ def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
     if len(cache.log) > 0:
         _note(cache, PUBLISHES, row, full, moment)
     entry = slot * cache.stride + cache.slots[slot, RUNS]
-    place, part = cache.offsets[row] + done // cache.parts, done % cache.parts
+    place, part = cache.slots[slot, PLACE], cache.slots[slot, PART]
     freed = 0
     while done < full:
-        unit = cache.ids[place]
-        stop = min(cache.parts, part + full - done)
+        unit, size = cache.ids[place], cache.sizes[place]
+        stop = min(size, part + full - done)
         node = 0
         if cache.radix:
             node, stop = _oldest(cache, unit, part, stop)
         count = stop - part
         if node > 0:
-            if cache.parts > 1:
+            if cache.largest > 1:
                 node = _cut(cache, node, part, stop)
             cache.ints[BLANK] += count
             if nodes[node, OWNERS] == 0:
@@ -474,8 +487,10 @@ def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
         entry += 1
         done += count
         part = stop
-        if part == cache.parts:
+        if part == size:
             place, part = place + 1, 0
+    cache.slots[slot, PLACE] = place
+    cache.slots[slot, PART] = part
     cache.slots[slot, PUBLISHED] = full
     cache.slots[slot, RUNS] = entry - slot * cache.stride
     return freed
