@@ -14,7 +14,7 @@ from simulator.engine.compiled import new_engine, simulate
 from simulator.engine.kv_memory import HostSwap
 from simulator.engine.records import FINISHED, EngineResult, EngineSettings, Speculation
 from simulator.engine.scheduling import HostOverheads, Retries, Scheduling
-from simulator.fleet import Agents, Fleet, Router, serve, serve_agents
+from simulator.fleet import Agents, Fleet, Link, Router, serve, serve_agents
 from simulator.fleet.records import LOAD_BASED, STATE_FREE
 from simulator.fleet.routing import assign, two_replicas
 from simulator.roofline.pipeline_cost import PipelineCost
@@ -315,6 +315,29 @@ def test_replicas_of_any_mixture_do_what_they_would_alone(features, fleets):
                 assert not isinstance(value, int) or name == "segments" or result.totals[name] == value, name
             compared += 1
     assert compared > 60
+
+
+@pytest.mark.parametrize("kind", ["plain", "host"])
+def test_what_a_link_brings_later_is_seated_later(fleets, kind):
+    """A request without cached tokens overtakes, within a step too, those whose caches are on their way from the store."""
+    requests = fleets.requests(300, rate=400.0, prompt=40)
+    requests = replace(requests, cached_tokens=np.where(np.arange(300) % 3 == 0, 16, 0))
+    settings = fleets.settings
+    if kind == "host":  # beyond the plain loop, but taking no time
+        settings = replace(settings, host=HostOverheads(output_s=2.0**-30))
+    pool = fleets.pool(replicas=2, settings=settings)
+    served = serve(Fleet((pool,), Router("least-requests"), store=Link(1e8, 0.004)), requests)
+    overtaken = 0
+    (found,) = served.pools
+    for rows, result in zip(found.rows, found.replicas, strict=True):
+        there_s = (served.arrival_s + served.store_s)[rows]
+        order = np.argsort(there_s, kind="stable")
+        overtaken += int((order != np.arange(len(order))).sum())
+        mine = replace(requests.take(rows[order], concurrency=1), arrival_s=there_s[order], concurrency=0)
+        by_itself = simulate(pool.cost, pool.settings, mine)
+        assert result.scheduled_s[order] == pytest.approx(by_itself.scheduled_s, rel=1e-9)
+        assert result.finish_s[order] == pytest.approx(by_itself.finish_s, rel=1e-9)
+    assert overtaken > 100
 
 
 def three_drafts(seqs):
