@@ -224,7 +224,7 @@ def with_cache(draft: Draft) -> None:
     prompt = requests.prompt_tokens
     if pick(0, 1):  # whole blocks, where a full hit computes one again
         prompt = np.maximum(prompt // blocks, 1) * blocks
-    unit = one_of(pick, (blocks, 5 * blocks, 2 * blocks, *(u for u in (1, 2, 3) if blocks % u == 0)))
+    unit = one_of(pick, (blocks, 4 * blocks, 2 * blocks, *(u for u in (1, 2, 3) if blocks % u == 0)))
     draft.ask(
         prompt_tokens=prompt,
         cached_tokens=np.minimum(requests.cached_tokens, prompt - 1) * pick(0, 1),
