@@ -96,7 +96,9 @@ def test_an_endless_cache_hits_every_prefix_seen_before(shared, name):
 
 
 @pytest.mark.parametrize("name", TRACES)
-@pytest.mark.parametrize(("block_size", "n_blocks", "count"), [(512, 1200, 20000), (512, 6000, 20000), (32, 20000, 1500)])
+@pytest.mark.parametrize(
+    ("block_size", "n_blocks", "count"), [(512, 1200, 20000), (512, 6000, 20000), (32, 20000, 1500)]
+)
 def test_under_load_the_hits_are_those_of_a_manager_driven_by_the_log(shared, name, block_size, n_blocks, count):
     from simulator.engine.prefix_cache import ADMITS, FREES, PUBLISHES, TAKES
 
