@@ -43,6 +43,7 @@ from simulator.engine.core import (
     N_GROWING,
     N_LOADING,
     N_RUNNING,
+    OWNED,
     RAN,
     REBASE_STEPS,
     SEGMENTS,
@@ -384,6 +385,7 @@ def advance(
         may_act = rules.clients_leave or stream.concurrency > 0
         if may_act and min(next_seen(stream, state, queue), next_departure(out, queue)) < end:
             receive_in_step(cost, limits, stream, out, state, queue, extra, known)
+        ints[OWNED] = limits.num_blocks - ints[FREE_BLOCKS]
         n_done = end_step(
             cost, limits, stream, out, state, queue, extra, chunks.n, price_of(price, host / chunks.tokens)
         )

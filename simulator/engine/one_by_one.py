@@ -221,7 +221,8 @@ class OneByOne:
         self._run(r, now_s)
         live, out = self._live[r], engine._out  # noqa: SLF001 - of this room
         # A router sees the moment of the arrival: who is gone with the end of the step under way is still there.
-        present = core.RAN if engine.clock_s > now_s else core.N_RUNNING
+        in_step = engine.clock_s > now_s
+        present = core.RAN if in_step else core.N_RUNNING
         parts = [state.ints for state, _, _ in engine._parts()]  # noqa: SLF001
         on_their_way = int((out.status[live] == NOT_ARRIVED).sum())
         here = sum(int(ints[present] + ints[core.N_LOADING]) for ints in parts)
@@ -230,7 +231,7 @@ class OneByOne:
             return
         state, settings = engine._state, self._kinds[r].settings  # noqa: SLF001 - of this room
         mine[many.BLOCKS] = settings.num_kv_blocks
-        mine[many.OWNED] = mine[many.BLOCKS] - state.ints[core.FREE_BLOCKS]
+        mine[many.OWNED] = state.ints[core.OWNED] if in_step else mine[many.BLOCKS] - state.ints[core.FREE_BLOCKS]
         waiting = live[np.isnan(out.scheduled[live])]
         blocks = settings.kv_groups.blocks(self._requests.prompt_tokens[waiting], settings.block_size)
         mine[many.PROMISED] = int(blocks.sum())

@@ -37,6 +37,7 @@ from simulator.engine.core import (
     N_GROWING,
     N_RUNNING,
     NEXT_ROW,
+    OWNED,
     RAN,
     REBASE_STEPS,
     SEGMENTS,
@@ -170,6 +171,7 @@ def advance(
         if cost.window > 0:
             pass_window_events(cost, limits, state)
         n_done = 0
+        ints[OWNED] = limits.num_blocks - ints[FREE_BLOCKS]
         if chunks.n > 0:
             n_done += end_chunks(cost, limits, stream, out, state, None, None, chunks.n, price)
         n_done += end_decodes(cost, limits, stream, out, state, None, None)

@@ -267,6 +267,19 @@ def test_a_router_sees_the_moment_of_the_arrival_on_replicas_of_any_kind(fleets,
         assert served.replica[request] == int(np.argmin(in_system(served, requests, request)))
 
 
+@pytest.mark.parametrize("policy", WITHOUT_PREFIXES)
+def test_replicas_beyond_the_plain_loop_look_like_plain_ones(fleets, policy):
+    """A host that takes no time changes the loop that a replica runs in, and nothing that a router sees."""
+    settings = replace(fleets.settings, host=HostOverheads(output_s=2.0**-40))
+    for seed in range(3):
+        requests = fleets.requests(400, rate=500.0, seed=seed)
+        plain, other = (
+            serve(Fleet((fleets.pool(replicas=3, settings=each),), Router(policy)), requests, seed=1)
+            for each in (fleets.settings, settings)
+        )
+        assert np.array_equal(plain.replica, other.replica)
+
+
 def test_who_tries_again_counts_where_it_is(fleets):
     """Two replicas: the first one's client gives up and is back before the third request comes, which goes to the idle one."""
     settings = replace(fleets.settings, max_num_seqs=1, retries=Retries(max_attempts=2, backoff_s=2.0**-6))
