@@ -85,7 +85,8 @@ def copy_out(swap: Swap, row: int, tokens: int, blocks: int) -> None:
     ints[OUT_BLOCKS] += blocks
     ints[MAX_HOST] = max(ints[MAX_HOST], swap.host_blocks - ints[FREE_HOST])
     swap.saved[row] = tokens
-    _note_move(swap, row, blocks)
+    if blocks > 0:
+        _note_move(swap, row, blocks)
 
 
 @compiled
