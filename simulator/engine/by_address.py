@@ -57,7 +57,11 @@ def install() -> None:
             return cgutils.alloca_once_value(builder, value)
 
         as_return = as_data
-        from_return = from_data
+
+        def from_return(self, builder: Any, value: Any) -> Any:
+            if isinstance(value, ir.LoadInstr):
+                return value.operands[0]  # the place that the call was given to put it
+            return self.from_data(builder, value)
 
         def as_argument(self, builder: Any, value: Any) -> Any:
             del builder
