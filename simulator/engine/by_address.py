@@ -10,6 +10,7 @@ must not keep the record that a line made in an earlier round. A function hands 
 Only the named tuples of this package that hold arrays are concerned; records of numbers and other packages' tuples are as ever.
 """
 
+import hashlib
 from importlib import import_module
 from typing import Any
 
@@ -161,6 +162,14 @@ def install() -> None:
 
     plain_return = callconv.CPUCallConv.return_value
     callconv.CPUCallConv.return_value = return_value
+    def mangling(kind: Any) -> tuple[str, tuple[Any, ...]]:
+        if not is_record(kind):
+            return plain_mangling(kind)
+        return kind.instance_class.__name__ + hashlib.sha256(kind.name.encode()).hexdigest()[:16], ()
+
+    # The name of a record's type tells all its fields, and that of a function all its types: thousands of letters in each line that calls it.
+    plain_mangling = types.NamedTuple.mangling_args.fget
+    types.NamedTuple.mangling_args = property(mangling)
     extending.register_model(types.NamedTuple)(model_of)
     extending.lower_getattr_generic(types.NamedTuple)(field_of)
     extending.lower_builtin(types.NamedTupleClass, types.VarArg(types.Any))(construct)

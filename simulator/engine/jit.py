@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import platformdirs
 
-from simulator.engine import by_address, link_once
+from simulator.engine import by_address, known_calls, link_once
 
 numba: Any
 try:
@@ -37,6 +37,7 @@ COMPILED_SOURCES = (
     "full_loop.py",
     "heaps.py",
     "jit.py",
+    "known_calls.py",
     "kv_blocks.py",
     "kv_memory.py",
     "link_once.py",
@@ -109,6 +110,7 @@ def mark_warm(form: str) -> None:
 
 if is_compiled_mode():
     by_address.install()
+    known_calls.install()
 PIPELINES = link_once.pipelines() if is_compiled_mode() else None
 
 

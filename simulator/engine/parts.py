@@ -216,7 +216,7 @@ extra_of = inlined_or_none(_extra_of)
 """View of one part's features, if there are any; of which only what is used costs anything."""
 
 extra_apart = compiled_or_none(_extra_of)
-"""The same where several are made in a row: to make them within the caller would take minutes to compile."""
+"""The same where several are made in a row: made within the caller they would take longer to compile."""
 
 
 @inlined
