@@ -138,20 +138,12 @@ def inlined_or_none(function: F) -> F:
 
     Within the function Numba would take both for possible, and compile all that gets the result once more for "a record or None".
     """
-    return _or_none(function, inlined)
 
-
-def compiled_or_none(function: F) -> F:
-    """As :func:`inlined_or_none`, but what there is comes from a function of its own, as with :func:`compiled`."""
-    return _or_none(function, compiled)
-
-
-def _or_none(function: F, mark: Callable[[F], F]) -> F:
     def either(record: Any, index: Any) -> Any:
         return None if record is None else function(record, index)
 
     if is_compiled_mode():
-        inner = mark(function)
+        inner = inlined(function)
 
         def choose(record: Any, index: Any) -> Any:
             del index

@@ -6,7 +6,7 @@ What each part has for itself lies in arrays with a leading axis; what is one fo
 from typing import Any
 
 from simulator.engine.core import Extra, Price, State
-from simulator.engine.jit import compiled_or_none, inlined, inlined_or_none
+from simulator.engine.jit import inlined, inlined_or_none
 from simulator.engine.prefix_cache import Cache
 from simulator.engine.queues import Queue
 from simulator.engine.speculation import Batch, Spec, Tariff
@@ -205,18 +205,12 @@ def _loads_of(loads: Loads, g: int) -> Loads:
     )
 
 
-def _extra_of(extras: Any, g: int) -> Any:
+@inlined_or_none
+def extra_of(extras: Any, g: int) -> Any:
     """View of one part's features, if there are any."""
     return Extra(
         _cache_of(extras.cache, g), _spec_of(extras.spec, g), _swap_of(extras.swap, g), _loads_of(extras.loads, g)
     )
-
-
-extra_of = inlined_or_none(_extra_of)
-"""View of one part's features, if there are any; of which only what is used costs anything."""
-
-extra_apart = compiled_or_none(_extra_of)
-"""The same where several are made in a row: made within the caller they would take longer to compile."""
 
 
 @inlined

@@ -68,7 +68,7 @@ from simulator.engine.parts import (
     OWN_D0,
     OWN_GROWTH,
     OWN_Q,
-    extra_apart,
+    extra_of,
     load_price,
     part_of,
     queue_of,
@@ -183,17 +183,17 @@ def _receive_for_ranks(
         if due == first:
             row = pop_due(queue)
             g = board.rank[row]
-            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_apart(extras, g)
+            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
             client_leaves(cost, limits, stream, out, shared, rank, own, extra, row, due, in_step)
         elif ready == first:
-            end_any_load(out, part_of(states, g), queue_of(queues, g), extra_apart(extras, g))
+            end_any_load(out, part_of(states, g), queue_of(queues, g), extra_of(extras, g))
         else:
             row, arrival = take_arrival(stream, shared)
             if is_rejected(stream, limits, out, shared, queue, row, arrival):
                 continue
             g = _choose_rank(states, queues, n_ranks, board.turn, least_loaded)
             board.rank[row] = g
-            join(out, shared, part_of(states, g), queue_of(queues, g), extra_apart(extras, g), row, arrival)
+            join(out, shared, part_of(states, g), queue_of(queues, g), extra_of(extras, g), row, arrival)
             if peaks_at(shared, arrival + queue.rules.request_s):
                 waiting = _total_waiting(states, queues, n_ranks)
                 shared.ints[MAX_WAITING] = max(shared.ints[MAX_WAITING], waiting)
@@ -436,7 +436,7 @@ def advance_ranks(
             states.floats[g, CLOCK] = t
             states.floats[g, INTERVAL] = floats[INTERVAL]
             scheduled = board.scheduled[g]
-            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_apart(extras, g)
+            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
             when = _schedule_rank(cost, limits, stream, out, rank, own, extra, scheduled, until, next_arrival)
             stop = min(stop, when)
             width = max(width, scheduled[TOKENS])
@@ -458,7 +458,7 @@ def advance_ranks(
         k = 1 << 60
         prices = board.prices
         for g in range(n_ranks):
-            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_apart(extras, g)
+            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
             scheduled = board.scheduled[g]
             few = _price_rank(cost, limits, stream, out, rank, own, extra, scheduled, prices, g, dense, alike)
             k = min(k, few)
@@ -489,7 +489,7 @@ def advance_ranks(
                 busy += end - t
                 if g != slowest:
                     busy -= k * (d0 - prices[g, OWN_D0]) + (q - prices[g, OWN_Q]) * (k * (k - 1) // 2)
-            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_apart(extras, g)
+            rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
             scheduled = board.scheduled[g]
             blocks_integral += _run_rank(
                 cost, limits, out, rank, own, extra, scheduled, prices, g, d0, q, k, t, end, profile
@@ -521,7 +521,7 @@ def advance_ranks(
         n_done = 0
         for g in range(n_ranks):
             if board.scheduled[g, TOKENS] > 0:
-                rank, own, extra = part_of(states, g), queue_of(queues, g), extra_apart(extras, g)
+                rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
                 price = price_of(load_price(prices, g), prices[g, HOST_SHARE])
                 n_done += _end_rank(cost, limits, stream, out, rank, own, extra, board.scheduled[g, N_CHUNKS], price)
         if stream.concurrency > 0:
