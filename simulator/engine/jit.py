@@ -133,6 +133,11 @@ def inlined(function: F) -> F:
     return _compile(function, forceinline=True)
 
 
+def inlined_entry(function: F) -> F:
+    """As :func:`inlined`, for a helper that Python calls too."""
+    return _compile(function, of_python=True, forceinline=True)
+
+
 def inlined_or_none(function: F) -> F:
     """As :func:`inlined`, for a helper of two arguments whose first may be None, and then so is what comes back.
 

@@ -61,7 +61,7 @@ def test_every_compiled_module_enters_the_cache_key():
     compiled = {
         p.name
         for p in ENGINE.glob("*.py")
-        if re.search(r"^@(entry|compiled|inlined|inlined_or_none)$", p.read_text(), re.MULTILINE)
+        if re.search(r"^@(entry|compiled|inlined|inlined_entry|inlined_or_none)$", p.read_text(), re.MULTILINE)
     }
     needed = compiled | {m for name in compiled for m in imports(name)}
     assert needed <= set(jit.COMPILED_SOURCES)
@@ -88,7 +88,7 @@ def test_an_unwritable_cache_directory_is_no_obstacle(tmp_path):
 
 def decorated(tree: ast.Module) -> dict[str, str]:
     """Compiled functions of a module, and how they are compiled."""
-    kinds = {"entry", "compiled", "inlined", "inlined_or_none"}
+    kinds = {"entry", "compiled", "inlined", "inlined_entry", "inlined_or_none"}
     return {
         node.name: mark.id
         for node in tree.body
@@ -106,7 +106,7 @@ def test_python_calls_only_functions_that_are_compiled_for_it():
         for path, tree in trees.items()
         if path.parent == ENGINE
         for name, mark in decorated(tree).items()
-        if mark != "entry"
+        if mark not in {"entry", "inlined_entry"}
     }
     assert len(inner) > 100
     wrong = []
@@ -204,7 +204,7 @@ kinds = {f.__name__: list(f.overloads.values()) for f in (part, total, run)}
 print(json.dumps([
     jit.PIPELINES is not None,
     {name: [len(made), any(one.fndesc.inline for one in made)] for name, made in kinds.items()},
-    sorted(p.name.split("-")[0].split(".")[-1] for p in jit.CACHE_FOLDER.glob("*.nbi")),
+    sorted(p.name.split("-")[0].split(".")[-1] for p in jit.CACHE_FOLDER.rglob("*.nbi")),
 ]))
 """
     plain = """
@@ -221,7 +221,7 @@ link_once.NEEDED["CodeLibrary"] = ("of another Numba",)
     (first, how), (second, again), (other, otherwise) = found
     assert first == second == other
     # a helper is part of its callers if it says so, not because one that does made Numba compile it
-    assert how == [True, {"part": [1, True], "total": [1, False], "run": [1, False]}, ["run"]]
+    assert how == [True, {"part": [2, True], "total": [1, False], "run": [1, False]}, ["run"]]
     assert again == [True, {"part": [0, False], "total": [0, False], "run": [1, False]}, ["run"]]
     assert otherwise[0] is False
     assert otherwise[2] == ["part", "run", "total"]
