@@ -194,49 +194,16 @@ def test_records_by_address_give_what_python_gives(tmp_path):
     assert python[1] > 0
     assert min(python[2]) > 0
 
-
-def test_helpers_become_machine_code_with_what_python_calls(tmp_path):
-    """Only what Python calls goes to the disk cache; a process that finds it there needs no helper, and one without the means gives the same."""
-    script = tmp_path / "calls.py"
-    text = RECORDS.replace("{module}", "calls")
-    ask = """
-kinds = {f.__name__: list(f.overloads.values()) for f in (part, total, run)}
-print(json.dumps([
-    jit.PIPELINES is not None,
-    {name: [len(made), any(one.fndesc.inline for one in made)] for name, made in kinds.items()},
-    sorted(p.name.split("-")[0].split(".")[-1] for p in jit.CACHE_FOLDER.rglob("*.nbi")),
-]))
-"""
-    plain = """
-from simulator.engine import link_once
-link_once.NEEDED["CodeLibrary"] = ("of another Numba",)
-"""
-    found = []
-    for start, cache in (("", "ours"), ("", "ours"), (plain, "plain")):
-        script.write_text(start + text + ask)
-        os.utime(script, (1e9, 1e9))  # or Numba would compile anew for the script's time
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / cache), "NUMBA_DISABLE_JIT": "0"}
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=True)
-        found.append([json.loads(line) for line in done.stdout.splitlines()])
-    (first, how), (second, again), (other, otherwise) = found
-    assert first == second == other
-    # a helper is part of its callers if it says so, not because one that does made Numba compile it
-    assert how == [True, {"part": [2, True], "total": [1, False], "run": [1, False]}, ["run"]]
-    assert again == [True, {"part": [0, False], "total": [0, False], "run": [1, False]}, ["run"]]
-    assert otherwise[0] is False
-    assert otherwise[2] == ["part", "run", "total"]
-
-
 CALLS = """
 import json
 import numpy as np
 from simulator.engine import jit
-@jit.inlined
-def inner(a, i):
-    return a[i] + 1
 @jit.compiled
 def below(a, i):
     return a[i] + 1
+@jit.inlined
+def inner(a, i):
+    return below(a, i) * 2
 @jit.entry
 def run(a, b):
     found = 0.0
@@ -246,6 +213,33 @@ def run(a, b):
 a, b = np.arange(1.0, 6.0), np.arange(2, 7)
 print(json.dumps([run(a, b), run(b, a), run(a, a)]))
 """
+
+
+def test_helpers_become_machine_code_with_what_python_calls(tmp_path):
+    """Only what Python calls goes to the disk cache; a process that finds it there needs no helper, and one without the means gives the same."""
+    script = tmp_path / "calls.py"
+    ask = """
+kinds = {f.__name__: list(f.overloads.values()) for f in (inner, below, run)}
+print(json.dumps([
+    jit.PIPELINES is not None,
+    {name: sorted({one.fndesc.inline for one in made}) for name, made in kinds.items()},
+    sorted(p.name.split("-")[0].split(".")[-1] for p in jit.CACHE_FOLDER.rglob("*.nbi")),
+]))
+"""
+    another = 'from simulator.engine import link_once\nlink_once.NEEDED["CodeLibrary"] = ("of another Numba",)\n'
+    found = []
+    for start, cache in (("", "ours"), ("", "ours"), (another, "plain")):
+        script.write_text(start + CALLS + ask)
+        os.utime(script, (1e9, 1e9))  # or Numba would compile anew for the script's time
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / cache), "NUMBA_DISABLE_JIT": "0"}
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=True)
+        found.append([json.loads(line) for line in done.stdout.splitlines()])
+    (first, how), (second, again), (other, otherwise) = found
+    assert first == second == other
+    # a helper is part of its callers if it says so, not because one that does made Numba compile it
+    assert how == [True, {"inner": [True], "below": [False], "run": [False]}, ["run"]]
+    assert again == [True, {"inner": [], "below": [], "run": [False]}, ["run"]]
+    assert otherwise == [False, {"inner": [True], "below": [False], "run": [False]}, ["below", "inner", "run"]]
 
 
 def test_calls_that_are_known_come_to_the_same(tmp_path):
