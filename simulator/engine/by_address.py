@@ -41,7 +41,11 @@ def install() -> None:
     def without_zeros(block: Any, place: Any) -> None:
         """Take back the latest store of zeros to a place that is written in full before it is read."""
         for line in reversed(block.instructions):
-            if isinstance(line, ir.StoreInstr) and line.operands[1] is place and isinstance(line.operands[0], ir.Constant):
+            if (
+                isinstance(line, ir.StoreInstr)
+                and line.operands[1] is place
+                and isinstance(line.operands[0], ir.Constant)
+            ):
                 block.instructions.remove(line)
                 return
 
@@ -153,16 +157,20 @@ def install() -> None:
 
     def return_value(convention: Any, builder: Any, value: Any) -> None:
         lines = builder.block.instructions
-        model = models_of.get(str(value.type)) if isinstance(value, ir.LoadInstr) and lines and lines[-1] is value else None
+        model = (
+            models_of.get(str(value.type)) if isinstance(value, ir.LoadInstr) and lines and lines[-1] is value else None
+        )
         if model is None:
-            return plain_return(convention, builder, value)
+            plain_return(convention, builder, value)
+            return
         lines.pop()  # a copy of memory instead of some hundred fields, one by one
         model.copy(builder, value.operands[0], builder.function.args[0])
-        return convention._return_errcode_raw(builder, callconv.RETCODE_OK)
+        convention._return_errcode_raw(builder, callconv.RETCODE_OK)  # noqa: SLF001 - what its own return_value does next
 
     plain_return = callconv.CPUCallConv.return_value
     callconv.CPUCallConv.return_value = return_value
-    def mangling(kind: Any) -> tuple[str, tuple[Any, ...]]:
+
+    def mangling(kind: Any) -> Any:
         if not is_record(kind):
             return plain_mangling(kind)
         return kind.instance_class.__name__ + hashlib.sha256(kind.name.encode()).hexdigest()[:16], ()

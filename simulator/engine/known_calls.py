@@ -12,7 +12,7 @@ from typing import Any
 def install() -> None:
     """Teach Numba to remember; it stays as it is if it looks up calls otherwise than Numba 0.61 to 0.68 do."""
     functions: Any = import_module("numba.core.types.functions")
-    stack = getattr(import_module("numba.core.targetconfig"), "ConfigStack", None)
+    stack: Any = getattr(import_module("numba.core.targetconfig"), "ConfigStack", None)
     plain = getattr(getattr(functions, "BaseFunction", None), "get_call_type", None)
     if plain is None or list(inspect.signature(plain).parameters) != ["self", "context", "args", "kws"]:
         return

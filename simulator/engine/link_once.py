@@ -43,7 +43,7 @@ def pipelines() -> Pipelines | None:
         def set_env(self, name: str, environment: Any) -> None:
             self.kept.append((name, environment))
 
-    class HelperLibrary(codegen.JITCodeLibrary):  # type: ignore[misc,name-defined]
+    class HelperLibrary(codegen.JITCodeLibrary):  # type: ignore[misc]
         """Code of a function that compiled functions alone call; it is never made machine code by itself."""
 
         def __init__(self, owner: Any, name: str) -> None:
@@ -57,8 +57,10 @@ def pipelines() -> Pipelines | None:
         def codegen(self) -> Any:
             return self.environments
 
-    class EntryLibrary(codegen.JITCodeLibrary):  # type: ignore[misc,name-defined]
+    class EntryLibrary(codegen.JITCodeLibrary):  # type: ignore[misc]
         """Code of a function that Python calls, and of all helpers below it."""
+
+        _linking_libraries: list[Any]
 
         def finalize(self) -> None:
             found: list[Any] = []
@@ -69,7 +71,7 @@ def pipelines() -> Pipelines | None:
                     return
                 seen.add(library)
                 if isinstance(library, HelperLibrary):
-                    for other in reversed(library._linking_libraries):
+                    for other in reversed(library._linking_libraries):  # noqa: SLF001 - of our own class
                         visit(other)
                 found.append(library)
 
@@ -85,7 +87,7 @@ def pipelines() -> Pipelines | None:
                         if name in present:
                             self._codegen.set_env(name, environment)
 
-    class Compiler(compiler.Compiler):  # type: ignore[misc,name-defined]
+    class Compiler(compiler.Compiler):  # type: ignore[misc]
         """Numba's compiler with a library of ours."""
 
         library: Any

@@ -194,6 +194,7 @@ def test_records_by_address_give_what_python_gives(tmp_path):
     assert python[1] > 0
     assert min(python[2]) > 0
 
+
 CALLS = """
 import json
 import numpy as np
