@@ -143,7 +143,7 @@ def _detach(state: State, slot: int) -> None:
     state.ints[N_RUNNING] += 1
 
 
-@inlined
+@compiled
 def _schedule_group(
     cost: CostTable,
     limits: Limits,
@@ -428,7 +428,7 @@ def _client_leaves(
         release_next(stream, shared, due)
 
 
-@inlined
+@compiled
 def _receive_for_stages(
     cost: CostTable,
     limits: Limits,
@@ -460,7 +460,7 @@ def _receive_for_stages(
                 join(out, shared, shared, queue, extra_of(extras, 0), row, arrival)
 
 
-@inlined
+@compiled
 def _try(
     cost: CostTable,
     stages: StageTable,
@@ -506,7 +506,7 @@ def _try(
     return True
 
 
-@inlined
+@compiled
 def _land(
     cost: CostTable,
     limits: Limits,
