@@ -41,7 +41,7 @@ from simulator.catalog.slices import Slice, legal_slices, resolve_slice
 from simulator.engine.records import FINISHED, EngineSettings, Requests
 from simulator.errors import InfeasibleError, UnpriceableError
 from simulator.randomness import uniform
-from simulator.roofline.engine_profile import KernelCost, apply_profile, fit_kv_blocks, kernel_cost
+from simulator.roofline.engine_profile import KernelCost, apply_profile, fit_kv_blocks, in_stages, kernel_cost
 from simulator.roofline.memory import MemoryFit
 from simulator.roofline.pipeline import shard
 from simulator.roofline.precision import parse_precision
@@ -184,8 +184,9 @@ def _priced(
     one = whole.stages[0]
     if pool.pp > 1:
         one = replace(one, architecture=architecture, stage=(1, 1))
+    price = kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True)
     return Replica(
-        kernels=kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True),
+        kernels=in_stages(price, pool.pp),
         fit=whole.memory,
         equals=workers * pool.pp * pool.dp,
         micro_batches=pool.pp,

@@ -44,6 +44,8 @@ class KernelCost:
         [kind] -> time of the dense ops and the head, as tables over n and R. [s]
     launches
         kernels of one step, collectives apart.
+    host_steps
+        times that a host prepares a step before the table's is done: more than one in a pipeline.
     """
 
     cost: StepCost
@@ -53,6 +55,7 @@ class KernelCost:
     head: dict[str, Array]
     head_bound: dict[str, Array]
     launches: int
+    host_steps: int = 1
 
 
 def kernel_cost(
@@ -91,6 +94,22 @@ def kernel_cost(
     )
 
 
+def in_stages(kernels: KernelCost, pp: int) -> KernelCost:
+    """A whole model's kernels as a round of ``pp`` equal micro-batches takes them, in ``pp`` stages of as many layers each.
+
+    The last stage has the output head besides, and every stage waits for it: a round takes ``pp`` times its time, all the layers'
+    and ``pp`` heads'. So does the host, which prepares a step in every stage. Sends between stages are taken to hide behind
+    the wait for the head. FLOPs and bytes stay those of one micro-batch.
+    """
+    return replace(
+        kernels,
+        cost=replace(kernels.cost, head_s=pp * kernels.cost.head_s),
+        head={kind: pp * part for kind, part in kernels.head.items()},
+        head_bound={kind: pp * part for kind, part in kernels.head_bound.items()},
+        host_steps=pp,
+    )
+
+
 def _launches(d: Deployment) -> int:
     """Kernels that one decode step launches, collectives apart; inputs that get scales of their own are one more for each product."""
     ops = [*dense_ops(d, 1.0), *decode_attention_ops(d, 1.0, 1.0, 1.0), *head_ops(d, 1.0)]
@@ -120,7 +139,7 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     cost, ideal = kernels.cost, kernels.ideal
     n = np.arange(len(cost.dense_s), dtype=np.float64)
     rows = np.arange(len(cost.head_s), dtype=np.float64)
-    fixed = profile.step_s + profile.kernel_s * kernels.launches
+    fixed = profile.step_s * kernels.host_steps + profile.kernel_s * kernels.launches
     dense = _slowed(cost.dense_s, kernels.dense, kernels.dense_bound, profile)
     dense = dense + profile.token_s * n + fixed * (n > 0)
     head = _slowed(cost.head_s, kernels.head, kernels.head_bound, profile) + 0.0 * rows
