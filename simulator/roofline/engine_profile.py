@@ -28,6 +28,8 @@ Array = NDArray[np.float64]
 
 PARTS = ("weights", "products", "experts", "elementwise", "collective", "launches")
 """Kinds of dense time that a profile slows down on their own."""
+_HELD_TOGETHER = (("weights", "products"), ("experts",), ("elementwise",), ("collective",), ("launches",))
+"""Kinds held above one bound: a product that its kernel's compute bounds is often one that the datasheet's memory bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,14 +172,11 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
 
 def _slowed(total: Array, parts: dict[str, Array], bounds: dict[str, Array], profile: EngineProfile) -> Array:
     found = total
-    for name, part in parts.items():
-        slowdown = getattr(profile, f"{name}_slowdown")
-        if slowdown != 1:
-            found = found + np.maximum((slowdown - 1) * part, bounds[name] - part)
-    if (
-        found is not total
-    ):  # a product bound by compute here may be bound by memory there: the sum is held above its bound too
-        found = np.maximum(found, np.sum(np.broadcast_arrays(*bounds.values()), axis=0))
+    for names in _HELD_TOGETHER:
+        slowdowns = [getattr(profile, f"{name}_slowdown") for name in names]
+        if any(slowdown != 1 for slowdown in slowdowns):
+            slower = sum((slowdown - 1) * parts[name] for slowdown, name in zip(slowdowns, names, strict=True))
+            found = found + np.maximum(slower, sum(bounds[name] - parts[name] for name in names))
     return found
 
 
