@@ -15,7 +15,8 @@ equals:
 - attention ranks that share experts: each rank has an equal part of the clients, and every rank holds the same batch at every
   step. Real ranks wait for the fullest, so this is a lower bound of the step;
 - pipeline stages: as many micro-batches are in flight as there are stages, each with its part of the clients and of the KV
-  cache; a micro-batch's step is its way through all the stages. Stages are taken to be equal, and sends free;
+  cache; a micro-batch's step is a round, in which every micro-batch is as large as it, and all wait for the last stage, which has
+  the output head. Sends hide behind that wait;
 - several workers in a pool: requests are dealt out in turn.
 
 *Prefill and decode pools.* A request arrives at the decode pool when the prefill pool has its first token and the KV cache has
@@ -184,9 +185,9 @@ def _priced(
     one = whole.stages[0]
     if pool.pp > 1:
         one = replace(one, architecture=architecture, stage=(1, 1))
-    price = kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True)
+    layers = kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True)
     return Replica(
-        kernels=in_stages(price, pool.pp),
+        kernels=in_stages(layers, pool.pp),
         fit=whole.memory,
         equals=workers * pool.pp * pool.dp,
         micro_batches=pool.pp,
