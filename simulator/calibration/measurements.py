@@ -85,6 +85,8 @@ class Measurement:
         steps for which the scheduler holds a prompt back for company, where the recipe sets it.
     beams
         sequences that a request is decoded into, of which one counts: beam search. They share the computed prompt.
+    stream_interval
+        steps of a decode pool between two answers to a client.
     unclear
         what the table leaves open about the run, in words: such a run is predicted but not fitted to. Empty: nothing.
     memory_fraction
@@ -112,6 +114,7 @@ class Measurement:
     rate_per_s: float = 0.0
     poll_steps: int = 0
     hold_steps: int = 0
+    stream_interval: int = 1
     memory_fraction: float | None = None
     unclear: str = ""
     beams: int = 1
