@@ -15,7 +15,8 @@ equals:
 - attention ranks that share experts: each rank has an equal part of the clients, and every rank holds the same batch at every
   step. Real ranks wait for the fullest, so this is a lower bound of the step;
 - pipeline stages: as many micro-batches are in flight as there are stages, each with its part of the clients and of the KV
-  cache; a micro-batch's step is its way through all the stages. Stages are taken to be equal, and sends free;
+  cache; a micro-batch's step is a round, in which every micro-batch is as large as it, and all wait for the last stage, which has
+  the output head. Sends hide behind that wait;
 - several workers in a pool: requests are dealt out in turn.
 
 *Prefill and decode pools.* A request arrives at the decode pool when the prefill pool has its first token and the KV cache has
@@ -43,7 +44,7 @@ from simulator.catalog.slices import Slice, legal_slices, resolve_slice
 from simulator.engine.records import FINISHED, EngineSettings, Requests
 from simulator.errors import InfeasibleError, UnpriceableError
 from simulator.randomness import uniform
-from simulator.roofline.engine_profile import KernelCost, apply_profile, fit_kv_blocks, kernel_cost
+from simulator.roofline.engine_profile import KernelCost, apply_profile, fit_kv_blocks, in_stages, kernel_cost
 from simulator.roofline.memory import MemoryFit
 from simulator.roofline.pipeline import shard
 from simulator.roofline.precision import parse_precision
@@ -186,8 +187,9 @@ def _priced(
     one = whole.stages[0]
     if pool.pp > 1:
         one = replace(one, architecture=architecture, stage=(1, 1))
+    layers = kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True)
     return Replica(
-        kernels=kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True),
+        kernels=in_stages(layers, pool.pp),
         fit=whole.memory,
         equals=workers * pool.pp * pool.dp,
         micro_batches=pool.pp,

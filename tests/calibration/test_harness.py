@@ -44,6 +44,7 @@ def measurement(**changes):
     [
         ("meta-llama/Llama-3.1-8B-Instruct", "llama-3-8b"),
         ("nvidia/DeepSeek-R1-0528-FP4", "deepseek-v3"),
+        ("nvidia/DeepSeek-R1-0528-FP4-v2", "deepseek-v3"),
         ("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
         ("mistralai/Mistral-7B-v0.1", "mistral-7b-v0.1"),
         ("moonshotai/Kimi-K2.5", "kimi-k2.5"),
@@ -52,6 +53,17 @@ def measurement(**changes):
 )
 def test_released_names_lead_to_the_architecture(written, name):
     assert model_name(written) == name
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        *(("gb200_sxm", "gb200"), ("GB300-NVL72", "gb300"), ("b300_sxm", "b300"), ("h20_sxm", "h20")),
+        *(("H200", "h200-sxm"), ("h100_pcie", "h100-pcie"), ("h100_nvl", "h100-nvl"), ("a100_sxm", "a100-80-sxm")),
+    ],
+)
+def test_chips_are_known_with_their_board_or_without(written, name):
+    assert chip_name(written) == name
 
 
 def test_unknown_names_are_refused_with_the_nearest():
