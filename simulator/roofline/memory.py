@@ -160,8 +160,8 @@ class Memory:
     def fit(self, part: Part) -> MemoryFit:
         """How a part fills the memory of each of its chips, whether it fits or not.
 
-        The cache of windowed layers is where ``Deployment.windowed_kv`` says. Parts of a model are never ``pooled`` but ``reserved``, and that
-        only where there are layers of both kinds and it leaves room for more tokens than to keep all blocks alike.
+        The cache of windowed layers is where ``Deployment.windowed_kv`` says; ``reserved`` only where there are layers of both kinds and it leaves
+        room for more tokens than to keep all blocks alike.
         """
         d, full, windowed, state = self._d, 0.0, 0.0, 0.0
         for count, block in self._held(part):
@@ -178,8 +178,8 @@ class Memory:
             block_size=d.block_size,
             reserved_bytes=d.max_num_seqs * state,
         )
-        if windowed and d.windowed_kv == "pooled" and d.stage == (1, 1) and part.mixers == d.part.mixers:
-            groups, page = self._groups()
+        if windowed and d.windowed_kv == "pooled":
+            groups, page = self._groups(part)
             return replace(paged, kv_bytes_per_token=page, groups=groups)
         if not full or not windowed or d.windowed_kv == "kept":
             return paged
@@ -187,17 +187,18 @@ class Memory:
         set_aside = replace(paged, kv_bytes_per_token=full, reserved_bytes=paged.reserved_bytes + windows)
         return max(paged, set_aside, key=lambda fit: fit.kv_blocks)
 
-    def _groups(self) -> tuple[KvGroups, float]:
-        """Groups of layers with common blocks, and what a token in a block of one of them takes on one chip. [bytes]
+    def _groups(self, part: Part) -> tuple[KvGroups, float]:
+        """Groups of layers with common blocks, and what a token in a block of one of them takes on one chip of a part. [bytes]
 
         As vLLM forms them: of as many layers as there are of the rarer kind, or of the other where it has less than half as many more. The
-        last group of a kind may have fewer; its blocks are as large.
+        last group of a kind may have fewer; its blocks are as large. A pipeline has one set of groups, of the whole model's layers, dealt out in
+        turn, so that each stage has its share of every group; as stages have all kinds in the same proportion, those of a stage's layers are the same.
         """
         kinds = []
         for windowed in (False, True):
             name = "windowed_kv_bytes" if windowed else "kv_bytes"
             each = [
-                (count, getattr(block, name)) for (count, _), block in zip(self._d.mixers, self.mixers, strict=True)
+                (count, getattr(block, name)) for count, block in zip(part.mixers, self.mixers, strict=True) if count
             ]
             kinds.append([(count, bytes_) for count, bytes_ in each if bytes_])
         layers = [sum(count for count, _ in kind) for kind in kinds]

@@ -285,7 +285,6 @@ def _windowed_kv(scenario: Scenario) -> str:
     others = {
         f"engine.prefix_cache = {engine.prefix_cache!r}": engine.prefix_cache != "off",
         "engine.speculation": engine.speculation is not None,
-        f"sharding.pp = {scenario.sharding.pp}": scenario.sharding.pp > 1,
     }
     unmodelled = next((name for name, is_on in others.items() if is_on), None)
     if unmodelled is not None and asked is False:

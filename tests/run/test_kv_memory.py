@@ -164,6 +164,22 @@ def test_windows_are_not_given_back_beside_what_no_rule_covers(other):
         resolve(load_scenario("llama-3-8b-azure-chat", (*beside, "engine.disable_hybrid_kv_cache_manager=false")))
 
 
+def test_stages_give_windows_back_too():
+    stages = ("model=gpt-oss-20b", "slice=h100-sxm:2", "sharding={tp=1, pp=2}", "traffic.mix=random-8k-1k")
+    few = ("engine.gpu_memory_utilization=0.34", "traffic.n_requests=60", "traffic.arrival={process='offline'}")
+    pooled, kept = (
+        load_scenario("llama-3-8b-azure-chat", (*stages, *few, f"engine.disable_hybrid_kv_cache_manager={told}"))
+        for told in ("false", "true")
+    )
+    found = resolve(pooled)
+    assert found.settings.kv_groups == KvGroups(1, 1, 128)
+    # A block is one of 12 layers, 6 in each stage, of 2 × 8 heads × 64 values of 2 bytes for 16 tokens.
+    assert block_bytes(found.place) == 12 * 2 * 8 * 64 * 2 * 16
+    pooled, kept = run_scenario(pooled).summary, run_scenario(kept).summary
+    assert pooled.occupancy.peak_running > 1.5 * kept.occupancy.peak_running
+    assert pooled.throughput.requests_per_s > kept.throughput.requests_per_s
+
+
 def test_a_crowded_replica_serves_long_contexts_faster_when_windows_give_back():
     traffic = ("traffic.mix=random-8k-1k", "traffic.arrival={process='offline'}", "traffic.n_requests=150")
     long = ("model=gemma-3-12b", *traffic)
