@@ -24,7 +24,8 @@ class HostPool:
             self.counts["swap_fallbacks"] += 1
             return False
         self.held[row] = blocks
-        self.copies.append((row, blocks))
+        if blocks:  # a window may just have left all of them
+            self.copies.append((row, blocks))
         self.counts["swap_out_blocks"] += blocks
         self.counts["max_host_blocks"] = max(self.counts["max_host_blocks"], sum(self.held.values()))
         return True
