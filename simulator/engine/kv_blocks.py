@@ -1,4 +1,4 @@
-"""How many KV blocks tokens take in the compiled engine, with windowed layers that give blocks back: rules W1 to W5 of ``docs/engine-kv-memory.md``.
+"""How many KV blocks tokens take in the compiled engine, with windowed layers that give blocks back: rules W1 to W6 of ``docs/engine-kv-memory.md``.
 
 What a request owns between steps follows from its computed tokens. A sequence that decodes takes a block of every group when its context begins one, and
 once its window is full gives one of every windowed group back when the window leaves one: both at fixed steps modulo the block size, so two histograms

@@ -150,15 +150,21 @@ def test_windowed_layers_give_blocks_back_unless_told_otherwise():
     assert pooled.settings.num_kv_blocks + 1 in {2 * (kept.settings.num_kv_blocks + 1) + one for one in (0, 1)}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "engine.prefix_cache=blocks",
-        "engine.speculation={method='ngram', num_speculative_tokens=3, acceptance_rate=0.5}",
-    ],
-)
-def test_windows_are_not_given_back_beside_what_no_rule_covers(other):
-    beside = (*GEMMA, other)
+def test_a_drafters_layer_lies_in_the_groups():
+    def drafting(method):
+        options = f"engine.speculation={{method='{method}', num_speculative_tokens=3, acceptance_rate=0.5}}"
+        return resolve(load_scenario("llama-3-8b-azure-chat", (*GEMMA, options)))
+
+    alone = resolve(load_scenario("llama-3-8b-azure-chat", GEMMA))
+    assert drafting("ngram").settings.kv_groups == drafting("eagle").settings.kv_groups == KvGroups(1, 1, 4096)
+    assert drafting("ngram").settings.num_kv_blocks == alone.settings.num_kv_blocks
+    # EAGLE's layer sees everything: 22 full layers beside 21 with a window, and blocks of 22.
+    assert block_bytes(drafting("eagle").place) * 21 == block_bytes(alone.place) * 22
+    assert drafting("eagle").settings.num_kv_blocks < alone.settings.num_kv_blocks
+
+
+def test_windows_are_not_given_back_beside_what_no_rule_covers():
+    beside = (*GEMMA, "engine.prefix_cache=blocks")
     assert resolve(load_scenario("llama-3-8b-azure-chat", beside)).settings.kv_groups == KvGroups()
     with pytest.raises(InputError, match=r"disable_hybrid_kv_cache_manager = false.*not modelled with engine"):
         resolve(load_scenario("llama-3-8b-azure-chat", (*beside, "engine.disable_hybrid_kv_cache_manager=false")))
