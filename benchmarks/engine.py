@@ -13,6 +13,7 @@ import argparse
 import resource
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,11 +73,25 @@ def describe(name: str, result: EngineResult, seconds: list[float], blocks: int)
 
 def timed(run: Callable[[], EngineResult], repeats: int) -> tuple[EngineResult, list[float]]:
     seconds = []
+    result: EngineResult | None = None
     for _ in range(repeats):
+        result = None  # or two results would be in memory at once
         start = time.perf_counter()
         result = run()
         seconds.append(time.perf_counter() - start)
+    assert result is not None
     return result, seconds
+
+
+def arrays(run: Callable[[], EngineResult]) -> tuple[int, int]:
+    """Bytes of all arrays at once that a run takes at most, and of the result's columns among them."""
+    tracemalloc.start()
+    result = run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    n = len(result.status)
+    columns = [value for value in vars(result).values() if isinstance(value, np.ndarray) and value.shape[:1] == (n,)]
+    return peak, sum(column.nbytes for column in columns)
 
 
 def prefix_caches(cost: StepCost, folder: Path, repeats: int) -> None:
@@ -151,8 +166,8 @@ def main() -> None:
         result, seconds = timed(lambda: simulate(cost, settings, requests), args.repeats)  # noqa: B023 - called at once
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         describe("  compiled", result, seconds, blocks)
-        columns = ("arrival_s", "prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
-        part = Requests(*(getattr(requests, column)[:2000] for column in columns))
+        names = ("arrival_s", "prompt_tokens", "output_tokens", "cached_tokens", "max_tokens")
+        part = Requests(*(getattr(requests, column)[:2000] for column in names))
         slow, slow_seconds = timed(lambda: simulate_reference(cost, settings, part), 2)  # noqa: B023 - called at once
         same = simulate(cost, settings, part)
         rate = 2000 / statistics.median(slow_seconds)
@@ -162,8 +177,10 @@ def main() -> None:
         print(
             f"  reference {rate:,.0f} req/s: compiled is {ratio:,.0f} times as fast; finish times differ by {error:.0e} of a latency"
         )
+        peak, columns = (size / args.requests for size in arrays(lambda: simulate(cost, settings, requests)))  # noqa: B023
         print(
-            f"  chip-seconds conserved to {conserved:+.0e}; peak memory grew {grown * 1024 / args.requests:.0f} bytes per request"
+            f"  chip-seconds conserved to {conserved:+.0e}; bytes per request: arrays at most {peak:.0f}, of them the result's columns "
+            f"{columns:.0f}; resident memory grew by {grown * 1024 / args.requests:.0f}"
         )
         if load == SETTINGS[0][1]:
             policies(cost, requests, args.repeats)

@@ -54,9 +54,10 @@ def report(
     """One line per problem: errors of all rows and of those that take longer. Gives the predictions of each."""
     for problem in problems(load_chip(chip), tables):
         fit = fit_of(chip, problem.op, problem.framework, problem.chips, head_dim)
-        # As priced: no keys come from the on-die memory.
+        # As priced: no keys come from the on-die memory. Decodes' keys are dealt as the shapes say.
         priced = {name: 0.0 if name == "resident" else value for name, value in fit.parameters.items()}
-        predicted = problem.model(priced, np.arange(len(problem.measured)))
+        way = next(way for way in (problem, *problem.others) if way.schedule == fit.schedule)
+        predicted = way.model(priced, np.arange(len(problem.measured)))
         ratios = np.log(predicted / problem.measured)
         size = f"on {problem.chips}" if problem.chips > 1 else ""
         line = f"{what:34s} {problem.op:18s} {size:5s} curve of {fit.framework:7s}"

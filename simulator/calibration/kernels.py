@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.calibration.kernels_models import Problem, problem_at, problems, with_optional
+from simulator.calibration.kernels_models import problems
+from simulator.calibration.kernels_problems import Problem, problem_at
 from simulator.calibration.kernels_tables import read_tables
 from simulator.calibration.regression import HUBER_DELTA, Fit, fit_log_ratios, quantiles
 from simulator.catalog.chips import load_chip
@@ -22,7 +23,9 @@ FOLDS = 5
 MOST_ROWS = 4000
 """Rows of one fit; larger tables are thinned evenly. Errors are always of every row."""
 MOST_STEPS, REFIT_STEPS = 40, 8
-GOALS = {"gemm": 0.08, "gemv": 0.08, "attention_decode": 0.08, "attention_prefill": 0.10, "moe": 0.15, "mla_decode": 0.08, "mla_prefill": 0.10,
+ROWS_PER_PARAMETER = 10
+"""Rows for each parameter that another way of working takes at least to be told from the plain one."""
+GOALS = {"gemm": 0.08, "gemv": 0.08, "attention_decode": 0.08, "mha_decode": 0.08, "attention_prefill": 0.10, "moe": 0.15, "mla_decode": 0.08, "mla_prefill": 0.10,
          "all_reduce": 0.12, "all_gather": 0.12, "reduce_scatter": 0.12, "alltoall": 0.12}  # fmt: skip
 """Median absolute error on shapes left out that a fit should reach."""
 
@@ -34,10 +37,11 @@ class ChipCalibration:
     file: CalibrationFile
 
     def median_by_op(self) -> dict[str, float]:
-        """Median error on left-out shapes, by op: over rows of all its fits, weighted by them."""
+        """Median error on left-out shapes, by op: over rows of all its fits, weighted by them; decodes of unshared heads with the others."""
         found: dict[str, list[tuple[float, int]]] = {}
         for fit in self.file.fits:
-            found.setdefault(fit.op, []).append((fit.residuals[0].median_abs, fit.residuals[0].rows))
+            op = "attention_decode" if fit.op == "mha_decode" else fit.op
+            found.setdefault(op, []).append((fit.residuals[0].median_abs, fit.residuals[0].rows))
         return {op: sum(m * n for m, n in rows) / sum(n for _, n in rows) for op, rows in found.items()}
 
 
@@ -97,8 +101,9 @@ def fit_problem(problem: Problem) -> KernelFit:
         problem = replace(problem, shape=rows, held_out_by="rows, as there is one shape")
     every = np.arange(len(problem.measured))
     best = _best(problem, every)
-    if problem.optional:
-        other = _best(with_optional(problem), every)
+    others = [way for way in problem.others if len(every) >= ROWS_PER_PARAMETER * len(way.free)]
+    if others:
+        other = min((_best(replace(way, shape=problem.shape), every) for way in others), key=lambda f: f.loss)
         best = other if other.loss < problem.worth * best.loss else best
     outside = np.empty(len(every))
     fold = _folds(problem.shape)
@@ -188,6 +193,7 @@ def _record(best: _Fitted, outside: Array) -> KernelFit:
         left_out=problem.left_out,
         left_out_why=problem.why,
         held_out_by=problem.held_out_by,
+        schedule=problem.schedule,
         parameters={name: _significant(value) for name, value in sorted(best.values.items())},
         standard_errors={name: _significant(value, 2) for name, value in sorted(errors.items())},
         at_limit=tuple(name for name, at in zip(names, best.fit.at_limit, strict=True) if at),
@@ -233,6 +239,8 @@ def toml_lines(file: CalibrationFile) -> Iterator[str]:
             yield f"left_out = {fit.left_out}"
             yield f"left_out_why = {_text(fit.left_out_why)}"
         yield f"held_out_by = {_text(fit.held_out_by)}"
+        if fit.schedule:
+            yield f"schedule = {_text(fit.schedule)}"
         yield f"parameters = {_table(fit.parameters)}"
         yield f"standard_errors = {_table(fit.standard_errors)}"
         if fit.at_limit:

@@ -4,33 +4,32 @@ A problem is one op in one format: its rows, the model of :mod:`simulator.roofli
 parameters are free, and which rows belong to one shape. Formats' bytes and the chip format whose peak they run at are below.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from simulator.calibration.kernels_attention import attention_problems
+from simulator.calibration.kernels_problems import (
+    FORMATS,
+    SHARPNESS,
+    Array,
+    Problem,
+    Rows,
+    Values,
+    has_peak,
+    numbered,
+    steps,
+    wide_bytes,
+)
 from simulator.calibration.kernels_tables import Table
 from simulator.calibration.regression import Parameter
 from simulator.catalog.chips import ChipSpec, quantity_si
-from simulator.catalog.kernel_curves import (
-    CollectiveCurve,
-    DecodeCurve,
-    GemmCurve,
-    GroupedCurve,
-    KernelOp,
-    PrefillCurve,
-    VectorCurve,
-)
+from simulator.catalog.kernel_curves import CollectiveCurve, GemmCurve, GroupedCurve, VectorCurve
 from simulator.roofline.kernel_times import (
-    QUERY_TILE,
     collective_s,
-    decode_blocks,
-    decode_walk_s,
     grouped_waves,
     grouped_work,
-    padded_heads,
     soft_max,
     spilled_share,
     tile_waves,
@@ -38,36 +37,13 @@ from simulator.roofline.kernel_times import (
     tiling_of,
 )
 
-Array = NDArray[np.float64]
-Rows = NDArray[np.int64]
-Values = Mapping[str, float]
-
-FORMATS: dict[str, tuple[str, float, float]] = {
-    "float32": ("fp32", 4.0, 4.0),
-    "bfloat16": ("bf16", 2.0, 2.0),
-    "fp8": ("fp8", 1.0, 1.0),
-    "fp8_block": ("fp8", 1.0, 1.0),
-    "nvfp4": ("fp4", 0.5625, 0.5625),
-    "sq": ("int8", 1.0, 1.0),
-    "int8_wo": ("bf16", 1.0, 2.0),
-    "int4_wo": ("bf16", 0.5156, 2.0),
-    "w4a16_mxfp4": ("bf16", 0.53125, 2.0),
-    "w4a8_mxfp4_mxfp8": ("fp8", 0.53125, 1.0),
-}
-"""Format of a table -> the chip's format it multiplies in, bytes per weight and per input, scales included."""
-
-KV_BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 1.0}
-SHARPNESS = (1.0, 2.0, 4.0)
-"""p-norms tried between compute and memory."""
-MLA_LATENT, MLA_ROPE, MLA_QK, MLA_V = 512, 64, 192, 128
-"""DeepSeek's latent attention: cached values per token, and widths of an expanded head."""
 LEAST_SHARE = 0.2
 """Of a row's time, what is left at least when measured parts are taken off."""
-WALK_WORTH, ON_CHIP_WORTH = 0.5, 0.85
-"""Loss of a fit with the parameters of a walk, and of a large on-die memory, relative to that without, below which they are taken."""
 LARGE_ON_CHIP_S = 5e-5
 """On-die memory that HBM takes so long to fill holds whole inputs and outputs of products. Larger than that of H100, A100 and B200 (15
 to 20 us), whose times grow evenly with the rows; on L40S and RTX PRO 6000 (111 and 71 us) they jump where this memory is full."""
+ON_CHIP_WORTH = 0.85
+"""Loss of a fit with the parameters of a large on-die memory, relative to that without, below which they are taken."""
 MULTIPLIES_ALL_SELECTIONS = frozenset({"sglang"})
 """Frameworks whose tables, with experts spread over chips, hold products of every selection of a token that comes to the measured
 chip. Selections of other chips' experts are marked in the input [1]_, and the times are those of products all the same: at 16,384
@@ -77,57 +53,6 @@ tokens they are 1, 1/2, 1/4 of those of all selections on 8, 16, 32 chips with 8
 """
 LEAST_VECTORS = 5
 """Products of one row that a curve of their own takes."""
-MOST_HEADS_PER_KV_HEAD = 16
-"""Beyond this some frameworks fall back to another kernel, which few models need."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One curve to fit.
-
-    Attributes
-    ----------
-    op, dtype, kv_dtype, framework, chips, head_dim
-        what it is the curve of.
-    measured
-        times of its rows. [s]
-    model
-        predicted times of some rows for given parameters; all of the curve's. [s]
-    free, held
-        parameters to fit, and those that stay.
-    choices
-        values tried in turn for one held parameter; empty: none.
-    optional, worth
-        further parameters, held unless the loss with them is below ``worth`` times that without: another way of working that a
-        kernel may have.
-    shape
-        number of the shape each row belongs to; cross-validation leaves whole shapes out.
-    held_out_by
-        what makes a shape, in words.
-    regimes
-        name and rows (as a mask) of each regime that errors are reported for.
-    left_out, why
-        rows of the table that are not fitted, and the reason.
-    """
-
-    op: KernelOp
-    dtype: str
-    kv_dtype: str
-    framework: str
-    measured: Array
-    model: Callable[[Values, Rows], Array]
-    free: tuple[Parameter, ...]
-    held: Values
-    shape: NDArray[np.int64]
-    held_out_by: str
-    regimes: tuple[tuple[str, NDArray[np.bool_]], ...]
-    choices: tuple[str, tuple[float, ...]] = ("", ())
-    optional: tuple[Parameter, ...] = ()
-    worth: float = 1.0
-    chips: int = 1
-    head_dim: int = 0
-    left_out: int = 0
-    why: str = ""
 
 
 def problems(chip: ChipSpec, tables: list[Table]) -> Iterator[Problem]:
@@ -140,62 +65,18 @@ def problems(chip: ChipSpec, tables: list[Table]) -> Iterator[Problem]:
         match table.kind:
             case "gemm":
                 for (dtype,) in table.groups("dtype"):
-                    if _has_peak(chip, dtype):
+                    if has_peak(chip, dtype):
                         yield from _products(chip, table, dtype, quantisation.get(table.framework, []))
             case "moe":
                 for (dtype,) in table.groups("dtype"):
-                    if _has_peak(chip, dtype):
+                    if has_peak(chip, dtype):
                         yield _moe(chip, table, dtype)
             case "attention_prefill" | "mla_prefill" | "attention_decode" | "mla_decode":
-                kind = _prefill if table.kind.endswith("prefill") else _decode
-                for dtype, kv_dtype in table.groups("dtype", "kv_dtype"):
-                    if _has_peak(chip, dtype) and kv_dtype in KV_BYTES:
-                        of = table.where((table.columns["dtype"] == dtype) & (table.columns["kv_dtype"] == kv_dtype))
-                        for width, rows in _widths(of):
-                            yield replace(kind(chip, rows, dtype, kv_dtype), head_dim=width)
+                yield from attention_problems(chip, table)
             case "comm":
                 yield from _collectives(chip, table)
             case _:
                 pass
-
-
-LEAST_ROWS = 200
-"""Rows of one width of heads from which it is fitted on its own."""
-
-
-def _widths(table: Table) -> list[tuple[int, Table]]:
-    """A table of attention by width of heads, if there is enough of each; latent attention has one, and is 0."""
-    widths = table.columns.get("head_dim")
-    if widths is None or np.unique(widths, return_counts=True)[1].min() < LEAST_ROWS:
-        return [(0, table)]
-    return [(int(width), table.where(widths == width)) for width in np.unique(widths)]
-
-
-def _has_peak(chip: ChipSpec, dtype: str) -> bool:
-    return dtype in FORMATS and chip.has_dtype(FORMATS[dtype][0])
-
-
-def _numbered(*columns: Array) -> NDArray[np.int64]:
-    """Number the different combinations of some columns."""
-    _, index = np.unique(np.stack(columns), axis=1, return_inverse=True)
-    return np.asarray(index.reshape(-1), dtype=np.int64)
-
-
-def _steps(by: Array, unit: str, *edges: float) -> tuple[tuple[str, NDArray[np.bool_]], ...]:
-    """Regimes between ascending edges of one quantity."""
-    bounds = [-np.inf, *edges, np.inf]
-    found = []
-    for low, high in pairwise(bounds):
-        keep = (by > low) & (by <= high)
-        name = f"{unit} > {low:g}" if high == np.inf else f"{unit} <= {high:g}"
-        if keep.any():
-            found.append((name, keep))
-    return tuple(found)
-
-
-def _wide_bytes(dtype: str) -> float:
-    """Bytes per output of products, and per query and output of attention."""
-    return 4.0 if dtype == "float32" else 2.0
 
 
 def _products(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -> Iterator[Problem]:
@@ -214,7 +95,7 @@ def _gemv(chip: ChipSpec, table: Table, dtype: str) -> Problem:
     hbm = chip.hbm_bandwidth_bytes_per_s
     rows = table.where(table.columns["dtype"] == dtype).columns
     n, k, time = rows["n"], rows["k"], rows["latency_s"]
-    moved = n * k * weight_bytes + k * input_bytes + n * _wide_bytes(dtype)
+    moved = n * k * weight_bytes + k * input_bytes + n * wide_bytes(dtype)
     keep = np.flatnonzero(time >= n * k * weight_bytes / hbm)
 
     def model(values: Values, among: Rows) -> Array:
@@ -235,9 +116,9 @@ def _gemv(chip: ChipSpec, table: Table, dtype: str) -> Problem:
         model,
         free,
         {},
-        _numbered(n, k)[keep],
+        numbered(n, k)[keep],
         "weight shapes (n, k)",
-        _steps(moved[keep], "bytes", 1e6, 1e7, 1e8),
+        steps(moved[keep], "bytes", 1e6, 1e7, 1e8),
         left_out=len(time) - len(keep),
         why="weights read faster than HBM can: they came from the on-die memory" if len(keep) < len(time) else "",
     )
@@ -256,7 +137,7 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     why = ""
     if dtype == "fp8":
         time = np.maximum(time - sum(_table_times(scales, m, k) for scales in quantisation), LEAST_SHARE * time)
-    shape = _numbered(n, k)
+    shape = numbered(n, k)
     bound = np.maximum(2 * m * n * k / peak, n * k * weight_bytes / hbm)
     keep = ~np.isin(shape, shape[time < bound])
     left_out = int((~keep).sum())
@@ -266,7 +147,7 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
     tiling = tiling_of(matrix_units=chip.has_matrix_units)
     tops = np.ceil(m / tiling.step) * tiling.step
     waves = tile_waves(tops, n, units, tiling)
-    weights, moved = n * k * weight_bytes, m * k * input_bytes + m * n * _wide_bytes(dtype)
+    weights, moved = n * k * weight_bytes, m * k * input_bytes + m * n * wide_bytes(dtype)
     quantised = dtype not in {"float32", "bfloat16", "int8_wo", "int4_wo"} and not (dtype == "fp8" and quantisation)
 
     # What quantises reads 16 bits and writes the input.
@@ -298,7 +179,7 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
         if quantised:
             optional += [Parameter("spill", 1, 0.001, 100), Parameter("row_s", 1e-9, 1e-13, 1e-6)]
         optional += [Parameter("resident", 0.9, 0.1, 2), Parameter("resident_speed", 3, 1, 10)]
-    return Problem(
+    problem = Problem(
         "gemm",
         dtype,
         "",
@@ -309,13 +190,14 @@ def _gemm(chip: ChipSpec, table: Table, dtype: str, quantisation: list[Table]) -
         {"quantise": 0.0, "spill": 0.0, "row_s": 0.0, "resident": 0.0, "resident_speed": 1.0},
         shape,
         "weight shapes (n, k)",
-        _steps(m, "m", 1, 64, 512, 4096),
+        steps(m, "m", 1, 64, 512, 4096),
         ("sharpness", SHARPNESS),
-        tuple(optional),
-        ON_CHIP_WORTH,
         left_out=left_out,
         why=why,
     )
+    if not optional:
+        return problem
+    return replace(problem, others=(replace(problem, free=(*free, *optional)),), worth=ON_CHIP_WORTH)
 
 
 def _table_times(scales: Table, m: Array, k: Array) -> Array:
@@ -351,7 +233,7 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
     if table.framework in MULTIPLIES_ALL_SELECTIONS:
         others = np.maximum(0.0, n * rows["topk"] * np.minimum(1.0, rows["topk"] / rows["ep"]) - visits)
     wide = (1 + rows["gated"]) * F
-    shape = _numbered(D, rows["inter"], rows["experts"])
+    shape = numbered(D, rows["inter"], rows["experts"])
     up, down = (grouped_waves(visits / touched, touched, cols, units, others) for cols in (wide, D))
     weights = [touched * D * columns * weight_bytes for columns in (wide, F)]
     every_row = visits + others
@@ -362,7 +244,7 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
 
     def model(values: Values, among: Rows) -> Array:
         c, at = GroupedCurve(**values), keep[among]
-        total = c.launch_s + c.traffic * other[at] / hbm
+        total = c.launch_s + c.expert_s * experts[at] + c.traffic * other[at] / hbm
         for waves, depth, weight, moved in ((up, D, weights[0], inputs[0]), (down, F, weights[1], inputs[1])):
             compute = grouped_work(waves[at], depth[at], c, peak * c.peak / units)
             memory = (weight[at] + moved[at] + c.fill_bytes) / (hbm * c.hbm)
@@ -377,6 +259,7 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
         Parameter("depth", 100, 0.1, 5000),
         Parameter("tile", 1000, 1, 1e6),
         Parameter("traffic", 2, 1, 100),
+        Parameter("expert_s", 1e-7, 1e-10, 1e-5),
     )
     return Problem(
         "moe",
@@ -389,149 +272,10 @@ def _moe(chip: ChipSpec, table: Table, dtype: str) -> Problem:
         {},
         shape[keep],
         "(hidden, inter, experts)",
-        _steps(n[keep], "tokens", 1, 64, 512, 4096),
+        steps(n[keep], "tokens", 1, 64, 512, 4096),
         ("sharpness", SHARPNESS),
         left_out=len(time) - len(keep),
         why="faster than weights can be read from HBM" if len(keep) < len(time) else "",
-    )
-
-
-def _prefill(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
-    """Attention of whole prompts: pairs, softmax, the last tile's walk, and reading and writing of tokens."""
-    fmt = FORMATS[dtype][0]
-    peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
-    every = table.columns
-    rows = table.where((every["dtype"] == dtype) & (every["kv_dtype"] == kv_dtype)).columns
-    time, batch, seq, heads = (rows[name] for name in ("latency_s", "batch", "seq", "heads"))
-    if table.kind == "mla_prefill":
-        op: KernelOp = "mla_prefill"
-        kv_heads, flops, width = (
-            np.ones_like(heads),
-            2.0 * heads * (MLA_QK + MLA_V),
-            (MLA_QK + MLA_V) / 2 * np.ones_like(heads),
-        )
-        key_bytes = (MLA_LATENT + MLA_ROPE) * KV_BYTES[kv_dtype] + heads * (MLA_QK - MLA_ROPE + MLA_V) * 2.0
-        token_bytes = heads * 2.0 * (2 * MLA_QK + 2 * MLA_V)
-        shape, by = _numbered(heads), "heads"
-    else:
-        op, kv_heads, width = "attention_prefill", rows["kv_heads"], rows["head_dim"]
-        flops, key_bytes = 4.0 * heads * width, 2 * kv_heads * width * KV_BYTES[kv_dtype]
-        token_bytes = _wide_bytes(dtype) * 2 * heads * width + key_bytes
-        shape, by = _numbered(heads, kv_heads, width), "head configurations (heads, kv_heads, head_dim)"
-    history = rows.get("history", np.zeros_like(seq))
-    pairs, tokens = batch * seq * (history + (seq + 1) / 2), batch * seq
-    few = heads / kv_heads <= MOST_HEADS_PER_KV_HEAD if op == "attention_prefill" else np.ones(len(time), dtype=bool)
-    fast = pairs * flops / peak > time
-    keep = np.flatnonzero(few & ~fast)
-
-    def model(values: Values, among: Rows) -> Array:
-        c, at = PrefillCurve(**values), keep[among]
-        products = pairs[at] * (flops[at] + 4 * heads[at] * c.softmax) / (peak * c.peak)
-        walk = c.serial * 4 * QUERY_TILE * width[at] * units / peak
-        keys = (history + seq)[at] * np.maximum(walk, key_bytes[at] / hbm)
-        return np.asarray(c.launch_s + products + keys + c.traffic * tokens[at] * token_bytes[at] / hbm)
-
-    free = (
-        Parameter("peak", 0.6, 0.02, 1),
-        Parameter("softmax", 20, 0.1, 500),
-        Parameter("launch_s", 8e-6, 1e-7, 2e-4),
-        Parameter("serial", 0.5, 0.001, 50),
-        Parameter("traffic", 1.5, 1, 100),
-    )
-    return Problem(
-        op,
-        dtype,
-        kv_dtype,
-        table.framework,
-        time[keep],
-        model,
-        free,
-        {},
-        shape[keep],
-        by,
-        _steps(seq[keep], "seq", 64, 512, 2048, 8192),
-        left_out=len(time) - len(keep),
-        why=f"more than {MOST_HEADS_PER_KV_HEAD} query heads per KV head, or faster than the format's peak"
-        if len(keep) < len(time)
-        else "",
-    )
-
-
-def _decode(chip: ChipSpec, table: Table, dtype: str, kv_dtype: str) -> Problem:
-    """Attention of single tokens: reading keys, a ramp of splitting and joining or a walk, and work per sequence and head."""
-    fmt = FORMATS[dtype][0]
-    peak, hbm, units = chip.peak_flops_per_s(fmt), chip.hbm_bandwidth_bytes_per_s, chip.multiprocessor_count
-    cache_bytes = quantity_si(chip.memory.on_chip) or 0.0
-    every = table.columns
-    rows = table.where((every["dtype"] == dtype) & (every["kv_dtype"] == kv_dtype)).columns
-    time, batch, length, heads = (rows[name] for name in ("latency_s", "batch", "kv_len", "heads"))
-    if table.kind == "mla_decode":
-        op: KernelOp = "mla_decode"
-        kv_heads, width = np.ones_like(heads), np.full_like(heads, MLA_LATENT + MLA_ROPE / 2)
-        key_bytes = (MLA_LATENT + MLA_ROPE) * KV_BYTES[kv_dtype] * np.ones_like(heads)
-        shape, by, few = _numbered(heads), "heads", np.ones(len(time), dtype=bool)
-    else:
-        op, kv_heads, width = "attention_decode", rows["kv_heads"], rows["head_dim"]
-        key_bytes = 2 * kv_heads * width * KV_BYTES[kv_dtype]
-        shape, by = _numbered(heads, kv_heads, width), "head configurations (heads, kv_heads, head_dim)"
-        few = heads / kv_heads <= MOST_HEADS_PER_KV_HEAD
-    padded = np.array(
-        [padded_heads(h, k, matrix_units=chip.has_matrix_units) for h, k in zip(heads, kv_heads, strict=True)]
-    )
-    keys = batch * length
-    read = keys * key_bytes
-    flops = 4 * keys * padded * width
-    latent = op == "mla_decode"
-    blocks = np.asarray(decode_blocks(heads, kv_heads, latent=latent))
-    keep = np.flatnonzero(few)
-
-    def model(values: Values, among: Rows) -> Array:
-        c, at = DecodeCurve(**values), keep[among]
-        ramp = c.ramp_s * np.minimum(1.0, read[at] / c.ramp_bytes)
-        load = read[at] / (hbm * c.hbm) + ramp
-        if cache_bytes and c.resident:
-            inside = 1 / (1 + (read[at] / (c.resident * cache_bytes)) ** 8)
-            load = load * (1 - inside) + inside * read[at] / (hbm * c.hbm * c.resident_speed)
-        work = np.maximum(load, flops[at] / (peak * c.peak) + ramp)
-        if c.walk:
-            walk_s = decode_walk_s(
-                batch[at], blocks[at], width[at], c, latent=latent, peak_flops_per_s=peak, multiprocessors=units
-            )
-            work = np.maximum(work, length[at] * walk_s + ramp)
-        each = batch[at] * (kv_heads[at] * c.kv_head_s + heads[at] * c.head_s)
-        return np.asarray(c.launch_s + each + work)
-
-    free = [
-        Parameter("hbm", 0.85, 0.05, 1),
-        Parameter("peak", 0.2, 0.005, 1),
-        Parameter("launch_s", 8e-6, 1e-7, 1e-4),
-        Parameter("ramp_s", 5e-6, 1e-8, 1e-4),
-        Parameter("ramp_bytes", 1e7, 1e6, 1e9),
-        Parameter("head_s", 1e-9, 1e-11, 1e-6),
-    ]
-    held = {"kv_head_s": 0.0, "walk": 0.0, "pair": 2.0, "resident": 0.0, "resident_speed": 1.0}
-    if not latent:
-        free.append(Parameter("kv_head_s", 1e-8, 1e-11, 1e-6))
-    if cache_bytes:
-        free += [Parameter("resident", 0.8, 0.1, 2), Parameter("resident_speed", 3, 1, 10)]
-    return Problem(
-        op,
-        dtype,
-        kv_dtype,
-        table.framework,
-        time[keep],
-        model,
-        tuple(free),
-        held,
-        shape[keep],
-        by,
-        _steps(read[keep], "bytes", 1e6, 1e7, 1e8, 1e9),
-        optional=(Parameter("walk", 0.5, 1e-3, 100), Parameter("pair", 1.5, 1, 2)) if chip.has_matrix_units else (),
-        worth=WALK_WORTH,
-        left_out=len(time) - len(keep),
-        why=f"more than {MOST_HEADS_PER_KV_HEAD} query heads per KV head: often another kernel"
-        if len(keep) < len(time)
-        else "",
     )
 
 
@@ -592,19 +336,8 @@ def _collective(op: str, framework: str, chips: int, table: Table, rate: float, 
         model,
         free,
         {"setup_s": 0.0},
-        _numbered(bytes_),
+        numbered(bytes_),
         "message sizes",
-        _steps(bytes_, "bytes", 1e5, 1e7),
+        steps(bytes_, "bytes", 1e5, 1e7),
         chips=chips,
     )
-
-
-def problem_at(problem: Problem, choice: float | None) -> Problem:
-    """A problem with one of its choices made."""
-    name, _ = problem.choices
-    return problem if choice is None else replace(problem, held={**problem.held, name: choice}, choices=("", ()))
-
-
-def with_optional(problem: Problem) -> Problem:
-    """A problem whose optional parameters are free."""
-    return replace(problem, free=(*problem.free, *problem.optional), optional=())

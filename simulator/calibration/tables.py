@@ -19,6 +19,7 @@ The *description* of a log is a TOML file of the same name (``run.csv`` and ``ru
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -380,8 +381,9 @@ class Benchmark:
         mean, assumed: logs have no input lengths.
     output_tokens
         mean, where a log has none.
-    tp
-        chips of one engine, assumed: the fewest that hold the weights and a cache beside them.
+    sharding
+        tp and pp of one engine, assumed: the fewest chips that hold the weights and a cache beside them, as pipeline stages where PCIe is all that
+        links them.
     beams
         of the beam search that the benchmark's rules ask for (recalled).
     """
@@ -390,19 +392,17 @@ class Benchmark:
     precision: str
     prompt_tokens: int
     output_tokens: int
-    tp: Mapping[str, int]
+    sharding: Mapping[str, tuple[int, int]]
     beams: int = 1
 
 
 #: Outputs: 294 in the reference of llama2-70b, at most 128 of the summaries, of which logs report 69.
 MLPERF = {
     "llama2-70b": Benchmark(
-        "llama-2-70b", "fp8kv8", 300, 294, {"l40s": 4, "h100-sxm": 2, "h100-nvl": 2, "h100-pcie": 2}
+        "llama-2-70b", "fp8kv8", 300, 294, {"l40s": (1, 4), "h100-sxm": (2, 1), "h100-nvl": (2, 1), "h100-pcie": (2, 1)}
     ),
     "gptj": Benchmark("gpt-j-6b", "fp8kv8", 780, 69, {}, beams=4),
 }
-MLPERF_REQUESTS = 1500
-"""Requests simulated per engine, of the many thousands of a run: its means have settled by then."""
 SHORTEST = 0.02
 """Shortest over longest request of texts, whose lengths are spread from a few tokens to twice the mean."""
 
@@ -417,9 +417,10 @@ def _mlperf(identity: str, table: str, row: Row) -> Measurement:
         raise UnpriceableError(
             f"{name} with {row['framework'] or 'an unnamed engine'}: the log does not say its formats"
         )
-    tp = _count(row, "tp", known.tp.get(chip, 1))
-    pool = Pool(workers=max(1, _count(row, "n_gpus") // tp), tp=tp, pp=_count(row, "pp"), max_num_seqs=_limit(row))
-    pool = replace(pool, workers=max(1, pool.workers // pool.pp))
+    tp, pp = known.sharding.get(chip, (1, 1))
+    tp, pp = _count(row, "tp", tp), _count(row, "pp", 1 if row["tp"] else pp)
+    workers = max(1, _count(row, "n_gpus") // (tp * pp))
+    pool = Pool(workers=workers, tp=tp, pp=pp, max_num_seqs=_limit(row))
     output = round(float(row.get("mean_output_tokens") or known.output_tokens))
     queued = row["scenario"] == "Offline"
     if not (row["samples_per_s"] or row["target_qps"]):
@@ -448,7 +449,7 @@ def _mlperf(identity: str, table: str, row: Row) -> Measurement:
         prompt_tokens=round(2 * known.prompt_tokens / (1 + SHORTEST)),
         output_tokens=round(2 * output / (1 + SHORTEST)),
         range_ratio=SHORTEST,
-        n_requests=MLPERF_REQUESTS * pool.workers * pool.pp,
+        n_requests=max(_count(row, "sample_count"), 0 if queued else math.ceil(rate * float(row["min_duration_s"]))),
         rate_per_s=rate,
         beams=known.beams,
         measured=measured,

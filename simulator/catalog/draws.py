@@ -70,8 +70,10 @@ _ORDER: dict[type, tuple[str, ...]] = {
         "kv_head_s",
         "resident",
         "resident_speed",
-        "walk",
+        "item_s",
+        "walk_s",
         "pair",
+        "split_s",
     )
 }
 
@@ -87,16 +89,18 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
         "spill": "large",
     },
     VectorCurve: {"launch_s": "small", "hbm": "large"},
-    GroupedCurve: {"launch_s": "small", "hbm": "small", "traffic": "small", "peak": "large"},
+    GroupedCurve: {"launch_s": "small", "expert_s": "small", "hbm": "small", "traffic": "small", "peak": "large"},
     PrefillCurve: {"launch_s": "small", "traffic": "small", "serial": "large", "peak": "large"},
     DecodeCurve: {
         "launch_s": "small",
         "ramp_s": "small",
         "kv_head_s": "small",
         "head_s": "small",
+        "split_s": "small",
         "hbm": "large",
         "peak": "large",
-        "walk": "large",
+        "item_s": "large",
+        "walk_s": "large",
     },
     CollectiveCurve: {"latency_s": "small", "setup_s": "large", "link": "large"},
 }

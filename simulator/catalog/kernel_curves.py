@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from math import log
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
@@ -24,6 +24,7 @@ KernelOp = Literal[
     "moe",
     "attention_prefill",
     "attention_decode",
+    "mha_decode",
     "mla_prefill",
     "mla_decode",
     "all_reduce",
@@ -31,6 +32,10 @@ KernelOp = Literal[
     "reduce_scatter",
     "alltoall",
 ]
+
+Schedule = Literal["", "whole", "waves", "shares"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+"""How decode attention may deal a sequence's keys to blocks of threads; :func:`simulator.roofline.attention_times.decode_splits`."""
 
 #: Which framework's kernels stand for a chip where several were measured, best first: the engines this project models.
 FRAMEWORKS = ("vllm", "sglang", "trtllm", "nccl", "llmservingsim", "user")
@@ -47,6 +52,11 @@ POOR_FIT = 1.5
 KERNELS_FROM: Mapping[str, Mapping[str, str]] = {"a100-80-sxm": {"trtllm": "h100-sxm"}}
 
 
+#: Frameworks whose routed experts hardly walk those that no token comes to, and the time each of them takes at most [s]: vLLM's on H100, in the one
+#: format and chip measured of both (8-bit blocks), where TensorRT-LLM's take 0.24 us. TensorRT-LLM's stand for theirs without the rest.
+SKIP_IDLE_EXPERTS = {"vllm": 3e-8, "sglang": 3e-8}
+
+
 @dataclass(frozen=True)
 class _Curve:
     fractions: ClassVar[frozenset[str]] = frozenset()
@@ -56,6 +66,8 @@ class _Curve:
         """Refuse parameters that could push a time under its bound."""
         for item in fields(self):
             value = getattr(self, item.name)
+            if isinstance(value, str):
+                continue
             if item.name in self.fractions:
                 if not 0 < value <= 1:
                     raise InputError(f"{type(self).__name__}.{item.name} = {value}: must be above 0 and at most 1")
@@ -142,6 +154,8 @@ class GroupedCurve(_Curve):
     ----------
     traffic
         time of gathering, activating and summing, as a multiple of its bytes at full HBM bandwidth.
+    expert_s
+        per expert that the chip holds, whether a token comes to it or not: groups without rows are walked as well. [s]
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"peak", "hbm"})
@@ -154,6 +168,7 @@ class GroupedCurve(_Curve):
     depth: float = 0.0
     tile: float = 0.0
     traffic: float = 1.0
+    expert_s: float = 0.0
     sharpness: float = 2.0
 
 
@@ -201,18 +216,25 @@ class DecodeCurve(_Curve):
         further time of splitting and joining sequences, reached in proportion once so many bytes are read. [s], [bytes]
     kv_head_s, head_s
         per sequence and KV head, and per sequence and query head. [s]
-    walk
-        of kernels that leave each sequence and KV head to one block of threads: time of a key on one multiprocessor, in
-        units of its products' at peak; 0 for kernels that split a sequence's keys over the chip.
+    schedule
+        how the kernel deals keys to blocks of threads, one of :data:`SCHEDULES`; empty: evenly, whatever their number.
+    item_s
+        with a schedule: of a block, whatever its keys. [s]
+    walk_s
+        with a schedule: time of a key in a block that is alone on its multiprocessor, of heads 128 wide. [s]
     pair
-        time of two such blocks that share a multiprocessor, in that of one: 1 where each fills the other's waits, 2 at most.
+        with a schedule: time of two blocks that share a multiprocessor, in that of one: 1 where each fills the other's waits, 2 at most.
+    split_s
+        with a schedule: of joining what the blocks of one sequence found, where it has several. [s]
+    sharpness
+        with a schedule: p of the p-norm that joins the time of the busiest multiprocessor with that of all reading.
     resident, resident_speed
         of the measurement alone: the part of the on-die memory up to which repeated reads came from there, and how many
         times faster than HBM. A server's layers evict each other's keys, so nothing is priced that way.
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"hbm", "peak"})
-    multiples: ClassVar[frozenset[str]] = frozenset({"ramp_bytes", "pair", "resident_speed"})
+    multiples: ClassVar[frozenset[str]] = frozenset({"ramp_bytes", "pair", "resident_speed", "sharpness"})
 
     hbm: float
     peak: float
@@ -221,10 +243,22 @@ class DecodeCurve(_Curve):
     ramp_bytes: float = 1e6
     kv_head_s: float = 0.0
     head_s: float = 0.0
-    walk: float = 0.0
+    walk_s: float = 0.0
     pair: float = 2.0
     resident: float = 0.0
     resident_speed: float = 1.0
+    item_s: float = 0.0
+    split_s: float = 0.0
+    sharpness: float = 1.0
+    schedule: Schedule = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a schedule that is none, besides."""
+        super().__post_init__()
+        if self.schedule not in SCHEDULES:
+            raise InputError(
+                f"DecodeCurve.schedule = {self.schedule!r}: must be one of {', '.join(map(repr, SCHEDULES))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -268,6 +302,7 @@ CURVES: dict[str, type[Any]] = {
     "attention_prefill": PrefillCurve,
     "mla_prefill": PrefillCurve,
     "attention_decode": DecodeCurve,
+    "mha_decode": DecodeCurve,
     "mla_decode": DecodeCurve,
     "all_reduce": CollectiveCurve,
     "all_gather": CollectiveCurve,
@@ -309,6 +344,8 @@ class KernelFit(Record):
     left_out_why: str = ""
     held_out_by: str
     """What was left out as a whole in cross-validation."""
+    schedule: Schedule = ""
+    """Of decode attention: how it deals keys to blocks of threads."""
     parameters: dict[str, float]
     standard_errors: dict[str, NonNegativeFloat]
     """Relative; 0 for a parameter that is held or at a limit."""
@@ -322,7 +359,7 @@ class KernelFit(Record):
 
     @model_validator(mode="after")
     def _names_are_the_curves(self) -> "KernelFit":
-        known = {item.name for item in fields(CURVES[self.op])}
+        known = {item.name for item in fields(CURVES[self.op])} - {"schedule"}
         if set(self.parameters) != known:
             raise ValueError(f"parameters {sorted(self.parameters)} must be {sorted(known)}")
         _curve_of(self)
@@ -350,7 +387,8 @@ class CalibrationFile(Record):
 
 
 def _curve_of(fit: KernelFit) -> Curve:
-    curve: Curve = CURVES[fit.op](**fit.parameters)
+    words = {"schedule": fit.schedule} if fit.schedule else {}
+    curve: Curve = CURVES[fit.op](**fit.parameters, **words)
     return curve
 
 
@@ -374,7 +412,12 @@ class KernelCurves:
 
     def of(self, framework: str) -> "KernelCurves":
         """With a framework's own kernels in force wherever they were measured; as they are, for one that was not."""
-        return replace(self, curves={**self.curves, **self.own[framework]}) if framework in self.own else self
+        if framework not in self.own:
+            return self
+        own = self.own[framework]
+        decodes = {(dtype, kv_dtype) for op, dtype, kv_dtype, _ in own if op == "attention_decode"}
+        others = {key: curve for key, curve in self.curves.items() if key[0] != "mha_decode" or key[1:3] not in decodes}
+        return replace(self, curves={**others, **own})
 
     def get(self, kind: type[C], op: KernelOp, dtype: str = "", kv_dtype: str = "", chips: int = 1) -> C | None:
         """The curve of an op, if it was measured."""
@@ -398,12 +441,13 @@ class KernelCurves:
         return self._mapped(lambda curves: {key: curve for key, curve in curves.items() if key[0] not in ops})
 
     def with_fixed_times(self, *, kernels: float, collectives: float) -> "KernelCurves":
-        """Launches and other fixed times of kernels, and latencies of collectives, multiplied."""
+        """Launches and other times of kernels in seconds, and latencies of collectives, multiplied."""
 
         def changed(curve: Curve) -> Curve:
             factor = collectives if isinstance(curve, CollectiveCurve) else kernels
             return replace(
-                curve, **{f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")}
+                curve,
+                **{f.name: factor * getattr(curve, f.name) for f in fields(curve) if f.name.endswith("_s")},
             )
 
         return self._mapped(lambda curves: {key: changed(curve) for key, curve in curves.items()})
@@ -438,7 +482,12 @@ def load_curves(name_or_path: str) -> KernelCurves:
     own = {name: _by_key([fit for fit in calibration.fits if fit.framework == name]) for name in frameworks}
     for framework, donor in KERNELS_FROM.get(calibration.chip, {}).items():
         own[framework] = {**load_curves(donor).own[framework], **own.get(framework, {})}
-    return KernelCurves(calibration.chip, _by_key(preferred_fits(calibration)), own)
+    curves = _by_key(preferred_fits(calibration))
+    experts = {key: curve for key, curve in curves.items() if isinstance(curve, GroupedCurve)}
+    for framework, most in SKIP_IDLE_EXPERTS.items():
+        skipping = {key: replace(curve, expert_s=min(curve.expert_s, most)) for key, curve in experts.items()}
+        own[framework] = {**skipping, **own.get(framework, {})}
+    return KernelCurves(calibration.chip, curves, own)
 
 
 def _by_key(fits: Sequence[KernelFit]) -> dict[Key, Curve]:
@@ -448,11 +497,13 @@ def _by_key(fits: Sequence[KernelFit]) -> dict[Key, Curve]:
 def preferred_fits(calibration: CalibrationFile) -> list[KernelFit]:
     """One fit per op, format and size: the :func:`preferred` of those measured side by side.
 
-    A collective's numbers of chips are all of one framework, so that what lies between them can be interpolated; so are attention's widths.
+    A collective's numbers of chips are all of one framework, so that what lies between them can be interpolated; so are attention's widths,
+    and decodes of heads that share keys and of heads that do not.
     """
     side_by_side: dict[tuple[str, str, str], dict[str, list[KernelFit]]] = {}
     for fit in calibration.fits:
-        side_by_side.setdefault((fit.op, fit.dtype, fit.kv_dtype), {}).setdefault(fit.framework, []).append(fit)
+        op = "attention_decode" if fit.op == "mha_decode" else fit.op
+        side_by_side.setdefault((op, fit.dtype, fit.kv_dtype), {}).setdefault(fit.framework, []).append(fit)
     found = []
     for by_framework in side_by_side.values():
         framework = preferred(

@@ -17,7 +17,7 @@ def compare(a: Path, b: Path, everything: bool, as_json: bool) -> None:
 
     Requests are joined by their index in the stream. Exit code 0 whether or not anything differs.
     """
-    from simulator.report.tables import comparison_text
+    from simulator.report.comparison import comparison_text
     from simulator.results import compare_results, read_result
 
     found = compare_results(read_result(a), read_result(b))

@@ -1,5 +1,6 @@
 """What the commands share for writing: JSON on stdout, tables for people, notes on stderr."""
 
+import io
 import json
 import math
 import sys
@@ -34,8 +35,10 @@ def print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(plain(document), indent=2, allow_nan=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> None:
-    """Print a table on stdout; columns after the first are right-aligned."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "", left: int = 1
+) -> None:
+    """Print a table on stdout; columns after the first ``left`` are right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -43,13 +46,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         title=title, title_justify="left", caption=note or None, caption_justify="left", box=None, pad_edge=False
     )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(column, justify="left" if i < left else "right", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
     console = Console(markup=False)  # "[s]" is a unit
-    if not console.is_terminal:
-        console = Console(width=160, markup=False)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    text = io.StringIO()
+    Console(width=1000, markup=False, file=text).print(table)  # a file has room: no cell is folded
+    for line in text.getvalue().splitlines():
+        click.echo(line.rstrip())
 
 
 def note(message: str) -> None:

@@ -243,10 +243,12 @@ def _price(text: str) -> tuple[str, float]:
 
 
 def _verdict(found: "Plan") -> str:
+    from simulator.report.plan_tables import targets_text, words
+
     where = ", ".join(outcome.chip for outcome in found.by_chip)
-    text = f"{found.name}: {found.targets} cannot be kept on {where}"
+    text = f"{found.name}: {targets_text(found.targets)} cannot be kept on {where}"
     if found.nearest:
-        return f"{text}; nearest: {found.nearest[0].what} ({_in_short(found.nearest[0].fleet)})"
+        return f"{text}; nearest: {words(found.nearest[0].what)} ({_in_short(found.nearest[0].fleet)})"
     return f"{text}, and nothing near it can"
 
 
@@ -256,53 +258,25 @@ def _in_short(fleet: "PlannedFleet") -> str:
     return f"{fleet.chips:,} chips: {pools}{money}"
 
 
-def _money(usd: float | None, digits: int = 0) -> str:
-    return "–" if usd is None else f"{usd:,.{digits}f}"
+def _fleets(title: str, rows: list[tuple[tuple[str, ...], "PlannedFleet"]], lead: tuple[str, ...] = ()) -> None:
+    """A table of fleets, each behind the cells that ``lead`` names."""
+    from simulator.report.plan_tables import FLEET_COLUMNS, FLEET_TEXTS, fleet_cells
 
-
-def _row(fleet: "PlannedFleet") -> "list[str]":
-    first = fleet.pools[0]
-    binding = (
-        "; ".join(first.binding)
-        if len(fleet.pools) == 1
-        else "; ".join(f"{p.role}: {p.binding[0]}" for p in fleet.pools)
+    click.echo()
+    print_table(
+        title,
+        [*lead, *FLEET_COLUMNS],
+        [[*cells, *fleet_cells(fleet)] for cells, fleet in rows],
+        left=len(lead) + FLEET_TEXTS,
     )
-    return [
-        " + ".join(p.slice for p in fleet.pools),
-        " + ".join(p.sharding + ("" if p.layout == "1d" else f" {p.layout}") for p in fleet.pools),
-        " + ".join(p.precision for p in fleet.pools),
-        " + ".join(f"{p.max_num_seqs}/{p.max_num_batched_tokens}" for p in fleet.pools),
-        " + ".join(f"{p.replicas:,}" for p in fleet.pools),
-        f"{fleet.chips:,}",
-        f"{fleet.chip_seconds_per_query:.4g}",
-        _money(fleet.usd_per_hour),
-        "–" if fleet.usd_per_query is None else f"{1000 * fleet.usd_per_query:.4g}",
-        binding,
-    ]
-
-
-_COLUMNS = [
-    "slice",
-    "sharding",
-    "precision",
-    "seqs/tokens",
-    "replicas",
-    "chips",
-    "chip-s/query",
-    "USD/h",
-    "USD/1000 q",
-    "binding",
-]
 
 
 def _print(found: "Plan") -> None:
-    p = found.provisioning
-    click.echo(f"{found.name}: {found.model} at {p.qps:g} queries/s, {found.targets}")
-    peak = "the rate is the busiest hour's" if p.peak_to_mean == 1 else f"busiest hour {p.peak_to_mean:g} × the mean"
-    click.echo(
-        f"{peak}; {100 * p.headroom_fraction:g} % safety margin; {p.spare_replicas} spare replicas; "
-        f"{100 * p.failed_fraction:g} % of slices may be down"
-    )
+    from simulator.report.plan_tables import provisioning_text, rate_text, targets_text
+
+    rate = rate_text(found.provisioning.qps)
+    click.echo(f"{found.name}: {found.model} at {rate} queries/s, {targets_text(found.targets)}")
+    click.echo(provisioning_text(found.provisioning))
     if found.best is None:
         _print_infeasible(found)
     else:
@@ -318,14 +292,16 @@ def _print(found: "Plan") -> None:
 
 
 def _print_best(found: "Plan", best: "PlannedFleet") -> None:
-    print_table("\nthe plan" if found.rank_by == "cost" else "\nthe plan, by chips", _COLUMNS, [_row(best)])
+    from simulator.report.forms import number, seconds, usd
+    from simulator.report.plan_tables import front_table, metric_text
+
+    _fleets("the plan" if found.rank_by == "cost" else "the plan, by chips", [((), best)])
     if best.usd_per_hour is not None:
         low, high = best.low_usd_per_hour, best.high_usd_per_hour
-        spread = "" if low == high else f" ({_money(low)} … {_money(high)} over the range of the price)"
+        spread = "" if low == high else f" ({usd(low)} … {usd(high)} an hour over the range of the price)"
         click.echo(f"price: {best.usd_per_chip_hour:g} USD per chip-hour, {best.price_source}{spread}")
     if found.chips_interval is not None:
         from simulator.report.intervals import interval_text
-        from simulator.report.tables import number
 
         span = interval_text(found.chips_interval, number)
         reason = f"; {found.chips_interval.reason}" if found.chips_interval.reason else ""
@@ -348,65 +324,51 @@ def _print_best(found: "Plan", best: "PlannedFleet") -> None:
         latency = verified.latency
         cells = [
             [
-                name.removesuffix("_s").upper(),
-                *(_seconds(getattr(getattr(latency, name), q).value) for q in ("p50", "p95", "p99")),
+                metric_text(name),
+                *(seconds(getattr(getattr(latency, name), q).value) for q in ("p50", "p95", "p99")),
             ]
             for name in ("ttft_s", "tpot_s", "e2e_s")
             if latency is not None
         ]
-        print_table("", ["s", "p50", "p95", "p99"], cells)
+        print_table("", ["", "p50", "p95", "p99"], cells)
+    click.echo()
     print_table(
-        "\nfrom the roofline to the bill",
+        "from the roofline to the bill",
         ["step", "factor", "chip-s/query"],
         [[f"{s.name}: {s.meaning}", f"{s.factor:.3f}", f"{s.chip_s_per_query:.4g}"] for s in found.waterfall],
     )
     if found.runners_up:
-        print_table("\nrunners-up among those simulated", _COLUMNS, [_row(f) for f in found.runners_up])
+        _fleets("runners-up among those simulated", [((), f) for f in found.runners_up])
     if found.front:
-        cells = [
-            [
-                f"{p.scale:g}×",
-                *(_row(p.fleet) if p.fleet else ["–"] * len(_COLUMNS)),
-                "" if p.on_front else "no cheaper",
-            ]
-            for p in found.front
-        ]
-        keep = [0, 1, 2, 4, 6, 8, 10, 11]
-        head = ["limits", *_COLUMNS, "front"]
-        click.echo("\ncost against latency: the cheapest fleet when every limit is so many times as long")
-        print_table(
-            "",
-            [head[i] for i in keep],
-            [[row[i] for i in keep] for row in cells],
-        )
+        columns, rows, texts = front_table(found)
+        click.echo()
+        title = "cost against latency: the cheapest fleet when every limit is so many times as long"
+        print_table(title, columns, rows, left=texts)
 
 
 def _print_chips(found: "Plan") -> None:
-    if len(found.by_chip) > 1:
-        rows = [[o.chip, *_row(o.fleet)] for o in found.by_chip if o.fleet]
-        if rows:
-            print_table("\nthe best of each chip", ["chip", *_COLUMNS], rows)
+    from simulator.report.plan_tables import words
+
+    if len(found.by_chip) > 1 and any(o.fleet for o in found.by_chip):
+        _fleets("the best of each chip", [((o.chip,), o.fleet) for o in found.by_chip if o.fleet], ("chip",))
     rest = [o for o in found.by_chip if o.reason]
     if rest:
         click.echo()
     for outcome in rest:
-        click.echo(f"{outcome.chip}: {outcome.status.replace('_', ' ')}: {outcome.reason}")
+        click.echo(f"{outcome.chip}: {outcome.status.replace('_', ' ')}: {words(outcome.reason)}")
 
 
 def _print_infeasible(found: "Plan") -> None:
+    from simulator.report.forms import seconds
+    from simulator.report.plan_tables import metric_text, words
+
     click.echo("\nno fleet of the chips asked keeps these targets")
     for name, value in found.idle_latency_s.items():
         limit = next(t for t in found.targets.limits if t.metric == name)
         percentile = limit.percentile or 100 * (found.targets.joint_fraction or 1)
         click.echo(
-            f"{name.removesuffix('_s').upper()} p{percentile:g} of the best deployment, one request at a time: {value:.4g} s, "
-            f"{value / limit.limit_s:.3g} times the limit of {limit.limit_s:g} s"
+            f"{metric_text(name)} p{percentile:g} of the best deployment, one request at a time: {seconds(value)}, "
+            f"{value / limit.limit_s:.3g} times the limit of {seconds(limit.limit_s)}"
         )
     if found.nearest:
-        print_table(
-            "\nnearest that is feasible", ["change", *_COLUMNS], [[n.what, *_row(n.fleet)] for n in found.nearest]
-        )
-
-
-def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+        _fleets("nearest that is feasible", [((words(n.what),), n.fleet) for n in found.nearest], ("change",))

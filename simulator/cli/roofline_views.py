@@ -56,7 +56,7 @@ def intervals_document(found: "StepIntervals") -> dict[str, Any]:
 
 def print_intervals(found: "StepIntervals") -> None:
     """Intervals under the report, and what they rest on."""
-    from simulator.report.tables import number, percent, seconds, wrapped
+    from simulator.report.forms import number, percent, seconds, wrapped
 
     forms: dict[str, tuple[str, Callable[[float | None], str]]] = {
         "step_time_s": ("step time", seconds),

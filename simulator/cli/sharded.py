@@ -6,6 +6,7 @@ import click
 
 from simulator.cli.costs import costs, price_of
 from simulator.cli.output import print_json, print_table
+from simulator.cli.step_text import document, price_document, print_price, print_report
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ def sharded_roofline(options: dict[str, Any], *, as_json: bool) -> None:
     from simulator.catalog.chips import IDEAL
     from simulator.catalog.models import load_model
     from simulator.catalog.slices import resolve_slice
-    from simulator.cli.roofline import price_document, print_price
     from simulator.roofline.pipeline import require_sharded_fit, shard, sharded_report
     from simulator.roofline.precision import parse_precision
     from simulator.roofline.search import search
@@ -84,8 +84,6 @@ def _sharding(options: dict[str, Any], slice_: "Slice") -> "Sharding":
 
 def sharded_document(report: "ShardedReport") -> dict[str, Any]:
     """One sharding as a JSON document; ``stages`` are documents of the plain command."""
-    from simulator.cli.roofline import document
-
     d = report.deployment
     return {
         "model": d.architecture.name,
@@ -147,7 +145,6 @@ def _print_search(found: "Search") -> None:
 
 def _print_report(report: "ShardedReport") -> None:
     """Stages where there are several, the op table of the slowest, and the whole slice in a few lines."""
-    from simulator.cli.roofline import print_report
     from simulator.units import format_si
 
     d = report.deployment

@@ -85,26 +85,70 @@ class BlockHashes:
         InputError
             If neither of the two sizes is a multiple of the other.
         """
+        unit, starts, counts = (
+            self.block_tokens,
+            self.offsets[:-1],
+            self.counts_at(block_size, prompt_tokens, output_tokens),
+        )
+        if block_size <= unit:
+            ids = _gather(self.ids, starts, counts, unit // block_size)
+        else:
+            group = block_size // unit
+            total = _offsets(counts)
+            place = np.arange(total[-1]) - np.repeat(total[:-1], counts)
+            ids = self.ids[np.repeat(starts, counts) + (place + 1) * group - 1]
+        return BlockHashes(_dense(ids), _offsets(counts), block_size, self.covers_output)
+
+    def counts_at(self, block_size: int, prompt_tokens: NDArray[np.int64], output_tokens: NDArray[np.int64]) -> Ids:
+        """[n] full KV blocks of ``block_size`` tokens that have an id, of each request.
+
+        Raises
+        ------
+        InputError
+            As :meth:`at_block_size`.
+        """
         unit = self.block_tokens
         if max(unit, block_size) % min(unit, block_size):
             raise InputError(
                 f"engine.block_size = {block_size}: block hashes of {unit} tokens can be cut into blocks of a divisor or a multiple of {unit}"
             )
         known = prompt_tokens + output_tokens - 1 if self.covers_output else prompt_tokens
-        starts, counts = self.offsets[:-1], np.diff(self.offsets)
-        if block_size <= unit:
-            parts = unit // block_size
-            counts = np.minimum(counts * parts, known // block_size)
-            ids = _gather(self.ids, starts, counts, parts)
-        else:
-            group = block_size // unit
-            counts = np.minimum(counts // group, known // block_size)
-            total = _offsets(counts)
-            place = np.arange(total[-1]) - np.repeat(total[:-1], counts)
-            ids = self.ids[np.repeat(starts, counts) + (place + 1) * group - 1]
-        if len(ids) and int(ids.max()) >= DENSE_UP_TO * len(ids):
-            ids = np.unique(ids, return_inverse=True)[1].astype(np.int64)
-        return BlockHashes(np.ascontiguousarray(ids), _offsets(counts), block_size, self.covers_output)
+        counts: Ids = np.minimum(np.diff(self.offsets) * unit // block_size, known // block_size)
+        return counts
+
+    def units(self, longest: int) -> tuple[Ids, Ids, Ids]:
+        """The rows in *units* of up to ``longest`` ids that follow each other by number, and never follow any other.
+
+        So every row that has an id of a unit has those before it in the unit right before it, whatever else is in the rows. Where rows part, one of them leaves
+        the unit early.
+
+        Returns
+        -------
+        units, offsets, lengths
+            as ``ids`` and ``offsets``, with a number for each unit of a row, and how many of the unit's ids the row has.
+        """
+        ids, offsets = self.ids, self.offsets
+        follows = np.zeros(len(ids), dtype=bool)
+        if longest > 1:
+            follows[1:] = np.diff(ids) == 1
+            follows[offsets[:-1][offsets[:-1] < len(ids)]] = False
+        heads = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
+        heads[::longest] = True
+        heads[ids[~follows]] = True
+        starts = np.flatnonzero(heads[ids])
+        numbers = np.cumsum(heads) - 1
+        return numbers[ids[starts]], np.searchsorted(starts, offsets), np.diff(starts, append=len(ids))
+
+    def renumbered(self) -> "BlockHashes":
+        """The same with ids numbered from 0 without large gaps."""
+        return BlockHashes(_dense(self.ids), self.offsets, self.block_tokens, self.covers_output)
+
+
+def _dense(ids: Ids) -> Ids:
+    """Ids as they are if they can index an array, else renumbered."""
+    if len(ids) and int(ids.max()) >= DENSE_UP_TO * len(ids):
+        ids = np.unique(ids, return_inverse=True)[1].astype(np.int64)
+    return np.ascontiguousarray(ids)
 
 
 def _offsets(counts: Ids) -> Ids:

@@ -10,6 +10,7 @@ must not keep the record that a line made in an earlier round. A function hands 
 Only the named tuples of this package that hold arrays are concerned; records of numbers and other packages' tuples are as ever.
 """
 
+import hashlib
 from importlib import import_module
 from typing import Any
 
@@ -19,8 +20,10 @@ PACKAGE = "simulator.engine."
 def install() -> None:
     """Teach Numba the layout; before anything is compiled."""
     ir: Any = import_module("llvmlite.ir")
+    callconv: Any = import_module("numba.core.callconv")
     cgutils: Any = import_module("numba.core.cgutils")
     models: Any = import_module("numba.core.datamodel.models")
+    registry: Any = import_module("numba.core.registry")
     types: Any = import_module("numba.core.types")
     tuples: Any = import_module("numba.cpython.tupleobj")
     boxing: Any = import_module("numba.core.boxing")
@@ -33,6 +36,25 @@ def install() -> None:
             and any(isinstance(field, types.Array) or is_record(field) for field in kind)
         )
 
+    models_of: dict[str, Any] = {}
+
+    def without_zeros(block: Any, place: Any) -> None:
+        """Take back the latest store of zeros to a place that is written in full before it is read."""
+        for line in reversed(block.instructions):
+            if (
+                isinstance(line, ir.StoreInstr)
+                and line.operands[1] is place
+                and isinstance(line.operands[0], ir.Constant)
+            ):
+                block.instructions.remove(line)
+                return
+
+    def place_for(builder: Any, layout: Any) -> Any:
+        """A place in the function's frame."""
+        place = cgutils.alloca_once(builder, layout)
+        without_zeros(builder.function.entry_basic_block, place)
+        return place
+
     class RecordModel(models.DataModel):  # type: ignore[misc]
         """An address; as data and as a result, the record itself."""
 
@@ -40,6 +62,7 @@ def install() -> None:
             super().__init__(manager, kind)
             self.fields = [manager.lookup(field) for field in kind]
             self.layout = ir.LiteralStructType([field.get_data_type() for field in self.fields])
+            models_of[str(self.layout)] = self
 
         def get_value_type(self) -> Any:
             return self.layout.as_pointer()
@@ -54,10 +77,23 @@ def install() -> None:
             return builder.load(value)
 
         def from_data(self, builder: Any, value: Any) -> Any:
-            return cgutils.alloca_once_value(builder, value)
+            place = place_for(builder, self.layout)
+            builder.store(value, place)
+            return place
 
         as_return = as_data
-        from_return = from_data
+
+        def from_return(self, builder: Any, value: Any) -> Any:
+            if not isinstance(value, ir.LoadInstr):
+                return self.from_data(builder, value)
+            place = value.operands[0]  # where the function that was called has put it
+            without_zeros(builder.block, place)
+            without_zeros(builder.function.entry_basic_block, place)
+            return place
+
+        def copy(self, builder: Any, source: Any, target: Any) -> None:
+            size = ir.Constant(cgutils.intp_t, registry.cpu_target.target_context.get_abi_sizeof(self.layout))
+            cgutils.raw_memcpy(builder, target, source, size, 1, align=8)
 
         def as_argument(self, builder: Any, value: Any) -> Any:
             del builder
@@ -78,11 +114,14 @@ def install() -> None:
             return data if model.get_data_type() == model.get_value_type() else model.from_data(builder, data)
 
         def build(self, builder: Any, values: Any) -> Any:
-            value = cgutils.alloca_once(builder, self.layout)
+            value = place_for(builder, self.layout)
             for index, (model, field) in enumerate(zip(self.fields, values, strict=True)):
+                place = cgutils.gep_inbounds(builder, value, 0, index)
+                if isinstance(model, RecordModel):
+                    model.copy(builder, field, place)
+                    continue
                 same = model.get_data_type() == model.get_value_type()
-                data = field if same else model.as_data(builder, field)
-                builder.store(data, cgutils.gep_inbounds(builder, value, 0, index))
+                builder.store(field if same else model.as_data(builder, field), place)
             return value
 
     def model_of(manager: Any, kind: Any) -> Any:
@@ -116,6 +155,29 @@ def install() -> None:
         value = c.context.data_model_manager[kind].build(c.builder, [field.value for field in fields])
         return extending.NativeValue(value, cleanup=clean, is_error=failed)
 
+    def return_value(convention: Any, builder: Any, value: Any) -> None:
+        lines = builder.block.instructions
+        model = (
+            models_of.get(str(value.type)) if isinstance(value, ir.LoadInstr) and lines and lines[-1] is value else None
+        )
+        if model is None:
+            plain_return(convention, builder, value)
+            return
+        lines.pop()  # a copy of memory instead of some hundred fields, one by one
+        model.copy(builder, value.operands[0], builder.function.args[0])
+        convention._return_errcode_raw(builder, callconv.RETCODE_OK)  # noqa: SLF001 - what its own return_value does next
+
+    plain_return = callconv.CPUCallConv.return_value
+    callconv.CPUCallConv.return_value = return_value
+
+    def mangling(kind: Any) -> Any:
+        if not is_record(kind):
+            return plain_mangling(kind)
+        return kind.instance_class.__name__ + hashlib.sha256(kind.name.encode()).hexdigest()[:16], ()
+
+    # The name of a record's type tells all its fields, and that of a function all its types: thousands of letters in each line that calls it.
+    plain_mangling = types.NamedTuple.mangling_args.fget
+    types.NamedTuple.mangling_args = property(mangling)
     extending.register_model(types.NamedTuple)(model_of)
     extending.lower_getattr_generic(types.NamedTuple)(field_of)
     extending.lower_builtin(types.NamedTupleClass, types.VarArg(types.Any))(construct)

@@ -8,10 +8,12 @@ import math
 
 from simulator.engine.batch import blocks_owned, leave_batch, unlink_running
 from simulator.engine.core import (
+    AFTER,
     CLOCK,
     COMPUTED,
     EMITTED,
     FINISH_STEP,
+    FIRST,
     FREE_BLOCKS,
     FREE_SLOT,
     INTERVAL,
@@ -64,6 +66,7 @@ from simulator.engine.queues import (
     add_due,
     come_back,
     drop_partial,
+    due_of,
     join_queue,
     leave_queue,
     next_due,
@@ -402,6 +405,32 @@ def end_any_load(out: Outcome, state: State, queue: Queue, extra: Extra | None) 
         end_load(out, state, queue, extra)
 
 
+@compiled
+def let_running_leave(
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    shared: State,
+    state: State,
+    queue: Queue,
+    extra: Extra | None,
+) -> None:
+    """L3: those in the step under way whose clients leave before its end, in order of time, then row."""
+    while True:
+        due, row = shared.floats[CLOCK], -1
+        slot = state.ints[FIRST]
+        while slot >= 0:
+            other = state.row[slot]
+            when = due_of(queue, other, not math.isnan(out.first_token[other]))
+            if queue.row_ints[other, GONE] == 0 and (when < due or (when == due and other < row)):
+                due, row = when, other
+            slot = state.slots[slot, AFTER]
+        if row < 0:
+            return
+        client_leaves(cost, limits, stream, out, shared, state, queue, extra, row, due, True)  # noqa: FBT003
+
+
 @inlined
 def receive(
     cost: CostTable,
@@ -412,14 +441,15 @@ def receive(
     queue: Queue,
     extra: Extra | None,
     in_step: bool,
+    known: float,
 ) -> None:
-    """M1: let clients leave, loads end and requests arrive, in order of time, up to now, or before now at the end of a step."""
+    """M1: let clients leave, loads end and requests arrive, in order of time, up to now, or at the end of a step before now and before ``known``."""
     now = state.floats[CLOCK]
     while True:
         due = next_departure(out, queue)
         ready = next_load(state, extra)
         first = min(due, ready, next_seen(stream, state, queue))
-        if first > now or (in_step and first == now) or first == math.inf:
+        if first > now or (in_step and first >= min(now, known)) or first == math.inf:
             return
         if due == first:
             row = pop_due(queue)
@@ -436,7 +466,16 @@ def receive(
 
 @compiled
 def receive_in_step(
-    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, extra: Extra | None
+    cost: CostTable,
+    limits: Limits,
+    stream: Stream,
+    out: Outcome,
+    state: State,
+    queue: Queue,
+    extra: Extra | None,
+    known: float,
 ) -> None:
-    """M1, L3: who comes and goes while a step is under way."""
-    receive(cost, limits, stream, out, state, queue, extra, True)  # noqa: FBT003 - compiled code takes no keywords here
+    """M1, L3: who comes and goes while a step is under way; from ``known`` on only who of the step goes."""
+    receive(cost, limits, stream, out, state, queue, extra, True, known)  # noqa: FBT003 - compiled code takes no keywords here
+    if queue.rules.clients_leave and known < state.floats[CLOCK]:
+        let_running_leave(cost, limits, stream, out, state, state, queue, extra)

@@ -24,10 +24,10 @@ from simulator.engine.records import (
     EngineSettings,
     Requests,
     SpeculationResult,
-    cache_hashes,
     check_columns,
     check_windows,
     drafted_tokens,
+    findable_hashes,
     fixed_drafting_s,
     needs_queue,
 )
@@ -134,13 +134,13 @@ class Engine:
         self._state = _new_state(n, n_pending, settings)
         self._queue: queues.Queue | None = None
         self._extra: core.Extra | None = None
-        hashes = cache_hashes(settings, requests)
+        hashes = findable_hashes(settings, requests)
         remembers = hashes is not None or settings.speculation is not None or settings.swap is not None
         if remembers or self._of_parts or needs_queue(settings, clients_leave=requests.clients_may_leave):
             self._queue = new_queue(settings, requests, counts_by_step=not self._in_stages)
         if remembers:
             self._extra = core.Extra(
-                cache=_new_cache(hashes, settings, n, log_size, by_epoch=self._in_stages),
+                cache=_new_cache(hashes, settings, requests, log_size, by_epoch=self._in_stages),
                 spec=_new_spec(cost, settings, requests),
                 swap=swap.new_swap(settings.swap, max_num_seqs=m, n=n),
                 loads=tiers.new_loads(settings.load_policy, n, on=bool(settings.tiers)),
@@ -234,13 +234,16 @@ class Engine:
         kept: NDArray[np.int64] = cache.log[: int(cache.ints[prefix_cache.N_LOG])]
         return kept
 
-    def advance(self, until_s: float = math.inf) -> None:
-        """Run every step that starts before ``until_s``."""
+    def advance(self, until_s: float = math.inf, known_s: float = math.inf) -> None:
+        """Run every step that starts before ``until_s``.
+
+        Before ``known_s`` everybody who comes is known, to whom a router sends requests while it runs: later ones are seated by a later call.
+        """
         replica = self._cost, self._limits, self._stream, self._out, self._state
         if self._queue is not None:
-            self.done = bool(full_loop.advance(*replica, self._queue, self._extra, float(until_s)))
+            self.done = bool(full_loop.advance(*replica, self._queue, self._extra, float(until_s), float(known_s)))
         else:
-            self.done = bool(skip_ahead.advance(*replica, float(until_s)))
+            self.done = bool(skip_ahead.advance(*replica, float(until_s), float(known_s)))
 
     def itl_between(self, start_s: float, stop_s: float) -> NDArray[np.int64]:
         """Run up to ``stop_s``; count the inter-token latencies of the steps that start in [``start_s``, ``stop_s``).
@@ -544,17 +547,34 @@ def _check(cost: StepCost, settings: EngineSettings, timeline_interval_s: float 
 
 
 def _new_cache(
-    hashes: BlockHashes | None, settings: EngineSettings, n: int, log_size: int, *, by_epoch: bool
+    hashes: BlockHashes | None, settings: EngineSettings, requests: Requests, log_size: int, *, by_epoch: bool
 ) -> prefix_cache.Cache:
+    parts, longest, counts, lengths = 1, 1, None, (requests.prompt_tokens, requests.output_tokens)
+    late = (
+        settings.prefix_cache == "blocks"
+        and settings.speculation is None
+        and hashes is not None
+        and hashes.covers_output
+    )
+    if hashes is not None:
+        blocks_of_id = hashes.block_tokens // settings.block_size
+        if settings.tiers or not 0 < blocks_of_id < 1 << prefix_cache.PART_BITS:
+            hashes = hashes.at_block_size(settings.block_size, *lengths)
+        else:  # blocks of one id, and of those that follow it, stay together as far as they are
+            parts, counts, hashes = blocks_of_id, hashes.counts_at(settings.block_size, *lengths), hashes.renumbered()
+            longest = 1 if late else max(1, prefix_cache.LONG_UNIT // parts)
     return prefix_cache.new_cache(
         hashes,
         num_blocks=settings.num_kv_blocks,
         max_num_seqs=settings.max_num_seqs,
         block_size=settings.block_size,
-        n=n,
+        n=len(requests),
+        parts=parts,
+        longest=longest,
+        counts=counts,
         radix=settings.prefix_cache == "radix",
         prompts_first=settings.scheduling.batching in {"prefill_first", "static"},
-        late=settings.speculation is None,
+        late=late,
         by_epoch=by_epoch,
         tiers=settings.tiers,
         log_size=log_size,

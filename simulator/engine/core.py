@@ -52,8 +52,10 @@ from simulator.engine.tiers import Loads
     STOP_ROW,
     N_LOADING,
     N_ADMITTED,
+    RAN,
+    OWNED,
     N_INTS,
-) = range(39)
+) = range(41)
 # indices into State.floats
 (
     CLOCK,
@@ -171,7 +173,7 @@ class State(NamedTuple):
     """Everything that changes, and survives a cut. Few arrays: the fewer there are, the sooner a function is compiled and called.
 
     ``residues`` are the blocks that the batch takes by step modulo block size; where windows are bounded, those it gives back and room for a sum follow.
-    ``row``, ``slots``, ``sums`` [slots, …] are of running requests: see the columns' names; ``chunks`` lists those of the step being scheduled.
+    ``ints[RAN]``, ``ints[OWNED]``: who ran in the last step, and the blocks they owned, of whom and which some may be gone with its end. ``row``, ``slots``, ``sums`` [slots, …] are of running requests: see the columns' names; ``chunks`` lists those of the step being scheduled.
     """
 
     ints: Any

@@ -43,6 +43,8 @@ from simulator.engine.core import (
     N_GROWING,
     N_LOADING,
     N_RUNNING,
+    OWNED,
+    RAN,
     REBASE_STEPS,
     SEGMENTS,
     SHARE_W,
@@ -311,14 +313,17 @@ def advance(
     queue: Queue,
     extra: Extra | None,
     until: float,
+    known: float,
 ) -> bool:
-    """Run until no step can start before ``until``; return whether everything is done."""
+    """Run until no step can start before ``until``; return whether everything is done. ``known`` as in :func:`simulator.engine.skip_ahead.advance`."""
     ints, floats, rules = state.ints, state.floats, queue.rules
     while True:
         t = floats[CLOCK]
+        if t >= known:
+            return False
         next_arrival = next_seen(stream, state, queue)
         if min(next_arrival, next_departure(out, queue), next_load(state, extra)) <= t:
-            receive(cost, limits, stream, out, state, queue, extra, False)  # noqa: FBT003 - compiled code takes no keywords here
+            receive(cost, limits, stream, out, state, queue, extra, False, math.inf)  # noqa: FBT003 - compiled code takes no keywords here
             next_arrival = next_seen(stream, state, queue)
         if ints[N_RUNNING] == 0 and queue.ints[N_QUEUED] == 0:
             wakes = min(next_arrival, next_load(state, extra))
@@ -344,6 +349,7 @@ def advance(
             ints[BATCH] = 0
         waiting = n_waiting(state, queue)
         running = ints[N_RUNNING]
+        ints[RAN] = running
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
@@ -390,7 +396,8 @@ def advance(
             ints[STEP] += k
         may_act = rules.clients_leave or stream.concurrency > 0
         if may_act and min(next_seen(stream, state, queue), next_departure(out, queue)) < end:
-            receive_in_step(cost, limits, stream, out, state, queue, extra)
+            receive_in_step(cost, limits, stream, out, state, queue, extra, known)
+        ints[OWNED] = limits.num_blocks - ints[FREE_BLOCKS]
         n_done = end_step(
             cost, limits, stream, out, state, queue, extra, chunks.n, price_of(price, host / chunks.tokens)
         )

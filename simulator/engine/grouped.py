@@ -79,8 +79,8 @@ class RankEngine(Engine):
         self._board = ranks.new_board(cost.ranks, len(requests))
         self._experts = ranks.Experts(np.ascontiguousarray(cost.expert_s), settings.expert_skew.excess())
 
-    def advance(self, until_s: float = math.inf) -> None:
-        """Run every step that starts before ``until_s``."""
+    def advance(self, until_s: float = math.inf, known_s: float = math.inf) -> None:
+        """Run every step that starts before ``until_s``; ``known_s`` as there."""
         self.done = bool(
             ranks.advance_ranks(
                 self._cost,
@@ -94,6 +94,7 @@ class RankEngine(Engine):
                 self._board,
                 self._least_loaded,
                 float(until_s),
+                float(known_s),
             )
         )
 
@@ -168,8 +169,9 @@ class StageEngine(Engine):
         )
         self._table = stage_table(cost, settings)
 
-    def advance(self, until_s: float = math.inf) -> None:
-        """Let everything before ``until_s`` happen."""
+    def advance(self, until_s: float = math.inf, known_s: float = math.inf) -> None:
+        """Let everything before ``until_s`` happen, and nothing later: whatever ``known_s``, who comes then is seated then."""
+        del known_s
         self.done = bool(
             stages.advance_stages(
                 self._cost,

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from simulator.engine.jit import entry
+from simulator.engine.jit import inlined_entry
 
 GROUP_BITS = 38
 """Micro-batches of group g number their steps from g << 38, so that keys of one group mean nothing to another."""
 
 
-@entry
+@inlined_entry
 def push_key(heap: Any, size: int, key: int) -> int:
     """Add an integer key."""
     i = size
@@ -22,7 +22,7 @@ def push_key(heap: Any, size: int, key: int) -> int:
     return size + 1
 
 
-@entry
+@inlined_entry
 def pop_key(heap: Any, size: int) -> int:
     """Remove the smallest key (read it at index 0 first)."""
     size -= 1
@@ -41,7 +41,7 @@ def pop_key(heap: Any, size: int) -> int:
     return size
 
 
-@entry
+@inlined_entry
 def push_arrival(times: Any, rows: Any, size: int, time: float, row: int) -> int:
     """Add an arrival; equal times are ordered by row."""
     i = size
@@ -57,7 +57,7 @@ def push_arrival(times: Any, rows: Any, size: int, time: float, row: int) -> int
     return size + 1
 
 
-@entry
+@inlined_entry
 def pop_arrival(times: Any, rows: Any, size: int) -> int:
     """Remove the earliest arrival (read it at index 0 first)."""
     size -= 1

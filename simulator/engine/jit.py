@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import platformdirs
 
-from simulator.engine import by_address
+from simulator.engine import by_address, known_calls, link_once
 
 numba: Any
 try:
@@ -37,8 +37,10 @@ COMPILED_SOURCES = (
     "full_loop.py",
     "heaps.py",
     "jit.py",
+    "known_calls.py",
     "kv_blocks.py",
     "kv_memory.py",
+    "link_once.py",
     "many.py",
     "parts.py",
     "prefix_cache.py",
@@ -108,6 +110,8 @@ def mark_warm(form: str) -> None:
 
 if is_compiled_mode():
     by_address.install()
+    known_calls.install()
+PIPELINES = link_once.pipelines() if is_compiled_mode() else None
 
 
 def entry(function: F) -> F:
@@ -116,17 +120,22 @@ def entry(function: F) -> F:
     ``fastmath`` stays off: results must not depend on the compiler's freedom to reorder sums. ``error_model="numpy"``
     only drops the zero-division checks; the code guards its divisors.
     """
-    return _compile(function, no_cfunc_wrapper=True)
+    return _compile(function, of_python=True)
 
 
 def compiled(function: F) -> F:
-    """As :func:`entry`, for what compiled functions alone call: without the wrapper for Python, half the time of a first compile."""
-    return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    """As :func:`entry`, for what compiled functions alone call: it has no wrapper for Python, and is linked into its callers."""
+    return _compile(function)
 
 
 def inlined(function: F) -> F:
     """As :func:`compiled`, for a helper that is called often: it becomes part of every function that calls it."""
-    return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+    return _compile(function, forceinline=True)
+
+
+def inlined_entry(function: F) -> F:
+    """As :func:`inlined`, for a helper that Python calls too."""
+    return _compile(function, of_python=True, forceinline=True)
 
 
 def inlined_or_none(function: F) -> F:
@@ -147,9 +156,8 @@ def inlined_or_none(function: F) -> F:
                 return lambda record, index: None  # noqa: ARG005 - Numba asks for the same names
             return lambda record, index: inner(record, index)  # noqa: PLW0108 - Numba asks for a function of Python
 
-        import_module("numba.extending").overload(either, strict=False, jit_options={**OPTIONS, "forceinline": True})(
-            choose
-        )
+        options = _options(forceinline=True)
+        import_module("numba.extending").overload(either, strict=False, jit_options=options)(choose)
     return cast("F", either)
 
 
@@ -157,11 +165,20 @@ OPTIONS = {"error_model": "numpy", "nogil": True, "_nrt": False}
 """The compiled code allocates nothing, and its caller holds every array; without ``_nrt``, two thirds of the time would go to counting references."""
 
 
-def _compile(function: F, **more: bool) -> F:
+def _options(*, of_python: bool = False, forceinline: bool = False) -> dict[str, Any]:
+    options = {**OPTIONS, "no_cpython_wrapper": not of_python, "no_cfunc_wrapper": True}
+    # Where nothing is said, Numba takes over the option of the function that made it compile this one.
+    options["forceinline"] = forceinline
+    if PIPELINES is not None:
+        options["pipeline_class"] = PIPELINES.entry if of_python else PIPELINES.helper
+    return options
+
+
+def _compile(function: F, *, of_python: bool = False, forceinline: bool = False) -> F:
     if not is_compiled_mode():
         return function
-    options = {**OPTIONS, **more}
-    if CACHE_FOLDER is None:
+    options = _options(of_python=of_python, forceinline=forceinline)
+    if CACHE_FOLDER is None or (PIPELINES is not None and not of_python):
         return cast("F", numba.njit(**options)(function))
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(CACHE_FOLDER)

@@ -564,6 +564,7 @@ def run(
             _outcome(many.out, r),
             part_of(states, r),
             target,
+            target,
         )
         look(
             board,

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import core, many
+from simulator.engine import core, many, queues
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.compiled import Engine, new_engine
 from simulator.engine.heaps import push_arrival
@@ -22,6 +22,7 @@ from simulator.engine.records import (
     NOT_ARRIVED,
     RUNNING,
     STATUS_NAMES,
+    TIMED_OUT,
     WAITING,
     EngineResult,
     Requests,
@@ -86,8 +87,7 @@ class OneByOne:
         self._kinds = [kind for kind in kinds for _ in range(kind.count)]
         self._engines = [_engine(kind, requests, last_arrival_s) for kind in self._kinds]
         self._live = [_NOBODY] * len(self._engines)
-        # Of those that finished: whom a router may still see, by replica; who is not yet reported.
-        self._ended, self._news = list(self._live), [_NOBODY]
+        self._news = [_NOBODY]
         self._first_news_s = np.inf
         self._board = many.Board(
             np.full(len(self._kinds), np.inf),
@@ -188,17 +188,18 @@ class OneByOne:
     def _run(self, r: int, until_s: float) -> None:
         """Run the steps of a replica that start before ``until_s``, and note what finished."""
         engine, live = self._engines[r], self._live[r]
-        # Called again for an instant, it would seat who comes at it in the order of calls.
         if not len(live) or until_s <= self._reached_s[r]:
             return
         self._reached_s[r] = until_s
-        engine.advance(until_s)
+        engine.advance(until_s, until_s)
         out = engine._out  # noqa: SLF001 - of this room
         status = out.status[live]
         here = _IS_HERE[status]
+        if engine._queue is not None:  # noqa: SLF001 - who has given up may try again
+            attempts = engine._queue.row_ints[live, queues.ATTEMPTS]  # noqa: SLF001
+            here |= (status == TIMED_OUT) & (attempts < self._kinds[r].settings.retries.max_attempts)
         done: Ints = live[status == FINISHED]
         if len(done):
-            self._ended[r] = np.concatenate([self._ended[r], done])
             self.finish_s[done] = out.finish[done] + self._kinds[r].settings.host.output_s  # H3
             self.scheduled_s[done] = out.scheduled[done]
             first_s = float(self.finish_s[done].min())
@@ -219,15 +220,18 @@ class OneByOne:
         engine, mine = self._engines[r], self._board.ints[r]
         self._run(r, now_s)
         live, out = self._live[r], engine._out  # noqa: SLF001 - of this room
-        ended = self._ended[r]
-        # A router sees the moment of the arrival: who finishes with the step under way is still there.
-        self._ended[r] = ended = ended[out.finish[ended] > now_s]
-        mine[many.REQUESTS] = len(live) + len(ended)
+        # A router sees the moment of the arrival: who is gone with the end of the step under way is still there.
+        in_step = engine.clock_s > now_s
+        present = core.RAN if in_step else core.N_RUNNING
+        parts = [state.ints for state, _, _ in engine._parts()]  # noqa: SLF001
+        on_their_way = int((out.status[live] == NOT_ARRIVED).sum())
+        here = sum(int(ints[present] + ints[core.N_LOADING]) for ints in parts)
+        mine[many.REQUESTS] = on_their_way + engine.n_waiting + here
         if not by_kv:
             return
         state, settings = engine._state, self._kinds[r].settings  # noqa: SLF001 - of this room
         mine[many.BLOCKS] = settings.num_kv_blocks
-        mine[many.OWNED] = mine[many.BLOCKS] - state.ints[core.FREE_BLOCKS]
+        mine[many.OWNED] = state.ints[core.OWNED] if in_step else mine[many.BLOCKS] - state.ints[core.FREE_BLOCKS]
         waiting = live[np.isnan(out.scheduled[live])]
         blocks = settings.kv_groups.blocks(self._requests.prompt_tokens[waiting], settings.block_size)
         mine[many.PROMISED] = int(blocks.sum())

@@ -1,11 +1,13 @@
 """The compiled engine's prefix cache: published blocks in a queue, and counts of those nobody can find.
 
-Rules C1 to C9 of ``docs/engine-prefix-cache.md``. A *node* is one published block or, in the queue of free blocks only, a run
-of unpublished ones: those are all alike, so they are counted. A request owns a table of nodes, its published blocks, which are
-always its first; the rest of its blocks is a number that the engine knows.
+Rules C1 to C9 of ``docs/engine-prefix-cache.md``. A *node* is a run of blocks: published ones that follow each other within one *unit*, or, in the
+queue of free blocks only, unpublished ones, which are all alike. A unit is a number of blocks of which every request that has one has those before it: those into which the tokens of one id are cut,
+and of ids that always follow each other (:meth:`~simulator.engine.block_hashes.BlockHashes.units`). So what is looked up, owned, freed and evicted is a few runs and not
+each of their blocks. A request owns a table of runs, its published blocks, which are always its first; the rest of its blocks is a number that the engine knows.
 
-A node is one row of :attr:`Cache.nodes`, 64 bytes, a cache line. Node 0 is the end of the queue, which is a ring; blocks under
-one id form a ring too, from the oldest on.
+A node is one row of :attr:`Cache.nodes`, 64 bytes, a cache line. Node 0 is the end of the queue, which is a ring; a run in it is taken from its end, as if its blocks
+stood there the last one first (C7). Runs of one unit form a ring too, from the oldest on, in which the first that holds a block is the one found. Whoever owns a part of a run parts it in two:
+the table of another owner names the first part, from which it is led to the others.
 
 Blocks that decoding fills are published late, just before anybody looks (:func:`catch_up`). That they are found as if they had been
 published in time rests on the stamp of each: the step that filled it, and the order of admission within that.
@@ -14,6 +16,7 @@ published in time rests on the stamp of each: the step that filled it, and the o
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
@@ -23,12 +26,17 @@ from simulator.engine.tiers import Tiers, move_down, new_tiers
 
 # columns of Cache.nodes
 NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
+"""NEXT of a run that is owned is the one that was parted from it. ID is unit << PART_BITS | place of the run's first block in it."""
 # indices into Cache.ints
 N_NODES, SPARE, BLANK, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, EPOCH, N_INTS = range(12)
 # columns of Cache.slots
-PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, ENDED_KEY, N_COLUMNS = range(9)
+PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, ENDED_KEY, RUNS, PLACE, PART, N_COLUMNS = range(12)
 NOBODY = -1
 """Id of a run of blocks that nobody can find."""
+PART_BITS = 20
+PART_MASK = (1 << PART_BITS) - 1
+LONG_UNIT = 256
+"""Blocks of a unit at most, unless one id has more: who looks for a block goes through the runs of its unit. Where decoding publishes blocks one by one, a unit is one id."""
 SLOT_BITS = 20
 """A key of the fill heap is step << SLOT_BITS | slot."""
 STAMP_BITS = 31
@@ -51,15 +59,20 @@ class Cache(NamedTuple):
     nodes
         [blocks + 2, 8] see the columns' names.
     first
-        [ids] oldest node published under an id; 0: none.
-    ids, offsets
-        the requests' :class:`BlockHashes`.
+        [ids] oldest run published of a unit; 0: none.
+    ids, offsets, sizes
+        the units of each request, as the ids of its :class:`BlockHashes`, and how many blocks of each it has at most.
+    largest, counts
+        the largest of ``sizes``; [requests] blocks of each request that have an id.
     table, stride
-        nodes that slot s owns are ``table[s * stride :]``, as many as it has published.
+        runs that slot s owns are ``table[s * stride :]``, each as node << PART_BITS | blocks.
     slots
-        [slots, 8] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
-        admission, and the step that fills its next block with an id (-1: none). The last four columns list the slots
-        whose requests finished in this step, the blocks they have to give back, how many of them are full, and the keys by which they are ordered.
+        [slots, 11] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
+        admission, and the step that fills its next block with an id (-1: none). Four columns list the slots
+        whose requests finished in this step, the blocks they have to give back, how many of them are full, and the keys by which they are ordered. RUNS: entries of a slot in ``table``; PLACE, PART: which of
+        its units, and which block of it, is the first that is not published.
+    pieces
+        [largest] scratch of :func:`release`.
     fills, n_fills
         heap of the steps that fill blocks, and [1] its size.
     reused
@@ -80,9 +93,13 @@ class Cache(NamedTuple):
     first: Any
     ids: Any
     offsets: Any
+    sizes: Any
+    largest: int
+    counts: Any
     table: Any
     stride: int
     slots: Any
+    pieces: Any
     fills: Any
     n_fills: Any
     reused: Any
@@ -98,6 +115,9 @@ def new_cache(
     max_num_seqs: int,
     block_size: int,
     n: int,
+    parts: int = 1,
+    longest: int = 1,
+    counts: NDArray[np.int64] | None = None,
     radix: bool = False,
     prompts_first: bool = False,
     by_epoch: bool = False,
@@ -107,6 +127,7 @@ def new_cache(
 ) -> Cache:
     """An empty cache over ``num_blocks`` free blocks, or the stand-in of none if ``hashes`` is None.
 
+    ``parts``, ``counts``: blocks per id of ``hashes``, and how many of them each request has, unless one for each; ``longest``: ids of a unit at most. Units of more than a block do not go with tiers.
     ``prompts_first``: whether a step is prompts or decodes (B3, B4). ``by_epoch``: whether ``ints[EPOCH]`` orders what is published, because groups count steps each for itself. ``late``: whether blocks that decoding fills are published as they are filled.
     ``log_size``: entries of the record that tests replay.
     """
@@ -115,8 +136,13 @@ def new_cache(
         hashes = BlockHashes(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64), 1)
         num_blocks = max_num_seqs = n = 0
         tiers = ()
-    stride = int(np.diff(hashes.offsets).max(initial=0))
-    n_ids = int(hashes.ids.max(initial=-1)) + 1
+    if counts is None:
+        counts = np.diff(hashes.offsets)
+    stride = int(counts.max(initial=0))
+    ids, offsets, lengths = hashes.units(longest)
+    sizes = parts * lengths
+    largest = int(sizes.max(initial=1))
+    n_units = int(ids.max(initial=-1)) + 1
     cache = Cache(
         on=on,
         radix=radix,
@@ -125,16 +151,20 @@ def new_cache(
         by_epoch=by_epoch,
         block_size=block_size,
         nodes=np.zeros((num_blocks + 2, 8), dtype=np.int64),
-        first=np.zeros(n_ids, dtype=np.int64),
-        ids=hashes.ids,
-        offsets=hashes.offsets,
+        first=np.zeros(n_units, dtype=np.int64),
+        ids=ids,
+        offsets=offsets,
+        sizes=sizes,
+        largest=largest,
+        counts=counts,
         table=np.zeros(max_num_seqs * stride, dtype=np.int64),
         stride=stride,
         slots=np.zeros((max_num_seqs, N_COLUMNS), dtype=np.int64),
+        pieces=np.zeros(largest, dtype=np.int64),
         fills=np.zeros(2 * max_num_seqs + 2, dtype=np.int64),
         n_fills=np.zeros(1, dtype=np.int64),
         reused=np.zeros(n, dtype=np.int64),
-        tiers=new_tiers(tiers, n_ids),
+        tiers=new_tiers(tiers, n_units),
         log=np.zeros((log_size, 4), dtype=np.int64),
         ints=np.zeros(N_INTS, dtype=np.int64),
     )
@@ -217,27 +247,27 @@ def _append_run(cache: Cache, count: int) -> None:
 
 @inlined
 def _withdraw(cache: Cache, node: int) -> None:
-    """Let a block no longer be found."""
+    """Let a run no longer be found."""
     nodes = cache.nodes
-    block_id = nodes[node, ID]
+    unit = nodes[node, ID] >> PART_BITS
     newer, older = nodes[node, NEWER], nodes[node, OLDER]
     if newer == node:
-        cache.first[block_id] = 0
+        cache.first[unit] = 0
         return
     nodes[older, NEWER] = newer
     nodes[newer, OLDER] = older
-    if cache.first[block_id] == node:
-        cache.first[block_id] = newer
+    if cache.first[unit] == node:
+        cache.first[unit] = newer
 
 
 @inlined
 def _enter(cache: Cache, node: int) -> None:
-    """Let a block be found under its id, behind all with an earlier stamp."""
+    """Let a run be found, behind all of its unit with an earlier stamp."""
     nodes = cache.nodes
-    block_id = nodes[node, ID]
-    first = cache.first[block_id]
+    unit = nodes[node, ID] >> PART_BITS
+    first = cache.first[unit]
     if first == 0:
-        cache.first[block_id] = node
+        cache.first[unit] = node
         nodes[node, NEWER] = node
         nodes[node, OLDER] = node
         return
@@ -245,7 +275,7 @@ def _enter(cache: Cache, node: int) -> None:
     stamp = nodes[node, STAMP]
     while nodes[older, STAMP] > stamp:
         if older == first:
-            cache.first[block_id] = node
+            cache.first[unit] = node
             older = nodes[first, OLDER]
             break
         older = nodes[older, OLDER]
@@ -254,6 +284,64 @@ def _enter(cache: Cache, node: int) -> None:
     nodes[node, NEWER] = newer
     nodes[older, NEWER] = node
     nodes[newer, OLDER] = node
+
+
+@inlined
+def _oldest(cache: Cache, unit: int, part: int, stop: int) -> tuple[int, int]:
+    """The oldest run of a unit that holds its block ``part``, 0 if none does; and up to which block, at most ``stop``, it is the one found."""
+    nodes = cache.nodes
+    first = cache.first[unit]
+    if cache.largest == 1:
+        return first, stop
+    node = first
+    while node > 0:
+        start = nodes[node, ID] & PART_MASK
+        if start > part:
+            stop = min(stop, start)
+        elif start + nodes[node, COUNT] > part:
+            return int(node), int(min(stop, start + nodes[node, COUNT]))
+        node = nodes[node, NEWER]
+        if node == first:
+            node = 0
+    return 0, stop
+
+
+@compiled
+def _split(cache: Cache, node: int, count: int) -> int:
+    """Part a run behind its first ``count`` blocks; return the second part."""
+    nodes = cache.nodes
+    rest = _new_node(cache)
+    nodes[rest, ID] = nodes[node, ID] + count
+    nodes[rest, COUNT] = nodes[node, COUNT] - count
+    nodes[rest, OWNERS] = nodes[node, OWNERS]
+    nodes[rest, STAMP] = nodes[node, STAMP]
+    nodes[node, COUNT] = count
+    newer = nodes[node, NEWER]
+    nodes[rest, OLDER] = node
+    nodes[rest, NEWER] = newer
+    nodes[newer, OLDER] = rest
+    nodes[node, NEWER] = rest
+    if nodes[node, OWNERS] > 0:
+        nodes[rest, NEXT] = nodes[node, NEXT]
+        nodes[node, NEXT] = rest
+    else:  # in the queue, where its last blocks are taken first
+        before = nodes[node, PREVIOUS]
+        nodes[rest, PREVIOUS] = before
+        nodes[rest, NEXT] = node
+        nodes[before, NEXT] = rest
+        nodes[node, PREVIOUS] = rest
+    return rest
+
+
+@inlined
+def _cut(cache: Cache, node: int, part: int, stop: int) -> int:
+    """Part a run so that blocks ``part`` to ``stop`` of its unit are one by themselves; return that."""
+    begin = cache.nodes[node, ID] & PART_MASK
+    if stop < begin + cache.nodes[node, COUNT]:
+        _split(cache, node, stop - begin)
+    if part > begin:
+        node = _split(cache, node, part - begin)
+    return node
 
 
 @compiled
@@ -274,12 +362,16 @@ def take(cache: Cache, count: int) -> None:
                 nodes[node, COUNT] -= left
                 return
             left -= nodes[node, COUNT]
+        elif nodes[node, COUNT] > left:
+            nodes[node, COUNT] -= left
+            cache.ints[EVICTED] += left
+            return
         else:
             _withdraw(cache, node)
-            cache.ints[EVICTED] += 1
+            cache.ints[EVICTED] += nodes[node, COUNT]
             if cache.tiers.on:
-                move_down(cache.tiers, nodes[node, ID])
-            left -= 1
+                move_down(cache.tiers, nodes[node, ID] >> PART_BITS)
+            left -= nodes[node, COUNT]
         _remove(cache, node)
         _drop_node(cache, node)
 
@@ -292,15 +384,20 @@ def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int) -> tuple
     """
     if cache.late:
         catch_up(cache, rows, step)
-    start = cache.offsets[row]
-    longest = min(longest, cache.offsets[row + 1] - start)
-    held = 0
-    for j in range(longest):
-        node = cache.first[cache.ids[start + j]]
+    longest = min(longest, cache.counts[row])
+    place, part = cache.offsets[row], 0
+    found, held = 0, 0
+    while found < longest:
+        size = cache.sizes[place]
+        node, stop = _oldest(cache, cache.ids[place], part, min(size, part + longest - found))
         if node == 0:
-            return j, held
+            return found, held
+        found += stop - part
         if cache.nodes[node, OWNERS] > 0:
-            held += 1
+            held += stop - part
+        part = stop
+        if part == size:
+            place, part = place + 1, 0
     return longest, held
 
 
@@ -311,17 +408,28 @@ def admit(cache: Cache, slot: int, row: int, hits: int, loaded: int, known: int,
     ``loaded`` tokens have come from below HBM (F5).
     """
     ints, nodes = cache.ints, cache.nodes
-    base = slot * cache.stride
-    offset = cache.offsets[row]
-    freed = 0
-    for j in range(hits):
-        node = cache.first[cache.ids[offset + j]]
+    entry = slot * cache.stride
+    place, part = cache.offsets[row], 0
+    found, freed = 0, 0
+    while found < hits:
+        size = cache.sizes[place]
+        node, stop = _oldest(cache, cache.ids[place], part, min(size, part + hits - found))
+        if cache.largest > 1:
+            node = _cut(cache, node, part, stop)
         if nodes[node, OWNERS] == 0:
             _remove(cache, node)
-            freed += 1
+            freed += stop - part
         nodes[node, OWNERS] += 1
-        cache.table[base + j] = node
+        cache.table[entry] = node << PART_BITS | stop - part
+        entry += 1
+        found += stop - part
+        part = stop
+        if part == size:
+            place, part = place + 1, 0
+    cache.slots[slot, PLACE] = place
+    cache.slots[slot, PART] = part
     cache.slots[slot, PUBLISHED] = hits
+    cache.slots[slot, RUNS] = entry - slot * cache.stride
     cache.slots[slot, START] = start
     cache.slots[slot, ORDER] = ints[ADMISSIONS]
     cache.slots[slot, FILL_STEP] = -1
@@ -343,34 +451,48 @@ def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
     D3: in a tree, those already there replace the request's own. Return how many blocks that frees.
     """
     nodes = cache.nodes
-    offset = cache.offsets[row]
-    full = min(full, cache.offsets[row + 1] - offset)
+    full = min(full, cache.counts[row])
     done = cache.slots[slot, PUBLISHED]
     if full <= done:
         return 0
     if len(cache.log) > 0:
         _note(cache, PUBLISHES, row, full, moment)
-    base = slot * cache.stride
+    entry = slot * cache.stride + cache.slots[slot, RUNS]
+    place, part = cache.slots[slot, PLACE], cache.slots[slot, PART]
     freed = 0
-    for j in range(done, full):
+    while done < full:
+        unit, size = cache.ids[place], cache.sizes[place]
+        stop = min(size, part + full - done)
+        node = 0
         if cache.radix:
-            node = cache.first[cache.ids[offset + j]]
-            if node > 0:
-                cache.ints[BLANK] += 1
-                freed += 1
-                if nodes[node, OWNERS] == 0:
-                    _remove(cache, node)
-                    freed -= 1
-                nodes[node, OWNERS] += 1
-                cache.table[base + j] = node
-                continue
-        node = _new_node(cache)
-        nodes[node, ID] = cache.ids[offset + j]
-        nodes[node, OWNERS] = 1
-        nodes[node, STAMP] = moment << STAMP_BITS | cache.slots[slot, ORDER]
-        _enter(cache, node)
-        cache.table[base + j] = node
+            node, stop = _oldest(cache, unit, part, stop)
+        count = stop - part
+        if node > 0:
+            if cache.largest > 1:
+                node = _cut(cache, node, part, stop)
+            cache.ints[BLANK] += count
+            if nodes[node, OWNERS] == 0:
+                _remove(cache, node)
+            else:
+                freed += count
+            nodes[node, OWNERS] += 1
+        else:
+            node = _new_node(cache)
+            nodes[node, ID] = unit << PART_BITS | part
+            nodes[node, COUNT] = count
+            nodes[node, OWNERS] = 1
+            nodes[node, STAMP] = moment << STAMP_BITS | cache.slots[slot, ORDER]
+            _enter(cache, node)
+        cache.table[entry] = node << PART_BITS | count
+        entry += 1
+        done += count
+        part = stop
+        if part == size:
+            place, part = place + 1, 0
+    cache.slots[slot, PLACE] = place
+    cache.slots[slot, PART] = part
     cache.slots[slot, PUBLISHED] = full
+    cache.slots[slot, RUNS] = entry - slot * cache.stride
     return freed
 
 
@@ -397,13 +519,26 @@ def release(cache: Cache, slot: int, row: int, owned: int) -> int:
     freed = owned - published
     _append_run(cache, freed)
     base = slot * cache.stride
-    for j in range(published - 1, -1, -1):
-        node = cache.table[base + j]
-        nodes[node, OWNERS] -= 1
-        if nodes[node, OWNERS] == 0:
-            _append(cache, node)
-            freed += 1
+    for i in range(cache.slots[slot, RUNS] - 1, -1, -1):
+        node = cache.table[base + i] >> PART_BITS
+        left = (cache.table[base + i] & PART_MASK) - nodes[node, COUNT]
+        n = 0
+        while left > 0:  # it has been parted since
+            cache.pieces[n] = node
+            n += 1
+            node = nodes[node, NEXT]
+            left -= nodes[node, COUNT]
+        while True:
+            nodes[node, OWNERS] -= 1
+            if nodes[node, OWNERS] == 0:
+                _append(cache, node)
+                freed += nodes[node, COUNT]
+            if n == 0:
+                break
+            n -= 1
+            node = cache.pieces[n]
     cache.slots[slot, PUBLISHED] = 0
+    cache.slots[slot, RUNS] = 0
     cache.slots[slot, FILL_STEP] = -1
     if len(cache.log) > 0:
         _note(cache, FREES, row, owned, 0)
@@ -414,7 +549,7 @@ def release(cache: Cache, slot: int, row: int, owned: int) -> int:
 def watch(cache: Cache, slot: int, row: int, computed: int, step: int) -> None:
     """C4: note the step at which a decoding request, at ``computed`` tokens before ``step``, fills its next block with an id."""
     done = cache.slots[slot, PUBLISHED]
-    if cache.offsets[row] + done >= cache.offsets[row + 1]:
+    if done >= cache.counts[row]:
         cache.slots[slot, FILL_STEP] = -1
         return
     when = step + (done + 1) * cache.block_size - 1 - computed
@@ -473,7 +608,7 @@ def _leave(cache: Cache, slot: int, row: int, step: int) -> None:
     while 0 <= when < step:
         publish(cache, slot, row, cache.slots[slot, PUBLISHED] + 1, moment_of(cache, when, False))  # noqa: FBT003
         when += cache.block_size
-        if cache.offsets[row] + cache.slots[slot, PUBLISHED] >= cache.offsets[row + 1]:
+        if cache.slots[slot, PUBLISHED] >= cache.counts[row]:
             break
     cache.slots[slot, FILL_STEP] = -1
 

@@ -8,7 +8,7 @@ through a window. Everything is compiled; nothing knows a request.
 import math
 from typing import Any
 
-from simulator.engine.jit import compiled
+from simulator.engine.jit import inlined
 from simulator.engine.records import ITL_BINS, ITL_MIN_EXPONENT
 
 RAW_SHIFT = 45
@@ -16,7 +16,7 @@ RAW_SHIFT = 45
 RAW_ORIGIN = (1023 + ITL_MIN_EXPONENT) << 7
 
 
-@compiled
+@inlined
 def blocks_for(tokens: int, block_size: int) -> int:
     """Blocks that hold ``tokens``; a shift for vLLM's usual 16, because integer division is slow."""
     if block_size == 16:
@@ -24,7 +24,7 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return (tokens + block_size - 1) // block_size
 
 
-@compiled
+@inlined
 def residue(tokens: int, block_size: int) -> int:
     """Non-negative ``tokens`` mod ``block_size``."""
     if block_size == 16:
@@ -32,7 +32,7 @@ def residue(tokens: int, block_size: int) -> int:
     return tokens % block_size
 
 
-@compiled
+@inlined
 def blocks_before_window(tokens: int, window: int, chunked: bool, block_size: int) -> int:
     """W2: blocks all of whose tokens lie before the first that the next token sees, once ``tokens`` tokens are computed."""
     if chunked:
@@ -40,13 +40,13 @@ def blocks_before_window(tokens: int, window: int, chunked: bool, block_size: in
     return max(0, tokens - window + 1) // block_size
 
 
-@compiled
+@inlined
 def end_of_steps(t: float, d0: float, q: float, k: int) -> float:
     """End of the k-th step of a progression that starts at t; written once, so that every use rounds alike."""
     return t + (k * d0 + q * (0.5 * (k * (k - 1))))
 
 
-@compiled
+@inlined
 def steps_to_reach(t: float, d0: float, q: float, target: float, k_max: int) -> int:
     """Smallest k in 1 … k_max whose step ends at or after ``target`` (k_max if none does)."""
     if end_of_steps(t, d0, q, k_max) < target or k_max <= 1:
@@ -65,7 +65,7 @@ def steps_to_reach(t: float, d0: float, q: float, target: float, k_max: int) -> 
     return k
 
 
-@compiled
+@inlined
 def count_itl(itl: Any, bits_f: Any, bits_i: Any, d0: float, q: float, k: int, weight: int) -> None:
     """Add the latencies d0 + q·i, i < k, each ``weight`` times."""
     i = 0
@@ -88,7 +88,7 @@ def count_itl(itl: Any, bits_f: Any, bits_i: Any, d0: float, q: float, k: int, w
         i = after
 
 
-@compiled
+@inlined
 def steps_with_blocks(residues: Any, block_size: int, gives: bool, step: int, k: int, cycle: int, free: int) -> int:
     """Largest number of decode steps, at most k, that ``free`` blocks allow.
 
@@ -122,7 +122,7 @@ def steps_with_blocks(residues: Any, block_size: int, gives: bool, step: int, k:
     return min(steps, k)
 
 
-@compiled
+@inlined
 def take_blocks(
     residues: Any, block_size: int, gives: bool, step: int, k: int, owned: int, d0: float, q: float
 ) -> tuple[int, float]:
@@ -165,7 +165,7 @@ def take_blocks(
     return own, total
 
 
-@compiled
+@inlined
 def window_pairs(context: int, window: int, chunked: bool) -> int:
     """Σ w(t) over t = 1 … ``context``: windowed keys of the first ``context`` queries of a sequence."""
     if chunked:
@@ -177,7 +177,7 @@ def window_pairs(context: int, window: int, chunked: bool) -> int:
     return window * (window + 1) // 2 + (context - window) * window
 
 
-@compiled
+@inlined
 def spread(timeline: Any, row: int, interval: float, start: float, end: float, weight: float) -> None:
     """Add ``weight`` × time to the intervals that [start, end] touches, in proportion."""
     b = int(start / interval)

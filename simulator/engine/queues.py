@@ -341,12 +341,19 @@ def _is_present(queue: Queue, status: Any, entry: int) -> bool:
     return bool(queue.row_ints[row, TICKET] == entry & ROW_MASK and here and queue.row_ints[row, GONE] == 0)
 
 
-@compiled
-def add_due(queue: Queue, status: Any, row: int, has_token: bool) -> None:
-    """Note when the client of an attempt will leave, if ever (L1). Ties go by row (L2)."""
+@inlined
+def due_of(queue: Queue, row: int, has_token: bool) -> float:
+    """When the client of an attempt leaves, infinity if never (L1)."""
     due = queue.row_floats[row, ATTEMPT_S] + min(queue.row_floats[row, TIMEOUT_S], queue.row_floats[row, CANCEL_S])
     if not has_token:
         due = min(due, queue.row_floats[row, ATTEMPT_S] + queue.row_floats[row, TTFT_TIMEOUT_S])
+    return float(due)
+
+
+@compiled
+def add_due(queue: Queue, status: Any, row: int, has_token: bool) -> None:
+    """Note when the client of an attempt will leave, if ever (L1). Ties go by row (L2)."""
+    due = due_of(queue, row, has_token)
     if due == math.inf:
         return
     size = queue.counts[N_DUE]

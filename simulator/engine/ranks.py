@@ -17,6 +17,7 @@ from simulator.engine.clients import (
     end_any_load,
     is_rejected,
     join,
+    let_running_leave,
     next_departure,
     next_seen,
     peaks_at,
@@ -34,6 +35,7 @@ from simulator.engine.core import (
     MAX_WAITING,
     N_LOADING,
     N_RUNNING,
+    RAN,
     SEGMENTS,
     STEP,
     STEPS,
@@ -126,15 +128,16 @@ def _total_waiting(states: State, queues: Queue, n_ranks: int) -> int:
 
 
 @compiled
-def _choose_rank(states: State, queues: Queue, n_ranks: int, turn: Any, least_loaded: bool) -> int:
-    """G1: the rank that an accepted arrival joins."""
-    best = int(turn[0] % n_ranks)
-    turn[0] += 1
+def _choose_rank(states: State, queues: Queue, board: Board, n_ranks: int, least_loaded: bool, within: bool) -> int:
+    """G1: the rank that an accepted arrival joins; ``within`` the last step, those run that it was scheduled with."""
+    best = int(board.turn[0] % n_ranks)
+    board.turn[0] += 1
     if least_loaded:
         best = 0
         best_load = -1
         for g in range(n_ranks):
-            load = 4 * (queues.ints[g, N_QUEUED] + states.ints[g, N_LOADING]) + states.ints[g, N_RUNNING]
+            load = states.ints[g, RAN if within else N_RUNNING]
+            load += 4 * (queues.ints[g, N_QUEUED] + states.ints[g, N_LOADING])
             if best_load < 0 or load < best_load:
                 best = g
                 best_load = load
@@ -169,8 +172,9 @@ def _receive_for_ranks(
     n_ranks: int,
     least_loaded: bool,
     in_step: bool,
+    known: float,
 ) -> None:
-    """M1, G1: let clients leave, loads end and requests join a rank, in order of time, up to now, or before now at the end of a step."""
+    """M1, G1: let clients leave, loads end and requests join a rank, in order of time; as :func:`simulator.engine.clients.receive`."""
     shared = part_of(states, n_ranks)
     queue = queue_of(queues, n_ranks)
     now = shared.floats[CLOCK]
@@ -178,7 +182,7 @@ def _receive_for_ranks(
         due = next_departure(out, queue)
         ready, g = _next_load(states, extras, n_ranks)
         first = min(due, ready, next_seen(stream, shared, queue))
-        if first > now or (in_step and first == now) or first == math.inf:
+        if first > now or (in_step and first >= min(now, known)) or first == math.inf:
             return
         if due == first:
             row = pop_due(queue)
@@ -191,7 +195,7 @@ def _receive_for_ranks(
             row, arrival = take_arrival(stream, shared)
             if is_rejected(stream, limits, out, shared, queue, row, arrival):
                 continue
-            g = _choose_rank(states, queues, n_ranks, board.turn, least_loaded)
+            g = _choose_rank(states, queues, board, n_ranks, least_loaded, first < now)
             board.rank[row] = g
             join(out, shared, part_of(states, g), queue_of(queues, g), extra_of(extras, g), row, arrival)
             if peaks_at(shared, arrival + queue.rules.request_s):
@@ -384,14 +388,21 @@ def advance_ranks(
     board: Board,
     least_loaded: bool,
     until: float,
+    known: float,
 ) -> bool:
-    """Run ranks in lock-step until no step can start before ``until``; return whether everything is done."""
+    """Run ranks in lock-step until no step can start before ``until``; return whether everything is done.
+
+    ``known`` as in :func:`simulator.engine.skip_ahead.advance`.
+    """
     n_ranks = board.scheduled.shape[0]
     shared = part_of(states, n_ranks)
     queue = queue_of(queues, n_ranks)
     ints, floats = shared.ints, shared.floats
     skewed = len(experts.excess) > 0
     while True:
+        t = floats[CLOCK]
+        if t >= known:
+            return False
         _receive_for_ranks(
             cost,
             limits,
@@ -404,8 +415,8 @@ def advance_ranks(
             n_ranks,
             least_loaded,
             False,  # noqa: FBT003
+            math.inf,
         )
-        t = floats[CLOCK]
         next_arrival = next_seen(stream, shared, queue)
         present = 0
         loading = 0
@@ -438,6 +449,7 @@ def advance_ranks(
             when = _schedule_rank(cost, limits, stream, out, rank, own, extra, scheduled, until, next_arrival)
             stop = min(stop, when)
             width = max(width, scheduled[TOKENS])
+            states.ints[g, RAN] = states.ints[g, N_RUNNING]
             running += states.ints[g, N_RUNNING]
             if (scheduled[TOKENS] > 0 and not _is_segment(scheduled)) or scheduled[PREEMPTED] != 0:
                 alike = False
@@ -515,7 +527,12 @@ def advance_ranks(
             n_ranks,
             least_loaded,
             True,  # noqa: FBT003
+            known,
         )
+        if queue.rules.clients_leave and known < end:
+            for g in range(n_ranks):
+                rank, own, extra = part_of(states, g), queue_of(queues, g), extra_of(extras, g)
+                let_running_leave(cost, limits, stream, out, shared, rank, own, extra)
         n_done = 0
         for g in range(n_ranks):
             if board.scheduled[g, TOKENS] > 0:

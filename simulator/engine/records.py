@@ -609,7 +609,21 @@ def cache_hashes(settings: EngineSettings, requests: Requests) -> BlockHashes | 
     Raises
     ------
     InputError
-        If the requests have no hashes to go by, or hashes of units that do not fit the block size.
+        As :func:`findable_hashes`; or of units that do not fit the block size.
+    """
+    hashes = findable_hashes(settings, requests)
+    if hashes is None:
+        return None
+    return hashes.at_block_size(settings.block_size, requests.prompt_tokens, requests.output_tokens)
+
+
+def findable_hashes(settings: EngineSettings, requests: Requests) -> BlockHashes | None:
+    """Ids, in units of their own, by which a replica with these settings finds KV blocks; None without a prefix cache.
+
+    Raises
+    ------
+    InputError
+        If the requests have no hashes to go by.
     """
     if settings.prefix_cache == "off":
         return None
@@ -618,7 +632,4 @@ def cache_hashes(settings: EngineSettings, requests: Requests) -> BlockHashes | 
             f"engine.prefix_cache = {settings.prefix_cache!r}: the requests have no block hashes; "
             "use a trace with hash_ids or state traffic.sessions"
         )
-    hashes = requests.hashes
-    if not settings.cache_outputs:
-        hashes = replace(hashes, covers_output=False)
-    return hashes.at_block_size(settings.block_size, requests.prompt_tokens, requests.output_tokens)
+    return requests.hashes if settings.cache_outputs else replace(requests.hashes, covers_output=False)

@@ -101,6 +101,12 @@ class Queue:
             return running[-1]
         return max(running, key=self.key)
 
+    def foremost(self, running: "Sequence[Request]") -> "Request":
+        """Who of ``running`` is preempted last (Q2)."""
+        if self.scheduling.policy in {"fcfs", "fair"}:
+            return running[0]
+        return min(running, key=self.key)
+
     def lower_victim(self, first: "Request", running: "Sequence[Request]") -> "Request | None":
         """Who is preempted for the first of the queue: nobody, unless of a lower class (Q3)."""
         if not self.scheduling.preempt_lower or not running:

@@ -148,6 +148,8 @@ class Scheduler:
                 self.pool.take(request.row, self.missing(request, held))
                 plan.batch[request] = wanted
                 plan.budget -= wanted
+            elif request.status == RUNNING and not request.flights:  # the foremost waits
+                break
         if not self.settings.scheduling.preempt_lower:  # M7
             self.publish(plan, list(plan.batch))
 
@@ -161,14 +163,18 @@ class Scheduler:
     def make_room(self, request: Request, held: int, plan: Plan) -> bool:
         """Preempt until a running request has the blocks of ``held`` tokens; return whether it has (Q2, S3, M22)."""
         while self.pool.free < self.missing(request, held):
-            if request.flights:
+            victim = self.queue.victim(self.preemptible) if not request.flights else request
+            if victim is request and (request.flights or self.is_foremost(request)):
                 plan.stuck = True
                 return False
-            victim = self.queue.victim(self.preemptible)
             self.preempt(victim, plan)
             if victim is request:
                 return False
         return True
+
+    def is_foremost(self, request: Request) -> bool:
+        """Whether others run, all of whom would be preempted before a request if none was in flight (S3)."""
+        return len(self.running) > 1 and self.queue.foremost(self.running) is request
 
     def missing(self, request: Request, held: int) -> int:
         """Blocks that a running request lacks for ``held`` tokens."""

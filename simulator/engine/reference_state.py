@@ -132,7 +132,7 @@ class Plan:
     preempted: list[Request] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
     stuck: bool = False
-    """Whether a prompt in flight waits for blocks (M22)."""
+    """Whether somebody who runs waits for blocks (S3, M22)."""
     level: int = 0
     """Of speculation (P1)."""
 

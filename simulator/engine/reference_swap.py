@@ -24,7 +24,7 @@ class HostPool:
             self.counts["swap_fallbacks"] += 1
             return False
         self.held[row] = blocks
-        if blocks:  # a window may just have left all of them
+        if blocks:
             self.copies.append((row, blocks))
         self.counts["swap_out_blocks"] += blocks
         self.counts["max_host_blocks"] = max(self.counts["max_host_blocks"], sum(self.held.values()))

@@ -78,6 +78,11 @@ def may_go_round(
         return False
     if queue.ints[N_PARTIALS] > 0 or queue.ints[N_GONE] > 0:
         return False
+    for g in range(len(flight.done)):
+        if states.ints[g, BATCH] > 0 and (
+            flight.done[g] == math.inf or flight.last[g] < 0.0
+        ):  # one waits or has waited (S3)
+            return False
     return bool(_nobody_is_admitted(limits, stream, out, shared, states, flight, queue))
 
 

@@ -188,9 +188,33 @@ def preempt(
 
 
 @compiled
-def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, queue: Queue, extra: Extra | None) -> None:
-    """R5, Q2 where blocks are short: decoding sequences take theirs in order of admission and preempt others."""
+def _waits(out: Outcome, state: State, queue: Queue, slot: int) -> bool:
+    """S3: whether others run, all of them in flight, whom Q2 would choose before a request that must preempt itself."""
+    others = 0
+    for other in range(len(state.row)):
+        row = state.row[other]
+        if other == slot or out.status[row] != RUNNING or queue.row_ints[row, SLOT] != other:
+            continue
+        others += 1
+        if FCFS < queue.rules.policy < FAIR:
+            before = is_after(queue, state.row[slot], row)
+        else:
+            before = state.slots[other, ADMITTED] < state.slots[slot, ADMITTED]
+        if before:
+            return False
+    return others > 0
+
+
+@compiled
+def _make_room(
+    cost: CostTable, limits: Limits, out: Outcome, state: State, queue: Queue, extra: Extra | None
+) -> tuple[bool, bool]:
+    """R5, Q2 where blocks are short: decoding sequences take theirs in order of admission and preempt others.
+
+    Return whether somebody was preempted, and whether one waits (S3): then it is all that the list has left.
+    """
     ints = state.ints
+    preempted = False
     slot = ints[FIRST]
     while slot >= 0:
         queue.slots[slot, HAS_BLOCK] = 0
@@ -204,7 +228,10 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, queu
             gone = False
             while ints[FREE_BLOCKS] < need and not gone:
                 victim = _victim(state, queue)
+                if victim == slot and _waits(out, state, queue, slot):
+                    return preempted, True
                 preempt(cost, limits, out, state, queue, extra, victim)
+                preempted = True
                 gone = victim == slot
             after = state.slots[slot, AFTER]
             if not gone:
@@ -216,6 +243,7 @@ def _make_room(cost: CostTable, limits: Limits, out: Outcome, state: State, queu
                     if extra.spec.on:
                         speculation.take_own_blocks(extra.spec.batch, slot, ints[STEP])
         slot = after
+    return preempted, False
 
 
 @inlined
@@ -240,7 +268,7 @@ def _place_after(state: State, queue: Queue, slot: int) -> int:
 def _continue_prompts(
     cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, extra: Extra | None
 ) -> tuple[bool, bool]:
-    """R5, B1, B5: give tokens to those in prefill, in order of admission; return whether somebody was preempted, and whether somebody waits (M22)."""
+    """R5, B1, B5: give tokens to those in prefill, in order of admission; return whether somebody was preempted, and whether somebody waits (S3, M22)."""
     ints = state.ints
     preempted = False
     waits = False
@@ -262,6 +290,8 @@ def _continue_prompts(
         gone = False
         while missing > ints[FREE_BLOCKS] and not gone:
             victim = _victim(state, queue)
+            if victim == slot and _waits(out, state, queue, slot):
+                return preempted, True
             preempt(cost, limits, out, state, queue, extra, victim)
             preempted = True
             gone = victim == slot
@@ -502,23 +532,28 @@ def collect_chunks(stream: Stream, state: State, queue: Queue) -> int:
 @inlined
 def _serve_decodes(
     cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, queue: Queue, extra: Extra | None
-) -> int:
-    """R5, P1: the decoding sequences take the blocks of this step; return how many, -1 if somebody was preempted for them."""
+) -> tuple[int, bool, bool]:
+    """R5, P1: the decoding sequences take the blocks of this step.
+
+    Return how many they were, 0 if they were short and each took its own; whether somebody was preempted; and whether who is left waits (S3).
+    """
     ints = state.ints
+    preempted = False
+    waits = False
     if extra is not None and extra.spec.on:
         level = extra.spec.level_by_batch[ints[BATCH]]
         if ints[BATCH] > 0 and level != extra.spec.batch.ints[speculation.LEVEL]:
             change_level(cost, stream, out, state, extra, level)
     need = blocks_of_step(limits, state, extra)
     if need > ints[FREE_BLOCKS]:
-        _make_room(cost, limits, out, state, queue, extra)
-        need = -1
+        preempted, waits = _make_room(cost, limits, out, state, queue, extra)
+        need = 0
     else:
         ints[FREE_BLOCKS] -= need
         if extra is not None and extra.cache.on:
             take(extra.cache, need)
-    queue.ints[GRANTED] = ALL
-    return int(need)
+    queue.ints[GRANTED] = NOBODY if waits else ALL
+    return int(need), preempted, waits
 
 
 @inlined
@@ -544,9 +579,8 @@ def schedule(
             queue.ints[IS_OPEN] = 1
         admits = batching == PREFILL_FIRST or queue.ints[IS_OPEN] == 1
     else:
-        need = _serve_decodes(cost, limits, stream, out, state, queue, extra)
-        preempted = need < 0
-        if queue.ints[N_PARTIALS] > 0:
+        need, preempted, waits = _serve_decodes(cost, limits, stream, out, state, queue, extra)
+        if queue.ints[N_PARTIALS] > 0 and not waits:
             lost, waits = _continue_prompts(cost, limits, stream, out, state, queue, extra)
             preempted = preempted or lost
             if extra is not None and extra.cache.on and not extra.cache.radix and not queue.rules.preempt_lower:
@@ -559,8 +593,8 @@ def schedule(
     if prompts_first:
         if queue.ints[CHUNK_TOKENS] == 0:
             queue.ints[IS_OPEN] = 0
-            need = _serve_decodes(cost, limits, stream, out, state, queue, extra)
-            preempted = preempted or need < 0
+            need, lost, waits = _serve_decodes(cost, limits, stream, out, state, queue, extra)
+            preempted = preempted or lost
         elif queue.ints[STALLED] == 0:
             queue.ints[STALLED] = 1
             queue.floats[STALL_START] = state.floats[CLOCK]

@@ -37,6 +37,8 @@ from simulator.engine.core import (
     N_GROWING,
     N_RUNNING,
     NEXT_ROW,
+    OWNED,
+    RAN,
     REBASE_STEPS,
     SEGMENTS,
     STEP,
@@ -76,9 +78,12 @@ from simulator.engine.segments import (
 
 
 @entry
-def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, until: float) -> bool:
+def advance(
+    cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state: State, until: float, known: float
+) -> bool:
     """Run until no step can start before ``until``; return whether everything is done.
 
+    Whoever comes before ``known`` is known; who comes later is seated by another call, after those that will be sent in between.
     Rows of ``stream`` may be appended between calls, as long as none arrives before the clock of a step already
     scheduled. A closed loop, which takes rows when it wants them, also stops before the next step once it has taken
     row ``STOP_ROW`` − 1.
@@ -86,8 +91,10 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
     ints, floats = state.ints, state.floats
     bs = limits.block_size
     while True:
-        receive(stream, limits, out, state, before_now=False)
         t = floats[CLOCK]
+        if t >= known:
+            return False
+        receive(stream, limits, out, state, before_now=False)
         next_arrival = next_arrival_s(stream, state)
         if ints[N_RUNNING] == 0 and n_waiting(state) == 0:
             if next_arrival == math.inf:
@@ -114,6 +121,7 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
         chunks = schedule_chunks(cost, limits, stream, out, state, free, short)
         waiting = n_waiting(state)
         running = ints[N_RUNNING]
+        ints[RAN] = running
         ints[MAX_WAITING] = max(ints[MAX_WAITING], waiting)
         ints[MAX_RUNNING] = max(ints[MAX_RUNNING], running)
 
@@ -163,10 +171,11 @@ def advance(cost: CostTable, limits: Limits, stream: Stream, out: Outcome, state
         if cost.window > 0:
             pass_window_events(cost, limits, state)
         n_done = 0
+        ints[OWNED] = limits.num_blocks - ints[FREE_BLOCKS]
         if chunks.n > 0:
             n_done += end_chunks(cost, limits, stream, out, state, None, None, chunks.n, price)
         n_done += end_decodes(cost, limits, stream, out, state, None, None)
-        if stream.concurrency > 0 and n_done > 0:
+        if stream.concurrency > 0 and n_done > 0 and end <= known:
             receive(stream, limits, out, state, before_now=True)
             for _ in range(n_done):
                 release_next(stream, state, end)

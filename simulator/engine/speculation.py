@@ -212,7 +212,7 @@ def _list_gift(batch: Batch, slot: int, step: int) -> None:
     _list(batch, slot, GIVES_BACK, GIVES, step + passes, batch.windowed * (passed - slots[slot, PASSED]))
 
 
-@compiled
+@inlined
 def take_own_blocks(batch: Batch, slot: int, step: int) -> None:
     """Let one sequence take the blocks it needs at ``step``."""
     _unlist(batch, slot, NEEDS, TAKES)
@@ -220,7 +220,7 @@ def take_own_blocks(batch: Batch, slot: int, step: int) -> None:
     _list_need(batch, slot, step)
 
 
-@compiled
+@inlined
 def take_blocks_of_step(batch: Batch, step: int) -> None:
     """Let every sequence take the blocks it needs at ``step``."""
     at = step & batch.mask
@@ -259,7 +259,7 @@ def steps_to_gift(batch: Batch, step: int) -> int:
     return k
 
 
-@compiled
+@inlined
 def take_blocks_of_steps(
     batch: Batch, step: int, k: int, free: int, owned: int, d0: float, q: float, profile: Any
 ) -> tuple[int, int, float]:
@@ -293,7 +293,7 @@ def take_blocks_of_steps(
     return k, owned, total
 
 
-@compiled
+@inlined
 def steps_with_room(batch: Batch, step: int, k: int, free: int) -> int:
     """Steps, at most k, for which ``free`` blocks certainly are enough; 1 if they are for the first."""
     # A sequence may begin a block just before the steps, ends within one, and has not looked ahead yet if it is new (P2).
@@ -379,7 +379,7 @@ def mark(floats: Any, v: Any, slot: int) -> None:
     v[slot, 2] = floats[SHARE_D1]
 
 
-@compiled
+@inlined
 def settle(
     batch: Batch, levels: Any, floats: Any, v: Any, slot: int, step: int, origin: int, w: float, r0: float, r1: float
 ) -> tuple[float, float]:
@@ -509,7 +509,7 @@ def pass_window_events(batch: Batch, levels: Any, step: int, busy: Any, rows: An
             _window_event(batch, slot, step)
 
 
-@compiled
+@inlined
 def steps_in_reach(batch: Batch, next_knot: float, step: int, k: int) -> int:
     """Steps, at most k, until S reaches a knot of the cost curve or a window is crossed."""
     ints = batch.ints

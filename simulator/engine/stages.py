@@ -78,8 +78,10 @@ from simulator.engine.kv_blocks import release_of_step
 from simulator.engine.parts import HOST_SHARE, extra_of, load_price, part_of, store_price
 from simulator.engine.prefix_cache import EPOCH, N_ENDED, catch_up, release_ended
 from simulator.engine.queues import (
+    ALL,
     GONE,
     GONE_SLOT,
+    GRANTED,
     HELD,
     KEPT_LAST_TOKEN,
     N_GONE,
@@ -141,7 +143,7 @@ def _detach(state: State, slot: int) -> None:
     state.ints[N_RUNNING] += 1
 
 
-@inlined
+@compiled
 def _schedule_group(
     cost: CostTable,
     limits: Limits,
@@ -182,7 +184,7 @@ def _schedule_group(
         known = stream.prompt[group.row[slot]] + group.slots[slot, EMITTED]
         if queue.slots[slot, HELD] > 0 and group.slots[slot, COMPUTED] + group.chunks[c, CHUNK_SIZE] == known:
             _link(group, slot)  # no victim before, but in its place now
-    if ints[BATCH] > 0 and (found.n == 0 or queue.rules.batching < PREFILL_FIRST):
+    if ints[BATCH] > 0 and queue.ints[GRANTED] == ALL:
         if queue.rules.policy == FAIR:
             count_decodes(group, queue, 1)
         if extra is not None and extra.cache.late:
@@ -271,7 +273,7 @@ def _merge(
     from_g: int,
     to_g: int,
 ) -> None:
-    """B3: the sequences of a group that has completed join those that are idle."""
+    """B3, S3: the sequences of a group that has completed join those that are idle."""
     if flight.last[to_g] >= 0.0:
         slot = taker.ints[FIRST]
         while slot >= 0:
@@ -426,7 +428,7 @@ def _client_leaves(
         release_next(stream, shared, due)
 
 
-@inlined
+@compiled
 def _receive_for_stages(
     cost: CostTable,
     limits: Limits,
@@ -458,7 +460,7 @@ def _receive_for_stages(
                 join(out, shared, shared, queue, extra_of(extras, 0), row, arrival)
 
 
-@inlined
+@compiled
 def _try(
     cost: CostTable,
     stages: StageTable,
@@ -504,7 +506,7 @@ def _try(
     return True
 
 
-@inlined
+@compiled
 def _land(
     cost: CostTable,
     limits: Limits,
@@ -522,7 +524,7 @@ def _land(
     extra = extra_of(extras, g)
     _hand_over(shared.ints, group.ints)
     n_done = _complete(cost, limits, stream, out, shared, group, flight, queue, extra, g)
-    if queue.rules.batching >= PREFILL_FIRST and group.ints[BATCH] > 0:
+    if group.ints[BATCH] > 0:
         for other in range(len(flight.done)):
             if other != g and flight.done[other] == math.inf and states.ints[other, BATCH] > 0:
                 taker = part_of(states, other)

@@ -67,9 +67,6 @@ def new_swap(host: HostSwap | None, *, max_num_seqs: int, n: int) -> Swap:
 
 @compiled
 def _note_move(swap: Swap, row: int, blocks: int) -> None:
-    """Note blocks to copy; a window that has just left all of a request's blocks may leave none."""
-    if blocks == 0:
-        return
     place = swap.ints[N_MOVED]
     swap.moves[place, MOVED_ROW] = row
     swap.moves[place, MOVED_BLOCKS] = blocks
@@ -88,7 +85,8 @@ def copy_out(swap: Swap, row: int, tokens: int, blocks: int) -> None:
     ints[OUT_BLOCKS] += blocks
     ints[MAX_HOST] = max(ints[MAX_HOST], swap.host_blocks - ints[FREE_HOST])
     swap.saved[row] = tokens
-    _note_move(swap, row, blocks)
+    if blocks > 0:
+        _note_move(swap, row, blocks)
 
 
 @compiled
@@ -98,7 +96,8 @@ def copy_in(swap: Swap, row: int, saved_blocks: int, hits: int) -> None:
     swap.ints[FREE_HOST] += saved_blocks
     swap.ints[IN_BLOCKS] += blocks
     swap.saved[row] = 0
-    _note_move(swap, row, blocks)
+    if blocks > 0:
+        _note_move(swap, row, blocks)
 
 
 @compiled

@@ -3,16 +3,21 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-from simulator.catalog.chips import chip_names
-from simulator.planning.by_chip import OnChip, search_chips, split_on, subsets
+from simulator.catalog.chips import chip_names, load_chip
+from simulator.planning.by_chip import BestFleets, OnChip, search_chips, split_on, subsets
 from simulator.planning.choices import Choice, in_threads
+from simulator.planning.fleet import price_of
 from simulator.planning.question import Question
 from simulator.results.plan import Alternative, FrontPoint, PlannedFleet, Targets
 from simulator.roofline.sweep import pareto_front
 
 #: How far beyond the least possible relaxation alternatives are sought: at the least one, replicas would stand idle.
 RELAXATIONS = (1.1, 1.5, 2.0)
+
+#: Fleets of other chips that are named.
+ELSEWHERE = 3
 
 
 def find_front(question: Question, on_chip: Sequence[OnChip], workers: int) -> list[FrontPoint]:
@@ -79,14 +84,15 @@ def find_nearest(
 
 def _elsewhere(question: Question, workers: int) -> list[Alternative]:
     """Fleets of other chips of the catalogue that keep the targets; if there are none, of the one that comes nearest."""
-    others = tuple(name for name in chip_names() if name not in question.chips)
-    plain = replace(question, options=question.options.model_copy(update={"front": ()}), chips=others, explain=False)
-    on_chip = search_chips(plain, others, workers, _quiet)
-    fleets = sorted((question.fleet(one.best) for one in on_chip if one.best is not None), key=question.order)
-    if fleets:
+    others = sorted((name for name in chip_names() if name not in question.chips), key=partial(_promise, question))
+    options = question.options.model_copy(update={"front": ()})
+    plain = replace(question, options=options, chips=tuple(others), explain=False)
+    best = BestFleets(plain, ELSEWHERE)
+    on_chip = search_chips(plain, others, workers, _quiet, best)
+    if best.fleets:
         return [
             Alternative(what=f"on {fleet.pools[0].chip}, as asked", targets=question.targets, fleet=fleet)
-            for fleet in fleets[:3]
+            for fleet in best.fleets
         ]
     for metrics in subsets([t.metric for t in question.targets.limits]):
         bounds = sorted((one.scales.get(metrics, math.inf), one.chip) for one in on_chip)
@@ -106,6 +112,16 @@ def _elsewhere(question: Question, workers: int) -> list[Alternative]:
             Alternative(what=what, targets=relaxed, fleet=question.fleet(f)) for f in nearest.search(relaxed).found[:1]
         ]
     return []
+
+
+def _promise(question: Question, chip: str) -> tuple[bool, float, str]:
+    """Sorts chips by what a byte per second of HBM costs: the sooner good fleets are known, the less is searched. No result depends on it."""
+    spec = load_chip(chip)
+    speed = spec.memory.hbm_bandwidth.si(f"{chip}: memory.hbm_bandwidth", "bytes/s")
+    if question.options.rank_by == "chips":
+        return False, 1 / speed, chip
+    price = price_of(spec, chip, question.template, question.options)
+    return price is None, (price.usd_per_chip_hour if price else 1.0) / speed, chip
 
 
 def _relaxed(targets: Targets, scale: float, metrics: Sequence[str]) -> Targets:

@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
+from threading import Lock
 
+from simulator.catalog.chips import load_chip
 from simulator.errors import UnpriceableError
 from simulator.planning.choices import Choice, in_threads
+from simulator.planning.fleet import price_of
 from simulator.planning.pools import Handover, RoleLoads, Split, of_role, of_share
 from simulator.planning.question import Question
 from simulator.planning.search import Answer, ChipSearch
-from simulator.results.plan import ChipOutcome, Searched, Targets
+from simulator.results.plan import ChipOutcome, PlannedFleet, Searched, Targets
 from simulator.roofline.precision import parse_precision
 from simulator.run.simulate import prepare_engine
 
@@ -47,25 +50,70 @@ class OnChip:
         return min(self.choices, key=lambda choice: choice.rank, default=None)
 
 
+class BestFleets:
+    """The best few fleets found so far on any chip: what others would have to undercut."""
+
+    def __init__(self, question: Question, size: int) -> None:
+        self._question = question
+        self._size = size
+        self._lock = Lock()
+        self._kept: list[PlannedFleet] = []
+
+    @property
+    def fleets(self) -> tuple[PlannedFleet, ...]:
+        """The best first; of equals, in the order of their slices' names."""
+        return tuple(self._kept)
+
+    def add(self, fleet: PlannedFleet) -> None:
+        """Keep a fleet if it is among the best."""
+        with self._lock:
+            self._kept = sorted([*self._kept, fleet], key=self._rank)[: self._size]
+
+    def _rank(self, fleet: PlannedFleet) -> tuple[object, ...]:
+        return (*self._question.order(fleet), [p.slice for p in fleet.pools])
+
+    def at_most_chips(self, chip: str) -> int | None:
+        """Chips of this kind of which a fleet is no worse than the worst that is kept; None: any number."""
+        with self._lock:
+            worst = self._kept[-1] if len(self._kept) == self._size else None
+        if worst is None:
+            return None
+        if self._question.options.rank_by == "chips":
+            return worst.chips
+        if worst.usd_per_hour is None:
+            return None
+        price = price_of(load_chip(chip), chip, self._question.template, self._question.options)
+        return 0 if price is None else int(worst.usd_per_hour / price.usd_per_chip_hour * (1 + 1e-9))
+
+
 def search_chips(
-    question: Question, chips: Sequence[str], workers: int, say: Callable[[int, str], None]
+    question: Question,
+    chips: Sequence[str],
+    workers: int,
+    say: Callable[[int, str], None],
+    best: BestFleets | None = None,
 ) -> list[OnChip]:
-    """Search some chips, several at a time."""
+    """Search some chips, several at a time; with ``best``, only for fleets that belong there."""
 
     def one(numbered: tuple[int, str]) -> OnChip:
         index, chip = numbered
         say(index, f"searching {chip}")
-        return _search_chip(question, chip, partial(say, index))
+        found = _search_chip(question, chip, partial(say, index), best.at_most_chips(chip) if best else None)
+        if best and found.best is not None:
+            best.add(question.fleet(found.best))
+        return found
 
     return in_threads(one, list(enumerate(chips)), workers)
 
 
-def _search_chip(question: Question, chip: str, say: Callable[[str], None]) -> OnChip:
+def _search_chip(question: Question, chip: str, say: Callable[[str], None], at_most_chips: int | None = None) -> OnChip:
     searcher = question.searcher(chip)
     for site in searcher.sites[:1]:
         if site.base.cost.parts == 1 and not site.base.settings.expert_skew.on:
             prepare_engine(say, site.base)
-    answer = searcher.search(question.targets) if "unified" in question.options.kinds else Answer((), 0, 0)
+    answer = Answer((), 0, 0)
+    if "unified" in question.options.kinds:
+        answer = searcher.search(question.targets, at_most_chips)
     counts = _counts(searcher, answer) if "unified" in question.options.kinds else Counter()
     split = None
     if "disaggregated" in question.options.kinds:

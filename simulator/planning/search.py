@@ -228,8 +228,11 @@ class ChipSearch:
                 continue
             yield Entry(site.place, resolved, bounds, Bench(resolved, load), (site.order, j))
 
-    def search(self, targets: Targets) -> Answer:
-        """Best first: a place or deployment is opened in the order of the least chips that a fleet there could take."""
+    def search(self, targets: Targets, at_most_chips: int | None = None) -> Answer:
+        """Best first: a place or deployment is opened in the order of the least chips that a fleet there could take.
+
+        Fleets of more than ``at_most_chips`` are not looked for.
+        """
         by_latency = by_cost = 0
         heap: list[tuple[int, tuple[int, int], Site | Entry]] = []
         for site in self.sites:
@@ -237,7 +240,7 @@ class ChipSearch:
                 heapq.heappush(heap, (self._least_chips(site), (site.order, -1), site))
             else:
                 by_latency += len(site.limits)
-        best: int | None = None
+        best = at_most_chips
         found: list[Found] = []
         while heap:
             least_chips, _, node = heapq.heappop(heap)

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 
-from simulator.report.tables import HEADLINES, aligned, percent, wrapped
+from simulator.report.forms import DASH, HEADLINES, aligned, percent, wrapped
 from simulator.results.compare import Comparison
 from simulator.results.summary import Intervals, ParameterInterval
-
-_DASH = "–"
 
 
 def interval_lines(found: Intervals) -> list[str]:
@@ -16,7 +14,7 @@ def interval_lines(found: Intervals) -> list[str]:
     for label, path, form in HEADLINES:
         figure = found.figures.get(path)
         if figure is not None:
-            shares = [f"{figure.shares[s]:.0%}" if s in figure.shares else _DASH for s in found.sources]
+            shares = [f"{figure.shares[s]:.0%}" if s in figure.shares else DASH for s in found.sources]
             rows.append([f"  {label}", form(figure.value), interval_text(figure, form), *shares])
     lines = aligned(rows, indent=0)
     sources = ", ".join(found.sources)
@@ -34,7 +32,7 @@ def interval_lines(found: Intervals) -> list[str]:
 def interval_text(figure: ParameterInterval, form: Callable[[float | None], str]) -> str:
     """The interval; ∞ where the draws beyond that end have no bound."""
     if figure.low is None and figure.median is None and not figure.reason.endswith("steady state"):
-        return _DASH
+        return DASH
     low, high = (("∞" if end is None else form(end)) for end in (figure.low, figure.high))
     return f"[{low} … {high}]"
 

@@ -1,6 +1,7 @@
 """A lifetime study as text for people."""
 
-from simulator.report.tables import aligned, by_grade, number, percent, usd, wrapped
+from simulator.report.forms import aligned, number, percent, usd, wrapped
+from simulator.report.tables import by_grade
 from simulator.results.lifetime import Lifetime, Optimum, Size
 
 

@@ -3,7 +3,7 @@
 import math
 
 from simulator.planning.search import with_spares
-from simulator.report.tables import number, seconds, usd
+from simulator.report.forms import number, seconds, usd
 from simulator.results.plan import Plan, PlannedFleet, Pool, Provisioning, Target, Targets
 
 #: Rates for which a planned fleet is scaled.
@@ -43,6 +43,26 @@ def fleet_cells(fleet: PlannedFleet | None) -> tuple[str, ...]:
         number(fleet.chip_seconds_per_query),
         usd(fleet.usd_per_hour),
         usd(fleet.usd_per_query),
+    )
+
+
+def front_table(plan: Plan) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], int]:
+    """Columns and rows of the cheapest fleets under other limits, and how many columns are text; columns that say nothing are left out."""
+    columns = ("limits", "", *FLEET_COLUMNS)
+    rows = [
+        (f"{p.scale:g}×", "" if p.on_front else "no fleet" if p.fleet is None else "no cheaper", *fleet_cells(p.fleet))
+        for p in plan.front
+    ]
+    left_out = {"chip-s/query"}
+    if all(p.on_front for p in plan.front):
+        left_out.add("")
+    if len({pool.precision for p in plan.front if p.fleet for pool in p.fleet.pools}) == 1:
+        left_out.add("precision")
+    keep = [i for i, column in enumerate(columns) if column not in left_out]
+    return (
+        tuple(columns[i] for i in keep),
+        tuple(tuple(row[i] for i in keep) for row in rows),
+        sum(i < FLEET_TEXTS + 2 for i in keep),
     )
 
 

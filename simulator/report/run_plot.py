@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.report.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PINK, SKY, YELLOW, compact, tidy
-from simulator.report.tables import number
+from simulator.report.forms import number
 from simulator.report.timeline import fleet_series
 from simulator.results import Result
 

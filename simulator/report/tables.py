@@ -1,10 +1,9 @@
 """Results as text for people, at most 100 columns wide. Renders figures; computes none."""
 
-import math
-import textwrap
 from collections.abc import Callable, Sequence
 
-from simulator.results.compare import Comparison, Difference
+from simulator.report.forms import DASH, HEADLINES, WIDTH, aligned, number, percent, seconds, usd, wrapped
+from simulator.report.intervals import interval_lines
 from simulator.results.summary import (
     Assumption,
     Distribution,
@@ -18,79 +17,6 @@ from simulator.results.summary import (
     TokenPrices,
 )
 from simulator.units import format_si
-
-WIDTH = 100
-_DASH = "–"
-
-
-def seconds(value: float | None) -> str:
-    """A time with three digits and a fitting unit.
-
-    >>> [seconds(v) for v in (0.0123, 2.5, 4321.9, None)]
-    ['12.3 ms', '2.5 s', '4,322 s', '–']
-    """
-    if value is None:
-        return _DASH
-    if abs(value) >= 999.5:
-        return f"{value:,.0f} s"
-    return format_si(value, "s").replace(" ms", " ms")
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits, thousands separated, never in exponent form between 1e-6 and 1e15.
-
-    >>> [number(v) for v in (0.000123456, 0.1, 12.3456, 123456.7, 0.0, None)]
-    ['0.000123', '0.100', '12.3', '123,457', '0', '–']
-    """
-    if value is None:
-        return _DASH
-    if value == 0:
-        return "0"
-    magnitude = math.floor(math.log10(abs(value)))
-    if magnitude < -6:
-        return f"{value:.{digits - 1}e}"
-    if isinstance(value, int) or magnitude >= digits:
-        return f"{value:,.0f}"
-    return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
-
-
-def usd(value: float | None) -> str:
-    """Dollars with three digits.
-
-    >>> usd(0.000771), usd(2.9), usd(None)
-    ('$0.000771', '$2.90', '–')
-    """
-    return _DASH if value is None else f"${number(value)}"
-
-
-def percent(fraction: float | None) -> str:
-    """A share in percent.
-
-    >>> percent(0.1234), percent(0.00012), percent(1.0)
-    ('12.3 %', '0.0120 %', '100 %')
-    """
-    return _DASH if fraction is None else f"{number(100 * fraction)} %"
-
-
-def aligned(rows: Sequence[Sequence[str]], *, indent: int = 2, gap: int = 2, left: int = 1) -> list[str]:
-    """Rows as lines with aligned columns: the first ``left`` columns to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        lines.append((" " * indent + (" " * gap).join(cells)).rstrip())
-    return lines
-
-
-def wrapped(text: str, *, first: str = "  ", rest: str | None = None) -> list[str]:
-    """Lines of a paragraph."""
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first) if rest is None else rest,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
 
 
 def summary_text(summary: Summary, *, sources: bool = True) -> str:
@@ -113,8 +39,6 @@ def summary_text(summary: Summary, *, sources: bool = True) -> str:
     if summary.replications:
         lines += ["", *_replications(summary)]
     if summary.intervals:
-        from simulator.report.intervals import interval_lines  # it uses this module's forms
-
         lines += ["", *interval_lines(summary.intervals)]
     if summary.warnings:
         lines += ["", "Warnings"]
@@ -276,7 +200,7 @@ def _reasons(found: list[tuple[str, str]]) -> str:
 def range_text(estimate: Estimate, form: Callable[[float | None], str] = seconds) -> str:
     """The interval of an estimate in brackets, its unit once."""
     if estimate.low is None and estimate.high is None:
-        return _DASH
+        return DASH
     low, high = form(estimate.low), form(estimate.high)
     value_low, _, unit_low = low.rpartition(" ")
     unit_high = high.rpartition(" ")[2]
@@ -488,25 +412,6 @@ def conservation_lines(s: Summary) -> list[str]:
     return [chip_time, f"{r.arrived:,} arrived = {' + '.join(parts)}"]
 
 
-#: Figures that a reader looks for first: label, path in the summary, form.
-HEADLINES: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("TTFT p50", "latency.ttft_s.p50", seconds),
-    ("TTFT p99", "latency.ttft_s.p99", seconds),
-    ("TPOT p50", "latency.tpot_s.p50", seconds),
-    ("TPOT p99", "latency.tpot_s.p99", seconds),
-    ("ITL p99", "latency.itl_s.p99", seconds),
-    ("E2E p50", "latency.e2e_s.p50", seconds),
-    ("E2E p99", "latency.e2e_s.p99", seconds),
-    ("load", "load.load", number),
-    ("goodput /s", "slo.goodput_per_s", number),
-    ("chip-s busy", "chip_seconds_per_query.busy", number),
-    ("output tokens/s", "throughput.output_tokens_per_s", number),
-    ("chip-s provisioned", "chip_seconds_per_query.provisioned", number),
-    ("$ per query, allocation", "prices.allocation.per_query_usd", usd),
-    ("J per query", "energy.joules_per_query", number),
-)
-
-
 def _replications(s: Summary) -> list[str]:
     found = s.replications
     if found is None:
@@ -516,7 +421,7 @@ def _replications(s: Summary) -> list[str]:
     for label, path, form in HEADLINES:
         figure = found.figures.get(path)
         if figure is not None:
-            span = _DASH if figure.low is None else f"[{form(figure.low)} … {form(figure.high)}]"
+            span = DASH if figure.low is None else f"[{form(figure.low)} … {form(figure.high)}]"
             rows.append([f"  {label}", form(figure.mean), span])
     return [*aligned(rows, indent=0), *wrapped(f"status: {statuses}")]
 
@@ -534,75 +439,3 @@ def _assumptions(s: Summary) -> list[str]:
         "Inputs behind these figures, weakest first",
         *(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in body),
     ]
-
-
-def comparison_text(comparison: Comparison, name_a: str, name_b: str, *, everything: bool = False) -> str:
-    """What differs between two results; figures a reader looks for first come first."""
-    lines = [f"a = {name_a}", f"b = {name_b}"]
-    if comparison.equal:
-        return "\n".join([*lines, "no difference: scenario, summary and every request are equal"]) + "\n"
-    for title, found in (("Scenario", comparison.scenario), ("Versions", comparison.versions)):
-        if found:
-            lines += ["", title, *aligned([[d.path, _value(d.a), "→", _value(d.b)] for d in found])]
-    figures = sorted(comparison.summary, key=_weight)
-    numeric = [d for d in figures if d.absolute is not None]
-    shown = numeric if everything else [d for d in numeric if _is_headline(d.path)]
-    if shown:
-        rows = [["Figures", "a", "b", "change"]]
-        rows += [[f"  {d.path}", _value(d.a), _value(d.b), _change(d)] for d in shown]
-        lines += ["", *aligned(rows, indent=0)]
-        if len(shown) < len(numeric):
-            lines.append(f"  … and {len(numeric) - len(shown)} more; --all lists them")
-    other = [d for d in figures if d.absolute is None and (everything or not d.path.startswith("intervals."))]
-    if other:
-        shown_other = other if everything else other[:12]
-        lines += ["", "Other entries"]
-        for d in shown_other:
-            lines += wrapped(f"{d.path}: {_value(d.a)} → {_value(d.b)}", rest="      ")
-        if len(shown_other) < len(other):
-            lines.append(f"  … and {len(other) - len(shown_other)} more; --all lists them")
-    if comparison.intervals:
-        from simulator.report.intervals import compared_lines  # as above
-
-        lines += ["", *compared_lines(comparison)]
-    if comparison.rows_a != comparison.rows_b:
-        lines += ["", f"Requests: {comparison.rows_a:,} in a, {comparison.rows_b:,} in b; the common ones are compared"]
-    if comparison.requests:
-        rows = [["Requests, joined by index", "rows", "largest change", "relative", "first"]]
-        rows += [
-            [f"  {c.column}", f"{c.rows:,}", number(c.max_absolute), _times(c.max_relative), f"{c.first_row:,}"]
-            for c in comparison.requests
-        ]
-        lines += ["", *aligned(rows, indent=0)]
-    return "\n".join(lines) + "\n"
-
-
-#: Figures a reader looks for first; the others follow.
-_FIRST = ("chip_seconds_per_query", "latency", "slo", "load", "prices", "throughput")
-
-
-def _weight(difference: Difference) -> tuple[int, str]:
-    top = difference.path.partition(".")[0]
-    return (_FIRST.index(top) if top in _FIRST else len(_FIRST), difference.path)
-
-
-def _is_headline(path: str) -> bool:
-    """Leave out the ends of intervals, counts, and the parts that only --all asks for."""
-    top, _, rest = path.partition(".")
-    return top in _FIRST and rest.rpartition(".")[2] not in {"low", "high", "n"}
-
-
-def _change(d: Difference) -> str:
-    if d.relative is None:
-        return f"{'+' if (d.absolute or 0) > 0 else ''}{number(d.absolute)}"
-    return f"{d.relative:+.3%}".replace("%", " %")
-
-
-def _times(relative: float) -> str:
-    return percent(relative) if relative < 10 else f"× {number(relative + 1)}"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return _DASH if value is None else str(value)
-    return number(value, 5)

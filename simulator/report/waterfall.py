@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from simulator.report.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE
-from simulator.report.tables import number
+from simulator.report.forms import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -328,13 +328,13 @@ def _moe_ops(d: Deployment, count: int, ffn: MoEFFN, n: Number) -> list[Op]:
     ops, routed = [], n * ffn.top_k
     if d.expert_chips > 1:
         routed = routed / t
-    for name, (_, m) in ffn_matrices(d, ffn).items():
+    for name, (held, m) in ffn_matrices(d, ffn).items():
         if name.startswith("experts"):
             op = matmul_op(d, name, count, m, routed, reads=touched, slowdown=d.expert_imbalance)
             if d.expert_chips > 1:  # all wait for the chip that has the most experts to load
                 wait = busiest_experts(ffn.n_experts, touched, d.expert_chips) / np.where(some > 0, touched, 1.0)
                 op = replace(op, roofline_s=op.roofline_s * np.where(some > 0, wait, 1.0))
-            ops.append(op)
+            ops.append(calibrated.walked_experts(d, op, held, n))
         else:
             ops.append(matmul_op(d, name, count, m, n))
     columns = ffn.top_k * ffn.d_ff + ffn.n_shared * (ffn.shared_d_ff or ffn.d_ff)
@@ -455,10 +455,10 @@ def key_bytes(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> float
     return latent_bytes(d, mixer)
 
 
-def walks_sequences(d: Deployment) -> bool:
-    """Whether a kernel of decode attention leaves each sequence to one multiprocessor."""
+def deals_sequences(d: Deployment) -> bool:
+    """Whether a kernel of decode attention deals each sequence's keys to blocks of threads, by a schedule."""
     mixers = [mixer for _, mixer in d.mixers if isinstance(mixer, SoftmaxAttention | LatentAttention)]
-    return any(curve is not None and curve.walk > 0 for curve in (calibrated.decode_curve(d, m) for m in mixers))
+    return any(curve is not None and curve.schedule != "" for curve in (calibrated.decode_curve(d, m) for m in mixers))
 
 
 def decode_knots(d: Deployment) -> list[float]:

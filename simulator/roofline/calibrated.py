@@ -23,17 +23,21 @@ from simulator.catalog.kernel_curves import (
     PrefillCurve,
     VectorCurve,
 )
-from simulator.roofline.kernel_times import (
-    collective_s,
+from simulator.roofline.attention_times import (
+    block_key_s,
     decode_blocks,
     decode_key_s,
-    decode_walk_s,
-    gemm_compute_s,
-    grouped_compute_s,
-    memory_s,
     padded_heads,
     prefill_key_s,
     prefill_pair_s,
+    scheduled_key_s,
+    scheduled_line,
+)
+from simulator.roofline.kernel_times import (
+    collective_s,
+    gemm_compute_s,
+    grouped_compute_s,
+    memory_s,
     present,
     soft_max,
     spilled_share,
@@ -132,7 +136,14 @@ def prefill_curve(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> P
 
 
 def decode_curve(d: Deployment, mixer: SoftmaxAttention | LatentAttention) -> DecodeCurve | None:
-    """Curve of decode attention; that of a cache as wide as the rest where the cache's own format was not measured."""
+    """Curve of decode attention; that of a cache as wide as the rest where the cache's own format was not measured.
+
+    Heads that share no keys have one of their own where a framework has another kernel for them.
+    """
+    if isinstance(mixer, SoftmaxAttention) and mixer.n_heads / d.chips <= d.kv_heads_per_chip(mixer):
+        unshared = _attention_curve(d, mixer, DecodeCurve, "mla_decode", "mha_decode")
+        if unshared is not None:
+            return unshared
     return _attention_curve(d, mixer, DecodeCurve, "mla_decode", "attention_decode")
 
 
@@ -243,6 +254,14 @@ def linear_product_times(d: Deployment, found: Product, *, flops: Number, moved_
     return Times(compute, memory, np.maximum(compute, memory), 0.0)
 
 
+def walked_experts(d: Deployment, op: Op, held: float, n: Number) -> Op:
+    """One of the two products of routed experts, with its half of the time of walking the ``held`` experts of this chip."""
+    found = product_curve(d, narrow=True, experts=True)
+    if found is None or not isinstance(found.curve, GroupedCurve) or not found.curve.expert_s:
+        return op
+    return replace(op, roofline_s=op.roofline_s + present(n) * (0.5 * op.count * held * found.curve.expert_s))
+
+
 def expert_traffic(d: Deployment, op: Op, routed_bytes: Number, *, launches: float) -> Op:
     """An op that moves tokens to, within or from routed experts: ``routed_bytes`` of its traffic at the experts' curve.
 
@@ -279,9 +298,10 @@ def decode_times(
 ) -> Op:
     """Decode attention of ``B`` sequences over ``keys`` keys in all, in each of the op's layers.
 
-    Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys, and
-    kernels that do not split a sequence its walk. The mean length stands for the longest there: a batch of unequal lengths
-    waits for its longest sequence, by up to their ratio, which a step's sums do not tell. Windowed layers have neither.
+    Launch, time per sequence, and time per key; full layers also have the ramp, which ends at one number of keys, and where
+    a kernel deals each sequence's keys to blocks of threads a time per key that depends on how many there are. The mean length stands
+    for the longest there: a batch of unequal lengths may wait for its longest sequence, by up to their ratio, which a step's
+    sums do not tell. Windowed layers have neither.
     """
     curve = decode_curve(d, mixer)
     if curve is None:
@@ -294,26 +314,28 @@ def decode_times(
         kv_heads = d.kv_heads_per_chip(mixer)
         flops = 4.0 * padded_heads(heads, kv_heads, matrix_units=units) * mixer.head_dim
         each, width, latent = kv_heads * curve.kv_head_s + heads * curve.head_s, float(mixer.head_dim), False
-    # The tokens' own traffic is priced with all tokens of the step, prefilled ones included.
-    each = max(0.0, each - (token_io_s(d, mixer) or 0.0))
     rate = d.rate_flops_per_s(d.attention_dtype)
     key_s = decode_key_s(bytes_per_key, flops, curve, peak_flops_per_s=rate, hbm_bytes_per_s=d.hbm_bytes_per_s)
+    launch_s = curve.launch_s
     ramp: Number = 0.0
     per_key: Number = key_s
+    if curve.schedule:
+        block_s = block_key_s(width, curve)
+        blocks = float(decode_blocks(heads, kv_heads, latent=latent))
+        line = scheduled_line(curve, blocks, key_s, float(block_s), d.multiprocessors)
+        launch_s, each = launch_s + line.launch_s, each + line.sequence_s
+        if not is_windowed(mixer):
+            per_key = scheduled_key_s(B, line.table, key_s)
     if not is_windowed(mixer):
         ramp = curve.ramp_s * np.minimum(1.0, keys * (bytes_per_key / curve.ramp_bytes))
-        if curve.walk:
-            walk_s = decode_walk_s(
-                B, decode_blocks(heads, kv_heads, latent=latent), width, curve,
-                latent=latent, peak_flops_per_s=rate, multiprocessors=d.multiprocessors,
-            )  # fmt: skip
-            per_key = np.maximum(key_s, walk_s / np.maximum(B, 1.0))
+    # The tokens' own traffic is priced with all tokens of the step, prefilled ones included.
+    each = max(0.0, each - (token_io_s(d, mixer) or 0.0))
     return replace(
         op,
         compute_s=keys * (op.count * flops / (rate * curve.peak)),
         memory_s=keys * (op.count * bytes_per_key / (d.hbm_bytes_per_s * curve.hbm)),
         roofline_s=op.count * (keys * per_key + ramp + B * each),
-        overhead_s=present(B) * (op.count * curve.launch_s),
+        overhead_s=present(B) * (op.count * launch_s),
     )
 
 

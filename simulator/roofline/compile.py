@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.errors import InputError
-from simulator.roofline.blocks import decode_knots, walks_sequences
+from simulator.roofline.blocks import deals_sequences, decode_knots
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.ops import (
     Number,
@@ -128,8 +128,8 @@ def _decode_curve(d: Deployment, launch_s: float) -> tuple[Array, Array, Array]:
 
 
 def _decode_walk(d: Deployment, rows: Array) -> Array:
-    """Table of what a key costs on top while 1, 2 … sequences decode, of kernels that leave each to one multiprocessor. [s]"""
-    if not walks_sequences(d):
+    """Table of what a key costs on top while 1, 2 … sequences decode, of kernels that deal each to blocks of threads. [s]"""
+    if not deals_sequences(d):
         return np.zeros(0)
     both_s, rows_s, keys_s = (
         sum_over(op.roofline_s for op in decode_attention_ops(d, *x))

@@ -19,7 +19,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.catalog.kernel_curves import CollectiveCurve, DecodeCurve, GemmCurve, GroupedCurve, PrefillCurve
+from simulator.catalog.kernel_curves import CollectiveCurve, GemmCurve, GroupedCurve
 
 Array = NDArray[np.float64]
 Number = float | Array
@@ -36,13 +36,6 @@ VECTOR_TILES = ((4, 64), (8, 64), *TILES)
 """Tiles where there are no matrix units: few rows cost little."""
 VECTOR_ROW_STEP = 4
 """As :data:`ROW_STEP` without matrix units."""
-QUERY_TILE = 128
-"""Queries of one tile of prefill attention."""
-PAD_HEADS = 16
-"""Query heads per KV head that decode attention computes at least."""
-LATENT_HEADS, LATENT_BLOCKS = 64, 2
-"""Query heads that a block of threads takes of latent decode attention, and blocks that share the width of their values."""
-
 _SPLITS = np.array(SPLITS, dtype=np.float64)
 _GM, _GN = (np.array(side, dtype=np.float64) for side in zip(*GROUPED_TILES, strict=True))
 
@@ -267,71 +260,6 @@ def spilled_share(moved_bytes: Number, room_bytes: float) -> Number:
 def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_s: float) -> Number:
     """Time to move bytes, those needed to fill the memory's pipeline included. [s]"""
     return (moved_bytes + fill_bytes) / (hbm_bytes_per_s * hbm)
-
-
-def padded_heads(heads: float, kv_heads: float, *, matrix_units: bool = True) -> float:
-    """Query heads that decode attention computes, of ``heads`` that share ``kv_heads``.
-
-    Without matrix units heads that share nothing are matrix-vector products, which need no padding; preparing keys for
-    products with several queries takes such units as long as about a tile of them.
-
-    >>> padded_heads(32, 8), padded_heads(128, 1), padded_heads(32, 8, matrix_units=False), padded_heads(8, 8, matrix_units=False)
-    (128, 128, 128, 8)
-    """
-    if heads <= kv_heads and not matrix_units:
-        return heads
-    return kv_heads * PAD_HEADS * ceil(heads / kv_heads / PAD_HEADS)
-
-
-def decode_key_s(
-    bytes_per_key: float, flops_per_key: float, curve: DecodeCurve, *, peak_flops_per_s: float, hbm_bytes_per_s: float
-) -> float:
-    """Time per key of decode attention, its ramp apart: the longer of reading and multiplying. [s]"""
-    return max(bytes_per_key / (hbm_bytes_per_s * curve.hbm), flops_per_key / (peak_flops_per_s * curve.peak))
-
-
-def decode_blocks(heads: Number, kv_heads: Number, *, latent: bool) -> Number:
-    """Blocks of threads per sequence of decode attention that does not split its keys.
-
-    >>> float(decode_blocks(32, 8, latent=False)), float(decode_blocks(128, 1, latent=True))
-    (8.0, 4.0)
-    """
-    each: Number = np.ceil(heads / LATENT_HEADS) if latent else np.ceil(heads / kv_heads / PAD_HEADS)
-    return each * (LATENT_BLOCKS if latent else kv_heads)
-
-
-def decode_walk_s(
-    sequences: Number, blocks: Number, width: Number, curve: DecodeCurve, *,
-    latent: bool, peak_flops_per_s: float, multiprocessors: float,
-) -> Number:  # fmt: skip
-    """Time for each key of a sequence, of ``sequences`` walked side by side by ``blocks`` each; 0 without a walk. [s]
-
-    The busiest multiprocessor has ⌈sequences·blocks/multiprocessors⌉ of them, two at a time.
-
-    >>> curve = DecodeCurve(hbm=0.8, peak=0.2, launch_s=0.0, walk=1.0, pair=1.5)
-    >>> known = {"latent": False, "peak_flops_per_s": 400e12, "multiprocessors": 100}
-    >>> [round(1e9 * float(decode_walk_s(n, 10, 128, curve, **known)), 3) for n in (1, 10, 11, 21)]
-    [2.048, 2.048, 3.072, 5.12]
-    """
-    busiest: Number = np.ceil(sequences * blocks / multiprocessors)
-    heads = LATENT_HEADS / LATENT_BLOCKS if latent else PAD_HEADS
-    one = curve.walk * 4 * heads * width * multiprocessors / peak_flops_per_s
-    together: Number = curve.pair * np.floor(busiest / 2) + busiest % 2
-    return together * one
-
-
-def prefill_pair_s(flops_per_pair: float, heads: float, curve: PrefillCurve, peak_flops_per_s: float) -> float:
-    """Time per (query, key) pair of prefill attention, softmax included. [s]"""
-    return (flops_per_pair + 4 * heads * curve.softmax) / (peak_flops_per_s * curve.peak)
-
-
-def prefill_key_s(
-    head_dim: float, kv_bytes_per_key: float, curve: PrefillCurve, *,
-    peak_flops_per_s: float, hbm_bytes_per_s: float, multiprocessors: float,
-) -> float:  # fmt: skip
-    """Time per key that prefill attention stands on: the last tile's walk, or reading the keys once if longer. [s]"""
-    walk = curve.serial * 4 * QUERY_TILE * head_dim * multiprocessors / peak_flops_per_s
-    return max(walk, kv_bytes_per_key / hbm_bytes_per_s)
 
 
 def collective_s(transfer_s: Number, curve: CollectiveCurve) -> Number:

@@ -312,7 +312,10 @@ class _Work:
 
 
 def _draft_work(target: Deployment, drafter: Drafter, tree: Tree, B: Array, knots: Array) -> _Work:
-    """One drafting step per depth (Medusa's heads: one in all); the step at a depth runs the nodes of the depth before."""
+    """One drafting step per depth (Medusa's heads: one in all); the step at a depth runs the nodes of the depth before.
+
+    A drafter's keys are priced as if its sequences filled the chip: what waves of few blocks take longer is in no table of drafts.
+    """
     some, none = np.greater(B, 0) * 1.0, 0 * knots
     if not tree:
         return _Work(0 * B, none, none, 0 * B, 0 * B)
@@ -441,7 +444,7 @@ def pass_time_s(cost: StepCost, speculation: SpeculationCost, level: int, batch:
     """Time of a step in which ``batch`` sequences of ``context`` tokens, of each rank, take a pass of ``level``. [s]"""
     tokens = batch * int(speculation.queries[level])
     S, SW = batch * context, batch * min(context, cost.window)
-    inner = speculation.decode_s(level, B=batch, S=S, SW=SW)
+    inner = speculation.decode_s(level, B=batch, S=S, SW=SW) + float(cost.decode_walk_s[batch]) * S
     return float(cost.dense_s[tokens] + cost.head_s[tokens]) + inner
 
 

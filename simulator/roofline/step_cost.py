@@ -88,8 +88,8 @@ class StepCost:
     decode_seq_s
         time per decoding sequence that depends on neither n nor S. [s]
     decode_walk_s
-        [max_num_seqs + 1] further seconds per key while B sequences decode: kernels that leave each sequence to one
-        multiprocessor fill the chip by their number alone. Zeros if left out.
+        [max_num_seqs + 1] further seconds per key while B sequences decode: kernels that deal each sequence's keys to
+        blocks of threads fill the chip by waves of them. Zeros if left out.
     prefill_planes
         [q, 5] seconds per attention pair (A), per KV token read (K), per chunk (P), per windowed pair (AW) and per
         windowed token read (KW); the time is the largest plane. Three columns are read as five, the last two 0.

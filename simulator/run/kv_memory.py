@@ -1,34 +1,16 @@
 """Memory below HBM in scenarios: what ``[engine]`` says about it, in blocks and seconds of one deployment."""
 
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import Field, PositiveFloat, PositiveInt
-
-from simulator.catalog.records import Record
 from simulator.engine.kv_memory import HostSwap, Tier
 from simulator.errors import InputError, UnpriceableError
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.memory import MemoryFit, memory_fit
 from simulator.roofline.pipeline import ShardedDeployment
+from simulator.run.scenario import EngineOptions, TierOptions
 
 if TYPE_CHECKING:
     from simulator.catalog.chips import ChipSpec
-    from simulator.run.scenario import EngineOptions
-
-
-class TierOptions(Record):
-    """One of ``[[engine.cache_tiers]]``: memory that keeps what the prefix cache evicts from HBM."""
-
-    name: str = "host"
-    blocks: PositiveInt | None = None
-    """KV blocks it holds; or state ``capacity_bytes``."""
-    capacity_bytes: PositiveFloat | None = None
-    """Of the replica's share; of attention ranks, each rank's. [bytes]"""
-    bandwidth_bytes_per_s: PositiveFloat | None = None
-    """Of loading, the whole replica (of attention ranks: each rank); None: the chips' PCIe links together. [bytes/s]"""
-    latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    write_through: bool = False
-    """Whether blocks of prompts are put here when they are computed, and not only what HBM evicts."""
 
 
 class KvPlace(NamedTuple):
@@ -77,7 +59,7 @@ def host_bandwidth_bytes_per_s(place: KvPlace) -> float:
     return chip.host.pcie.si(f"{chip.name}: host.pcie", "bytes/s") * place.n_chips
 
 
-def host_swap(place: KvPlace, engine: "EngineOptions") -> HostSwap | None:
+def host_swap(place: KvPlace, engine: EngineOptions) -> HostSwap | None:
     """Host memory for preempted requests; None where they are computed again."""
     if engine.host_blocks is None:
         return None

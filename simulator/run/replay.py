@@ -15,7 +15,6 @@ from simulator.engine.compiled import new_engine
 from simulator.engine.event_log import MAX_STEPS, EventLog, Span, record
 from simulator.engine.one_by_one import ROW_COLUMNS
 from simulator.engine.records import FINISHED, EngineResult, EngineSettings, Requests
-from simulator.errors import InputError
 from simulator.fleet.records import Link, Pool, PoolResult, Served
 from simulator.run.outcome import ConservationError
 
@@ -69,8 +68,6 @@ class ReplicaRun:
 
         Raises
         ------
-        InputError
-            If attention ranks were chosen by loads that only the run itself knew.
         ConservationError
             If the replica does not do again what it did in the run.
         """
@@ -80,12 +77,6 @@ class ReplicaRun:
         done = (again.status == FINISHED) & (again.finish_s <= log.end_s)
         off = np.abs(again.finish_s[done] - before.finish_s[done])
         if not (off <= TOLERANCE * again.finish_s[done]).all():
-            if self.settings.rank_routing == "least-loaded":
-                # Who is sent a request in the middle of a step has the loads of its end there, and those of its start when run again.
-                raise InputError(
-                    f"{self.name}: engine.rank_routing = 'least-loaded' behind a router or agents that look at replicas: the ranks that "
-                    "requests joined depend on when the router looked, so the replica cannot be followed by itself; use round-robin"
-                )
             raise ConservationError(f"replica {self.number}: run again, it finishes requests at other times")
         return replace(log, spans=tuple(self._as_sent(log))) if self._moved.any() else log
 

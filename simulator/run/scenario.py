@@ -32,7 +32,6 @@ from simulator.run.fleet_options import (
     RouterOptions,
     StoreOptions,
 )
-from simulator.run.kv_memory import TierOptions
 from simulator.run.options import PriceOptions, RunOptions, SloOptions
 from simulator.run.speculation import SpeculationOptions
 from simulator.traffic import TrafficSpec
@@ -96,6 +95,21 @@ class HostOptions(Record):
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+class TierOptions(Record):
+    """One of ``[[engine.cache_tiers]]``: memory that keeps what the prefix cache evicts from HBM."""
+
+    name: str = "host"
+    blocks: PositiveInt | None = None
+    """KV blocks it holds; or state ``capacity_bytes``."""
+    capacity_bytes: PositiveFloat | None = None
+    """Of the replica's share; of attention ranks, each rank's. [bytes]"""
+    bandwidth_bytes_per_s: PositiveFloat | None = None
+    """Of loading, the whole replica (of attention ranks: each rank); None: the chips' PCIe links together. [bytes/s]"""
+    latency_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    write_through: bool = False
+    """Whether blocks of prompts are put here when they are computed, and not only what HBM evicts."""
 
 
 class EngineOptions(Record):

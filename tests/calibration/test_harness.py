@@ -251,6 +251,28 @@ def test_a_log_is_replayed_with_its_own_arrivals(tmp_path):
     assert np.isfinite(list(found.values())).all()
 
 
+MLPERF_ROW = {
+    "gpu": "l40s", "n_gpus": "8", "framework": "TensorRT 10.2.0, CUDA 12.4", "benchmark": "llama2-70b-99", "scenario": "Server", "tp": "", "pp": "",
+    "samples_per_s": "10", "target_qps": "11", "mean_output_tokens": "290", "ttft_mean_ms": "290", "tpot_mean_ms": "140", "min_duration_s": "2400",
+    "sample_count": "24576",
+}  # fmt: skip
+
+
+def test_an_mlperf_server_runs_as_long_as_its_log(tmp_path):
+    rows = [
+        MLPERF_ROW,
+        MLPERF_ROW | {"scenario": "Offline"},
+        MLPERF_ROW | {"tp": "4"},
+        MLPERF_ROW | {"min_duration_s": "3600"},
+    ]
+    server, queued, given, longer = read_measurements(write_rows(tmp_path / "mlperf.csv", rows)).measurements
+    assert (server.n_requests, queued.n_requests, longer.n_requests) == (24_576, 24_576, 36_000)
+    arrivals = requests_of(longer, 2, PLAIN).arrival_s  # of one engine of two
+    assert arrivals[-1] == pytest.approx(3600, rel=0.03)
+    # where PCIe is all that links the chips they are stages, unless the log says otherwise
+    assert [(m.pools[0].workers, m.pools[0].tp, m.pools[0].pp) for m in (server, given)] == [(2, 1, 4), (2, 4, 1)]
+
+
 def test_files_that_are_no_table_are_refused(tmp_path):
     write_rows(tmp_path / "other.csv", [{"a": 1}])
     with pytest.raises(InputError, match="not a known table"):

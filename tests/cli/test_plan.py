@@ -44,7 +44,7 @@ def test_the_tables_tell_the_fleet_and_why(run_cli):
         "l40s:1",
     ):
         assert text in done.stdout
-    assert "busiest hour 2 × the mean" in done.stdout
+    assert "busiest hour has 2 times the mean rate" in done.stdout
     assert "90 % of requests keep all" in done.stdout
     assert "simulated in" in done.stderr
 
@@ -54,7 +54,7 @@ def test_infeasible_is_answered_no_with_the_nearest(run_cli):
     found = json.loads(done.stdout)
     assert found["best"] is None
     assert found["nearest"][0]["what"].startswith("relax to TTFT p50 <= ")
-    assert "cannot be kept on h100-sxm; nearest: relax to TTFT p50 <= " in done.stderr
+    assert "cannot be kept on h100-sxm; nearest: relax to TTFT p50 ≤ " in done.stderr
 
 
 @pytest.mark.parametrize(

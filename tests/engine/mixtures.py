@@ -122,6 +122,28 @@ def random_mixture(seed: int, must: Sequence[str] = (), refusals: Sequence[Refus
     return mixture_case(lambda low, high: int(rng.integers(low, high, endpoint=True)), must, refusals)
 
 
+def tight_mixture(seed: int, must: Sequence[str] = (), refusals: Sequence[Refusal] = BOTH) -> Case:
+    """The mixture of a seed with a KV cache that barely holds the longest request, and chunks of few tokens where there are chunks."""
+    cost, settings, requests = random_mixture(seed, must, refusals)
+    rng = np.random.default_rng([seed, 1])
+    scheduling, budget = settings.scheduling, settings.max_num_batched_tokens
+    if scheduling.batching == "chunked":
+        if rng.integers(2):
+            scheduling = replace(scheduling, long_prefill_token_threshold=int(rng.integers(1, 4)))
+        if settings.speculation is None:  # whose levels were drawn for its budget
+            budget = min(budget, settings.max_num_seqs + int(rng.integers(0, 3)))
+    settings = replace(
+        settings,
+        scheduling=scheduling,
+        max_num_batched_tokens=budget,
+        scheduler_reserve_full_isl=settings.scheduler_reserve_full_isl and not rng.integers(3),
+        max_model_len=0,
+    )
+    longest = int((requests.prompt_tokens + requests.max_tokens).max()) - 1
+    enough = int(settings.most_blocks(longest)) + int(rng.integers(0, 3))
+    return Case(cost, replace(settings, num_kv_blocks=enough), requests)
+
+
 @st.composite
 def mixtures(draw: st.DrawFn, must: Sequence[str] = (), refusals: Sequence[Refusal] = BOTH) -> Case:
     """Mixtures drawn by hypothesis, so that a failure shrinks."""
@@ -202,7 +224,7 @@ def with_cache(draft: Draft) -> None:
     prompt = requests.prompt_tokens
     if pick(0, 1):  # whole blocks, where a full hit computes one again
         prompt = np.maximum(prompt // blocks, 1) * blocks
-    unit = one_of(pick, (blocks, blocks, 2 * blocks, *(u for u in (1, 2, 3) if blocks % u == 0)))
+    unit = one_of(pick, (blocks, 4 * blocks, 2 * blocks, *(u for u in (1, 2, 3) if blocks % u == 0)))
     draft.ask(
         prompt_tokens=prompt,
         cached_tokens=np.minimum(requests.cached_tokens, prompt - 1) * pick(0, 1),

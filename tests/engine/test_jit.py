@@ -61,7 +61,7 @@ def test_every_compiled_module_enters_the_cache_key():
     compiled = {
         p.name
         for p in ENGINE.glob("*.py")
-        if re.search(r"^@(entry|compiled|inlined|inlined_or_none)$", p.read_text(), re.MULTILINE)
+        if re.search(r"^@(entry|compiled|inlined|inlined_entry|inlined_or_none)$", p.read_text(), re.MULTILINE)
     }
     needed = compiled | {m for name in compiled for m in imports(name)}
     assert needed <= set(jit.COMPILED_SOURCES)
@@ -88,7 +88,7 @@ def test_an_unwritable_cache_directory_is_no_obstacle(tmp_path):
 
 def decorated(tree: ast.Module) -> dict[str, str]:
     """Compiled functions of a module, and how they are compiled."""
-    kinds = {"entry", "compiled", "inlined", "inlined_or_none"}
+    kinds = {"entry", "compiled", "inlined", "inlined_entry", "inlined_or_none"}
     return {
         node.name: mark.id
         for node in tree.body
@@ -106,7 +106,7 @@ def test_python_calls_only_functions_that_are_compiled_for_it():
         for path, tree in trees.items()
         if path.parent == ENGINE
         for name, mark in decorated(tree).items()
-        if mark != "entry"
+        if mark not in {"entry", "inlined_entry"}
     }
     assert len(inner) > 100
     wrong = []
@@ -193,3 +193,62 @@ def test_records_by_address_give_what_python_gives(tmp_path):
     assert python[1:] == compiled[1:]
     assert python[1] > 0
     assert min(python[2]) > 0
+
+
+CALLS = """
+import json
+import numpy as np
+from simulator.engine import jit
+@jit.compiled
+def below(a, i):
+    return a[i] + 1
+@jit.inlined
+def inner(a, i):
+    return below(a, i) * 2
+@jit.entry
+def run(a, b):
+    found = 0.0
+    for i in range(len(a)):
+        found += inner(a, i) + below(a, i) + inner(b, i) * below(b, i) + a[i] ** 2 // 3 - (b[i] < a[i])
+    return found
+a, b = np.arange(1.0, 6.0), np.arange(2, 7)
+print(json.dumps([run(a, b), run(b, a), run(a, a)]))
+"""
+
+
+def test_helpers_become_machine_code_with_what_python_calls(tmp_path):
+    """Only what Python calls goes to the disk cache; a process that finds it there needs no helper, and one without the means gives the same."""
+    script = tmp_path / "calls.py"
+    ask = """
+kinds = {f.__name__: list(f.overloads.values()) for f in (inner, below, run)}
+print(json.dumps([
+    jit.PIPELINES is not None,
+    {name: sorted({one.fndesc.inline for one in made}) for name, made in kinds.items()},
+    sorted(p.name.split("-")[0].split(".")[-1] for p in jit.CACHE_FOLDER.rglob("*.nbi")),
+]))
+"""
+    another = 'from simulator.engine import link_once\nlink_once.NEEDED["CodeLibrary"] = ("of another Numba",)\n'
+    found = []
+    for start, cache in (("", "ours"), ("", "ours"), (another, "plain")):
+        script.write_text(start + CALLS + ask)
+        os.utime(script, (1e9, 1e9))  # or Numba would compile anew for the script's time
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / cache), "NUMBA_DISABLE_JIT": "0"}
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=True)
+        found.append([json.loads(line) for line in done.stdout.splitlines()])
+    (first, how), (second, again), (other, otherwise) = found
+    assert first == second == other
+    # a helper is part of its callers if it says so, not because one that does made Numba compile it
+    assert how == [True, {"inner": [True], "below": [False], "run": [False]}, ["run"]]
+    assert again == [True, {"inner": [], "below": [], "run": [False]}, ["run"]]
+    assert otherwise == [False, {"inner": [True], "below": [False], "run": [False]}, ["below", "inner", "run"]]
+
+
+def test_calls_that_are_known_come_to_the_same(tmp_path):
+    script = tmp_path / "known.py"
+    script.write_text(CALLS)
+    answers = []
+    for off in ("0", "1"):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path), "NUMBA_DISABLE_JIT": off}
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=True)
+        answers.append(json.loads(done.stdout))
+    assert answers[0] == answers[1]

@@ -29,11 +29,14 @@ def read(shared, name: str) -> Requests:
     return Requests(arrival_s, prompt, output, 0 * prompt, output, hashes=BlockHashes(ids, offsets, UNIT))
 
 
-def full_blocks(requests: Requests) -> list[list[int]]:
-    """Ids of the blocks that a prompt fills: the trace's last id of a row may be of a part of a block."""
-    hashes = requests.hashes
-    bounds = zip(hashes.offsets[:-1].tolist(), (requests.prompt_tokens // UNIT).tolist(), strict=True)
-    return [hashes.ids[start : start + count].tolist() for start, count in bounds]
+def full_blocks(requests: Requests, block_size: int = UNIT) -> list[list[int]]:
+    """Ids of the blocks that a prompt fills, each id of the trace cut into several: its last one of a row may be of a part."""
+    hashes, parts = requests.hashes, UNIT // block_size
+    bounds = zip(hashes.offsets[:-1].tolist(), (requests.prompt_tokens // block_size).tolist(), strict=True)
+    return [
+        [int(hashes.ids[start + block // parts]) * parts + block % parts for block in range(count)]
+        for start, count in bounds
+    ]
 
 
 def cost(max_tokens: int = 8192, max_rows: int = 256):
@@ -44,11 +47,11 @@ def cost(max_tokens: int = 8192, max_rows: int = 256):
     )
 
 
-def run(requests: Requests, n_blocks: int, *, max_num_seqs: int = 256):
+def run(requests: Requests, n_blocks: int, *, max_num_seqs: int = 256, block_size: int = UNIT):
     pytest.importorskip("simulator.engine.compiled", reason="no compiled engine here")
     from simulator.engine.compiled import Engine
 
-    settings = EngineSettings(max_num_seqs, 8192, UNIT, n_blocks, prefix_cache="blocks")
+    settings = EngineSettings(max_num_seqs, 8192, block_size, n_blocks, prefix_cache="blocks")
     engine = Engine(cost(), settings, requests, log_size=600_000)
     engine.advance()
     result = engine.result()
@@ -93,27 +96,30 @@ def test_an_endless_cache_hits_every_prefix_seen_before(shared, name):
 
 
 @pytest.mark.parametrize("name", TRACES)
-@pytest.mark.parametrize("n_blocks", [1200, 6000])
-def test_under_load_the_hits_are_those_of_a_manager_driven_by_the_log(shared, name, n_blocks):
+@pytest.mark.parametrize(
+    ("block_size", "n_blocks", "count"), [(512, 1200, 20000), (512, 6000, 20000), (32, 20000, 1500)]
+)
+def test_under_load_the_hits_are_those_of_a_manager_driven_by_the_log(shared, name, block_size, n_blocks, count):
     from simulator.engine.prefix_cache import ADMITS, FREES, PUBLISHES, TAKES
 
     requests = read(shared, name)
-    result, log = run(requests, n_blocks)
+    requests = requests.take(slice(count))
+    result, log = run(requests, n_blocks, block_size=block_size)
     assert result.totals["evicted_blocks"] > 10_000
-    manager = Manager(n_blocks, full_blocks(requests))
+    manager = Manager(n_blocks, full_blocks(requests, block_size))
     hit_blocks = 0
     for kind, row, amount, more in log.tolist():
         if kind == TAKES:
             manager.loose += manager.take(amount)
         elif kind == ADMITS:
-            assert manager.admit(row, more, UNIT) == amount
+            assert manager.admit(row, more, block_size) == amount
             hit_blocks += amount
         elif kind == PUBLISHES:
             manager.fill(row, amount)
         else:
             assert kind == FREES
             manager.release(row, amount)
-    assert hit_blocks * UNIT == result.totals["cache_hit_tokens"] > 0
+    assert hit_blocks * block_size == result.totals["cache_hit_tokens"] > 0
     assert manager.evicted == result.totals["evicted_blocks"]
     assert len(manager.free) == n_blocks
     assert result.preemptions.sum() == result.totals["preemptions"]

@@ -14,14 +14,27 @@ from simulator.engine.compiled import new_engine, simulate
 from simulator.engine.kv_memory import HostSwap
 from simulator.engine.records import FINISHED, EngineResult, EngineSettings, Speculation
 from simulator.engine.scheduling import HostOverheads, Retries, Scheduling
-from simulator.fleet import Agents, Fleet, Router, serve, serve_agents
+from simulator.fleet import Agents, Fleet, Link, Router, serve, serve_agents
 from simulator.fleet.records import LOAD_BASED, STATE_FREE
 from simulator.fleet.routing import assign, two_replicas
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.speculation import SpeculationCost
+from tests.engine.mixtures import random_mixture
 from tests.engine.strategies import dyadic_case
 
 COLUMNS = [f.name for f in fields(EngineResult) if f.name.endswith(("_s", "status", "preemptions", "tokens"))]
+EXACT = (
+    "status",
+    "scheduled_s",
+    "first_token_s",
+    "finish_s",
+    "load_start_s",
+    "load_end_s",
+    "preemptions",
+    "attempts",
+    "reused_tokens",
+)
+"""What is equal to the last bit on the dyadic grid."""
 WITHOUT_PREFIXES = [policy for policy in LOAD_BASED if policy != "prefix-affinity"]
 
 
@@ -241,6 +254,103 @@ def test_replicas_of_any_kind_do_what_they_would_alone(fleets, name):
         for column in ("scheduled_s", "first_token_s", "finish_s"):
             assert getattr(result, column) == pytest.approx(getattr(by_itself, column), rel=1e-9, nan_ok=True)
         assert result.busy_s.sum() == pytest.approx(by_itself.busy_s.sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["priority", "ranks", "stages"])
+def test_a_router_sees_the_moment_of_the_arrival_on_replicas_of_any_kind(fleets, name):
+    """Who is gone with the end of the step under way is still there."""
+    _, cost, settings, columns = next(kind for kind in kinds_of_replicas(fleets) if kind[0] == name)
+    requests = replace(fleets.requests(300, rate=150.0), **columns)
+    pool = fleets.pool(replicas=4, cost=cost, settings=settings)
+    served = serve(Fleet((pool,), Router("least-requests")), requests)
+    for request in range(300):
+        assert served.replica[request] == int(np.argmin(in_system(served, requests, request)))
+
+
+@pytest.mark.parametrize("policy", WITHOUT_PREFIXES)
+def test_replicas_beyond_the_plain_loop_look_like_plain_ones(fleets, policy):
+    """A host that takes no time changes the loop that a replica runs in, and nothing that a router sees."""
+    settings = replace(fleets.settings, host=HostOverheads(output_s=2.0**-40))
+    for seed in range(3):
+        requests = fleets.requests(400, rate=500.0, seed=seed)
+        plain, other = (
+            serve(Fleet((fleets.pool(replicas=3, settings=each),), Router(policy)), requests, seed=1)
+            for each in (fleets.settings, settings)
+        )
+        assert np.array_equal(plain.replica, other.replica)
+
+
+def test_who_tries_again_counts_where_it_is(fleets):
+    """Two replicas: the first one's client gives up and is back before the third request comes, which goes to the idle one."""
+    settings = replace(fleets.settings, max_num_seqs=1, retries=Retries(max_attempts=2, backoff_s=2.0**-6))
+    requests = replace(
+        fleets.requests(4, rate=None),
+        arrival_s=np.array([0.0, 0.0, 0.25, 0.5]),
+        prompt_tokens=np.full(4, 16),
+        output_tokens=np.array([200, 20, 200, 20]),
+        max_tokens=np.array([200, 20, 200, 20]),
+        timeout_s=np.array([0.125, 9.0, 9.0, 9.0]),
+    )
+    served = serve(Fleet((fleets.pool(replicas=2, settings=settings),), Router("least-requests")), requests)
+    assert served.replica.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        ("clients that leave",),
+        ("ranks",),
+        ("ranks", "clients that leave"),
+        ("policy", "clients that leave"),
+        ("tiers",),
+    ],
+    ids=" and ".join,
+)
+def test_replicas_of_any_mixture_do_what_they_would_alone(features, fleets):
+    """Who comes within a step is seated in order of time, whether a router sends it or it tries again by itself (M1); ranks are chosen by loads of that moment (G1)."""
+    compared = 0
+    for seed in range(40):
+        cost, settings, requests = random_mixture(seed, features)
+        if requests.concurrency:
+            requests = replace(requests, arrival_s=np.cumsum(requests.arrival_s), concurrency=0)
+        requests = replace(requests, stored_tokens=None)  # each replica's store would hold those of all rows
+        pool = fleets.pool(replicas=2, cost=cost, settings=settings)
+        (found,) = serve(Fleet((pool,), Router("least-requests")), requests, seed=seed).pools
+        for rows, result in zip(found.rows, found.replicas, strict=True):
+            if not len(rows):
+                continue
+            by_itself = simulate(cost, settings, requests.take(rows))
+            for name in EXACT:
+                left, right = getattr(result, name), getattr(by_itself, name)
+                assert np.array_equal(left, right, equal_nan=True), f"random_mixture({seed}, {features!r}): {name}"
+            assert np.array_equal(result.itl_counts, by_itself.itl_counts)
+            for name, value in by_itself.totals.items():
+                assert not isinstance(value, int) or name == "segments" or result.totals[name] == value, name
+            compared += 1
+    assert compared > 60
+
+
+@pytest.mark.parametrize("kind", ["plain", "host"])
+def test_what_a_link_brings_later_is_seated_later(fleets, kind):
+    """A request without cached tokens overtakes, within a step too, those whose caches are on their way from the store."""
+    requests = fleets.requests(300, rate=400.0, prompt=40)
+    requests = replace(requests, cached_tokens=np.where(np.arange(300) % 3 == 0, 16, 0))
+    settings = fleets.settings
+    if kind == "host":  # beyond the plain loop, but taking no time
+        settings = replace(settings, host=HostOverheads(output_s=2.0**-30))
+    pool = fleets.pool(replicas=2, settings=settings)
+    served = serve(Fleet((pool,), Router("least-requests"), store=Link(1e8, 0.004)), requests)
+    overtaken = 0
+    (found,) = served.pools
+    for rows, result in zip(found.rows, found.replicas, strict=True):
+        there_s = (served.arrival_s + served.store_s)[rows]
+        order = np.argsort(there_s, kind="stable")
+        overtaken += int((order != np.arange(len(order))).sum())
+        mine = replace(requests.take(rows[order], concurrency=1), arrival_s=there_s[order], concurrency=0)
+        by_itself = simulate(pool.cost, pool.settings, mine)
+        assert result.scheduled_s[order] == pytest.approx(by_itself.scheduled_s, rel=1e-9)
+        assert result.finish_s[order] == pytest.approx(by_itself.finish_s, rel=1e-9)
+    assert overtaken > 100
 
 
 def three_drafts(seqs):

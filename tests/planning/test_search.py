@@ -63,6 +63,9 @@ def test_search_equals_brute_force(case):
         by_order = {f.order: f for f in every}
         assert all(by_order[f.order].rank == f.rank for f in answer.found)
         assert (every == []) == (answer.found == ())
+        for most in {f.chips + more for f in every for more in (-1, 0)}:
+            limited = one.search(targets, most).found[:1]
+            assert [f.rank for f in limited] == [f.rank for f in every[:1] if f.chips <= most]
 
 
 def test_without_limits_every_request_must_be_served():

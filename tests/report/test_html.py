@@ -12,6 +12,7 @@ from simulator.lifetime.scenario import load_lifetime
 from simulator.lifetime.study import study
 from simulator.planning import PlanOptions, plan, targets_of
 from simulator.report import figures
+from simulator.report.forms import number, seconds, usd
 from simulator.report.html import (
     comparison_page,
     joined_pages,
@@ -24,7 +25,6 @@ from simulator.report.html import (
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.page import Bars, Card, Grid, Page, Picture, Section
 from simulator.report.plan_tables import scaled_rows
-from simulator.report.tables import number, seconds, usd
 from simulator.results import write_result
 from simulator.results.lifetime import write_lifetime
 from simulator.results.plan import write_plan

@@ -2,7 +2,8 @@
 
 import pytest
 
-from simulator.report.tables import WIDTH, aligned, number, percent, seconds, summary_text, usd
+from simulator.report.forms import WIDTH, aligned, number, percent, seconds, usd
+from simulator.report.tables import summary_text
 from simulator.run import load_scenario, run_scenario
 
 

@@ -77,8 +77,8 @@ def test_a_layers_drafting_is_its_own_steps_op_by_op(sharded):
     for batch, context in ((1, 700), (16, 3000), (64, 1200)):
         runs = [step_time_s(module, StepShape.decode(batch, context + depth)) for depth in range(DEPTH)]
         inputs = DEPTH * float(sum_over(op.time_s for op in input_ops(module, batch)))
-        # Exact but for the drafts' own keys, priced as beyond the bend of the curve.
-        assert table.drafting_s(DEPTH, B=batch, S=batch * context) == pytest.approx(sum(runs) + inputs, rel=2e-4)
+        # Exact but for the drafts' own keys, priced as beyond the bend of the curve and as of a chip that they fill.
+        assert table.drafting_s(DEPTH, B=batch, S=batch * context) == pytest.approx(sum(runs) + inputs, rel=2e-3)
 
 
 def test_a_draft_models_steps_are_its_own_op_by_op(sharded):
@@ -91,7 +91,7 @@ def test_a_draft_models_steps_are_its_own_op_by_op(sharded):
             runs = sum(
                 step_time_s(drafter.deployment, StepShape.decode(batch, context + depth)) for depth in range(DEPTH)
             )
-            assert table.drafting_s(DEPTH, B=batch, S=batch * context) == pytest.approx(runs, rel=2e-4)
+            assert table.drafting_s(DEPTH, B=batch, S=batch * context) == pytest.approx(runs, rel=2e-3)
 
 
 def test_heads_draft_op_by_op(sharded):

@@ -82,7 +82,7 @@ def test_a_disaggregated_run_adds_up(disaggregated):
 def test_preempted_decodes_and_waiting_clients():
     """Little memory for decoding, and clients in a closed loop: no load to exceed, and tokens computed again are waste."""
     closed = 'traffic.arrival={process="closed", concurrency=40, think_s=0.1}'
-    run = run_scenario(load_scenario(DISAGGREGATED, [*FEW, closed, "pool.decode.engine.num_gpu_blocks_override=1800"]))
+    run = run_scenario(load_scenario(DISAGGREGATED, [*FEW, closed, "pool.decode.engine.num_gpu_blocks_override=1600"]))
     s = run.summary
     assert s.requests.finished + s.requests.rejected == 400
     assert s.requests.preemptions > 0

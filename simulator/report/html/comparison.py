@@ -5,12 +5,12 @@ from functools import partial
 
 import numpy as np
 
+from simulator.report.forms import HEADLINES, number, usd
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.page import Card, Grid, Page, Picture, Prose, Section
 from simulator.report.html.uncertainty import estimate_at
 from simulator.report.intervals import apart, interval_text
 from simulator.report.run_plot import LINE_COLOURS, draw_cdfs, measured_values, metric_label
-from simulator.report.tables import HEADLINES, number, usd
 from simulator.results import Result
 from simulator.results.compare import differences
 

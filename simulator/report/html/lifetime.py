@@ -4,12 +4,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from simulator.report.figures import compact
+from simulator.report.forms import number, percent, usd
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Block, Card, Grid, Page, Picture, Prose, Section
 from simulator.report.lifetime_plot import draw_costs, draw_regret
 from simulator.report.lifetime_tables import billions, choice_rows, money, size_rows, thinned, tokens, verdict
-from simulator.report.tables import number, percent, usd
 from simulator.results.lifetime import Lifetime, Optimum
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from simulator.report.forms import number, percent, seconds, usd
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Bar, Bars, Block, Card, Grid, Page, Picture, Prose, Section, waterfall
@@ -16,6 +17,7 @@ from simulator.report.plan_tables import (
     binding_text,
     fleet_cells,
     fleet_sentence,
+    front_table,
     limits_text,
     metric_text,
     provisioning_text,
@@ -25,7 +27,7 @@ from simulator.report.plan_tables import (
     targets_text,
     words,
 )
-from simulator.report.tables import latency_rows, number, percent, seconds, usd
+from simulator.report.tables import latency_rows
 from simulator.results.plan import Alternative, Plan, PlannedFleet, Pool, Verification
 
 if TYPE_CHECKING:
@@ -144,21 +146,11 @@ def _front_blocks(plan: Plan) -> tuple[Block, ...]:
         "cheapest fleet when every limit is so many times as long; orange: as asked, hollow: no cheaper than with tighter "
         "limits, cross: no fleet"
     )
-    columns = ("limits", "", *FLEET_COLUMNS)
-    rows = [
-        (f"{p.scale:g}×", "" if p.on_front else "no fleet" if p.fleet is None else "no cheaper", *fleet_cells(p.fleet))
-        for p in plan.front
-    ]
-    left_out = {"chip-s/query"}
-    if all(p.on_front for p in plan.front):
-        left_out.add("")
-    if len({pool.precision for p in plan.front if p.fleet for pool in p.fleet.pools}) == 1:
-        left_out.add("precision")
-    keep = [i for i, column in enumerate(columns) if column not in left_out]
+    columns, rows, texts = front_table(plan)
     table = Grid(
-        tuple(columns[i] for i in keep),
-        tuple(tuple(row[i] for i in keep) for row in rows),
-        left=sum(i < FLEET_TEXTS + 2 for i in keep),
+        columns,
+        rows,
+        left=texts,
         marked=frozenset(i for i, p in enumerate(plan.front) if p.scale == 1),
     )
     return (Picture(svg, caption, wide=True), table)

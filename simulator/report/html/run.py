@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simulator.report.forms import number, percent, seconds, usd
 from simulator.report.html.inline import inline_svg
 from simulator.report.html.inputs import input_blocks
 from simulator.report.html.page import Bar, Bars, Card, Grid, Page, Picture, Prose, Section, waterfall
@@ -16,15 +17,11 @@ from simulator.report.tables import (
     POOL_COLUMNS,
     conservation_lines,
     latency_rows,
-    number,
     overload_sentence,
-    percent,
     pool_rows,
     price_text,
     range_text,
-    seconds,
     slo_sentence,
-    usd,
 )
 from simulator.results import Result
 from simulator.results.summary import Distribution, Energy, Summary, TokenPrices

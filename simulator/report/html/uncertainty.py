@@ -1,8 +1,9 @@
 """How far off a run's figures may be: each kind of interval in a column of its own."""
 
+from simulator.report.forms import HEADLINES, percent
 from simulator.report.html.page import Block, Grid, Prose, Section
 from simulator.report.intervals import interval_text
-from simulator.report.tables import HEADLINES, percent, range_text
+from simulator.report.tables import range_text
 from simulator.results.summary import Estimate, Intervals, Summary
 
 
