@@ -241,7 +241,12 @@ def test_layers_nearly_as_many_of_both_kinds_lie_in_two_groups():
     ("name", "pp", "groups", "page"),
     [
         ("gpt-oss-20b", 2, (1, 1), (6 * 2 * 2 * 8 * 64,) * 2),  # 12 layers of either kind
-        ("gemma-3-27b", 2, (1, 6), (5 * 2 * 2 * 16 * 128,) * 2),  # 10 and 52: five layers, and six groups of at most five
+        (
+            "gemma-3-27b",
+            2,
+            (1, 6),
+            (5 * 2 * 2 * 16 * 128,) * 2,
+        ),  # 10 and 52: five layers, and six groups of at most five
         ("gemma-3-12b", 4, (1, 5), (2 * 2 * 2 * 8 * 256,) * 4),  # 2 and 10
         ("mistral-7b-v0.1", 8, (0, 1), (4 * 2 * 2 * 8 * 128,) * 8),
     ],
