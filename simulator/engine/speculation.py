@@ -192,7 +192,7 @@ def _list_need(batch: Batch, slot: int, step: int) -> None:
     _list(batch, slot, NEEDS, TAKES, step + passes, batch.groups * pages)
 
 
-@inlined
+@compiled
 def _list_gift(batch: Batch, slot: int, step: int) -> None:
     """Find the first step after ``step`` before which a sequence's window leaves blocks (W2, W6), and list it there.
 
