@@ -26,6 +26,16 @@ def case(groups: KvGroups, requests, **settings) -> Case:
     return Case(cost, replace(limits, kv_groups=groups), requests)
 
 
+def assert_owned(one: Case, owned: list[int]) -> None:
+    """The first request, alone, owns as many blocks in each step, in both engines."""
+    _, steps, _ = observe(one)
+    assert [step.blocks[0] for step in steps] == owned
+    for run in (simulate, simulate_reference):
+        totals = run(*one).totals
+        assert totals["kv_blocks_s"] == sum(owned)
+        assert totals["max_kv_blocks"] == max(owned)
+
+
 # One request of 5 prompt and 6 output tokens; one full group, two windowed ones with W = 3.
 #   step   computed  blocks of a group  passed: ⌊(before − 2)/2⌋  owned: 3·blocks − 2·passed
 #   chunk  0 → 5     3                  0                         9; then ⌊3/2⌋ = 1 is left
@@ -43,12 +53,7 @@ CHUNKED = ([9, 5, 8, 8, 7, 7], KvGroups(1, 2, 4, chunked=True))
 @pytest.mark.parametrize(("owned", "groups"), [SLIDING, CHUNKED])
 def test_blocks_of_one_request_by_hand(owned, groups):
     one = case(groups, requests_of([0], [5], [6]), num_kv_blocks=30)
-    _, steps, _ = observe(one)
-    assert [step.blocks[0] for step in steps] == owned
-    for run in (simulate, simulate_reference):
-        totals = run(*one).totals
-        assert totals["kv_blocks_s"] == sum(owned)
-        assert totals["max_kv_blocks"] == max(owned)
+    assert_owned(one, owned)
     at_rest = groups.blocks(np.arange(5, 11), 2)
     in_step = groups.blocks_in_step(np.arange(6, 11), 2)
     assert in_step.tolist() == owned[1:]
@@ -64,12 +69,7 @@ def test_blocks_of_one_request_by_hand(owned, groups):
 def test_windows_go_by_accepted_tokens_and_blocks_by_those_looked_ahead(rate, output, owned):
     settings = limits(chain(2, rate), block_size=2, num_kv_blocks=30, kv_groups=KvGroups(1, 2, 3))
     one = Case(flat_cost(window=3, planes=((0, 0, 0, 0, 0),)), settings, requests_of([0], [5], [output]))
-    _, steps, _ = observe(one)
-    assert [step.blocks[0] for step in steps] == owned
-    for run in (simulate, simulate_reference):
-        totals = run(*one).totals
-        assert totals["kv_blocks_s"] == sum(owned)
-        assert totals["max_kv_blocks"] == max(owned)
+    assert_owned(one, owned)
 
 
 @BOTH
