@@ -15,12 +15,15 @@ equals:
 - attention ranks that share experts: each rank has an equal part of the clients, and every rank holds the same batch at every
   step. Real ranks wait for the fullest, so this is a lower bound of the step;
 - pipeline stages: as many micro-batches are in flight as there are stages, each with its part of the clients and of the KV
-  cache; a micro-batch's step is its way through all the stages. Stages are taken to be equal, and sends free;
+  cache; a micro-batch's step is a round, in which every micro-batch is as large as it, and all wait for the last stage, which has
+  the output head. Sends hide behind that wait;
 - several workers in a pool: requests are dealt out in turn.
 
 *Prefill and decode pools.* A request arrives at the decode pool when the prefill pool has its first token and the KV cache has
 crossed the network, and its client sends the next one when the decode pool has finished it. Prefill needs the decode latencies as
-think times and decode needs the prefill finishes as arrivals; the two are run in turn until the means stand still.
+think times and decode needs the prefill finishes as arrivals; the two are run in turn until the means stand still. The client sees its
+first token from the decode pool: after the transfer, the wait for a seat and a step there, and where that pool answers only every
+``stream_interval`` steps, with the first answer it sends.
 """
 
 from collections.abc import Mapping
@@ -41,7 +44,7 @@ from simulator.catalog.slices import Slice, legal_slices, resolve_slice
 from simulator.engine.records import FINISHED, EngineSettings, Requests
 from simulator.errors import InfeasibleError, UnpriceableError
 from simulator.randomness import uniform
-from simulator.roofline.engine_profile import KernelCost, apply_profile, fit_kv_blocks, kernel_cost
+from simulator.roofline.engine_profile import KernelCost, apply_profile, fit_kv_blocks, in_stages, kernel_cost
 from simulator.roofline.memory import MemoryFit
 from simulator.roofline.pipeline import shard
 from simulator.roofline.precision import parse_precision
@@ -184,8 +187,9 @@ def _priced(
     one = whole.stages[0]
     if pool.pp > 1:
         one = replace(one, architecture=architecture, stage=(1, 1))
+    layers = kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True)
     return Replica(
-        kernels=kernel_cost(one, kernels=kernels, routing_skew=routing_skew, equal_ranks=True),
+        kernels=in_stages(layers, pool.pp),
         fit=whole.memory,
         equals=workers * pool.pp * pool.dp,
         micro_batches=pool.pp,
@@ -329,30 +333,33 @@ def _predict_disaggregated(m: Measurement, profile: EngineProfile, draw: KernelD
     later = np.maximum(whole.output_tokens - 1, 1)
     transfer_s = whole.prompt_tokens * transfer_s_per_token(m, first)
     think = np.zeros(n)
-    sent = first_s = done_s = think
+    sent = first_s = streamed_s = done_s = think
     for _ in range(HANDOVERS):
-        sent, first_s = _dealt(first, profile, replace(prefill_only, arrival_s=think))
+        sent, first_s, _ = _dealt(first, profile, replace(prefill_only, arrival_s=think))
         ready = first_s + transfer_s
         order = np.argsort(ready, kind="stable")
         prompt = whole.prompt_tokens[order]
-        _, finish = _dealt(second, profile, Requests(ready[order], prompt + 1, later[order], prompt, later[order]))
-        done_s = np.empty(n)
-        done_s[order] = finish
+        asked = Requests(ready[order], prompt + 1, later[order], prompt, later[order])
+        _, second_s, finish = _dealt(second, profile, asked)
+        done_s, streamed_s = np.empty(n), np.empty(n)
+        done_s[order], streamed_s[order] = finish, second_s
         # The k-th finish of the prefill pool makes room for request clients + k, which is sent once that one is decoded.
         think[clients:] = (done_s - first_s)[np.argsort(first_s, kind="stable")[: n - clients]]
     several = whole.output_tokens > 1
-    tpot = (done_s - first_s)[several] / (whole.output_tokens - 1)[several]
-    found = latency_metrics(
-        first_s - sent + profile.request_s, tpot, done_s - sent + profile.request_s, quantiles=False
-    )
+    # The decode pool counts the prompt's own token as its first step, so its first result is of the second.
+    held = np.clip(m.stream_interval - 2, 0, later - 1)
+    shown_s = streamed_s + held * (done_s - streamed_s) / np.maximum(later - 1, 1)
+    tpot = (done_s - shown_s)[several] / (whole.output_tokens - 1)[several]
+    client_s = profile.request_s + profile.request_token_s * whole.prompt_tokens
+    found = latency_metrics(shown_s - sent + client_s, tpot, done_s - sent + client_s, quantiles=False)
     found["output_tokens_per_s"] = (
         m.clients * m.output_tokens / (found["ttft_s"] + (m.output_tokens - 1) * found["tpot_s"])
     )
     return found
 
 
-def _dealt(one: Replica, profile: EngineProfile, requests: Requests) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Arrival and finish of requests that a pool's engines are dealt in turn. [s]
+def _dealt(one: Replica, profile: EngineProfile, requests: Requests) -> tuple[NDArray[np.float64], ...]:
+    """Arrival, first token and finish of requests that a pool's engines are dealt in turn. [s]
 
     Raises
     ------
@@ -363,7 +370,7 @@ def _dealt(one: Replica, profile: EngineProfile, requests: Requests) -> tuple[ND
 
     cost, settings = _cost(one.kernels, profile), one.settings(profile, requests)
     engines = min(one.equals, requests.concurrency or one.equals, len(requests))
-    arrival, finish = np.empty(len(requests)), np.empty(len(requests))
+    arrival, first_token, finish = np.empty((3, len(requests)))
     for k in range(engines):
         part = slice(k, None, engines)
         clients = len(range(k, requests.concurrency, engines))
@@ -378,8 +385,8 @@ def _dealt(one: Replica, profile: EngineProfile, requests: Requests) -> tuple[ND
         result = simulate(cost, settings, own, timeline_interval_s=TIMELINE_S)
         if not (result.status == FINISHED).all():
             raise InfeasibleError("requests do not fit into the KV cache")
-        arrival[part], finish[part] = result.arrival_s, result.finish_s
-    return arrival, finish
+        arrival[part], first_token[part], finish[part] = result.arrival_s, result.first_token_s, result.finish_s
+    return arrival, first_token, finish
 
 
 def transfer_s_per_token(m: Measurement, sender: Replica) -> float:

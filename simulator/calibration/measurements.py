@@ -85,6 +85,8 @@ class Measurement:
         steps for which the scheduler holds a prompt back for company, where the recipe sets it.
     beams
         sequences that a request is decoded into, of which one counts: beam search. They share the computed prompt.
+    stream_interval
+        steps of a decode pool between two answers to a client.
     unclear
         what the table leaves open about the run, in words: such a run is predicted but not fitted to. Empty: nothing.
     memory_fraction
@@ -112,6 +114,7 @@ class Measurement:
     rate_per_s: float = 0.0
     poll_steps: int = 0
     hold_steps: int = 0
+    stream_interval: int = 1
     memory_fraction: float | None = None
     unclear: str = ""
     beams: int = 1
@@ -141,19 +144,20 @@ class Measurement:
         return "1 client/chip or fewer" if per_chip <= 1 else "up to 8/chip" if per_chip <= 8 else "above 8/chip"
 
 
-#: Spellings of chips in published tables that are not the catalogue's with underscores for hyphens.
+#: Spellings of chips in published tables that are not the catalogue's with underscores for hyphens, with or without the board's name.
 CHIPS = {
-    "b200_sxm": "b200",
-    "b300_sxm": "b300",
     "a100_sxm": "a100-80-sxm",
     "a100_pcie": "a100-80-pcie",
     "rtx_pro_6000_server": "rtx-pro-6000",
     "tpu_v7x": "tpu-7x",
 }
 
+#: Boards and racks: tables may name one where the catalogue has a chip on no other, or leave it out where the chip is sold on several.
+_BOARDS = ("-sxm", "-nvl72", "-nvl")
+
 #: Parts of released checkpoints' names that do not change the architecture.
 _RELEASES = re.compile(
-    r"-(instruct|chat|base|hf|it|thinking|17b-128e|17b-16e|fp8|fp4|nvfp4|mxfp4|int4|int8|bf16|awq|gptq|v0\.1|\d{4})$"
+    r"-(instruct|chat|base|hf|it|thinking|17b-128e|17b-16e|(fp8|fp4|nvfp4|mxfp4)(-v\d)?|int4|int8|bf16|awq|gptq|v0\.1|\d{4})$"
 )
 
 
@@ -165,14 +169,18 @@ def chip_name(written: str) -> str:
     UnpriceableError
         If the catalogue has no such chip.
 
-    >>> chip_name("h100_sxm"), chip_name("b200_sxm"), chip_name("tpu_v6e")
-    ('h100-sxm', 'b200', 'tpu-v6e')
+    A chip named without its board is taken on the board of most published runs, SXM.
+
+    >>> chip_name("h100_sxm"), chip_name("gb200_sxm"), chip_name("tpu_v6e"), chip_name("H200")
+    ('h100-sxm', 'gb200', 'tpu-v6e', 'h200-sxm')
     """
-    plain = written.lower()
+    plain = written.lower().replace("-", "_")
     name = CHIPS.get(plain, plain.replace("_", "-"))
-    if name not in chip_names():
+    spellings = [name, *(name.removesuffix(board) for board in _BOARDS), f"{name}-sxm"]
+    known = next((spelling for spelling in spellings if spelling in chip_names()), None)
+    if known is None:
         raise UnpriceableError(f"chip {written!r} is not in the catalogue{nearest(name, chip_names())}")
-    return name
+    return known
 
 
 def model_name(written: str) -> str:

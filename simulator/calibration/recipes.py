@@ -45,9 +45,11 @@ class Recipe(Record):
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
     repository: str = ""
     engine: str
-    models: tuple[str, ...]
+    disaggregated: bool = False
+    """Of runs with a prefill and a decode pool, instead of those with one pool."""
+    models: tuple[str, ...] = ()
+    """Empty: every model; so for the next four."""
     chips: tuple[str, ...] = ()
-    """Empty: every chip; so for the next three."""
     formats: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
     lengths: tuple[tuple[int, int], ...] = ()
@@ -66,6 +68,8 @@ class Recipe(Record):
     """Steps between two looks for new requests."""
     hold_steps: NonNegativeInt = 0
     """Steps for which a prompt is held back for company."""
+    stream_interval: PositiveInt = 1
+    """Steps of a decode pool between two answers to a client."""
     unclear: str = ""
     """A setting that the table lacks and that two recipes for the same runs differ in: the runs are predicted as recorded, not fitted to."""
     unrecorded: str = ""
@@ -76,7 +80,8 @@ class Recipe(Record):
         """Whether the run was launched so."""
         return (
             m.engine == self.engine
-            and m.model in self.models
+            and (len(m.pools) > 1) == self.disaggregated
+            and (not self.models or m.model in self.models)
             and (not self.chips or m.chip in self.chips)
             and (not self.formats or m.dtype in self.formats)
             and (not self.versions or m.engine_version in self.versions)
@@ -94,6 +99,25 @@ class RecipeFile(Record):
     repository: str
     retrieved: date
     recipes: tuple[Recipe, ...]
+
+    @model_validator(mode="after")
+    def _pools_apart_take_one_setting(self) -> "RecipeFile":
+        one_pool = {
+            "max_num_seqs",
+            "budget",
+            "memory_fraction",
+            "kv_cache",
+            "expert_parallel",
+            "poll_steps",
+            "hold_steps",
+        }
+        for recipe in self.recipes:
+            wrong = recipe.model_fields_set & (one_pool if recipe.disaggregated else {"stream_interval"})
+            if wrong:
+                raise ValueError(
+                    f"{recipe.script}: {', '.join(sorted(wrong))} is not used {'with two pools' if recipe.disaggregated else 'with one pool'}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _unrecorded_settings_are_explained(self) -> "RecipeFile":
@@ -129,6 +153,8 @@ def launched(m: Measurement) -> Measurement:
         return m
     if recipe.unrecorded:
         raise UnpriceableError(f"{recipe.unrecorded} is not recorded: {recipe.note} ({recipe.script})")
+    if recipe.disaggregated:
+        return replace(m, stream_interval=recipe.stream_interval, unclear=recipe.unclear)
     pool = m.pools[0]
     pool = replace(
         pool,

@@ -285,7 +285,7 @@ def _disaggregated(identity: str, table: str, row: Row) -> Measurement:
         pools.append(replace(pool, workers=_count(row, f"{role}_num_workers")))
     clients = _count(row, "concurrency")
     measured = {"ttft_s": float(row["ttft_ms"]) / 1e3, "tpot_s": float(row["tpot_ms"]) / 1e3}
-    return Measurement(
+    run = Measurement(
         id=identity,
         table=table,
         model=model,
@@ -303,6 +303,7 @@ def _disaggregated(identity: str, table: str, row: Row) -> Measurement:
         n_requests=PROMPTS_PER_CLIENT * clients,
         measured=with_throughput(measured, clients, _count(row, "osl")),
     )
+    return launched(run) if row.get("subset", "").startswith(PUBLISHED[0]) else run
 
 
 def _offline(identity: str, table: str, row: Row) -> Measurement:

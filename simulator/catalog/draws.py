@@ -294,12 +294,16 @@ def _by_framework(calibration: str) -> dict[tuple[str, Key], KernelFit]:
 
 
 def _fit_of(calibration: str, framework: str, key: Key) -> tuple[KernelFit, bool]:
-    """A framework's fit, and whether it is of another chip that stands in."""
+    """The fit of a framework's curve, and whether it is of another chip that stands in.
+
+    Its own fit; that of the chip whose kernels of it stand in; that of the framework whose kernels it runs.
+    """
     fit = _by_framework(calibration).get((framework, key))
     if fit is not None:
         return fit, False
-    donor = KERNELS_FROM[read_calibration(calibration).chip][framework]
-    return _by_framework(donor)[framework, key], True
+    donor = KERNELS_FROM.get(read_calibration(calibration).chip, {}).get(framework, "")
+    stand_in = _by_framework(donor).get((framework, key)) if donor else None
+    return (_preferred(calibration)[key], False) if stand_in is None else (stand_in, True)
 
 
 def _drawn_curve(

@@ -28,6 +28,8 @@ Array = NDArray[np.float64]
 
 PARTS = ("weights", "products", "experts", "elementwise", "collective", "launches")
 """Kinds of dense time that a profile slows down on their own."""
+_HELD_TOGETHER = (("weights", "products"), ("experts",), ("elementwise",), ("collective",), ("launches",))
+"""Kinds held above one bound: a product that its kernel's compute bounds is often one that the datasheet's memory bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,8 @@ class KernelCost:
         [kind] -> time of the dense ops and the head, as tables over n and R. [s]
     launches
         kernels of one step, collectives apart.
+    host_steps
+        times that a host prepares a step before the table's is done: more than one in a pipeline.
     """
 
     cost: StepCost
@@ -53,6 +57,7 @@ class KernelCost:
     head: dict[str, Array]
     head_bound: dict[str, Array]
     launches: int
+    host_steps: int = 1
 
 
 def kernel_cost(
@@ -91,6 +96,22 @@ def kernel_cost(
     )
 
 
+def in_stages(kernels: KernelCost, pp: int) -> KernelCost:
+    """A whole model's kernels as a round of ``pp`` equal micro-batches takes them, in ``pp`` stages of as many layers each.
+
+    The last stage has the output head besides, and every stage waits for it: a round takes ``pp`` times its time, all the layers'
+    and ``pp`` heads'. So does the host, which prepares a step in every stage. Sends between stages are taken to hide behind
+    the wait for the head. FLOPs and bytes stay those of one micro-batch.
+    """
+    return replace(
+        kernels,
+        cost=replace(kernels.cost, head_s=pp * kernels.cost.head_s),
+        head={kind: pp * part for kind, part in kernels.head.items()},
+        head_bound={kind: pp * part for kind, part in kernels.head_bound.items()},
+        host_steps=pp,
+    )
+
+
 def _launches(d: Deployment) -> int:
     """Kernels that one decode step launches, collectives apart; inputs that get scales of their own are one more for each product."""
     ops = [*dense_ops(d, 1.0), *decode_attention_ops(d, 1.0, 1.0, 1.0), *head_ops(d, 1.0)]
@@ -120,7 +141,7 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
     cost, ideal = kernels.cost, kernels.ideal
     n = np.arange(len(cost.dense_s), dtype=np.float64)
     rows = np.arange(len(cost.head_s), dtype=np.float64)
-    fixed = profile.step_s + profile.kernel_s * kernels.launches
+    fixed = profile.step_s * kernels.host_steps + profile.kernel_s * kernels.launches
     dense = _slowed(cost.dense_s, kernels.dense, kernels.dense_bound, profile)
     dense = dense + profile.token_s * n + fixed * (n > 0)
     head = _slowed(cost.head_s, kernels.head, kernels.head_bound, profile) + 0.0 * rows
@@ -151,14 +172,11 @@ def apply_profile(kernels: KernelCost, profile: EngineProfile) -> StepCost:
 
 def _slowed(total: Array, parts: dict[str, Array], bounds: dict[str, Array], profile: EngineProfile) -> Array:
     found = total
-    for name, part in parts.items():
-        slowdown = getattr(profile, f"{name}_slowdown")
-        if slowdown != 1:
-            found = found + np.maximum((slowdown - 1) * part, bounds[name] - part)
-    if (
-        found is not total
-    ):  # a product bound by compute here may be bound by memory there: the sum is held above its bound too
-        found = np.maximum(found, np.sum(np.broadcast_arrays(*bounds.values()), axis=0))
+    for names in _HELD_TOGETHER:
+        slowdowns = [getattr(profile, f"{name}_slowdown") for name in names]
+        if any(slowdown != 1 for slowdown in slowdowns):
+            slower = sum((slowdown - 1) * parts[name] for slowdown, name in zip(slowdowns, names, strict=True))
+            found = found + np.maximum(slower, sum(bounds[name] - parts[name] for name in names))
     return found
 
 

@@ -44,6 +44,7 @@ def measurement(**changes):
     [
         ("meta-llama/Llama-3.1-8B-Instruct", "llama-3-8b"),
         ("nvidia/DeepSeek-R1-0528-FP4", "deepseek-v3"),
+        ("nvidia/DeepSeek-R1-0528-FP4-v2", "deepseek-v3"),
         ("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
         ("mistralai/Mistral-7B-v0.1", "mistral-7b-v0.1"),
         ("moonshotai/Kimi-K2.5", "kimi-k2.5"),
@@ -52,6 +53,17 @@ def measurement(**changes):
 )
 def test_released_names_lead_to_the_architecture(written, name):
     assert model_name(written) == name
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        *(("gb200_sxm", "gb200"), ("GB300-NVL72", "gb300"), ("b300_sxm", "b300"), ("h20_sxm", "h20")),
+        *(("H200", "h200-sxm"), ("h100_pcie", "h100-pcie"), ("h100_nvl", "h100-nvl"), ("a100_sxm", "a100-80-sxm")),
+    ],
+)
+def test_chips_are_known_with_their_board_or_without(written, name):
+    assert chip_name(written) == name
 
 
 def test_unknown_names_are_refused_with_the_nearest():
@@ -183,6 +195,27 @@ def test_prefill_and_decode_pools_hand_over():
     assert apart["tpot_s"] < mixed["tpot_s"]
     assert apart["ttft_s"] > 0
     assert apart["e2e_s"] > apart["ttft_s"]
+
+
+def test_first_tokens_come_from_the_decode_pool():
+    """TensorRT-LLM answers at decode iterations that its interval divides; the prompt's token is the first: 18 steps of 98."""
+    long = {"prompt_tokens": 4000, "output_tokens": 100, "range_ratio": 1.0, "clients": 8, "n_requests": 80}
+    at_once, held, slow = (
+        predict(measurement(pools=(Pool(), Pool()), stream_interval=every, **long), PLAIN) for every in (1, 20, 1000)
+    )
+    steps_s = at_once["e2e_s"] - at_once["ttft_s"]
+    assert at_once["e2e_s"] == held["e2e_s"] == slow["e2e_s"]
+    assert held["ttft_s"] - at_once["ttft_s"] == pytest.approx(18 / 98 * steps_s, rel=1e-9)
+    assert held["tpot_s"] == pytest.approx((held["e2e_s"] - held["ttft_s"]) / 99, rel=1e-9)
+    assert slow["ttft_s"] == pytest.approx(slow["e2e_s"])  # all at once, with the last token
+
+
+def test_a_client_waits_for_each_prompt_token_in_front_of_two_pools_too():
+    both = {"pools": (Pool(), Pool()), "prompt_tokens": 1000, "range_ratio": 1.0}
+    waits = PLAIN.with_values(request_token_s=PLAIN.request_token_s + 1e-5)
+    found, longer = (predict(measurement(**both), profile) for profile in (PLAIN, waits))
+    assert longer["ttft_s"] - found["ttft_s"] == pytest.approx(1e-2, rel=1e-6)
+    assert longer["tpot_s"] == found["tpot_s"]
 
 
 def test_slices_of_published_sizes():

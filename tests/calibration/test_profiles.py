@@ -16,7 +16,7 @@ from simulator.catalog.slices import resolve_slice
 from simulator.errors import InputError
 from simulator.roofline.compile import compile_step_cost
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.engine_profile import PARTS, apply_profile, kernel_cost, profile_kv_blocks
+from simulator.roofline.engine_profile import PARTS, apply_profile, in_stages, kernel_cost, profile_kv_blocks
 from simulator.roofline.memory import memory_fit
 from simulator.roofline.precision import parse_precision
 from simulator.run import load_scenario
@@ -27,7 +27,9 @@ SLOWDOWNS = [f.name for f in fields(EngineProfile) if f.name.endswith("_slowdown
 
 def deployment(model="mixtral-8x7b", spec="h100-sxm:2", **changes):
     limits = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
-    return Deployment(load_model(model), resolve_slice(spec), parse_precision("fp8kv8"), **(limits | changes))
+    return Deployment(
+        load_model(model), resolve_slice(spec), **({"precision": parse_precision("fp8kv8")} | limits | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,26 @@ def test_fixed_times_are_added_as_the_formula_says(kernels):
     added = 1e-3 + 10 * 2e-6 + 110 * 4e-7 + kernels.launches * (5e-6 + 3e-6)
     assert cost.step_s(**step) - plain.step_s(**step) == pytest.approx(added, rel=1e-9)
     assert cost.dense_s[0] == 0
+
+
+def test_a_product_bound_by_compute_pays_no_bound_of_memory_besides():
+    """Where a kernel's compute takes longer than its weights, which the datasheet says bound it, faster weights change nothing."""
+    d = deployment("llama-3-70b", "rtx-pro-6000:1", precision=parse_precision("nvfp4kv8"))
+    kernels = kernel_cost(d, kernels="trtllm")
+    crossed = (kernels.dense["products"] > 0) & (kernels.dense_bound["weights"] > kernels.dense["weights"])
+    assert crossed.sum() > 50
+    plain, faster = (apply_profile(kernels, EngineProfile(weights_slowdown=w)).dense_s for w in (1.0, 0.93))
+    assert (faster <= plain * (1 + 1e-12)).all()
+    bound = sum(kernels.dense_bound.values())
+    assert (faster >= bound * (1 - 1e-12)).all()
+
+
+def test_a_pipeline_waits_for_the_stage_with_the_head(kernels):
+    profile = EngineProfile(step_s=1e-3, weights_slowdown=1.1)
+    one, four = apply_profile(kernels, profile), apply_profile(in_stages(kernels, 4), profile)
+    assert four.head_s == pytest.approx(4 * one.head_s)
+    assert four.dense_s[1:] - one.dense_s[1:] == pytest.approx(3e-3)
+    assert four.decode_attention_s(1e5) == one.decode_attention_s(1e5)
 
 
 def test_kernels_are_counted_by_layer_and_products_with_scales_of_their_own_twice():

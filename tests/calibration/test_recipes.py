@@ -59,6 +59,23 @@ def test_formats_and_layouts_that_the_script_sets_replace_those_assumed():
     assert later.pools[0].max_num_batched_tokens == 2 * 1024
 
 
+def test_recipes_of_one_pool_and_of_two_are_apart():
+    two = run(pools=(Pool(tp=8), Pool(tp=8)), model="deepseek-v3", chip="h200-sxm")
+    found = launched(two)
+    assert (found.stream_interval, found.pools) == (20, two.pools)
+    assert launched(run()).stream_interval == 1
+    assert launched(run(pools=two.pools, engine="sglang")).stream_interval == 1
+
+
+def test_a_setting_that_two_pools_would_not_take_is_refused():
+    recipe = {"script": "s", "commit": "0" * 40, "engine": "vllm", "disaggregated": True}
+    file = {"schema_version": 1, "repository": "r", "retrieved": "2026-11-28"}
+    with pytest.raises(ValidationError, match="hold_steps is not used with two pools"):
+        RecipeFile(**file, recipes=(Recipe(**recipe, hold_steps=3),))
+    with pytest.raises(ValidationError, match="stream_interval is not used with one pool"):
+        RecipeFile(**file, recipes=(Recipe(**recipe | {"disaggregated": False}, stream_interval=3),))
+
+
 def run_with(m, version):
     return run(**{**vars(m), "engine_version": version})
 

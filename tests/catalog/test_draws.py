@@ -249,3 +249,13 @@ def test_bad_draws_are_refused():
         Draws(0)
     with pytest.raises(InputError, match="kernel"):
         Draws(4, sources=frozenset({"kernel"}))
+
+
+@pytest.mark.parametrize("kernels", ["vllm", "sglang", "trtllm"])
+def test_curves_that_stand_for_a_framework_are_drawn_like_those_they_come_from(kernels):
+    """8-bit experts on B200 were measured in TensorRT-LLM alone: drawn alike for all, with the framework's own walk."""
+    chip, key = load_chip("b200"), ("moe", "fp8_block", "", 1)
+    for drawn in drawn_efficiencies(chip, chip.efficiency, Draws(4), kernels=kernels):
+        plain, own = drawn.curves.curves[key], drawn.curves.of(kernels).curves[key]
+        assert (own.hbm, own.peak, own.traffic) == (plain.hbm, plain.peak, plain.traffic)
+        assert (own.expert_s < plain.expert_s / 5) == (kernels != "trtllm")
