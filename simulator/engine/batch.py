@@ -285,7 +285,7 @@ def leave_batch(cost: CostTable, limits: Limits, state: State, out: Outcome, ext
 def blocks_owned(limits: Limits, state: State, extra: Extra | None, slot: int, decoded: bool) -> int:
     """Blocks of a request, which looks ahead once it has decoded (P2)."""
     if extra is not None and extra.spec.on and decoded:
-        return int(extra.spec.batch.slots[slot, speculation.BLOCKS])
+        return speculation.blocks_of(extra.spec.batch, slot)
     return int(blocks_owned_at(limits, state.slots[slot, COMPUTED], state.slots[slot, COMPUTED]))
 
 
@@ -303,7 +303,7 @@ def blocks_of_step(limits: Limits, state: State, extra: Extra | None) -> int:
     """Blocks that the decoding sequences need in this step."""
     step = state.ints[STEP]
     if extra is not None and extra.spec.on:
-        return int(extra.spec.batch.ring[speculation.RING_NEED, step & extra.spec.batch.mask])
+        return int(extra.spec.batch.ring[speculation.TAKES + 1, step & extra.spec.batch.mask])
     return int(state.residues[residue(-step, limits.block_size)])
 
 
@@ -313,7 +313,7 @@ def blocks_needed(limits: Limits, state: State, extra: Extra | None, slot: int) 
     step = state.ints[STEP]
     if extra is not None and extra.spec.on:
         slots = extra.spec.batch.slots
-        return int(slots[slot, speculation.NEED]) if slots[slot, speculation.BLOCK_STEP] == step else 0
+        return int(slots[slot, speculation.NEED]) if slots[slot, speculation.NEED_STEP] == step else 0
     begins = residue(state.slots[slot, COMPUTED] + step - state.slots[slot, JOINED], limits.block_size) == 0
     return int(limits.groups if begins else 0)
 

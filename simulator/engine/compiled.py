@@ -105,7 +105,7 @@ class Engine:
             settings.kv_groups.windowed,
             settings.kv_groups.window,
             settings.kv_groups.chunked,
-            settings.kv_groups.most_in_window(settings.block_size, settings.max_num_batched_tokens),
+            settings.kv_groups.most_in_window(settings.block_size, settings.longest_advance),
         )
         self._stream = core.Stream(
             np.ascontiguousarray(requests.arrival_s, dtype=np.float64),
@@ -272,7 +272,7 @@ class Engine:
             if extra is None or not extra.spec.on:
                 continue
             batch = extra.spec.batch
-            slots = batch.slots[batch.slots[:, speculation.BLOCK_STEP] >= 0]
+            slots = batch.slots[batch.slots[:, speculation.NEED_STEP] >= 0]
             passes = state.ints[core.STEP] - slots[:, speculation.SINCE]
             before = slots[:, speculation.PROGRESS]
             after = before + passes * slots[:, speculation.RATE]
@@ -647,10 +647,10 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
         columns[:, speculation.QUERIES] = prices.queries
         columns[:, speculation.SEQ] = prices.seq_s
         columns[:, speculation.WINDOW_SLOPE] = prices.window_slope_s
-    ring_of_none = np.zeros((2, ring), dtype=np.int64)
-    ring_of_none[speculation.RING_FIRST] = -1
+    ring_of_none = np.zeros((speculation.N_RING_ROWS, ring), dtype=np.int64)
+    ring_of_none[[speculation.TAKES, speculation.GIVES]] = -1
     slots = np.zeros((m, speculation.N_SLOT_COLUMNS), dtype=np.int64)
-    slots[:, [speculation.BLOCK_STEP, speculation.EVENT_STEP]] = -1
+    slots[:, [speculation.NEED_STEP, speculation.EVENT_STEP]] = -1
     batch = speculation.Batch(
         ints=np.zeros(speculation.N_SPEC_INTS, dtype=np.int64),
         slots=slots,
@@ -659,6 +659,8 @@ def _new_spec(cost: StepCost, settings: EngineSettings, requests: Requests) -> s
         lookahead=settings.lookahead,
         mask=ring - 1,
         block_size=settings.block_size,
+        groups=settings.kv_groups.count,
+        windowed=settings.kv_groups.windowed,
         window=cost.window,
         chunked=cost.window_chunked,
     )

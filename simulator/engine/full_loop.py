@@ -5,7 +5,7 @@ The loop of :mod:`simulator.engine.skip_ahead` with other rules for what a step 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from simulator.engine import speculation
 from simulator.engine.batch import (
@@ -64,7 +64,7 @@ from simulator.engine.core import (
 )
 from simulator.engine.fcfs import release_next
 from simulator.engine.jit import compiled, entry, inlined
-from simulator.engine.kv_blocks import peak_of_steps, release_of_step, steps_to_room
+from simulator.engine.kv_blocks import add_steps, largest, profile_of, release_of_step, steps_to_room
 from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
@@ -127,8 +127,13 @@ def stop_of(
 def longest_segment(limits: Limits, state: State, queue: Queue, extra: Extra | None, scheduled: Scheduled) -> int:
     """Steps after which R7 may decide otherwise though nothing happens: tenants' counts grow, blocks are published, evicted or left by a window."""
     few = 1 << 60
-    if limits.windowed > 0 and scheduled.wanted > 0:
-        few = int(steps_to_room(limits, state, scheduled.wanted, queue.rules.batching >= PREFILL_FIRST))
+    if limits.windowed > 0:
+        if extra is not None and extra.spec.on:  # each sequence has a pace of its own: steps are looked at one by one
+            few = limits.block_size
+            if scheduled.wanted > 0:
+                few = speculation.steps_to_gift(extra.spec.batch, state.ints[STEP])
+        elif scheduled.wanted > 0:
+            few = int(steps_to_room(limits, state, scheduled.wanted, queue.rules.batching >= PREFILL_FIRST))
     blocked = queue.ints[N_QUEUED] > 0 and state.ints[N_RUNNING] < limits.max_num_seqs
     if queue.rules.policy == FAIR and blocked and queue.rules.batching != STATIC:
         return 1
@@ -176,15 +181,18 @@ def pace_of(
 
 @inlined
 def take_segment(
-    limits: Limits, state: State, extra: Extra | None, scheduled: Scheduled, d0: float, q: float, k: int
+    limits: Limits, state: State, extra: Extra | None, scheduled: Scheduled, d0: float, q: float, k: int, profile: Any
 ) -> tuple[int, int, float]:
-    """R5, C2: let up to k decode steps take their blocks; return how many fit, the blocks owned then, and blocks × time."""
+    """R5, C2, W2: let up to k decode steps take and give back their blocks; return how many fit, the blocks owned then, and blocks × time.
+
+    Where windows are bounded the blocks owned in steps, among them those with the most, are added to ``profile``.
+    """
     ints = state.ints
     step = ints[STEP]
     before = limits.num_blocks - ints[FREE_BLOCKS]
     if extra is not None and extra.spec.on:
         k, owned, integral = speculation.take_blocks_of_steps(
-            extra.spec.batch, step, k, ints[FREE_BLOCKS], before, d0, q
+            extra.spec.batch, step, k, ints[FREE_BLOCKS], before, d0, q, profile
         )
     else:
         gives = limits.windowed > 0
@@ -192,6 +200,8 @@ def take_segment(
     if extra is not None and extra.cache.on:
         take(extra.cache, owned - before - scheduled.need)
     ints[FREE_BLOCKS] = limits.num_blocks - owned
+    if limits.windowed > 0 and not (extra is not None and extra.spec.on):
+        add_steps(limits, state, k, profile)
     return k, owned, integral
 
 
@@ -358,11 +368,13 @@ def advance(
         if chunks.n == 0 and not chunks.preempted:
             stop = stop_of(limits, out, state, queue, extra, until, next_arrival)
             k = min(steps_until(state, d0, q, stop, steps_alike(cost, limits, state, extra)), pace.longest)
-            k, owned, blocks_integral = take_segment(limits, state, extra, chunks, d0, q, k)
+            profile = profile_of(limits, state)[0]
+            profile[:] = 0
+            k, owned, blocks_integral = take_segment(limits, state, extra, chunks, d0, q, k, profile)
             if limits.windowed > 0:
-                owned = peak_of_steps(limits, state, k)
+                owned = largest(profile)
         else:
-            release_of_step(limits, state)
+            release_of_step(limits, state, extra)
         end = end_of_steps(t, d0, q, k)
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], owned)
 

@@ -1,23 +1,23 @@
-"""How many KV blocks tokens take in the compiled engine, with windowed layers that give blocks back: rules W1 to W5 of ``docs/engine-kv-memory.md``.
+"""How many KV blocks tokens take in the compiled engine, with windowed layers that give blocks back: rules W1 to W6 of ``docs/engine-kv-memory.md``.
 
 What a request owns between steps follows from its computed tokens. A sequence that decodes takes a block of every group when its context begins one, and
 once its window is full gives one of every windowed group back when the window leaves one: both at fixed steps modulo the block size, so two histograms
-of residues hold a whole batch. Windows that are chunks of the context are left at the events that end them.
+of residues hold a whole batch. Windows that are chunks of the context are left at the events that end them. With speculation sequences take and give at steps
+of their own, which :mod:`simulator.engine.speculation` lists.
 """
 
 from typing import Any
 
-from simulator.engine.core import BATCH, COMPUTED, FREE_BLOCKS, JOINED, STEP, Limits, State
+from simulator.engine import speculation
+from simulator.engine.core import BATCH, COMPUTED, FREE_BLOCKS, JOINED, STEP, Extra, Limits, State
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.progressions import blocks_for, residue
+from simulator.engine.progressions import blocks_before_window, blocks_for, residue
 
 
 @inlined
 def blocks_passed(limits: Limits, done: int) -> int:
     """W2: blocks of each windowed group that lie before the window once ``done`` tokens are computed."""
-    if limits.chunked:
-        return done // limits.window * limits.window // limits.block_size
-    return max(0, done - limits.window + 1) // limits.block_size
+    return int(blocks_before_window(done, limits.window, limits.chunked, limits.block_size))
 
 
 @inlined
@@ -75,9 +75,12 @@ def end_giving(limits: Limits, state: State, slot: int) -> None:
 
 
 @inlined
-def release_of_step(limits: Limits, state: State) -> None:
+def release_of_step(limits: Limits, state: State, extra: Extra | None) -> None:
     """W2: what the windows of decoding sequences leave at the end of one step, which is still the present one."""
     if limits.windowed > 0 and state.ints[BATCH] > 0:
+        if extra is not None and extra.spec.on:
+            state.ints[FREE_BLOCKS] += speculation.give_blocks_before(extra.spec.batch, state.ints[STEP] + 1)
+            return
         place = limits.block_size + residue(-state.ints[STEP], limits.block_size)
         state.ints[FREE_BLOCKS] += state.residues[place]
 

@@ -140,6 +140,8 @@ def _batch_of(batch: Batch, g: int) -> Batch:
         batch.lookahead,
         batch.mask,
         batch.block_size,
+        batch.groups,
+        batch.windowed,
         batch.window,
         batch.chunked,
     )

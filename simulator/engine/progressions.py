@@ -33,6 +33,14 @@ def residue(tokens: int, block_size: int) -> int:
 
 
 @inlined
+def blocks_before_window(tokens: int, window: int, chunked: bool, block_size: int) -> int:
+    """W2: blocks all of whose tokens lie before the first that the next token sees, once ``tokens`` tokens are computed."""
+    if chunked:
+        return tokens // window * window // block_size
+    return max(0, tokens - window + 1) // block_size
+
+
+@inlined
 def end_of_steps(t: float, d0: float, q: float, k: int) -> float:
     """End of the k-th step of a progression that starts at t; written once, so that every use rounds alike."""
     return t + (k * d0 + q * (0.5 * (k * (k - 1))))

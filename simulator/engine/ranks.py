@@ -62,7 +62,7 @@ from simulator.engine.full_loop import (
     wait_for,
 )
 from simulator.engine.jit import compiled, entry, inlined
-from simulator.engine.kv_blocks import add_alike, add_steps, largest, profile_of, release_of_step
+from simulator.engine.kv_blocks import add_alike, largest, profile_of, release_of_step
 from simulator.engine.parts import (
     COPIES,
     HOST_SHARE,
@@ -336,12 +336,10 @@ def _run_rank(
     owned = limits.num_blocks - rank.ints[FREE_BLOCKS]
     blocks_integral = float(owned * (end - t))
     if _is_segment(scheduled):
-        k, owned, blocks_integral = take_segment(limits, rank, extra, _read(scheduled), d0, q, k)
-        if limits.windowed > 0:
-            add_steps(limits, rank, k, profile)
+        k, owned, blocks_integral = take_segment(limits, rank, extra, _read(scheduled), d0, q, k, profile)
     else:
         add_alike(profile, owned)
-        release_of_step(limits, rank)
+        release_of_step(limits, rank, extra)
     tokens = scheduled[TOKENS]
     out.steps_by_tokens[tokens] += k
     rank.floats[CLOCK] = end

@@ -203,14 +203,17 @@ class EngineSettings:
 
     def most_blocks(self, tokens: NDArray[np.int64] | int) -> NDArray[np.int64]:
         """KV blocks that a request owns at most until ``tokens`` tokens of it are computed (R4, W4). [tokens' shape]"""
-        return self.kv_groups.most_blocks(
-            np.asarray(tokens) + self.lookahead, self.block_size, self.max_num_batched_tokens
-        )
+        return self.kv_groups.most_blocks(np.asarray(tokens) + self.lookahead, self.block_size, self.longest_advance)
 
     @property
     def longest_tokens(self) -> float:
         """Tokens of the longest sequence that the KV cache holds; inf where a window bounds them."""
-        return self.kv_groups.longest(self.num_kv_blocks, self.block_size, self.max_num_batched_tokens)
+        return self.kv_groups.longest(self.num_kv_blocks, self.block_size, self.longest_advance)
+
+    @property
+    def longest_advance(self) -> int:
+        """Tokens beyond its computed ones that a request has blocks for at most: a whole step's, or a pass's and those it looks ahead."""
+        return max(self.max_num_batched_tokens, 1 + self.lookahead)
 
     @property
     def lookahead(self) -> int:

@@ -94,8 +94,9 @@ class Scheduler:
 
     def most_blocks(self, tokens: int, passed: int) -> int:
         """Blocks that a request owns at most until it has ``tokens`` tokens, from where its window has left ``passed`` (W4)."""
-        groups, longest_step = self.settings.kv_groups, self.settings.max_num_batched_tokens
-        at_once = self.pages(groups.window - 1 + longest_step) + 1
+        groups = self.settings.kv_groups
+        ahead = max(self.settings.max_num_batched_tokens, 1 + self.settings.lookahead)  # W6
+        at_once = self.pages(groups.window - 1 + ahead) + 1
         return groups.full * self.pages(tokens) + groups.windowed * min(self.pages(tokens) - passed, at_once)
 
     def leave_behind(self, request: Request, computed: int) -> None:

@@ -57,8 +57,8 @@ LASTING = (
     Refusal(("ranks",), ("stages",), "a stage is priced as one rank"),
     Refusal(
         ("bounded windows",),
-        ("prefix cache", "tiers", "speculation"),
-        "which blocks of a window remain to be found, or to be drafted into, is not modelled; engine.disable_hybrid_kv_cache_manager = true "
+        ("prefix cache", "tiers"),
+        "which blocks of a window remain to be found is not modelled; engine.disable_hybrid_kv_cache_manager = true "
         "keeps the blocks of all layers alike",
     ),
 )

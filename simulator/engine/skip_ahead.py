@@ -154,7 +154,7 @@ def advance(
                     owned = peak_of_steps(limits, state, k)
         ints[MAX_BLOCKS] = max(ints[MAX_BLOCKS], owned)
         if chunks.n > 0 or short:
-            release_of_step(limits, state)
+            release_of_step(limits, state, None)
 
         # --- let it happen: R10 to R15 ---
         floats[CLOCK] = end

@@ -5,7 +5,8 @@ level is, so the batch's keys S still grow by the same amount in every step. Wha
 windows that grow one key per step is kept here for each sequence:
 
 * a ring of lists says which sequences take KV blocks at which step: a sequence gains at least a token per step, so its next block is at
-  most ``block_size`` steps away. Taking a block is O(1), a step without one costs one look at the ring;
+  most ``block_size`` steps away. Taking a block is O(1), a step without one costs one look at the ring. Where layers with a window give blocks back, a
+  second list of each step says who does before it; a sequence whose window leaves none for longer is looked at every ``block_size`` steps;
 * a heap holds the steps at which windows fill up, or start over.
 
 Nothing here knows the queue or the clock. Functions are compiled apart from the engine's loop and take few arrays, which is what
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from simulator.engine.heaps import pop_key, push_key
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.progressions import blocks_for
+from simulator.engine.progressions import blocks_before_window, blocks_for
 
 UNIT_BITS = 16
 UNIT = 1 << UNIT_BITS
@@ -34,19 +35,28 @@ LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT
     PROGRESS,
     RATE,
     SINCE,
-    BLOCKS,
+    PAGES,
+    PASSED,
     NEED,
-    BLOCK_STEP,
-    RING_AFTER,
-    RING_BEFORE,
+    NEED_STEP,
+    NEED_AFTER,
+    NEED_BEFORE,
+    GIVE,
+    GIVE_STEP,
+    GIVE_AFTER,
+    GIVE_BEFORE,
     SEEN,
     SEEN_SINCE,
     GROWING,
     EVENT_STEP,
     N_SLOT_COLUMNS,
-) = range(14)
-# rows of Batch.ring
-RING_FIRST, RING_NEED = 0, 1
+) = range(19)
+# the first of the four columns of Batch.slots, and of the two rows of Batch.ring, of either kind of list: amount, step, neighbours; and
+# first, sum of amounts
+NEEDS, TAKES = NEED, 0
+GIVES_BACK, GIVES = GIVE, 2
+N_RING_ROWS = 4
+AMOUNT, AT_STEP, NEXT_IN_LIST, PREVIOUS_IN_LIST = range(4)
 # columns of Tariff.levels
 QUERIES, SEQ, WINDOW_SLOPE, N_LEVEL_COLUMNS = range(4)
 # layers of Tariff.draft_curve
@@ -64,14 +74,17 @@ class Batch(NamedTuple):
         level in force, and the batch's sums: see the indices above.
     slots
         [slots, columns] of a sequence: ``BASE`` prompt tokens less one, which is ``computed`` before any output; ``PROGRESS`` tokens emitted by step
-        ``SINCE``, and ``RATE`` per step; ``BLOCKS`` owned, ``NEED`` more at ``BLOCK_STEP``, neighbours in that step's list; ``SEEN``
+        ``SINCE``, and ``RATE`` per step; ``PAGES`` blocks of each group, of which ``PASSED`` of the windowed ones are given back (W2);
+        ``NEED`` more blocks at ``NEED_STEP``, and neighbours in that step's list; ``GIVE`` fewer before ``GIVE_STEP``, likewise; ``SEEN``
         windowed keys at ``SEEN_SINCE``, whether they are ``GROWING``, and the ``EVENT_STEP`` at which that changes.
     ring
-        first sequence of the list of each step, and the blocks that the list needs.
+        first sequence of the list of each step, and the blocks that the list needs; the same of those that give back before the step.
     events
         heap of window events.
     lookahead, mask, block_size
         KV slots beyond the last token's; size of the ring less one; tokens per block.
+    groups, windowed
+        groups of layers, each with blocks of its own, and those of them that have a window.
     window, chunked
         keys that windowed layers see, 0 for none, and whether windows are chunks of the context.
     """
@@ -83,6 +96,8 @@ class Batch(NamedTuple):
     lookahead: int
     mask: int
     block_size: int
+    groups: int
+    windowed: int
     window: int
     chunked: bool
 
@@ -133,86 +148,147 @@ class DecodeTerms(NamedTuple):
 
 
 @inlined
-def _ring_remove(batch: Batch, slot: int) -> None:
-    """Take a sequence out of the list of its ``BLOCK_STEP``."""
+def _unlist(batch: Batch, slot: int, columns: int, rows: int) -> None:
+    """Take a sequence out of the list of its step."""
     slots, ring = batch.slots, batch.ring
-    at = slots[slot, BLOCK_STEP] & batch.mask
-    before, after = slots[slot, RING_BEFORE], slots[slot, RING_AFTER]
+    at = slots[slot, columns + AT_STEP] & batch.mask
+    before, after = slots[slot, columns + PREVIOUS_IN_LIST], slots[slot, columns + NEXT_IN_LIST]
     if before >= 0:
-        slots[before, RING_AFTER] = after
+        slots[before, columns + NEXT_IN_LIST] = after
     else:
-        ring[RING_FIRST, at] = after
+        ring[rows, at] = after
     if after >= 0:
-        slots[after, RING_BEFORE] = before
-    ring[RING_NEED, at] -= slots[slot, NEED]
+        slots[after, columns + PREVIOUS_IN_LIST] = before
+    ring[rows + 1, at] -= slots[slot, columns + AMOUNT]
 
 
 @inlined
-def _ring_place(batch: Batch, slot: int, step: int) -> None:
-    """Find the first step from ``step`` on at which a sequence lacks blocks (P2), and list it there."""
+def _list(batch: Batch, slot: int, columns: int, rows: int, step: int, amount: int) -> None:
+    """Put a sequence into the list of a step."""
     slots, ring = batch.slots, batch.ring
+    at = step & batch.mask
+    first = ring[rows, at]
+    slots[slot, columns + AMOUNT] = amount
+    slots[slot, columns + AT_STEP] = step
+    slots[slot, columns + PREVIOUS_IN_LIST] = -1
+    slots[slot, columns + NEXT_IN_LIST] = first
+    if first >= 0:
+        slots[first, columns + PREVIOUS_IN_LIST] = slot
+    ring[rows, at] = slot
+    ring[rows + 1, at] += amount
+
+
+@inlined
+def _list_need(batch: Batch, slot: int, step: int) -> None:
+    """Find the first step from ``step`` on at which a sequence lacks blocks (P2), and list it there."""
+    slots = batch.slots
     rate = slots[slot, RATE]
     now = slots[slot, PROGRESS] + (step - slots[slot, SINCE]) * rate
-    room = slots[slot, BLOCKS] * batch.block_size - slots[slot, BASE] - batch.lookahead
+    room = slots[slot, PAGES] * batch.block_size - slots[slot, BASE] - batch.lookahead
     missing = (room << UNIT_BITS) - now
     passes = (missing + rate - 1) // rate if missing > 0 else 0
     held = slots[slot, BASE] + ((now + passes * rate) >> UNIT_BITS) + 1 + batch.lookahead
-    need = blocks_for(held, batch.block_size) - slots[slot, BLOCKS]
-    at = (step + passes) & batch.mask
-    first = ring[RING_FIRST, at]
-    slots[slot, NEED] = need
-    slots[slot, BLOCK_STEP] = step + passes
-    slots[slot, RING_BEFORE] = -1
-    slots[slot, RING_AFTER] = first
-    if first >= 0:
-        slots[first, RING_BEFORE] = slot
-    ring[RING_FIRST, at] = slot
-    ring[RING_NEED, at] += need
+    pages = blocks_for(held, batch.block_size) - slots[slot, PAGES]
+    _list(batch, slot, NEEDS, TAKES, step + passes, batch.groups * pages)
+
+
+@compiled
+def _list_gift(batch: Batch, slot: int, step: int) -> None:
+    """Find the first step after ``step`` before which a sequence's window leaves blocks (W2, W6), and list it there.
+
+    One that is further off than ``block_size`` steps is looked for again then.
+    """
+    slots, window = batch.slots, batch.window
+    rate = slots[slot, RATE]
+    now = slots[slot, PROGRESS] + (step - slots[slot, SINCE]) * rate
+    computed = slots[slot, BASE] + (now >> UNIT_BITS)
+    if batch.chunked:
+        target = (computed // window + 1) * window
+    else:
+        target = (slots[slot, PASSED] + 1) * batch.block_size + window - 1
+    passes = min(batch.block_size, (((target - slots[slot, BASE]) << UNIT_BITS) - now + rate - 1) // rate)
+    computed = slots[slot, BASE] + ((now + passes * rate) >> UNIT_BITS)
+    passed = blocks_before_window(computed, window, batch.chunked, batch.block_size)
+    _list(batch, slot, GIVES_BACK, GIVES, step + passes, batch.windowed * (passed - slots[slot, PASSED]))
 
 
 @inlined
 def take_own_blocks(batch: Batch, slot: int, step: int) -> None:
     """Let one sequence take the blocks it needs at ``step``."""
-    _ring_remove(batch, slot)
-    batch.slots[slot, BLOCKS] += batch.slots[slot, NEED]
-    _ring_place(batch, slot, step)
+    _unlist(batch, slot, NEEDS, TAKES)
+    batch.slots[slot, PAGES] += batch.slots[slot, NEED] // batch.groups
+    _list_need(batch, slot, step)
 
 
 @inlined
 def take_blocks_of_step(batch: Batch, step: int) -> None:
     """Let every sequence take the blocks it needs at ``step``."""
     at = step & batch.mask
-    slot = batch.ring[RING_FIRST, at]
-    batch.ring[RING_FIRST, at] = -1
-    batch.ring[RING_NEED, at] = 0
+    slot = batch.ring[TAKES, at]
+    batch.ring[TAKES, at] = -1
+    batch.ring[TAKES + 1, at] = 0
     while slot >= 0:
-        after = batch.slots[slot, RING_AFTER]
-        batch.slots[slot, BLOCKS] += batch.slots[slot, NEED]
-        _ring_place(batch, slot, step)
+        after = batch.slots[slot, NEED_AFTER]
+        batch.slots[slot, PAGES] += batch.slots[slot, NEED] // batch.groups
+        _list_need(batch, slot, step)
         slot = after
+
+
+@compiled
+def give_blocks_before(batch: Batch, step: int) -> int:
+    """W2, W6: let every sequence give back what its window has left before ``step``; return how many blocks."""
+    at = step & batch.mask
+    slot = batch.ring[GIVES, at]
+    given = batch.ring[GIVES + 1, at]
+    batch.ring[GIVES, at] = -1
+    batch.ring[GIVES + 1, at] = 0
+    while slot >= 0:
+        after = batch.slots[slot, GIVE_AFTER]
+        batch.slots[slot, PASSED] += batch.slots[slot, GIVE] // batch.windowed
+        _list_gift(batch, slot, step)
+        slot = after
+    return int(given)
+
+
+@compiled
+def steps_to_gift(batch: Batch, step: int) -> int:
+    """Steps from ``step`` on, at most ``block_size``, before the last of which no window leaves blocks."""
+    k = 1
+    while k < batch.block_size and batch.ring[GIVES, (step + k) & batch.mask] < 0:
+        k += 1
+    return k
 
 
 @inlined
 def take_blocks_of_steps(
-    batch: Batch, step: int, k: int, free: int, owned: int, d0: float, q: float
+    batch: Batch, step: int, k: int, free: int, owned: int, d0: float, q: float, profile: Any
 ) -> tuple[int, int, float]:
-    """Take blocks for up to ``k`` steps of lengths d0, d0 + q, …, as many as ``free`` blocks allow.
+    """Take blocks for up to ``k`` steps of lengths d0, d0 + q, …, as many as ``free`` blocks allow, and give back what windows leave.
 
-    Returns the steps taken, the blocks then owned, and Σ over the steps of (blocks owned) × (step length). The first step must fit.
+    Returns the steps taken, the blocks then owned, and Σ over the steps of (blocks owned) × (step length). The first step must fit. Where
+    windows give blocks back there are at most ``block_size`` steps, and what is owned in each is added to ``profile``.
     """
     total = 0.0
     first = 0
     for j in range(k):
-        need = batch.ring[RING_NEED, (step + j) & batch.mask]
+        need = batch.ring[TAKES + 1, (step + j) & batch.mask]
+        if need > free:
+            k = j
+            break
         if need > 0:
-            if need > free:
-                k = j
-                break
             total += owned * ((j - first) * d0 + q * (0.5 * (j * (j - 1) - first * (first - 1))))
             first = j
             take_blocks_of_step(batch, step + j)
             free -= need
             owned += need
+        if batch.windowed > 0:
+            profile[j] += owned
+            given = give_blocks_before(batch, step + j + 1)
+            if given > 0:
+                total += owned * ((j + 1 - first) * d0 + q * (0.5 * ((j + 1) * j - first * (first - 1))))
+                first = j + 1
+                free += given
+                owned -= given
     total += owned * ((k - first) * d0 + q * (0.5 * (k * (k - 1) - first * (first - 1))))
     return k, owned, total
 
@@ -222,13 +298,20 @@ def steps_with_room(batch: Batch, step: int, k: int, free: int) -> int:
     """Steps, at most k, for which ``free`` blocks certainly are enough; 1 if they are for the first."""
     # A sequence may begin a block just before the steps, ends within one, and has not looked ahead yet if it is new (P2).
     each = 2 + (batch.lookahead + batch.block_size) // batch.block_size
-    if ((k * batch.ints[RATES]) >> UNIT_BITS) // batch.block_size + each * batch.ints[BATCH_SIZE] <= free:
+    pages = ((k * batch.ints[RATES]) >> UNIT_BITS) // batch.block_size + each * batch.ints[BATCH_SIZE]
+    if batch.groups * pages <= free:
         return k
     first = 0
-    while first < k - 1 and batch.ring[RING_NEED, (step + first) & batch.mask] == 0:
+    while first < k - 1 and batch.ring[TAKES + 1, (step + first) & batch.mask] == 0:
         first += 1
-    need = batch.ring[RING_NEED, (step + first) & batch.mask]
+    need = batch.ring[TAKES + 1, (step + first) & batch.mask]
     return max(1, first + 1 if need <= free else first)
+
+
+@inlined
+def blocks_of(batch: Batch, slot: int) -> int:
+    """Blocks that a sequence owns."""
+    return int(batch.groups * batch.slots[slot, PAGES] - batch.windowed * batch.slots[slot, PASSED])
 
 
 @compiled
@@ -361,7 +444,9 @@ def _add(batch: Batch, slot: int, step: int, rate: int) -> None:
     batch.ints[BATCH_SIZE] += 1
     if batch.window > 0:
         _window_event(batch, slot, step)
-    _ring_place(batch, slot, step)
+    _list_need(batch, slot, step)
+    if batch.windowed > 0:
+        _list_gift(batch, slot, step)
 
 
 @compiled
@@ -370,7 +455,11 @@ def join(batch: Batch, slot: int, step: int, rate: int, prompt: int, emitted: in
     slots = batch.slots
     slots[slot, BASE] = prompt - 1
     slots[slot, PROGRESS] = (emitted << UNIT_BITS) | (slots[slot, PROGRESS] & (UNIT - 1))
-    slots[slot, BLOCKS] = blocks_for(prompt + emitted - 1, batch.block_size)
+    computed = prompt + emitted - 1
+    slots[slot, PAGES] = blocks_for(computed, batch.block_size)
+    slots[slot, PASSED] = 0
+    if batch.windowed > 0:
+        slots[slot, PASSED] = blocks_before_window(computed, batch.window, batch.chunked, batch.block_size)
     slots[slot, SINCE] = step
     _add(batch, slot, step, rate)
 
@@ -383,8 +472,10 @@ def leave(batch: Batch, slot: int) -> None:
     batch.ints[BATCH_SIZE] -= 1
     if batch.window > 0:
         _forget_window(batch, slot)
-    _ring_remove(batch, slot)
-    batch.slots[slot, BLOCK_STEP] = -1
+    _unlist(batch, slot, NEEDS, TAKES)
+    if batch.windowed > 0:
+        _unlist(batch, slot, GIVES_BACK, GIVES)
+    batch.slots[slot, NEED_STEP] = -1
 
 
 @compiled

@@ -365,7 +365,7 @@ def _complete(
         else:
             queue.floats[STALL_START] = -1.0
             count_latencies_after_stall(out, group, queue, now)
-    release_of_step(limits, group)
+    release_of_step(limits, group, None)
     ints[STEP] += 1
     if cost.window > 0:
         pass_window_events(cost, limits, group)

@@ -1,6 +1,7 @@
 """What a chip's memory holds: weights, activations, workspace, and the KV cache in what is left."""
 
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from simulator.catalog.architecture import FeedForward, Mixer, MoEFFN
 from simulator.catalog.slices import legal_slices, resolve_slice
@@ -119,6 +120,16 @@ def ffn_memory(d: Deployment, ffn: FeedForward) -> BlockMemory:
     return BlockMemory(weights, visits * (up.n_out + down.n_in))
 
 
+@dataclass(frozen=True)
+class DrafterMemory:
+    """What a drafter takes on one chip of its target's slice: weights, cache of one token by kind of layer, and state of all sequences. [bytes]"""
+
+    weights_bytes: float = 0.0
+    kv_bytes: float = 0.0
+    windowed_kv_bytes: float = 0.0
+    state_bytes: float = 0.0
+
+
 class Memory:
     """What the chips of any part of a deployment hold: sums over its blocks, each of which is looked at once.
 
@@ -157,13 +168,14 @@ class Memory:
         tokens = d.max_num_batched_tokens * (2 * d.architecture.d_model + widest) * wide
         return tokens + d.max_rows * d.architecture.vocab_size * (wide + 4) * part.last
 
-    def fit(self, part: Part) -> MemoryFit:
-        """How a part fills the memory of each of its chips, whether it fits or not.
+    def fit(self, part: Part, drafter: DrafterMemory | None = None) -> MemoryFit:
+        """How a part fills the memory of each of its chips, with a drafter beside it, whether it fits or not.
 
-        The cache of windowed layers is where ``Deployment.windowed_kv`` says. Parts of a model are never ``pooled`` but ``reserved``, and that
-        only where there are layers of both kinds and it leaves room for more tokens than to keep all blocks alike.
+        The cache of windowed layers is where ``Deployment.windowed_kv`` says; ``reserved`` only where there are layers of both kinds and it leaves
+        room for more tokens than to keep all blocks alike.
         """
-        d, full, windowed, state = self._d, 0.0, 0.0, 0.0
+        d, drafter = self._d, drafter or DrafterMemory()
+        full, windowed, state = drafter.kv_bytes, drafter.windowed_kv_bytes, drafter.state_bytes
         for count, block in self._held(part):
             full += count * block.kv_bytes
             windowed += count * block.windowed_kv_bytes
@@ -171,15 +183,15 @@ class Memory:
         paged = MemoryFit(
             capacity_bytes=d.hbm_capacity_bytes,
             usable_bytes=d.hbm_capacity_bytes * d.gpu_memory_utilization,
-            weights_bytes=self.weights_bytes(part),
+            weights_bytes=self.weights_bytes(part) + drafter.weights_bytes,
             activations_bytes=self.activations_bytes(part),
             workspace_bytes=d.workspace_bytes,
             kv_bytes_per_token=full + windowed,
             block_size=d.block_size,
             reserved_bytes=d.max_num_seqs * state,
         )
-        if windowed and d.windowed_kv == "pooled" and d.stage == (1, 1) and part.mixers == d.part.mixers:
-            groups, page = self._groups()
+        if windowed and d.windowed_kv == "pooled":
+            groups, page = self._groups(part, drafter)
             return replace(paged, kv_bytes_per_token=page, groups=groups)
         if not full or not windowed or d.windowed_kv == "kept":
             return paged
@@ -187,19 +199,26 @@ class Memory:
         set_aside = replace(paged, kv_bytes_per_token=full, reserved_bytes=paged.reserved_bytes + windows)
         return max(paged, set_aside, key=lambda fit: fit.kv_blocks)
 
-    def _groups(self) -> tuple[KvGroups, float]:
-        """Groups of layers with common blocks, and what a token in a block of one of them takes on one chip. [bytes]
+    def _groups(self, part: Part, drafter: DrafterMemory) -> tuple[KvGroups, float]:
+        """Groups of layers with common blocks, and what a token in a block of one of them takes on one chip of a part. [bytes]
 
         As vLLM forms them: of as many layers as there are of the rarer kind, or of the other where it has less than half as many more. The
-        last group of a kind may have fewer; its blocks are as large.
+        last group of a kind may have fewer; its blocks are as large. A pipeline has one set of groups, of the whole model's layers, dealt out in
+        turn, so that each stage has its share of every group; as stages have all kinds in the same proportion, those of a stage's layers are the same. A
+        drafter's layers are among them, counted in the model's own by the bytes they take.
         """
         kinds = []
         for windowed in (False, True):
             name = "windowed_kv_bytes" if windowed else "kv_bytes"
             each = [
-                (count, getattr(block, name)) for (count, _), block in zip(self._d.mixers, self.mixers, strict=True)
+                (count, getattr(block, name)) for count, block in zip(part.mixers, self.mixers, strict=True) if count
             ]
             kinds.append([(count, bytes_) for count, bytes_ in each if bytes_])
+        largest = max(bytes_ for kind in kinds for _, bytes_ in kind)
+        for kind, drafted in zip(kinds, (drafter.kv_bytes, drafter.windowed_kv_bytes), strict=True):
+            if drafted:
+                of_layer = max((bytes_ for _, bytes_ in kind), default=largest)
+                kind.append((ceil(drafted / of_layer), of_layer))
         layers = [sum(count for count, _ in kind) for kind in kinds]
         few, many = min(n for n in layers if n), max(layers)
         size = many if many < 1.5 * few else few
@@ -216,14 +235,9 @@ class Memory:
         return [held for held in zip((*part.mixers, *part.ffns), self._blocks, strict=True) if held[0]]
 
 
-def unpooled(d: Deployment) -> Deployment:
-    """The deployment for what does not know of pooled windows: they are set aside instead."""
-    return replace(d, windowed_kv="reserved") if d.windowed_kv == "pooled" else d
-
-
-def memory_fit(d: Deployment) -> MemoryFit:
+def memory_fit(d: Deployment, drafter: DrafterMemory | None = None) -> MemoryFit:
     """How a deployment fills the memory of each of its chips, whether it fits or not (:meth:`Memory.fit`)."""
-    return Memory(d).fit(d.part)
+    return Memory(d).fit(d.part, drafter)
 
 
 def weights_bytes(d: Deployment) -> float:

@@ -18,7 +18,7 @@ from simulator.roofline.analysis import StepReport
 from simulator.roofline.compile import step_time_s
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Matrix, Number, Op, matmul_op, matrix_bytes, memory_op
-from simulator.roofline.memory import MemoryFit, memory_fit, unpooled, weights_bytes
+from simulator.roofline.memory import DrafterMemory, MemoryFit, memory_fit, weights_bytes
 from simulator.roofline.ops import StepShape
 
 
@@ -69,8 +69,8 @@ def mtp_step(report: StepReport, runs: int) -> MtpStep:
     run_s = step_time_s(module, shape) + sum(float(op.time_s) for op in input_ops(d, step.B))
     weights = modules * module_weights_bytes(d)
     cache = modules * module.kv_bytes_per_token
-    fit = memory_fit(unpooled(d))
-    memory = replace(fit, weights_bytes=fit.weights_bytes + weights, kv_bytes_per_token=fit.kv_bytes_per_token + cache)
+    kinds = (modules * module.kv_bytes(windowed=windowed) for windowed in (False, True))
+    memory = memory_fit(d, DrafterMemory(weights, *kinds))
     return MtpStep(runs, run_s, report.time_s + runs * run_s, weights, cache, memory)
 
 

@@ -91,9 +91,9 @@ class ShardedDeployment:
 
     @cached_property
     def memory(self) -> MemoryFit:
-        """Of a chip of the stage that holds the fewest tokens of KV cache: it sets the replica's capacity."""
+        """Of a chip of the stage that holds the fewest blocks of KV cache: it sets the replica's capacity."""
         fits = (self.part_memory.fit(part) for part in dict.fromkeys(self.parts))
-        return min(fits, key=lambda fit: (fit.kv_tokens, fit.kv_bytes))
+        return min(fits, key=lambda fit: (fit.kv_blocks, fit.kv_bytes))
 
     @property
     def replica_kv_tokens(self) -> int:

@@ -16,7 +16,7 @@ from simulator.roofline.blocks import decode_knots, state_bytes
 from simulator.roofline.compile import compile_part, dense_parts, hidden_s, sum_over
 from simulator.roofline.deployment import Deployment
 from simulator.roofline.kernels import Matrix, Number, Op, matmul_op, matrix_bytes
-from simulator.roofline.memory import MemoryFit, memory_fit, unpooled, weights_bytes
+from simulator.roofline.memory import DrafterMemory, MemoryFit, memory_fit, weights_bytes
 from simulator.roofline.mtp import input_ops, module_deployment, module_weights_bytes
 from simulator.roofline.ops import context_attention_ops, decode_attention_ops, dense_ops, head_ops
 from simulator.roofline.step_cost import StepCost
@@ -429,20 +429,15 @@ def drafter_weights_bytes(target: Deployment, drafter: Drafter, depth: int) -> f
 def memory_with_drafter(target: Deployment, drafter: Drafter, depth: int) -> MemoryFit:
     """How target and drafter fill each chip, or the fullest if not all have the drafter: weights of both, and each token's KV in both caches.
 
-    Windows are not ``pooled``: no rule says which of their blocks drafts keep.
+    The drafter's layers lie in the target's groups of layers, where it has some with a window.
     """
-    fit = memory_fit(unpooled(target))
     weights = drafter_weights_bytes(target, drafter, depth)
     d = drafter.deployment if drafter.same_slice else None
     if d is None:
-        return replace(fit, weights_bytes=fit.weights_bytes + weights)
+        return memory_fit(target, DrafterMemory(weights))
+    full, windowed = (drafter.modules * d.kv_bytes(windowed=kind) for kind in (False, True))
     state = sum(count * state_bytes(d, mixer) for count, mixer in d.mixers)
-    return replace(
-        fit,
-        weights_bytes=fit.weights_bytes + weights,
-        kv_bytes_per_token=fit.kv_bytes_per_token + drafter.modules * d.kv_bytes_per_token,
-        reserved_bytes=fit.reserved_bytes + target.max_num_seqs * state,
-    )
+    return memory_fit(target, DrafterMemory(weights, full, windowed, target.max_num_seqs * state))
 
 
 def pass_time_s(cost: StepCost, speculation: SpeculationCost, level: int, batch: int, context: float) -> float:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from simulator.engine.kv_memory import HostSwap, Tier
 from simulator.errors import InputError, UnpriceableError
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.memory import memory_fit
+from simulator.roofline.memory import MemoryFit, memory_fit
 from simulator.roofline.pipeline import ShardedDeployment
 from simulator.run.scenario import EngineOptions, TierOptions
 
@@ -14,17 +14,22 @@ if TYPE_CHECKING:
 
 
 class KvPlace(NamedTuple):
-    """Who holds a KV block: the deployment of each pipeline stage, and the chips of one attention rank in it."""
+    """Who holds a KV block: the deployment of each pipeline stage, the chips of one attention rank in it, and how it fills them."""
 
     stages: tuple[Deployment, ...]
     chips_per_stage: float
+    fits: tuple[MemoryFit, ...]
 
     @classmethod
-    def of(cls, deployment: Deployment, sharded: ShardedDeployment | None) -> "KvPlace":
-        """The place of a replica's blocks; ``sharded`` if it is more than ``deployment`` alone."""
-        if sharded is None:
-            return cls((deployment,), deployment.slice.n_chips)
-        return cls(sharded.stages, sharded.slice.n_chips / sharded.sharding.pp / sharded.sharding.dp)
+    def of(
+        cls, deployment: Deployment, sharded: ShardedDeployment | None, drafted: MemoryFit | None = None
+    ) -> "KvPlace":
+        """The place of a replica's blocks; ``sharded`` if it is more than ``deployment`` alone, ``drafted`` with a drafter beside it."""
+        stages = (deployment,) if sharded is None else sharded.stages
+        chips: float = deployment.slice.n_chips
+        if sharded is not None:
+            chips = sharded.slice.n_chips / sharded.sharding.pp / sharded.sharding.dp
+        return cls(stages, chips, (drafted,) if drafted else tuple(map(memory_fit, stages)))
 
     @property
     def n_chips(self) -> float:
@@ -33,9 +38,8 @@ class KvPlace(NamedTuple):
 
 
 def block_bytes(place: KvPlace) -> float:
-    """Bytes of one KV block on all chips that hold a part of it, all layers. [bytes]"""
-    fits = [memory_fit(stage) for stage in place.stages]
-    return sum(fit.block_size * fit.kv_bytes_per_token for fit in fits) * place.chips_per_stage
+    """Bytes of one KV block on all chips that hold a part of it: all layers, or those of one group, and a drafter's. [bytes]"""
+    return sum(fit.block_size * fit.kv_bytes_per_token for fit in place.fits) * place.chips_per_stage
 
 
 def host_bandwidth_bytes_per_s(place: KvPlace) -> float:

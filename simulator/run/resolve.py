@@ -191,7 +191,7 @@ def _resolve(
         )
         cost = drafting.with_other_slice(cost)
         blocks = drafting.fit.kv_blocks if engine.num_gpu_blocks_override is None else blocks
-    place = KvPlace.of(deployment, sharded)
+    place = KvPlace.of(deployment, sharded, drafting.fit if drafting else None)
     length = deployment.architecture.context_length if engine.max_model_len is None else engine.max_model_len
     settings = EngineSettings(
         max_num_seqs=engine.max_num_seqs,
@@ -211,7 +211,7 @@ def _resolve(
         swap=host_swap(place, engine),
         tiers=tuple(cache_tier(place, tier) for tier in engine.cache_tiers),
         load_policy=engine.load_policy,
-        kv_groups=_groups(deployment, sharded),
+        kv_groups=drafting.fit.groups if drafting else _groups(deployment, sharded),
     )
     return Resolved(
         scenario=scenario,
@@ -282,18 +282,13 @@ def _windowed_kv(scenario: Scenario) -> str:
     asked = engine.disable_hybrid_kv_cache_manager
     if asked:
         return "kept"
-    others = {
-        f"engine.prefix_cache = {engine.prefix_cache!r}": engine.prefix_cache != "off",
-        "engine.speculation": engine.speculation is not None,
-        f"sharding.pp = {scenario.sharding.pp}": scenario.sharding.pp > 1,
-    }
-    unmodelled = next((name for name, is_on in others.items() if is_on), None)
-    if unmodelled is not None and asked is False:
+    cached = engine.prefix_cache != "off"
+    if cached and asked is False:
         raise InputError(
             f"{scenario.name}: engine.disable_hybrid_kv_cache_manager = false: windowed layers that give blocks back are not modelled "
-            f"with {unmodelled}; leave one of them out"
+            f"with engine.prefix_cache = {engine.prefix_cache!r}; leave one of them out"
         )
-    return "pooled" if unmodelled is None else "reserved"
+    return "reserved" if cached else "pooled"
 
 
 def _groups(deployment: Deployment, sharded: ShardedDeployment | None) -> KvGroups:

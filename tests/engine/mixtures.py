@@ -88,7 +88,7 @@ def draw_features(pick: Pick, must: Sequence[str], refusals: Sequence[Refusal]) 
         more = with_needs(chosen | {name})
         if len(more) > len(chosen) + 1 and pick(0, 2):  # or most would have what others need
             continue
-        if name == "bounded windows" and pick(0, 2):  # it rules out three others
+        if name == "bounded windows" and pick(0, 2):  # it rules out two others, and what needs them
             continue
         if pick(0, 5) < few and not more >= {"batching", "chunk limits"} and why_not(more, refusals) is None:
             chosen = more

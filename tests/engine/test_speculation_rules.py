@@ -14,6 +14,7 @@ from simulator.engine.records import EngineSettings, Speculation, itl_quantiles_
 from simulator.engine.reference import simulate_reference
 from simulator.errors import InputError
 from simulator.roofline.acceptance import survival_of_rate, tokens_per_pass
+from simulator.roofline.kv_groups import KvGroups
 from simulator.roofline.speculation import SpeculationCost
 from tests.engine.engines import NAMES, engine
 from tests.engine.strategies import requests_of, step_cost
@@ -211,34 +212,62 @@ def leave(batch, slot):
 
 
 @entry
-def take_blocks_of_steps(batch, step, k, free, owned, d0, q):
-    return speculation.take_blocks_of_steps(batch, step, k, free, owned, d0, q)
+def take_blocks_of_steps(batch, step, k, free, owned, d0, q, profile):
+    return speculation.take_blocks_of_steps(batch, step, k, free, owned, d0, q, profile)
+
+
+@entry
+def steps_to_gift(batch, step):
+    return speculation.steps_to_gift(batch, step)
 
 
 class PlainBlocks:
-    """What :mod:`simulator.engine.speculation` keeps in a ring, sequence by sequence."""
+    """What :mod:`simulator.engine.speculation` keeps in rings, sequence by sequence."""
 
-    def __init__(self, block_size, lookahead):
-        self.block_size, self.lookahead = block_size, lookahead
+    def __init__(self, block_size, lookahead, groups):
+        self.block_size, self.lookahead, self.groups = block_size, lookahead, groups
         self.running = {}
 
     def join(self, slot, step, rate, prompt, emitted):
-        held = -(-(prompt + emitted - 1) // self.block_size)
-        self.running[slot] = [step, rate, prompt - 1, emitted << speculation.UNIT_BITS, held]
+        self.running[slot] = [step, rate, prompt - 1, emitted << speculation.UNIT_BITS, prompt + emitted - 1]
 
-    def need(self, slot, step):
-        since, rate, base, progress, held = self.running[slot]
-        emitted = (progress + (step - since) * rate) >> speculation.UNIT_BITS
-        return max(0, -(-(base + emitted + 1 + self.lookahead) // self.block_size) - held)
+    def computed(self, slot, step):
+        since, rate, base, progress, _ = self.running[slot]
+        return base + ((progress + (step - since) * rate) >> speculation.UNIT_BITS)
+
+    def owned(self, slot, step, held=None):
+        """Blocks of a sequence at a step that has blocks for ``held`` tokens (W3, W6)."""
+        groups, tokens = self.groups, self.computed(slot, step)
+        passed = tokens - tokens % groups.window if groups.chunked else max(0, tokens + 1 - groups.window)
+        pages = -(-(self.running[slot][4] if held is None else held) // self.block_size)
+        return groups.count * pages - (groups.windowed * (passed // self.block_size) if groups.windowed else 0)
+
+    def all_owned(self, step):
+        return sum(self.owned(slot, step) for slot in self.running)
+
+    def needs(self, step):
+        """Tokens that each sequence must have blocks for."""
+        return {
+            slot: max(state[4], self.computed(slot, step) + 1 + self.lookahead) for slot, state in self.running.items()
+        }
+
+
+@st.composite
+def kv_groups(draw):
+    if draw(st.booleans()):
+        return KvGroups()
+    return KvGroups(draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.booleans()))
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_the_ring_of_blocks_equals_a_plain_model(data):
+@given(st.data(), kv_groups())
+def test_the_rings_of_blocks_equal_a_plain_model(data, groups):
     block_size, depth = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 6))
-    plan = chain(depth, 0.5)
-    spec = _new_spec(flat_cost(), limits(plan, block_size=block_size), requests_of([0.0], [1], [1]))
-    batch, plain = spec.batch, PlainBlocks(block_size, depth)
+    plan = limits(chain(depth, 0.5), block_size=block_size, kv_groups=groups)
+    cost = flat_cost(window=groups.window, window_chunked=groups.chunked) if groups.windowed else flat_cost()
+    batch = _new_spec(cost, plan, requests_of([0.0], [1], [1])).batch
+    plain = PlainBlocks(block_size, depth, groups)
+    profile = np.zeros(block_size, dtype=np.int64)
     step, unit = 0, speculation.UNIT
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["join", "leave", "steps", "steps"]))
@@ -251,27 +280,33 @@ def test_the_ring_of_blocks_equals_a_plain_model(data):
             plain.join(slot, step, rate, prompt, emitted)
         elif action == "leave" and plain.running:
             slot = data.draw(st.sampled_from(sorted(plain.running)))
-            assert batch.slots[slot, speculation.BLOCKS] == plain.running[slot][4]
+            pages, passed = batch.slots[slot, speculation.PAGES], batch.slots[slot, speculation.PASSED]
+            assert groups.count * pages - groups.windowed * passed == plain.owned(slot, step)
             leave(batch, slot)
             del plain.running[slot]
         elif action == "steps":
-            k, free = data.draw(st.integers(1, 30)), data.draw(st.integers(0, 60))
+            k, free = data.draw(st.integers(1, block_size if groups.windowed else 30)), data.draw(st.integers(0, 60))
             d0, q = data.draw(st.integers(1, 5)) / 8, data.draw(st.integers(0, 5)) / 64
-            owned = sum(held for *_, held in plain.running.values())
-            due = sum(plain.need(slot, step) for slot in plain.running)
-            free = max(free, due)
-            taken, left, total = 0, free, 0.0
+            before = plain.all_owned(step)
+            all_blocks = before + free
+            due = sum(plain.owned(slot, step, held) for slot, held in plain.needs(step).items())
+            all_blocks = max(all_blocks, due)
+            taken, total, seen, given = 0, 0.0, [], []
             while taken < k:
-                needs = {slot: plain.need(slot, step + taken) for slot in plain.running}
-                if sum(needs.values()) > left:
+                held = plain.needs(step + taken)
+                if sum(plain.owned(slot, step + taken, tokens) for slot, tokens in held.items()) > all_blocks:
                     break
-                for slot, need in needs.items():
-                    plain.running[slot][4] += need
-                left -= sum(needs.values())
-                total += (owned + free - left) * (d0 + q * taken)
+                for slot, tokens in held.items():
+                    plain.running[slot][4] = tokens
+                seen.append(plain.all_owned(step + taken))
+                total += seen[-1] * (d0 + q * taken)
                 taken += 1
-            found = take_blocks_of_steps(batch, step, k, free, owned, d0, q)
-            assert found == (taken, owned + free - left, total)
+                given.append(seen[-1] - plain.all_owned(step + taken))
+            profile[:] = 0
+            assert not any(given[: steps_to_gift(batch, step) - 1])
+            found = take_blocks_of_steps(batch, step, k, all_blocks - before, before, d0, q, profile)
             step += taken
+            assert found == (taken, plain.all_owned(step), total)
+            assert not groups.windowed or profile.tolist() == seen + [0] * (block_size - taken)
         sums = sum(rate for _, rate, *_ in plain.running.values())
         assert batch.ints[speculation.RATES] == sums

@@ -1,4 +1,4 @@
-"""Windowed layers that give KV blocks back, by hand: rules W1 to W5 of docs/engine-kv-memory.md."""
+"""Windowed layers that give KV blocks back, by hand: rules W1 to W6 of docs/engine-kv-memory.md."""
 
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ from simulator.engine.reference import simulate_reference
 from simulator.errors import InputError
 from simulator.roofline.kv_groups import KvGroups
 from tests.engine.strategies import Case, observe, requests_of, step_cost
+from tests.engine.test_speculation_rules import chain, flat_cost, limits
 
 BOTH = pytest.mark.parametrize("run", [simulate, simulate_reference])
 
@@ -23,6 +24,16 @@ def case(groups: KvGroups, requests, **settings) -> Case:
     planes = ((0, 0, 0, 0, 0),) if groups.windowed else ((0, 0, 0),)
     cost = step_cost(steps, np.zeros(limits.max_num_seqs + 1), planes=planes, **window)
     return Case(cost, replace(limits, kv_groups=groups), requests)
+
+
+def assert_owned(one: Case, owned: list[int]) -> None:
+    """The first request, alone, owns as many blocks in each step, in both engines."""
+    _, steps, _ = observe(one)
+    assert [step.blocks[0] for step in steps] == owned
+    for run in (simulate, simulate_reference):
+        totals = run(*one).totals
+        assert totals["kv_blocks_s"] == sum(owned)
+        assert totals["max_kv_blocks"] == max(owned)
 
 
 # One request of 5 prompt and 6 output tokens; one full group, two windowed ones with W = 3.
@@ -42,18 +53,32 @@ CHUNKED = ([9, 5, 8, 8, 7, 7], KvGroups(1, 2, 4, chunked=True))
 @pytest.mark.parametrize(("owned", "groups"), [SLIDING, CHUNKED])
 def test_blocks_of_one_request_by_hand(owned, groups):
     one = case(groups, requests_of([0], [5], [6]), num_kv_blocks=30)
-    _, steps, _ = observe(one)
-    assert [step.blocks[0] for step in steps] == owned
-    for run in (simulate, simulate_reference):
-        totals = run(*one).totals
-        assert totals["kv_blocks_s"] == sum(owned)
-        assert totals["max_kv_blocks"] == max(owned)
+    assert_owned(one, owned)
     at_rest = groups.blocks(np.arange(5, 11), 2)
     in_step = groups.blocks_in_step(np.arange(6, 11), 2)
     assert in_step.tolist() == owned[1:]
     assert (
         at_rest[:-1] + 3 * (np.arange(6, 11) % 2) == in_step
     ).all()  # a block of each group begins with an odd token
+
+
+# The first case with passes of two drafts, so G = 2: a pass at c computed tokens has ⌈(c + 3)/2⌉ blocks of each group.
+#   all accepted, 3 tokens a pass: chunk 9, then at c = 5: 3·4 − 2·1; 8: 3·6 − 2·3; 11: 3·7 − 2·4
+#   none accepted, 1 token a pass:  chunk 9, then at c = 5: 3·4 − 2·1; 6: 3·5 − 2·2; 7: 3·5 − 2·2; 8: 3·6 − 2·3
+@pytest.mark.parametrize(("rate", "output", "owned"), [(1.0, 10, [9, 10, 12, 13]), (0.0, 5, [9, 10, 11, 11, 12])])
+def test_windows_go_by_accepted_tokens_and_blocks_by_those_looked_ahead(rate, output, owned):
+    settings = limits(chain(2, rate), block_size=2, num_kv_blocks=30, kv_groups=KvGroups(1, 2, 3))
+    one = Case(flat_cost(window=3, planes=((0, 0, 0, 0, 0),)), settings, requests_of([0], [5], [output]))
+    assert_owned(one, owned)
+
+
+@BOTH
+def test_a_pass_longer_than_a_step_has_room_in_a_window(run):
+    # W6 with W = 3, G = 6 and 4 tokens a step: 3 − 1 + 7 tokens need ⌈9/2⌉ + 1 = 6 blocks, where a step's would need 4.
+    plan = limits(chain(6, 1.0), block_size=2, kv_groups=KvGroups(0, 1, 3), max_num_batched_tokens=4, max_num_seqs=1)
+    cost = flat_cost(window=3, planes=((0, 0, 0, 0, 0),))
+    enough, short = (run(cost, replace(plan, num_kv_blocks=n), requests_of([0], [9], [9])).status for n in (6, 5))
+    assert (enough.tolist(), short.tolist()) == ([FINISHED], [REJECTED])
 
 
 @BOTH

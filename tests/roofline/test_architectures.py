@@ -237,9 +237,31 @@ def test_layers_nearly_as_many_of_both_kinds_lie_in_two_groups():
     assert fit.kv_bytes_per_token == 13 * 2 * 2 * 8 * 256
 
 
-def test_parts_of_a_model_do_not_pool_windows():
-    d = shard(load_model("gpt-oss-20b"), resolve_slice("h100-sxm:2"), Sharding(tp=1, pp=2))
-    assert d.memory.groups == KvGroups()
+@pytest.mark.parametrize(
+    ("name", "pp", "groups", "page"),
+    [
+        ("gpt-oss-20b", 2, (1, 1), (6 * 2 * 2 * 8 * 64,) * 2),  # 12 layers of either kind
+        (
+            "gemma-3-27b",
+            2,
+            (1, 6),
+            (5 * 2 * 2 * 16 * 128,) * 2,
+        ),  # 10 and 52: five layers, and six groups of at most five
+        ("gemma-3-12b", 4, (1, 5), (2 * 2 * 2 * 8 * 256,) * 4),  # 2 and 10
+        ("mistral-7b-v0.1", 8, (0, 1), (4 * 2 * 2 * 8 * 128,) * 8),
+    ],
+)
+def test_stages_share_the_groups_and_the_tightest_sets_the_number_of_blocks(name, pp, groups, page):
+    d = shard(load_model(name), resolve_slice(f"h100-sxm:{pp}"), Sharding(tp=1, pp=pp))
+    fits = [memory_fit(stage) for stage in d.stages]
+    assert {(fit.groups.full, fit.groups.windowed) for fit in fits} == {groups}
+    assert {fit.groups for fit in fits} == {memory_fit(d.whole).groups} == {d.memory.groups}
+    assert tuple(fit.kv_bytes_per_token for fit in fits) == page
+    assert all(fit.reserved_bytes == 0 for fit in fits)
+    blocks = [int(fit.kv_bytes // (16 * bytes_)) - 1 for fit, bytes_ in zip(fits, page, strict=True)]
+    assert d.memory.kv_blocks == min(blocks)
+    kept = shard(load_model(name), resolve_slice(f"h100-sxm:{pp}"), Sharding(tp=1, pp=pp), windowed_kv="kept")
+    assert max_batch(d.memory, 100_000) > 1.5 * max_batch(kept.memory, 100_000)
 
 
 def test_windows_are_set_aside_or_paged_whichever_holds_more_where_they_are_not_pooled():

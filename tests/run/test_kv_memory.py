@@ -150,18 +150,40 @@ def test_windowed_layers_give_blocks_back_unless_told_otherwise():
     assert pooled.settings.num_kv_blocks + 1 in {2 * (kept.settings.num_kv_blocks + 1) + one for one in (0, 1)}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "engine.prefix_cache=blocks",
-        "engine.speculation={method='ngram', num_speculative_tokens=3, acceptance_rate=0.5}",
-    ],
-)
-def test_windows_are_not_given_back_beside_what_no_rule_covers(other):
-    beside = (*GEMMA, other)
+def test_a_drafters_layer_lies_in_the_groups():
+    def drafting(method):
+        options = f"engine.speculation={{method='{method}', num_speculative_tokens=3, acceptance_rate=0.5}}"
+        return resolve(load_scenario("llama-3-8b-azure-chat", (*GEMMA, options)))
+
+    alone = resolve(load_scenario("llama-3-8b-azure-chat", GEMMA))
+    assert drafting("ngram").settings.kv_groups == drafting("eagle").settings.kv_groups == KvGroups(1, 1, 4096)
+    assert block_bytes(drafting("ngram").place) == block_bytes(alone.place)
+    # EAGLE's layer sees everything: 22 full layers beside 21 with a window, and blocks of 22.
+    assert block_bytes(drafting("eagle").place) * 21 == block_bytes(alone.place) * 22
+    assert drafting("eagle").settings.num_kv_blocks < drafting("ngram").settings.num_kv_blocks
+
+
+def test_windows_are_not_given_back_beside_what_no_rule_covers():
+    beside = (*GEMMA, "engine.prefix_cache=blocks")
     assert resolve(load_scenario("llama-3-8b-azure-chat", beside)).settings.kv_groups == KvGroups()
     with pytest.raises(InputError, match=r"disable_hybrid_kv_cache_manager = false.*not modelled with engine"):
         resolve(load_scenario("llama-3-8b-azure-chat", (*beside, "engine.disable_hybrid_kv_cache_manager=false")))
+
+
+def test_stages_give_windows_back_too():
+    stages = ("model=gpt-oss-20b", "slice=h100-sxm:2", "sharding={tp=1, pp=2}", "traffic.mix=random-8k-1k")
+    few = ("engine.gpu_memory_utilization=0.34", "traffic.n_requests=60", "traffic.arrival={process='offline'}")
+    pooled, kept = (
+        load_scenario("llama-3-8b-azure-chat", (*stages, *few, f"engine.disable_hybrid_kv_cache_manager={told}"))
+        for told in ("false", "true")
+    )
+    found = resolve(pooled)
+    assert found.settings.kv_groups == KvGroups(1, 1, 128)
+    # A block is one of 12 layers, 6 in each stage, of 2 × 8 heads × 64 values of 2 bytes for 16 tokens.
+    assert block_bytes(found.place) == 12 * 2 * 8 * 64 * 2 * 16
+    pooled, kept = run_scenario(pooled).summary, run_scenario(kept).summary
+    assert pooled.occupancy.peak_running > 1.5 * kept.occupancy.peak_running
+    assert pooled.throughput.requests_per_s > kept.throughput.requests_per_s
 
 
 def test_a_crowded_replica_serves_long_contexts_faster_when_windows_give_back():
