@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from simulator.engine import core, parts, ranks
-from simulator.engine.compiled import Engine
 from simulator.engine.grouped import RankEngine, StageEngine
 from simulator.engine.lives import Lives, Paid, Phase, Span
+from simulator.engine.single import Engine
 
 __all__ = ["MAX_STEPS", "EventLog", "Moment", "Paid", "Phase", "Span", "Step", "record"]
 

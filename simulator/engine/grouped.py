@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.engine import core, flight, heaps, parts, prefix_cache, queues, ranks, speculation, stages, swap, tiers
-from simulator.engine.compiled import Engine
 from simulator.engine.records import EngineResult, EngineSettings, Requests, of_the_whole
 from simulator.engine.refusals import check_mixture
+from simulator.engine.single import Engine
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost
@@ -58,7 +58,7 @@ class RankEngine(Engine):
     Raises
     ------
     InputError
-        As :class:`~simulator.engine.compiled.Engine`; if the settings ask for what ranks cannot do, or for uneven experts
+        As :class:`~simulator.engine.single.Engine`; if the settings ask for what ranks cannot do, or for uneven experts
         of a table without any.
     """
 

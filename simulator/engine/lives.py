@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from simulator.engine import core, queues
-from simulator.engine.compiled import Engine
 from simulator.engine.records import CANCELLED, FINISHED, NOT_ARRIVED, REJECTED, RUNNING, TIMED_OUT, WAITING
+from simulator.engine.single import Engine
 
 
 class Phase(StrEnum):

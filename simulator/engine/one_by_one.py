@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from simulator.engine import core, many, queues
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.compiled import Engine, new_engine
+from simulator.engine.compiled import new_engine
 from simulator.engine.heaps import push_arrival
 from simulator.engine.records import (
     FINISHED,
@@ -28,6 +28,7 @@ from simulator.engine.records import (
     Requests,
 )
 from simulator.engine.replicas import Kind, Replicas, why_not_plain
+from simulator.engine.single import Engine
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from simulator.engine import core, many
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.compiled import Engine
 from simulator.engine.records import NOT_ARRIVED, EngineResult, EngineSettings, Requests, needs_queue
+from simulator.engine.single import Engine
 from simulator.errors import InputError
 from simulator.roofline.pipeline_cost import PipelineCost
 from simulator.roofline.step_cost import StepCost

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.engine import core
-from simulator.engine.compiled import Engine
 from simulator.engine.records import FINISHED, NOT_ARRIVED, REJECTED, EngineResult, EngineSettings, Requests
+from simulator.engine.single import Engine
 from simulator.errors import InputError
 from simulator.roofline.step_cost import StepCost
 
@@ -78,7 +78,7 @@ class StreamingEngine(Engine):
     Parameters
     ----------
     cost, settings, timeline_interval_s
-        as for :class:`simulator.engine.compiled.Engine`; None starts with the shortest intervals. The settings must be
+        as for :class:`simulator.engine.single.Engine`; None starts with the shortest intervals. The settings must be
         those of a plain replica (:data:`PLAIN_SETTINGS`): what others remember of past requests is not carried over.
     consume
         called with the requests that are done, before their rows are dropped.

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.engine.compiled import Engine, simulate
+from simulator.engine.compiled import simulate
 from simulator.engine.records import itl_bin, itl_mean_s
+from simulator.engine.single import Engine
 from tests.engine.strategies import dyadic_cases, observe, random_case
 
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.engine.compiled import Engine, new_engine, simulate
+from simulator.engine.compiled import new_engine, simulate
 from simulator.engine.event_log import Phase, record
 from simulator.engine.records import FINISHED, NOT_ARRIVED, REJECTED
 from simulator.engine.reference import Replica
 from simulator.engine.refusals import NAMES
+from simulator.engine.single import Engine
 from tests.engine.mixtures import random_mixture
 from tests.engine.strategies import dyadic_cases, observe, random_case
 

@@ -49,7 +49,7 @@ def cost(max_tokens: int = 8192, max_rows: int = 256):
 
 def run(requests: Requests, n_blocks: int, *, max_num_seqs: int = 256, block_size: int = UNIT):
     pytest.importorskip("simulator.engine.compiled", reason="no compiled engine here")
-    from simulator.engine.compiled import Engine
+    from simulator.engine.single import Engine
 
     settings = EngineSettings(max_num_seqs, 8192, block_size, n_blocks, prefix_cache="blocks")
     engine = Engine(cost(), settings, requests, log_size=600_000)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from simulator.engine.compiled import Engine, simulate
+from simulator.engine.compiled import simulate
 from simulator.engine.event_log import record
 from simulator.engine.refusals import LASTING, MEMORY, PENDING, Refusal
 from simulator.engine.scheduling import Scheduling
+from simulator.engine.single import Engine
 from tests.engine.comparing import TIMES, assert_counts_equal, assert_shares_close
 from tests.engine.mixtures import mixtures
 from tests.engine.strategies import Case, observe, random_case, real_case

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.engine import speculation
-from simulator.engine.compiled import _new_spec, simulate
+from simulator.engine.compiled import simulate
 from simulator.engine.jit import entry
+from simulator.engine.new_state import new_spec
 from simulator.engine.records import EngineSettings, Speculation, itl_quantiles_s
 from simulator.engine.reference import simulate_reference
 from simulator.errors import InputError
@@ -265,7 +266,7 @@ def test_the_rings_of_blocks_equal_a_plain_model(data, groups):
     block_size, depth = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 6))
     plan = limits(chain(depth, 0.5), block_size=block_size, kv_groups=groups)
     cost = flat_cost(window=groups.window, window_chunked=groups.chunked) if groups.windowed else flat_cost()
-    batch = _new_spec(cost, plan, requests_of([0.0], [1], [1])).batch
+    batch = new_spec(cost, plan, requests_of([0.0], [1], [1])).batch
     plain = PlainBlocks(block_size, depth, groups)
     profile = np.zeros(block_size, dtype=np.int64)
     step, unit = 0, speculation.UNIT

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.engine.compiled import Engine
 from simulator.engine.records import ITL_BINS_PER_OCTAVE, itl_bin
+from simulator.engine.single import Engine
 from simulator.results import read_result, write_result
 from simulator.run import load_scenario, run_scenario
 from simulator.run.histogram import BINS, BINS_PER_OCTAVE, LogHistogram, as_float, bins_of, fixed_sum, value_in_bin
