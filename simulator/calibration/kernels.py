@@ -23,8 +23,6 @@ FOLDS = 5
 MOST_ROWS = 4000
 """Rows of one fit; larger tables are thinned evenly. Errors are always of every row."""
 MOST_STEPS, REFIT_STEPS = 40, 8
-ROWS_PER_PARAMETER = 10
-"""Rows for each parameter that another way of working takes at least to be told from the plain one."""
 GOALS = {"gemm": 0.08, "gemv": 0.08, "attention_decode": 0.08, "mha_decode": 0.08, "attention_prefill": 0.10, "moe": 0.15, "mla_decode": 0.08, "mla_prefill": 0.10,
          "all_reduce": 0.12, "all_gather": 0.12, "reduce_scatter": 0.12, "alltoall": 0.12}  # fmt: skip
 """Median absolute error on shapes left out that a fit should reach."""
@@ -101,7 +99,7 @@ def fit_problem(problem: Problem) -> KernelFit:
         problem = replace(problem, shape=rows, held_out_by="rows, as there is one shape")
     every = np.arange(len(problem.measured))
     best = _best(problem, every)
-    others = [way for way in problem.others if len(every) >= ROWS_PER_PARAMETER * len(way.free)]
+    others = [way for way in problem.others if len(every) >= way.rows_per_parameter * len(way.free)]
     if others:
         other = min((_best(replace(way, shape=problem.shape), every) for way in others), key=lambda f: f.loss)
         best = other if other.loss < problem.worth * best.loss else best

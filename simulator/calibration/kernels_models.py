@@ -44,6 +44,10 @@ LARGE_ON_CHIP_S = 5e-5
 to 20 us), whose times grow evenly with the rows; on L40S and RTX PRO 6000 (111 and 71 us) they jump where this memory is full."""
 ON_CHIP_WORTH = 0.85
 """Loss of a fit with the parameters of a large on-die memory, relative to that without, below which they are taken."""
+SHORT_WAY_WORTH = 0.7
+"""Loss of a collective's fit with a short way for small messages, relative to that without, below which it is taken."""
+ROWS_PER_SIZE = 4
+"""Rows for each parameter of a collective with two ways: one message size a row, from bytes to gigabytes, and little noise."""
 MULTIPLIES_ALL_SELECTIONS = frozenset({"sglang"})
 """Frameworks whose tables, with experts spread over chips, hold products of every selection of a token that comes to the measured
 chip. Selections of other chips' experts are marked in the input [1]_, and the times are those of products all the same: at 16,384
@@ -301,8 +305,7 @@ def _collectives(chip: ChipSpec, table: Table) -> Iterator[Problem]:
             for chips in sorted({*every["num_gpus"]}):
                 keep = (every["collective"] == op) & (impl == framework) & (every["num_gpus"] == chips)
                 if keep.sum() >= 8:
-                    flags = framework == "nccl" and chip.scale_up.topology == "pcie"
-                    yield _collective(op, framework, int(chips), table.where(keep), rate, flags=flags)
+                    yield _collective(op, framework, int(chips), table.where(keep), rate)
 
 
 def _framework(impl: str) -> str:
@@ -312,8 +315,8 @@ def _framework(impl: str) -> str:
     return impl.split("_", maxsplit=1)[0].lower()
 
 
-def _collective(op: str, framework: str, chips: int, table: Table, rate: float, *, flags: bool) -> Problem:
-    """One collective; with ``flags`` small messages are sent by NCCL's protocol of flagged words, which tells over PCIe."""
+def _collective(op: str, framework: str, chips: int, table: Table, rate: float) -> Problem:
+    """One collective. Small messages may go a short way of their own: NCCL's protocol of flagged words, or an all-reduce in one shot."""
     bytes_, time = table.columns["bytes"], table.columns["latency_s"]
     transfer = bytes_ * _SHARES[op](chips) / rate
 
@@ -324,10 +327,10 @@ def _collective(op: str, framework: str, chips: int, table: Table, rate: float, 
         Parameter("latency_s", float(np.clip(time.min(), 2e-7, 1e-3)), 1e-7, 1e-2),
         Parameter("link", 0.5, 0.001, 1),
         Parameter("sharpness", 0.7, 0.3, 8),
-        *([Parameter("setup_s", 2e-5, 1e-8, 1e-2)] if flags else []),
     )
+    short = (Parameter("direct", chips / 2, 1, 100), Parameter("setup_s", 1e-5, 1e-8, 1e-2))
     kind = next(name for name in _SHARES if name == op)
-    return Problem(
+    problem = Problem(
         kind,  # type: ignore[arg-type]  # a key of _SHARES, each a KernelOp
         "",
         "",
@@ -335,9 +338,14 @@ def _collective(op: str, framework: str, chips: int, table: Table, rate: float, 
         time,
         model,
         free,
-        {"setup_s": 0.0},
+        {"direct": 0.0, "setup_s": 0.0},
         numbered(bytes_),
         "message sizes",
         steps(bytes_, "bytes", 1e5, 1e7),
         chips=chips,
+    )
+    return replace(
+        problem,
+        others=(replace(problem, free=(*free, *short), rows_per_parameter=ROWS_PER_SIZE),),
+        worth=SHORT_WAY_WORTH,
     )

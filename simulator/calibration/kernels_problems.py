@@ -37,6 +37,10 @@ SHARPNESS = (1.0, 2.0, 4.0)
 """p-norms tried between compute and memory."""
 
 
+ROWS_PER_PARAMETER = 10
+"""Rows for each parameter that another way of working takes at least to be told from the plain one."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One curve to fit.
@@ -53,8 +57,9 @@ class Problem:
         parameters to fit, and those that stay.
     choices
         values tried in turn for one held parameter; empty: none.
-    others, worth
-        other ways of working that a kernel may have; the best is taken if its loss is below ``worth`` times this one's.
+    others, worth, rows_per_parameter
+        other ways of working that a kernel may have, each tried where there are so many rows for each of its parameters; the best is taken if its
+        loss is below ``worth`` times this one's.
     schedule
         of decode attention: the curve's.
     shape
@@ -81,6 +86,7 @@ class Problem:
     choices: tuple[str, tuple[float, ...]] = ("", ())
     others: tuple["Problem", ...] = ()
     worth: float = 1.0
+    rows_per_parameter: int = ROWS_PER_PARAMETER
     schedule: Schedule = ""
     chips: int = 1
     head_dim: int = 0

@@ -102,7 +102,7 @@ _SIDES: dict[type, dict[str, Literal["small", "large"]]] = {
         "item_s": "large",
         "walk_s": "large",
     },
-    CollectiveCurve: {"latency_s": "small", "setup_s": "large", "link": "large"},
+    CollectiveCurve: {"latency_s": "small", "direct": "small", "setup_s": "large", "link": "large"},
 }
 
 #: What carries over least from one chip to the next of each side: the parameter that sets the time of its plainest calls.
@@ -329,7 +329,8 @@ def _drawn_curve(
 def _inside(curve: Curve, field: str, values: Array) -> Array:
     if field in curve.fractions:
         return np.minimum(values, 1.0)
-    return np.maximum(values, 1.0) if field in curve.multiples else values
+    least = field in curve.multiples or (field == "direct" and bool(values.any()))
+    return np.maximum(values, 1.0) if least else values
 
 
 def free_parameters(fit: KernelFit, curve: type) -> tuple[str, ...]:

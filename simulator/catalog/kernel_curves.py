@@ -273,9 +273,11 @@ class CollectiveCurve(_Curve):
         fraction of a chip's link bandwidth.
     sharpness
         p of the p-norm that joins latency and transfer time; below 1 they hinder each other.
+    direct
+        time of the short way that small messages go, latency apart, as a multiple of the transfer at the full link rate: every chip sends
+        all it has to all others, or every other word is a flag. 0: there is none.
     setup_s
-        further latency of messages that use the link in full, where small ones go without it, at half the rate because every other
-        word is a flag; 0 where all go one way. [s]
+        further latency of the long way, where there is a short one. [s]
     """
 
     fractions: ClassVar[frozenset[str]] = frozenset({"link"})
@@ -283,13 +285,16 @@ class CollectiveCurve(_Curve):
     latency_s: float
     link: float
     sharpness: float = 1.0
+    direct: float = 0.0
     setup_s: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a norm that is none, besides."""
+        """Refuse a norm that is none, and a short way faster than the link, besides."""
         super().__post_init__()
         if not self.sharpness > 0:
             raise InputError(f"CollectiveCurve.sharpness = {self.sharpness}: must be above 0")
+        if 0 < self.direct < 1:
+            raise InputError(f"CollectiveCurve.direct = {self.direct}: must be 0 or at least 1")
 
 
 Curve = GemmCurve | VectorCurve | GroupedCurve | PrefillCurve | DecodeCurve | CollectiveCurve

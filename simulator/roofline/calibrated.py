@@ -407,6 +407,9 @@ def collective_curve(curves: KernelCurves, kind: KernelOp, chips: int) -> Collec
     if one is None or other is None or low == high:
         return one
     share = log2(chips / low) / log2(high / low)
-    return CollectiveCurve(
-        **{f.name: (1 - share) * getattr(one, f.name) + share * getattr(other, f.name) for f in fields(CollectiveCurve)}
-    )
+    between = {
+        f.name: (1 - share) * getattr(one, f.name) + share * getattr(other, f.name) for f in fields(CollectiveCurve)
+    }
+    if not (one.direct and other.direct):  # a short way that only one of them has is not known between them
+        between |= {"direct": 0.0, "setup_s": 0.0}
+    return CollectiveCurve(**between)

@@ -265,17 +265,15 @@ def memory_s(moved_bytes: Number, fill_bytes: Number, hbm: float, hbm_bytes_per_
 def collective_s(transfer_s: Number, curve: CollectiveCurve) -> Number:
     """Time of a collective whose messages take ``transfer_s`` at the full link rate; 0 for none. [s]
 
-    The faster of two ways: with flags between the words, at half the rate, or after setting up.
+    The faster of two ways, where there are two: the short one, or, after setting up, the long one.
 
     >>> collective_s(0.0, CollectiveCurve(5e-6, 0.7))
     0.0
-    >>> [round(1e6 * collective_s(x, CollectiveCurve(5e-6, 1.0, setup_s=20e-6))) for x in (10e-6, 20e-6, 30e-6)]
+    >>> [round(1e6 * collective_s(x, CollectiveCurve(5e-6, 1.0, direct=2.0, setup_s=20e-6))) for x in (10e-6, 20e-6, 30e-6)]
     [25, 45, 55]
     """
     latency, transfer = present(transfer_s) * curve.latency_s, transfer_s / curve.link
     joined = soft_max(latency, transfer, curve.sharpness)
-    if curve.setup_s:
-        joined = np.minimum(
-            soft_max(latency, 2 * transfer, curve.sharpness), present(transfer_s) * curve.setup_s + joined
-        )
+    if curve.direct:
+        joined = np.minimum(latency + curve.direct * transfer_s, present(transfer_s) * curve.setup_s + joined)
     return joined if isinstance(transfer_s, np.ndarray) else float(joined)

@@ -40,7 +40,7 @@ grouped = st.builds(GroupedCurve, fraction, fraction, seconds, st.floats(0, 1e8)
 prefill = st.builds(PrefillCurve, fraction, st.floats(0, 400), seconds, st.floats(0, 9), st.floats(1, 9))
 walk = st.sampled_from([0.0, 3e-10, 5e-9, 4e-8])
 decode = st.builds(DecodeCurve, fraction, fraction, seconds, seconds, st.floats(1e6, 1e9), st.floats(0, 1e-6), st.floats(0, 1e-6), walk, st.floats(1, 2), item_s=st.floats(0, 1e-5), split_s=st.floats(0, 1e-5), sharpness=sharp, schedule=st.sampled_from(SCHEDULES))  # fmt: skip
-collective = st.builds(CollectiveCurve, seconds, fraction, st.floats(0.3, 8), seconds)
+collective = st.builds(CollectiveCurve, seconds, fraction, st.floats(0.3, 8), st.just(0.0) | st.floats(1, 20), seconds)
 
 
 @st.composite
