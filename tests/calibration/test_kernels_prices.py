@@ -25,7 +25,7 @@ from simulator.roofline.analysis import step_report
 from simulator.roofline.attention_times import block_key_s, busiest_s, deal, scheduled_key_s, scheduled_line
 from simulator.roofline.compile import compile_step_cost, step_time_s
 from simulator.roofline.deployment import Deployment
-from simulator.roofline.kernel_times import soft_max
+from simulator.roofline.kernel_times import collective_s, soft_max
 from simulator.roofline.ops import StepShape, step_ops
 from simulator.roofline.pipeline import shard as shard_
 from simulator.roofline.precision import parse_precision
@@ -293,6 +293,24 @@ def test_other_frameworks_skip_what_tensorrt_llm_walks():
     walk_s = {name: blackwell.of(name).curves[key].expert_s for name in ("trtllm", "vllm", "sglang")}
     assert walk_s["trtllm"] > 5 * walk_s["vllm"]
     assert walk_s["vllm"] == walk_s["sglang"] == pytest.approx(hopper.of("vllm").curves[key].expert_s, rel=0.1)
+
+
+def test_an_all_reduce_of_a_small_message_takes_one_shot():
+    """Measured on eight H100 with TensorRT-LLM 1.3.0rc20 (aiconfigurator @ 095f58a5, comm): every chip reads all others' up to half a megabyte."""
+    curve = load_curves("h100-sxm").of("trtllm").get(CollectiveCurve, "all_reduce", chips=8)
+    link = H100.scale_up.achievable or H100.scale_up.bandwidth
+    rate = link.si("h100-sxm: link", "bytes/s")
+    for message, measured_us in (
+        (16_384, 3.56),
+        (65_536, 4.59),
+        (524_288, 17.6),
+        (2_097_152, 35.5),
+        (134_217_728, 575.5),
+    ):
+        assert 1e6 * collective_s(2 * 7 / 8 * message / rate, curve) == pytest.approx(measured_us, rel=0.15)
+    assert (
+        curve.direct > 8 / 2
+    )  # eight shards to each of seven others, where two passes send 7/8 twice; no link is used in full
 
 
 def test_fixed_times_of_every_curve_scale_together():
