@@ -308,9 +308,8 @@ def test_an_all_reduce_of_a_small_message_takes_one_shot():
         (134_217_728, 575.5),
     ):
         assert 1e6 * collective_s(2 * 7 / 8 * message / rate, curve) == pytest.approx(measured_us, rel=0.15)
-    assert (
-        curve.direct > 8 / 2
-    )  # eight shards to each of seven others, where two passes send 7/8 twice; no link is used in full
+    # Seven whole messages come in where the long way takes 2 * 7/8 of one: four times its transfer at the least.
+    assert 4 < curve.direct < 8
 
 
 def test_fixed_times_of_every_curve_scale_together():
