@@ -1,5 +1,9 @@
 """The compiled engine: the one that a deployment needs, whole runs, and the first compile of each of its loops."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from simulator.engine import jit
@@ -98,5 +102,18 @@ def warm_up(form: str = "plain") -> None:
         scheduling=Scheduling(policy="priority" if form == "policies" else "fcfs"),
         swap=HostSwap(0) if form.endswith("features") else None,
     )
-    simulate(cost, settings, Requests(np.zeros(1), one, one, one * 0, one, priority=one))
+    with _no_collection():
+        simulate(cost, settings, Requests(np.zeros(1), one, one, one * 0, one, priority=one))
     jit.mark_warm(form)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for garbage in cycles: what a compiler holds lives to its end, and to look through it again and again takes a tenth of its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
