@@ -295,6 +295,27 @@ def test_who_tries_again_counts_where_it_is(fleets):
     assert served.replica.tolist() == [0, 1, 1, 0]
 
 
+def test_who_comes_back_when_nobody_else_is_left_is_served(fleets):
+    """The router looks at 0.13 s while the first client is away, and at 0.25 s when only its second try is left on that replica."""
+    settings = replace(fleets.settings, max_num_seqs=1, retries=Retries(max_attempts=2, backoff_s=0.0625))
+    requests = replace(
+        fleets.requests(4, rate=None),
+        arrival_s=np.array([0.0, 0.0, 0.13, 0.25]),
+        prompt_tokens=np.full(4, 16),
+        output_tokens=np.array([200, 20, 2, 2]),
+        max_tokens=np.array([200, 20, 2, 2]),
+        timeout_s=np.array([0.125, 9.0, 9.0, 9.0]),
+    )
+    served = serve(Fleet((fleets.pool(replicas=2, settings=settings),), Router("least-requests")), requests)
+    assert served.replica.tolist() == [0, 1, 0, 1]
+    (found,) = served.pools
+    for rows, result in zip(found.rows, found.replicas, strict=True):
+        by_itself = simulate(fleets.cost(), settings, requests.take(rows))
+        for name in EXACT:
+            assert np.array_equal(getattr(result, name), getattr(by_itself, name), equal_nan=True), name
+        assert result.attempts.tolist() == [2 if row == 0 else 1 for row in rows]
+
+
 @pytest.mark.parametrize(
     "features",
     [
