@@ -90,18 +90,18 @@ def pipelines() -> Pipelines | None:
     class Compiler(compiler.Compiler):  # type: ignore[misc]
         """Numba's compiler with a library of ours."""
 
-        library: Any
+        kind: Any
 
         def define_pipelines(self) -> Any:
-            library = self.library(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
-            library.enable_object_caching()
-            self.state.library = library
+            made = self.kind(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+            made.enable_object_caching()
+            self.state["library"] = made
             return super().define_pipelines()
 
     class EntryCompiler(Compiler):
-        library = EntryLibrary
+        kind = EntryLibrary
 
     class HelperCompiler(Compiler):
-        library = HelperLibrary
+        kind = HelperLibrary
 
     return Pipelines(EntryCompiler, HelperCompiler)

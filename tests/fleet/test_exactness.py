@@ -280,21 +280,6 @@ def test_replicas_beyond_the_plain_loop_look_like_plain_ones(fleets, policy):
         assert np.array_equal(plain.replica, other.replica)
 
 
-def test_who_tries_again_counts_where_it_is(fleets):
-    """Two replicas: the first one's client gives up and is back before the third request comes, which goes to the idle one."""
-    settings = replace(fleets.settings, max_num_seqs=1, retries=Retries(max_attempts=2, backoff_s=2.0**-6))
-    requests = replace(
-        fleets.requests(4, rate=None),
-        arrival_s=np.array([0.0, 0.0, 0.25, 0.5]),
-        prompt_tokens=np.full(4, 16),
-        output_tokens=np.array([200, 20, 200, 20]),
-        max_tokens=np.array([200, 20, 200, 20]),
-        timeout_s=np.array([0.125, 9.0, 9.0, 9.0]),
-    )
-    served = serve(Fleet((fleets.pool(replicas=2, settings=settings),), Router("least-requests")), requests)
-    assert served.replica.tolist() == [0, 1, 1, 0]
-
-
 def test_who_comes_back_when_nobody_else_is_left_is_served(fleets):
     """The router looks at 0.13 s while the first client is away, and at 0.25 s when only its second try is left on that replica."""
     settings = replace(fleets.settings, max_num_seqs=1, retries=Retries(max_attempts=2, backoff_s=0.0625))
