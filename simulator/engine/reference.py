@@ -393,8 +393,8 @@ class Replica:
         for step in steps:
             for request in step.held:
                 request.flights -= 1
-            for ride in step.rides:
-                self.end_ride(step, ride)
+            done = [(ride.request, self.end_ride(step, ride)) for ride in step.rides]
+            step.scheduler.leave_behind(done)
             for request in [one for one in step.scheduler.running if one.leaving and not one.flights]:
                 self.let_go(request, request.leaving)
             for request in [ride.request for ride in step.rides]:
@@ -402,21 +402,21 @@ class Replica:
                     self.finish(step.scheduler, request)
         self.ask()
 
-    def end_ride(self, step: Step, ride: Ride) -> None:
-        """Compute a request's tokens and emit what they give (R10, P3)."""
+    def end_ride(self, step: Step, ride: Ride) -> int:
+        """Compute a request's tokens and emit what they give (R10, P3); return how many it has computed then."""
         request, now_s, emits = ride.request, self.clock.now, 1
+        computed = ride.stop
         if ride.is_chunk:
             step.scheduler.chunk_is_there(request, ride.start, ride.stop)
-            step.scheduler.leave_behind(request, ride.stop)
             if ride.emits and self.speculator is not None:
                 self.speculator.first(request)
         else:
             emits = 1 if self.speculator is None else self.speculator.take(request, step.level)
             request.computed += emits
             request.seen = max(request.seen, request.computed)
-            step.scheduler.leave_behind(request, request.computed)
+            computed = request.computed
         if not ride.emits:
-            return
+            return computed
         request.emitted += emits
         request.must_emit = False
         if request.emitted == 1:
@@ -424,6 +424,7 @@ class Replica:
         else:
             self.itl_s.append(now_s - request.last_token_s)
         request.last_token_s = now_s
+        return computed
 
     def finish(self, scheduler: Scheduler, request: Request) -> None:
         """Let a request go that has all its tokens (R10, R3)."""

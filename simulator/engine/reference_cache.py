@@ -4,11 +4,13 @@ Written from docs/engine-prefix-cache.md to be read; the comments name the rule 
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from simulator.engine.block_hashes import BlockHashes
+from simulator.roofline.kv_groups import KvGroups
 
 if TYPE_CHECKING:
     from simulator.engine.reference_tiers import TierStack
@@ -19,28 +21,45 @@ NOBODY = -1
 
 @dataclass(eq=False)
 class Block:
-    """One KV block: the id it was last published under, and how many requests own it."""
+    """One KV block: the id it was last published under, the group of layers it was taken for, and how many requests own it."""
 
     id: int = NOBODY
+    group: int = 0
     owners: int = 0
+
+
+Table = list[Block | None]
+"""A request's blocks of one group, from its first token on; None where its window has left them."""
 
 
 class CountedPool:
     """Blocks that nobody finds again: as many as there are is all there is to know."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, groups: KvGroups) -> None:
+        self.groups = groups
         self.free = num_blocks
         self.tables: dict[int, int] = {}
         """Blocks by row."""
+        self.passed: dict[int, int] = {}
+        """Blocks of each windowed group that a request's window has left since its first token (W2)."""
         self.counts: dict[str, int] = {}
+
+    def blocks(self, places: int, passed: int) -> int:
+        """Blocks of all groups for so many of each, of which a window has left ``passed`` (W1, W3)."""
+        return self.groups.full * places + self.groups.windowed * (places - passed)
 
     def owned(self, row: int) -> int:
         """Blocks that a request owns."""
         return self.tables.get(row, 0)
 
-    def lookup(self, row: int, longest: int) -> list[Block]:
-        """Nothing."""
+    def lookup(self, row: int, longest: int) -> int:
+        """No place is found."""
         del row, longest
+        return 0
+
+    def found(self, row: int, hits: int, passed: int) -> list[Table]:
+        """Nothing is."""
+        del row, hits, passed
         return []
 
     def ids_of(self, row: int) -> list[int]:
@@ -48,20 +67,25 @@ class CountedPool:
         del row
         return []
 
-    def share(self, row: int, hits: list[Block]) -> None:
-        """Let a request in that is admitted."""
-        del hits
+    def share(self, row: int, tables: list[Table], passed: int) -> None:
+        """Let a request in that is admitted, where its window has left ``passed`` blocks (W3)."""
+        del tables
         self.tables[row] = 0
+        self.passed[row] = passed
 
-    def take(self, row: int, count: int) -> None:
-        """Give a request new blocks."""
+    def take(self, row: int, places: int) -> None:
+        """Give a request the blocks that it lacks for so many of each group."""
+        count = self.blocks(places, self.passed[row]) - self.tables[row]
         self.free -= count
         self.tables[row] += count
 
-    def give_back(self, row: int, count: int) -> None:
-        """Take blocks from a request whose window has left them."""
-        self.free += count
-        self.tables[row] -= count
+    def leave(self, passed: Sequence[tuple[int, int]]) -> None:
+        """Take what windows have left from requests: rows, and blocks passed since their first token (W2)."""
+        for row, places in passed:
+            count = self.groups.windowed * (places - self.passed[row])
+            self.free += count
+            self.tables[row] -= count
+            self.passed[row] = places
 
     def publish(self, row: int, full: int) -> None:
         """Nothing can be found."""
@@ -72,6 +96,7 @@ class CountedPool:
     def release(self, row: int) -> None:
         """Take a request's blocks away."""
         self.free += self.tables.pop(row, 0)
+        self.passed.pop(row, None)
 
     def count_admission(self, known: int, hit_tokens: int) -> None:
         """Nothing is counted."""
@@ -80,15 +105,18 @@ class CountedPool:
 class BlockPool:
     """All blocks of a scheduler, whoever owns them, and what each request owns.
 
-    Requests are named by their rows. ``tables[row]`` are a request's blocks from the first token on.
+    Requests are named by their rows. ``tables[row]`` are a request's blocks, group by group, the windowed ones first (W10).
     """
 
-    def __init__(self, num_blocks: int, hashes: BlockHashes) -> None:
+    def __init__(self, num_blocks: int, hashes: BlockHashes, groups: KvGroups, block_size: int) -> None:
         self.num_blocks = num_blocks
+        self.groups, self.block_size = groups, block_size
         self.queue = OrderedDict.fromkeys(Block() for _ in range(num_blocks))
-        self.published: dict[int, list[Block]] = {}
-        """Blocks by id, the oldest first (C3)."""
-        self.tables: dict[int, list[Block]] = {}
+        self.published: dict[tuple[int, int], list[Block]] = {}
+        """Blocks by group and id, the oldest first (C3, W7)."""
+        self.tables: dict[int, list[Table]] = {}
+        self.passed: dict[int, int] = {}
+        """Blocks of each windowed group that a request's window has left since its first token (W2)."""
         self.ids: list[list[int]] = [
             hashes.ids[start:stop].tolist() for start, stop in pairwise(hashes.offsets.tolist())
         ]
@@ -103,46 +131,83 @@ class BlockPool:
         """Blocks in the queue."""
         return len(self.queue)
 
+    def blocks(self, places: int, passed: int) -> int:
+        """Blocks of all groups for so many of each, of which a window has left ``passed`` (W1, W3)."""
+        return self.groups.full * places + self.groups.windowed * (places - passed)
+
     def owned(self, row: int) -> int:
         """Blocks that a request owns."""
-        return len(self.tables.get(row, ()))
+        return sum(block is not None for table in self.tables.get(row, ()) for block in table)
 
     def ids_of(self, row: int) -> list[int]:
         """Ids of a request's blocks, from the first on, as far as they have some."""
         return self.ids[row]
 
-    def lookup(self, row: int, longest: int) -> list[Block]:
-        """The blocks, at most ``longest``, that a request need not compute (C5)."""
-        hits: list[Block] = []
-        for block_id in self.ids[row][:longest]:
-            found = self.published.get(block_id)
-            if not found:
-                break
-            hits.append(found[0])
-        return hits
+    def lookup(self, row: int, longest: int) -> int:
+        """Places, at most ``longest``, that a request need not compute (C5, W8)."""
+        windowed = self.groups.windowed
+        for hits in range(min(longest, len(self.ids[row])), 0, -1):
+            first_seen = self.groups.passed(hits * self.block_size, self.block_size)
+            needed = [range(first_seen if group < windowed else 0, hits) for group in range(self.groups.count)]
+            if all((group, self.ids[row][i]) in self.published for group, places in enumerate(needed) for i in places):
+                return hits
+        return 0
 
-    def share(self, row: int, hits: list[Block]) -> None:
-        """Let a request that is admitted own its hits (C6)."""
-        for block in hits:
+    def found(self, row: int, hits: int, passed: int) -> list[Table]:
+        """The blocks of the first ``hits`` places, but for those of windowed groups among the first ``passed`` (W9)."""
+        return [
+            [
+                None if group < self.groups.windowed and place < passed else self.published[group, block_id][0]
+                for place, block_id in enumerate(self.ids[row][:hits])
+            ]
+            for group in range(self.groups.count)
+        ]
+
+    def share(self, row: int, tables: list[Table], passed: int) -> None:
+        """Let a request that is admitted own what it has found (C6); its window has left ``passed`` blocks (W3)."""
+        for block in (block for table in tables for block in table if block is not None):
             if not block.owners:
                 del self.queue[block]
             block.owners += 1
-        self.tables[row] = list(hits)
+        self.tables[row] = [list(table) for table in tables]
+        self.passed[row] = passed
+        for table in self.tables[row][: self.groups.windowed]:
+            table.extend([None] * (passed - len(table)))
 
-    def take(self, row: int, count: int) -> None:
-        """Give a request new blocks, evicting what they held (C2)."""
-        for _ in range(count):
-            block, _ = self.queue.popitem(last=False)
-            if block.id != NOBODY:
-                self.evict(block)
-            block.owners = 1
-            self.tables[row].append(block)
+    def take(self, row: int, places: int) -> None:
+        """Give a request the blocks that it lacks for so many of each group."""
+        for group, table in enumerate(self.tables[row]):
+            while len(table) < places:
+                table.append(self.new_block(group))
 
-    def give_back(self, row: int, count: int) -> None:
-        """Cannot be: windows that give blocks back are refused beside a prefix cache before a run begins (W5, ``refusals.LASTING``)."""
-        raise AssertionError(
-            f"request {row}: {count} blocks to give back from a prefix cache, which check_mixture refuses"
-        )
+    def new_block(self, group: int) -> Block:
+        """A block for a request, which evicts what it held (C2)."""
+        block, _ = self.queue.popitem(last=False)
+        if block.id != NOBODY:
+            self.evict(block)
+        block.owners, block.group = 1, group
+        return block
+
+    def leave(self, passed: Sequence[tuple[int, int]]) -> None:
+        """Take what windows have left from requests: rows, and blocks passed since their first token (W2).
+
+        First those that cannot be found, of all requests; then the others, the last first (W10).
+        """
+        for can_be_found in (False, True):
+            for row, places in passed:
+                for table in self.tables[row][: self.groups.windowed]:
+                    for place in reversed(range(self.passed[row], places)):
+                        block = table[place]
+                        if block is not None and (block.id != NOBODY) == can_be_found:
+                            table[place] = None
+                            self.disown(block)
+        self.passed.update(passed)
+
+    def disown(self, block: Block) -> None:
+        """Let a request no longer own a block, which joins the end of the queue if nobody else does (C7)."""
+        block.owners -= 1
+        if not block.owners:
+            self.queue[block] = None
 
     def evict(self, block: Block) -> None:
         """Let a block no longer be found in HBM (C2, F2)."""
@@ -153,25 +218,27 @@ class BlockPool:
 
     def withdraw(self, block: Block) -> None:
         """Let a block no longer be found."""
-        same = self.published[block.id]
+        same = self.published[block.group, block.id]
         same.remove(block)
         if not same:
-            del self.published[block.id]
+            del self.published[block.group, block.id]
         block.id = NOBODY
 
     def publish(self, row: int, full: int) -> None:
-        """Let the first ``full`` blocks of a request be found, as far as they have ids (C3)."""
-        for block, block_id in zip(self.tables.get(row, [])[:full], self.ids[row], strict=False):
-            if block.id == NOBODY:
-                block.id = block_id
-                self.published.setdefault(block_id, []).append(block)
+        """Let the first ``full`` blocks of each group of a request be found, as far as it owns them and they have ids (C3, W7)."""
+        for group, table in enumerate(self.tables.get(row, [])):
+            for block, block_id in zip(table[:full], self.ids[row], strict=False):
+                if block is not None and block.id == NOBODY:
+                    block.id = block_id
+                    self.published.setdefault((group, block_id), []).append(block)
 
     def release(self, row: int) -> None:
-        """Take a request's blocks away, the last first (C7)."""
-        for block in reversed(self.tables.pop(row, [])):
-            block.owners -= 1
-            if not block.owners:
-                self.queue[block] = None
+        """Take a request's blocks away, the last first, one group after the other (C7, W10)."""
+        for table in self.tables.pop(row, []):
+            for block in reversed(table):
+                if block is not None:
+                    self.disown(block)
+        self.passed.pop(row, None)
 
     def publish_at_end(self, row: int, full: int) -> None:
         """Nothing: everything was published when it was scheduled (C3)."""
@@ -184,10 +251,10 @@ class BlockPool:
 
 
 class RadixPool(BlockPool):
-    """SGLang's tree of prefixes, in which an id is held by one block at most (rules D1 to D4)."""
+    """SGLang's tree of prefixes, in which an id is held by one block at most (rules D1 to D4); all layers lie in one group (W5)."""
 
-    def __init__(self, num_blocks: int, hashes: BlockHashes) -> None:
-        super().__init__(num_blocks, hashes)
+    def __init__(self, num_blocks: int, hashes: BlockHashes, groups: KvGroups, block_size: int) -> None:
+        super().__init__(num_blocks, hashes, groups, block_size)
         self.blank = list(self.queue)
         """Free blocks that hold nothing."""
         self.queue.clear()
@@ -197,36 +264,35 @@ class RadixPool(BlockPool):
         """Blocks that nobody owns."""
         return len(self.queue) + len(self.blank)
 
-    def take(self, row: int, count: int) -> None:
-        """Give a request new blocks, blank ones first (D1)."""
-        for _ in range(count):
-            if not self.blank:
-                block, _ = self.queue.popitem(last=False)
-                self.evict(block)
-                self.blank.append(block)
-            block = self.blank.pop()
-            block.owners = 1
-            self.tables[row].append(block)
+    def new_block(self, group: int) -> Block:
+        """A block for a request, a blank one if there is one (D1)."""
+        if not self.blank:
+            block, _ = self.queue.popitem(last=False)
+            self.evict(block)
+            self.blank.append(block)
+        block = self.blank.pop()
+        block.owners, block.group = 1, group
+        return block
 
     def publish(self, row: int, full: int) -> None:
         """Nothing yet: a block can be found once it is there (D2)."""
 
     def publish_at_end(self, row: int, full: int) -> None:
         """Let the first ``full`` blocks of a request be found; those already there replace the request's own (D2, D3)."""
-        table = self.tables[row]
-        for place, block_id in enumerate(self.ids[row][:full]):
-            if table[place].id != NOBODY:
+        (table,) = self.tables[row]
+        for place, (own, block_id) in enumerate(zip(table[:full], self.ids[row], strict=False)):
+            if own is None or own.id != NOBODY:
                 continue
-            found = self.published.get(block_id)
-            if found is None:
-                table[place].id = block_id
-                self.published[block_id] = [table[place]]
+            same = self.published.get((0, block_id))
+            if same is None:
+                own.id = block_id
+                self.published[0, block_id] = [own]
                 continue
-            table[place].owners = 0
-            self.blank.append(table[place])
-            table[place] = found[0]
-            self.queue.pop(found[0], None)
-            found[0].owners += 1
+            own.owners = 0
+            self.blank.append(own)
+            table[place] = same[0]
+            self.queue.pop(same[0], None)
+            same[0].owners += 1
 
     def release(self, row: int) -> None:
         """Take a request's blocks away, the last first (C7); what nobody can find becomes blank."""

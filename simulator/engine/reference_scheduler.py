@@ -11,7 +11,7 @@ from math import floor, isnan
 
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.records import RUNNING, WAITING, EngineSettings, Requests
-from simulator.engine.reference_cache import Block, BlockPool, CountedPool, RadixPool
+from simulator.engine.reference_cache import BlockPool, CountedPool, RadixPool
 from simulator.engine.reference_pricing import chunk_work
 from simulator.engine.reference_queue import Queue
 from simulator.engine.reference_speculation import Speculator
@@ -24,9 +24,9 @@ from simulator.roofline.step_cost import StepCost
 def new_pool(settings: EngineSettings, hashes: BlockHashes | None) -> BlockPool | CountedPool:
     """The blocks of one scheduler: told apart only where a prefix cache must."""
     if hashes is None:
-        return CountedPool(settings.num_kv_blocks)
+        return CountedPool(settings.num_kv_blocks, settings.kv_groups)
     pool = RadixPool if settings.prefix_cache == "radix" else BlockPool
-    return pool(settings.num_kv_blocks, hashes)
+    return pool(settings.num_kv_blocks, hashes, settings.kv_groups, settings.block_size)
 
 
 @dataclass(eq=False)
@@ -75,22 +75,17 @@ class Scheduler:
         """Blocks that somebody owns."""
         return self.settings.num_kv_blocks - self.pool.free
 
-    def blocks_for(self, tokens: int, passed: int) -> int:
-        """Return the blocks that ``tokens`` tokens take, when a window has left ``passed`` of each of its groups behind (W1, W3)."""
-        groups = self.settings.kv_groups
-        return groups.full * self.pages(tokens) + groups.windowed * (self.pages(tokens) - passed)
-
     def pages(self, tokens: int) -> int:
         """Blocks of one group that ``tokens`` tokens take."""
         return -(-tokens // self.settings.block_size)
 
+    def blocks_for(self, tokens: int, passed: int) -> int:
+        """Return the blocks that ``tokens`` tokens take, when a window has left ``passed`` of each of its groups behind (W1, W3)."""
+        return self.pool.blocks(self.pages(tokens), passed)
+
     def passed(self, computed: int) -> int:
         """Blocks of a windowed group that the window has left once ``computed`` tokens are there (W2)."""
-        groups = self.settings.kv_groups
-        if not groups.windowed:
-            return 0
-        first_seen = computed - computed % groups.window if groups.chunked else max(0, computed + 1 - groups.window)
-        return first_seen // self.settings.block_size
+        return self.settings.kv_groups.passed(computed, self.settings.block_size)
 
     def most_blocks(self, tokens: int, passed: int) -> int:
         """Blocks that a request owns at most until it has ``tokens`` tokens, from where its window has left ``passed`` (W4)."""
@@ -99,12 +94,10 @@ class Scheduler:
         at_once = self.pages(groups.window - 1 + ahead) + 1
         return groups.full * self.pages(tokens) + groups.windowed * min(self.pages(tokens) - passed, at_once)
 
-    def leave_behind(self, request: Request, computed: int) -> None:
-        """Give back what a request's window has left, with ``computed`` tokens computed (W2)."""
-        passed = self.passed(computed)
-        if passed > request.passed:
-            self.pool.give_back(request.row, self.settings.kv_groups.windowed * (passed - request.passed))
-            request.passed = passed
+    def leave_behind(self, done: Sequence[tuple[Request, int]]) -> None:
+        """Give back what the windows of requests of a step have left, each with so many tokens computed (W2, W10)."""
+        passed = [(request.row, self.passed(computed)) for request, computed in done]
+        self.pool.leave([(row, places) for row, places in passed if places > self.pool.passed[row]])
 
     def speculates(self, request: Request) -> bool:
         """Whether a request's tokens of a step are a pass of speculative decoding."""
@@ -145,7 +138,7 @@ class Scheduler:
                 continue
             wanted, held = self.wants(request, plan)
             if self.make_room(request, held, plan):
-                self.pool.take(request.row, self.missing(request, held))
+                self.pool.take(request.row, self.pages(held))
                 plan.batch[request] = wanted
                 plan.budget -= wanted
             elif request.status == RUNNING and not request.flights:  # the foremost waits
@@ -178,7 +171,7 @@ class Scheduler:
 
     def missing(self, request: Request, held: int) -> int:
         """Blocks that a running request lacks for ``held`` tokens."""
-        return self.blocks_for(held, request.passed) - self.pool.owned(request.row)
+        return self.blocks_for(held, self.pool.passed[request.row]) - self.pool.owned(request.row)
 
     @property
     def preemptible(self) -> list[Request]:
@@ -207,15 +200,17 @@ class Scheduler:
             if request in plan.preempted:  # Q3
                 return
             hits = self.pool.lookup(request.row, (request.known - 1) // block_size)  # C5
-            if len(self.running) < self.settings.max_num_seqs and self.goes_loading(request, len(hits)):
+            if len(self.running) < self.settings.max_num_seqs and self.goes_loading(request, hits):
                 continue
-            start = max(len(hits) * block_size, request.cached_tokens, request.loaded)
+            start = max(hits * block_size, request.cached_tokens, request.loaded)
             computed = max(start, request.saved)  # M5
+            found = self.pool.found(request.row, hits, self.passed(computed))  # W9
             rest = request.known - computed
             chunk = min(rest, plan.budget, self.longest_chunk)
             if chunk < rest and not self.may_cut(plan):
                 return
-            if not self.fits(request, computed, computed + chunk, sum(block.owners > 0 for block in hits)):
+            held = sum(block is not None and block.owners > 0 for table in found for block in table)
+            if not self.fits(request, computed, computed + chunk, held):
                 victim = self.queue.lower_victim(request, self.preemptible)
                 if victim is None:
                     return
@@ -223,25 +218,31 @@ class Scheduler:
                 continue
             self.queue.take(request, start, is_new=isnan(request.scheduled_s))
             self.take_in(request, hits, start, computed)
-            self.pool.take(request.row, self.blocks_for(computed + chunk, request.passed) - len(hits))
+            self.pool.share(request.row, found, self.passed(computed))
+            self.pool.take(request.row, self.pages(computed + chunk))
             plan.batch[request] = chunk
             plan.budget -= chunk
             plan.admitted.append(request)
             if not self.settings.scheduling.preempt_lower:  # M7
                 self.publish(plan, [request])
 
-    def take_in(self, request: Request, hits: Sequence[Block], start: int, computed: int) -> None:
-        """Let an admitted request run, and own what it found (C6, C8, E2)."""
+    def take_in(self, request: Request, hits: int, start: int, computed: int) -> None:
+        """Let an admitted request run (C8, C9, E2)."""
         self.running.append(request)
         request.status = RUNNING
         request.must_emit = True
-        request.start, request.computed, request.passed = start, computed, self.passed(computed)
+        request.start, request.computed = start, computed
         request.reused_tokens += max(0, start - request.seen)
-        self.pool.share(request.row, list(hits))
-        self.pool.count_admission(request.known, max(len(hits) * self.settings.block_size, request.loaded))
+        self.pool.count_admission(request.known, max(hits * self.settings.block_size, request.loaded))
         request.asks, request.loaded = False, 0
         if self.host is not None and request.saved:
-            self.host.copy_in(request.row, len(hits))
+            places, passed, windowed = (
+                self.pages(request.saved),
+                self.passed(computed),
+                self.settings.kv_groups.windowed,
+            )
+            firsts = [max(hits, passed)] * windowed + [hits] * self.settings.kv_groups.full
+            self.host.copy_in(request.row, sum(max(0, places - first) for first in firsts))
         request.saved = 0
         if isnan(request.scheduled_s):
             request.scheduled_s = self.clock.now

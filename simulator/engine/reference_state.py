@@ -69,8 +69,6 @@ class Request:
     reused_tokens: int = 0
     saved: int = 0
     """Tokens whose blocks are in host memory (E1)."""
-    passed: int = 0
-    """Blocks of each windowed group that its window has left since its first token (W2)."""
     swap_s: float = 0.0
     loading: bool = False
     returned_s: float = inf

@@ -30,9 +30,9 @@ class HostPool:
         self.counts["max_host_blocks"] = max(self.counts["max_host_blocks"], sum(self.held.values()))
         return True
 
-    def copy_in(self, row: int, hits: int) -> None:
-        """Bring a request's blocks back, but for those it found in the prefix cache (E2)."""
-        blocks = max(self.held.pop(row) - hits, 0)
+    def copy_in(self, row: int, blocks: int) -> None:
+        """Bring a request's blocks back that it did not find in the prefix cache, and free host memory of all (E2)."""
+        del self.held[row]
         if blocks:
             self.copies.append((row, blocks))
         self.counts["swap_in_blocks"] += blocks

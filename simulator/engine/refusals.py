@@ -27,6 +27,7 @@ NAMES = {
     "host": "engine.host",
     "clients that leave": "[clients] timeouts and cancellations",
     "prefix cache": "engine.prefix_cache",
+    "prefix tree": 'engine.prefix_cache = "radix"',
     "swap": 'engine.preemption = "swap"',
     "tiers": "engine.cache_tiers",
     "writing through": "write_through of engine.cache_tiers",
@@ -57,13 +58,15 @@ LASTING = (
     Refusal(("ranks",), ("stages",), "a stage is priced as one rank"),
     Refusal(
         ("bounded windows",),
-        ("prefix cache", "tiers"),
-        "which blocks of a window remain to be found is not modelled; engine.disable_hybrid_kv_cache_manager = true "
+        ("prefix tree", "tiers"),
+        "which blocks of a window remain to be found there is not modelled; engine.disable_hybrid_kv_cache_manager = true "
         "keeps the blocks of all layers alike",
     ),
 )
 
-PENDING: tuple[Refusal, ...] = ()
+PENDING: tuple[Refusal, ...] = (
+    Refusal(("bounded windows",), ("prefix cache",), "the compiled engine does not do it yet"),
+)
 
 
 def features_of(cost: StepCost | PipelineCost, settings: EngineSettings, requests: Requests) -> frozenset[str]:
@@ -77,6 +80,7 @@ def features_of(cost: StepCost | PipelineCost, settings: EngineSettings, request
         "host": host != HostOverheads(asynchronous=host.asynchronous),
         "clients that leave": requests.clients_may_leave,
         "prefix cache": settings.prefix_cache != "off",
+        "prefix tree": settings.prefix_cache == "radix",
         "swap": settings.swap is not None,
         "tiers": bool(settings.tiers),
         "writing through": any(tier.write_through for tier in settings.tiers),

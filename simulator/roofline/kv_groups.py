@@ -45,6 +45,17 @@ class KvGroups:
         """Groups in all."""
         return self.full + self.windowed
 
+    def passed(self, tokens: int, block_size: int) -> int:
+        """Blocks of each windowed group that the window has left once ``tokens`` tokens are computed (W2).
+
+        >>> KvGroups(1, 1, window=128).passed(160, 16), KvGroups(1, 1, window=128, chunked=True).passed(160, 16)
+        (2, 8)
+        """
+        if not self.windowed:
+            return 0
+        first_seen = tokens // self.window * self.window if self.chunked else max(0, tokens + 1 - self.window)
+        return first_seen // block_size
+
     def blocks(self, tokens: ArrayLike, block_size: int) -> NDArray[np.int64]:
         """Blocks that a sequence owns between steps once ``tokens`` tokens are computed (W2). [tokens' shape]"""
         held = np.asarray(tokens, dtype=np.int64)

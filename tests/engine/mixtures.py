@@ -36,7 +36,7 @@ BOTH = (*LASTING, *PENDING)
 """What the compiled engine refuses; the reference refuses ``LASTING`` alone."""
 
 
-NEEDS = {"tiers": "prefix cache", "writing through": "tiers", "warm store": "tiers"}
+NEEDS = {"prefix tree": "prefix cache", "tiers": "prefix cache", "writing through": "tiers", "warm store": "tiers"}
 """Features that are nothing without another."""
 
 
@@ -88,7 +88,7 @@ def draw_features(pick: Pick, must: Sequence[str], refusals: Sequence[Refusal]) 
         more = with_needs(chosen | {name})
         if len(more) > len(chosen) + 1 and pick(0, 2):  # or most would have what others need
             continue
-        if name == "bounded windows" and pick(0, 2):  # it rules out two others, and what needs them
+        if name == "bounded windows" and pick(0, 2):  # it rules out others, and what needs them
             continue
         if pick(0, 5) < few and not more >= {"batching", "chunk limits"} and why_not(more, refusals) is None:
             chosen = more
@@ -227,10 +227,14 @@ def with_cache(draft: Draft) -> None:
     unit = one_of(pick, (blocks, 4 * blocks, 2 * blocks, *(u for u in (1, 2, 3) if blocks % u == 0)))
     draft.ask(
         prompt_tokens=prompt,
-        cached_tokens=np.minimum(requests.cached_tokens, prompt - 1) * pick(0, 1),
+        cached_tokens=np.minimum(requests.cached_tokens, prompt - 1) * min(1, pick(0, 3)),
         hashes=families(pick, prompt, requests.output_tokens, unit, covers_output=bool(pick(0, 1))),
     )
-    draft.set(prefix_cache=one_of(pick, ("blocks", "blocks", "radix")), cache_outputs=bool(pick(0, 3)))
+    draft.set(prefix_cache="blocks", cache_outputs=bool(pick(0, 3)))
+
+
+def with_tree(draft: Draft) -> None:
+    draft.set(prefix_cache="radix")
 
 
 def with_swap(draft: Draft) -> None:
@@ -427,6 +431,7 @@ def with_clients(draft: Draft, cost: StepCost | PipelineCost) -> None:
 
 BEFORE_COSTS = {
     "prefix cache": with_cache,
+    "prefix tree": with_tree,
     "batching": with_batching,
     "stages": with_small_chunks,
     "chunk limits": with_chunk_limits,

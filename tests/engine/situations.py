@@ -69,7 +69,10 @@ SITUATIONS = {
         "output block published",
         "block kept by another",
         "eviction",
-        "radix",
+    ),
+    "prefix tree": (
+        "hit in use",
+        "eviction",
         "own block replaced by one in the tree",
         "blank blocks beside cached ones",
     ),

@@ -74,20 +74,24 @@ def test_blocks_are_conserved_at_every_event(case):  # I2, I10, I11
             assert pool.free >= 0
             assert set(pool.tables) == {request.row for request in scheduler.running}
             for request in scheduler.running:
-                passed = scheduler.passed(request.computed) if not request.flights else request.passed
-                assert request.passed == passed
+                passed = pool.passed[request.row]
+                assert request.flights or passed == scheduler.passed(request.computed)
                 assert pool.owned(request.row) >= scheduler.blocks_for(request.computed, passed)
             if not isinstance(pool, BlockPool):
                 assert sum(pool.tables.values()) + pool.free == total
                 continue
-            owned = Counter(block for table in pool.tables.values() for block in table)
+            tables = [(row, g, table) for row, own in pool.tables.items() for g, table in enumerate(own)]
+            owned = Counter(block for _, _, table in tables for block in table if block is not None)
             assert len(owned) + pool.free == total
             assert not set(owned) & set(pool.queue)
             assert all(block.owners == count for block, count in owned.items())
-            assert all(block.id == block_id for block_id, same in pool.published.items() for block in same)
+            assert all((block.group, block.id) == key for key, same in pool.published.items() for block in same)
             assert not isinstance(pool, RadixPool) or all(len(same) == 1 for same in pool.published.values())
-            for row, table in pool.tables.items():
-                assert all(block.id in {-1, pool.ids[row][i]} for i, block in enumerate(table) if block.id != -1)
+            for row, group, table in tables:
+                windowed = group < pool.groups.windowed
+                assert all((block is None) == (windowed and i < pool.passed[row]) for i, block in enumerate(table))
+                held = [(i, block) for i, block in enumerate(table) if block is not None]
+                assert all(block.group == group and block.id in {-1, *pool.ids[row][i : i + 1]} for i, block in held)
 
 
 @MANY

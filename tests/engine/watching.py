@@ -26,7 +26,7 @@ def watch(case: Case, interval_s: float | None = None):
         watch_cache(case, replica, scheduler, met)
         watch_swap(replica, scheduler, met)
         watch_tiers(replica, scheduler, met)
-        watch_windows(scheduler, met)
+        watch_windows(replica, scheduler, met)
     watch_clients(replica, met)
     watch_idling(replica, met)
     replica.advance()
@@ -56,21 +56,23 @@ def watch_cache(case: Case, replica: Replica, scheduler: Scheduler, met: set[str
 
     def watched_lookup(row, longest):
         hits, request = lookup(row, longest), replica.rows[row]
-        if hits and len(hits) == longest and (longest + 1) * block_size == request.known:
+        if hits == longest > 0 and (longest + 1) * block_size == request.known:
             met.add("full hit")
         if request.preemptions:
             met.add("hit after preemption" if hits else "no hit after preemption")
         return hits
 
-    def watched_share(row, hits):
-        met.update("hit in use" if block.owners else "hit from the queue" for block in hits)
-        if replica.rows[row].cached_tokens > len(hits) * block_size > 0:
+    def watched_share(row, tables, passed):
+        blocks = [block for table in tables for block in table if block is not None]
+        met.update("hit in use" if block.owners else "hit from the queue" for block in blocks)
+        hits = len(tables[-1])
+        if replica.rows[row].cached_tokens > hits * block_size > 0:
             met.add("stated cache longer than the hits")
         if hits:
             met.add(f"hit on rank {scheduler.rank}")
             if case.settings.scheduling.batching != "chunked":
                 met.add("whole prompt shortened by a hit")
-        share(row, hits)
+        share(row, tables, passed)
 
     def doubles():
         return sum(len(same) > 1 for same in pool.published.values())
@@ -84,13 +86,13 @@ def watch_cache(case: Case, replica: Replica, scheduler: Scheduler, met: set[str
             met.add("output block published")
 
     def watched_release(row):
-        shared = any(block.owners > 1 for block in pool.tables.get(row, ()))
+        shared = any(block is not None and block.owners > 1 for table in pool.tables.get(row, ()) for block in table)
         release(row)
         if shared:
             met.add("block kept by another")
 
     def watched_publish_at_end(row, full):
-        before = list(pool.tables[row])
+        before = [list(table) for table in pool.tables[row]]
         publish_at_end(row, full)
         if before != pool.tables[row]:
             met.add("own block replaced by one in the tree")
@@ -99,7 +101,46 @@ def watch_cache(case: Case, replica: Replica, scheduler: Scheduler, met: set[str
 
     watched = (watched_lookup, watched_share, watched_publish, watched_release, watched_publish_at_end)
     pool.lookup, pool.share, pool.publish, pool.release, pool.publish_at_end = watched
-    met.add(case.settings.prefix_cache)
+    if pool.groups.windowed:
+        watch_window_of_cache(pool, met)
+
+
+def watch_window_of_cache(pool: BlockPool, met: set[str]) -> None:
+    """Note what windows make of the prefix cache (W7 to W11)."""
+    lookup, leave, groups = pool.lookup, pool.leave, pool.groups
+
+    def run_of(row, longest, group):
+        ids = pool.ids[row][:longest]
+        return next((i for i, block_id in enumerate(ids) if (group, block_id) not in pool.published), len(ids))
+
+    def watched_lookup(row, longest):
+        hits = lookup(row, longest)
+        by_group = [run_of(row, longest, group) for group in range(groups.count)]
+        if groups.full and hits < by_group[-1]:
+            met.add("a hit cut by what windows have lost")
+        if hits > min(by_group):
+            met.add("a hit without the blocks before its window")
+        if groups.windowed > 1 and len(set(by_group[: groups.windowed])) > 1:
+            met.add("windowed groups that have lost different blocks")
+        return hits
+
+    def watched_leave(passed):
+        for row, places in passed:
+            left = [
+                table[place]
+                for table in pool.tables[row][: groups.windowed]
+                for place in range(pool.passed[row], places)
+            ]
+            ids = {block.id != -1 for block in left if block is not None}
+            if True in ids:
+                met.add("a window leaves published blocks")
+            if any(block is not None and block.owners > 1 for block in left):
+                met.add("a window leaves what others own")
+            if len(ids) > 1:
+                met.add("a window leaves published and other blocks at once")
+        leave(passed)
+
+    pool.lookup, pool.leave = watched_lookup, watched_leave
 
 
 def watch_swap(replica: Replica, scheduler: Scheduler, met: set[str]) -> None:
@@ -118,15 +159,15 @@ def watch_swap(replica: Replica, scheduler: Scheduler, met: set[str]) -> None:
             met.add("swapped out with a hit")
         return kept
 
-    def watched_in(row, hits):
+    def watched_in(row, blocks):
         met.add("swapped in")
-        if hits:
+        if blocks < host.held[row]:
             met.add("part of it still cached")
         if replica.settings.scheduling.policy != "fcfs":
             met.add("swapped in under a policy")
         if replica.settings.scheduling.watermark:
             met.add("swap with a watermark")
-        copy_in(row, hits)
+        copy_in(row, blocks)
 
     def watched_delay(device_s):
         found_s = delay_s(device_s)
@@ -198,20 +239,20 @@ def watch_tiers(replica: Replica, scheduler: Scheduler, met: set[str]) -> None:
     )
 
 
-def watch_windows(scheduler: Scheduler, met: set[str]) -> None:
+def watch_windows(replica: Replica, scheduler: Scheduler, met: set[str]) -> None:
     """Note what windows leave behind, and who gets it."""
     if not scheduler.settings.kv_groups.windowed:
         return
-    leave_behind, fits, release = scheduler.leave_behind, scheduler.fits, scheduler.release
+    leave, fits, release = scheduler.pool.leave, scheduler.fits, scheduler.release
     refused: set[int] = set()
     blocks_left: list[int] = []
 
-    def watched_leave(request, computed):
-        before = request.passed
-        leave_behind(request, computed)
-        if request.passed > before:
-            met.add("a prompt's window leaves blocks" if request.in_prefill else "a decode's window leaves blocks")
-            blocks_left.append(request.row)
+    def watched_leave(passed):
+        leave(passed)
+        for row, _ in passed:
+            in_prefill = replica.rows[row].in_prefill
+            met.add("a prompt's window leaves blocks" if in_prefill else "a decode's window leaves blocks")
+            blocks_left.append(row)
 
     def watched_fits(request, *sizes):
         found = fits(request, *sizes)
@@ -226,7 +267,7 @@ def watch_windows(scheduler: Scheduler, met: set[str]) -> None:
         refused.clear()
         release(request)
 
-    scheduler.leave_behind, scheduler.fits, scheduler.release = watched_leave, watched_fits, watched_release
+    scheduler.pool.leave, scheduler.fits, scheduler.release = watched_leave, watched_fits, watched_release
 
 
 def watch_clients(replica: Replica, met: set[str]) -> None:
