@@ -62,7 +62,7 @@ def blocks_at_most(limits: Limits, start: int, stop: int) -> int:
     return int((limits.groups - limits.windowed) * blocks + limits.windowed * kept)
 
 
-@inlined
+@compiled
 def leave_behind(
     limits: Limits, state: State, extra: Extra | None, slot: int, before: int, done: int, by_chunk: bool
 ) -> None:

@@ -445,7 +445,7 @@ def _find_holders(cache: Cache, chain: int, part: int, stop: int) -> None:
             break
 
 
-@inlined
+@compiled
 def _next_run(cache: Cache, chain: int, part: int, stop: int, goes_on: bool) -> tuple[int, int]:
     """The oldest run of a chain that holds its block ``part``, 0 if none does; and up to which block, at most ``stop``, it is the one found.
 
@@ -554,7 +554,7 @@ def _before_window(cache: Cache, row: int, hits: int) -> int:
             else:
                 node = _oldest(cache, chain, end - 1, end)[0]
                 start = cache.nodes[node, ID] & PART_MASK
-                if node > 0 and 0 < start and end - start < found - first:
+                if node > 0 and start > 0 and end - start < found - first:
                     _find_holders(cache, chain, 0, start)
                     goes_on = True
             if node == 0:
