@@ -3,13 +3,14 @@
 import gzip
 import json
 from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
 import pytest
 
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.records import FINISHED, EngineSettings, Requests
-from tests.engine.block_manager import Manager
+from tests.engine.block_manager import Manager, ids_of_blocks
 from tests.engine.strategies import step_cost
 
 UNIT = 512
@@ -27,16 +28,6 @@ def read(shared, name: str) -> Requests:
     ids = np.array([block for row in rows for block in row["hash_ids"]])
     arrival_s = np.array([row["timestamp"] for row in rows]) / 1000
     return Requests(arrival_s, prompt, output, 0 * prompt, output, hashes=BlockHashes(ids, offsets, UNIT))
-
-
-def full_blocks(requests: Requests, block_size: int = UNIT) -> list[list[int]]:
-    """Ids of the blocks that a prompt fills, each id of the trace cut into several: its last one of a row may be of a part."""
-    hashes, parts = requests.hashes, UNIT // block_size
-    bounds = zip(hashes.offsets[:-1].tolist(), (requests.prompt_tokens // block_size).tolist(), strict=True)
-    return [
-        [int(hashes.ids[start + block // parts]) * parts + block % parts for block in range(count)]
-        for start, count in bounds
-    ]
 
 
 def cost(max_tokens: int = 8192, max_rows: int = 256):
@@ -65,16 +56,9 @@ def test_one_at_a_time_the_hits_are_those_of_a_plain_manager(shared, name):
     n_blocks = 4000
     order = np.arange(len(requests)) * 1e4
     result, _ = run(replace(requests, arrival_s=order.astype(float)), n_blocks, max_num_seqs=1)
-    rows = full_blocks(requests)
-    manager = Manager(n_blocks, rows)
-    reused = []
-    for row, (prompt, output) in enumerate(zip(requests.prompt_tokens, requests.output_tokens, strict=True)):
-        hits = manager.admit(row, int(prompt), UNIT)
-        n_owned = -(-int(prompt + output - 1) // UNIT)
-        manager.tables[row] += manager.take(n_owned - hits)
-        manager.fill(row, int(prompt) // UNIT)
-        manager.release(row, n_owned)
-        reused.append(hits * UNIT)
+    manager = Manager(n_blocks, ids_of_blocks(requests, UNIT), UNIT)
+    lengths = zip(requests.prompt_tokens.tolist(), requests.output_tokens.tolist(), strict=True)
+    reused = [UNIT * manager.serve(row, *both, 8192) for row, both in enumerate(lengths)]
     assert len(requests) == TRACES[name]
     np.testing.assert_array_equal(result.reused_tokens, reused)
     assert result.totals["evicted_blocks"] == manager.evicted > 0
@@ -86,7 +70,7 @@ def test_an_endless_cache_hits_every_prefix_seen_before(shared, name):
     result, _ = run(requests, 1 << 20)
     seen: set[int] = set()
     hits = []
-    for ids, prompt in zip(full_blocks(requests), requests.prompt_tokens.tolist(), strict=True):
+    for ids, prompt in zip(ids_of_blocks(requests, UNIT), requests.prompt_tokens.tolist(), strict=True):
         known = [block in seen for block in ids[: (prompt - 1) // UNIT]]
         hits.append(known.index(False) if False in known else len(known))
         seen.update(ids)
@@ -100,25 +84,12 @@ def test_an_endless_cache_hits_every_prefix_seen_before(shared, name):
     ("block_size", "n_blocks", "count"), [(512, 1200, 20000), (512, 6000, 20000), (32, 20000, 1500)]
 )
 def test_under_load_the_hits_are_those_of_a_manager_driven_by_the_log(shared, name, block_size, n_blocks, count):
-    from simulator.engine.prefix_cache import ADMITS, FREES, PUBLISHES, TAKES
-
     requests = read(shared, name)
     requests = requests.take(slice(count))
     result, log = run(requests, n_blocks, block_size=block_size)
     assert result.totals["evicted_blocks"] > 10_000
-    manager = Manager(n_blocks, full_blocks(requests, block_size))
-    hit_blocks = 0
-    for kind, row, amount, more in log.tolist():
-        if kind == TAKES:
-            manager.loose += manager.take(amount)
-        elif kind == ADMITS:
-            assert manager.admit(row, more, block_size) == amount
-            hit_blocks += amount
-        elif kind == PUBLISHES:
-            manager.fill(row, amount)
-        else:
-            assert kind == FREES
-            manager.release(row, amount)
+    manager = Manager(n_blocks, ids_of_blocks(requests, block_size), block_size)
+    hit_blocks = manager.follow(log.tolist(), repeat(0))
     assert hit_blocks * block_size == result.totals["cache_hit_tokens"] > 0
     assert manager.evicted == result.totals["evicted_blocks"]
     assert len(manager.free) == n_blocks
