@@ -1,0 +1,267 @@
+"""A prefix cache beside windows that give blocks back: W7 to W11 of docs/engine-kv-memory.md, by hand and against a plain block manager."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulator.engine.block_hashes import BlockHashes
+from simulator.engine.records import FINISHED, EngineResult
+from simulator.engine.refusals import LASTING, PENDING, features_of, why_not
+from simulator.roofline.kv_groups import KvGroups
+from tests.engine.block_manager import GIVES, LEAVES, Layers, Manager, ids_of_blocks
+from tests.engine.engines import NAMES, engine
+from tests.engine.mixtures import families, random_mixture, tight_mixture
+from tests.engine.recording import reference_logs
+from tests.engine.strategies import Case, one_of, requests_of
+from tests.engine.test_windows import case
+
+BOTH = pytest.mark.parametrize("name", NAMES)
+SEEDS = st.integers(0, 10**9)
+
+
+def run(name: str, one: Case) -> EngineResult:
+    """An engine's result; the compiled one is not asked for what it still refuses."""
+    pending = why_not(features_of(*one), PENDING)
+    if name == "compiled" and pending is not None:
+        pytest.skip(pending)
+    return engine(name)(*one)
+
+
+def prompts(groups: KvGroups, rows, tokens, *, arrival_s=None, output=None, cached=None, **limits) -> Case:
+    """Requests with these ids of their blocks of 2 tokens, one at a time unless they arrive otherwise, in steps of a second."""
+    arrival_s = 100.0 * np.arange(len(rows)) if arrival_s is None else arrival_s
+    requests = requests_of(arrival_s, tokens, [1] * len(rows) if output is None else output, cached)
+    ids = np.array([block for row in rows for block in row], dtype=np.int64)
+    hashes = BlockHashes(ids, np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64), 2)
+    return case(groups, replace(requests, hashes=hashes), prefix_cache="blocks", **limits)
+
+
+# By hand. A block of place i of the windowed group is w[i], of the full group f[i], a blank one "-"; the front of the queue is on the left.
+
+SLIDING = KvGroups(1, 1, 3)
+"""⌈(3 − 1)/2⌉ = 1 block of 2 tokens is needed before a hit."""
+LONG = [1, 2, 3, 4]
+"""The first request, of 8 tokens in one chunk: 4 blocks of each group. At its end the window has left ⌊(8 + 1 − 3)/2⌋ = 3 places, then it
+finishes. In 12 blocks: - - - - w2 w1 w0 w3 f3 f2 f1 f0."""
+
+
+# A request of other 6 tokens takes the blanks, w2 and w1: w0 w3 f3 f2 f1 f0 and its own are left.
+#   9 tokens, at most 4 places: w3 is all that is needed of the window, and there.
+#   8 tokens, at most 3: w2 is not there for 3, nor w1 for 2; w0 is there for 1.
+# One of 8 tokens takes w0 and w3 too: of 4 places in the full group none can be used.
+@BOTH
+@pytest.mark.parametrize(("other", "tokens", "hits"), [(6, 9, 4), (6, 8, 1), (6, 3, 1), (8, 9, 0), (8, 3, 0)])
+def test_a_hit_needs_the_last_blocks_of_the_window_alone(name, other, tokens, hits):
+    rows = [LONG, [5, 6, 7, 8][: other // 2], LONG]
+    result = run(name, prompts(SLIDING, rows, [8, other, tokens], num_kv_blocks=12))
+    assert result.reused_tokens.tolist() == [0, 0, 2 * hits]
+
+
+# In 13 blocks:                                        - - - - - w2 w1 w0 w3 f3 f2 f1 f0
+# Its beginning, 5 tokens, finds 2 places and owns w1 (the window of token 5 begins in place 1), f0 and f1, and takes two blanks, for the token that has no
+# id. Nothing it owns is left by its window at 5 tokens. When it is gone:  - - - w2 w0 w3 f3 f2 - w1 - f1 f0
+# Another one of 5 tokens takes 6 blocks, and evicts w2, w0 and w3. It leaves v0, then v2 (blank), v1, g2 (blank), g1 and g0:
+#                                                      f3 f2 - w1 - f1 f0 v0 - v1 - g1 g0
+# The long one again, of 9 tokens: all 4 places are in the full group, but w3 and w2 are not: 2 hits. It takes 3 places of each group
+# for tokens 5 to 9, and evicts f3, f2 and v0, as two blanks are among the first five that it does not own, and takes a third.
+@BOTH
+def test_a_hit_is_cut_where_the_window_s_blocks_were_evicted(name):
+    rows = [LONG, LONG[:2], [5, 6], LONG]
+    one = prompts(SLIDING, rows, [8, 5, 5, 9], num_kv_blocks=13)
+    result = run(name, one)
+    assert result.reused_tokens.tolist() == [0, 4, 0, 4]
+    assert result.totals["evicted_blocks"] == 3 + 3
+    assert result.totals["kv_blocks_s"] == 8 + (3 + 2) + 6 + (3 + 6)
+
+
+# Chunks of 4 tokens are left as a whole: after the long one the queue of 12 is  - - - - w3 w2 w1 w0 f3 f2 f1 f0.
+# Another one of 8 tokens evicts all of the window's. What then is found of the first 4, 3 or 2 places:
+#   4: token 9 begins a chunk, nothing is needed of it. 3: token 7 needs w2, which is gone; 2: token 5 begins a chunk.
+CHUNKS = KvGroups(1, 1, 4, chunked=True)
+
+
+@BOTH
+@pytest.mark.parametrize(("tokens", "hits"), [(9, 4), (8, 2), (7, 2), (5, 2), (4, 0)])
+def test_a_hit_where_a_chunk_begins_needs_nothing_of_it(name, tokens, hits):
+    result = run(name, prompts(CHUNKS, [LONG, [5, 6, 7, 8], LONG], [8, 8, tokens], num_kv_blocks=12))
+    assert result.reused_tokens.tolist() == [0, 0, 2 * hits]
+
+
+# Chunks of 3 tokens begin within blocks of 2: token 3 (from 0) in place 1. With 8 tokens the chunk of tokens 6 to 8 begins, 3 places are left: the
+# queue is as with a sliding window, and another one of 8 tokens evicts all of the window's.
+#   3 places: token 6 begins a chunk. 2: the chunk of token 4 began with 3, in place 1, which is gone. 1: that of token 2 began with 0.
+@BOTH
+@pytest.mark.parametrize(("tokens", "hits"), [(9, 3), (7, 3), (6, 0), (3, 0)])
+def test_a_chunk_that_begins_within_a_block_needs_that_block(name, tokens, hits):
+    groups = KvGroups(1, 1, 3, chunked=True)
+    result = run(name, prompts(groups, [LONG, [5, 6, 7, 8], LONG], [8, 8, tokens], num_kv_blocks=12))
+    assert result.reused_tokens.tolist() == [0, 0, 2 * hits]
+
+
+# Windowed layers alone, W = 3, 5 blocks. A: 6 tokens with ids, then three steps of one; B: the same and one more, two steps later.
+#   step 0: A 0 → 6, 3 blocks; its window leaves ⌊4/2⌋ = 2 places:           queue - - w1 w0
+#   step 1: A 6 → 7, w2 and a blank: 2 blocks                                       - w1 w0
+#   step 2: A 7 → 8; B finds 3 places, owns w2 too and takes a blank: 3 blocks      w1 w0
+#           A's window leaves ⌊6/2⌋ = 3 places, but w2 is B's still.
+#   step 3: A 8 → 9 and evicts w1; B 7 → 8: A has places 3 and 4, B 2 and 3: 4 blocks. B's window leaves w2, and both finish: w0 w2 - - -
+# C, as B: w2 can be found; it evicts w0 for its last token.
+@BOTH
+def test_a_block_that_one_window_has_left_is_kept_by_another(name):
+    row = [1, 2, 3]
+    limits = {"arrival_s": [0, 1.5, 100], "output": [4, 2, 1], "num_kv_blocks": 5, "scheduler_reserve_full_isl": False}
+    result = run(name, prompts(KvGroups(0, 1, 3), [row] * 3, [6, 7, 7], **limits))
+    assert result.finish_s.tolist() == [4, 4, 101]
+    assert result.reused_tokens.tolist() == [0, 6, 6]
+    assert result.totals["kv_blocks_s"] == 3 + 2 + 3 + 4 + 2
+    assert result.totals["max_kv_blocks"] == 4
+    assert result.totals["evicted_blocks"] == 2
+
+
+# Two windowed groups, v and w, alone. 8 tokens of which 2 places have ids: at their end 3 places are left, the third of them cannot be found.
+# In 8 blocks the queue is then  - - v1 v0 w1 w0, and - - of the last place; in 9 there is a blank before it.
+# A request without ids takes 1 or 2 places of both groups. Then 5 tokens find 2 places if v1 and w1 are there, 1 if v0 and w0 are.
+#   8 blocks, 1 place: two blanks, 2 hits. 9 blocks, 2 places: three blanks and v1: 1 hit. 8 blocks, 2 places: two blanks, v1 and v0: none.
+@BOTH
+@pytest.mark.parametrize(("blocks", "places", "evicted", "hits"), [(8, 1, 0, 2), (9, 1, 0, 2), (9, 2, 1, 1), (8, 2, 2, 0)])
+def test_what_a_window_left_goes_last_first_and_group_after_group(name, blocks, places, evicted, hits):
+    groups, rows, tokens = KvGroups(0, 2, 3), [[1, 2], [], [1, 2]], [8, 2 * places, 5]
+    before = run(name, prompts(groups, rows[:2], tokens[:2], num_kv_blocks=blocks))
+    assert before.totals["evicted_blocks"] == evicted
+    result = run(name, prompts(groups, rows, tokens, num_kv_blocks=blocks))
+    assert result.reused_tokens.tolist() == [0, 0, 2 * hits]
+
+
+# Two of 4 tokens in one step of 8, in 4 blocks of one windowed group with W = 3: their windows leave a place of each, and they finish. The second has no
+# ids, so its place comes first: - a0 a1 -. One more block is the blank; two are the blank and a0.
+@BOTH
+@pytest.mark.parametrize(("tokens", "evicted"), [(2, 0), (4, 1), (6, 2)])
+def test_what_nobody_can_find_goes_before_what_others_of_the_step_published(name, tokens, evicted):
+    limits = {"arrival_s": [0, 0, 100], "num_kv_blocks": 4}
+    result = run(name, prompts(KvGroups(0, 1, 3), [[1, 2], [], []], [4, 4, tokens], **limits))
+    assert result.scheduled_s.tolist() == [0, 0, 100]
+    assert result.totals["evicted_blocks"] == evicted
+
+
+# After the long one, - - - - w2 w1 w0 w3 f3 f2 f1 f0: one that begins with its first 2 places, and brings 8 tokens of its own. Its prefill starts at 8,
+# where the window has left 3 places: of its hits it owns f0 and f1 alone, and takes w3, w4, f2, f3 and f4: the blanks and w2.
+# When it is gone:  w1 w0 w3 f3 f2 and its own: w4 (a blank), w3' (a blank: 3 places have ids), f4, f3', f2', f1, f0.
+# 3 tokens that are nobody's evict w1, w0, w3 and f3, and 5 tokens as the first find f0 and f1, but neither w1 nor w0.
+@BOTH
+def test_of_its_hits_a_request_owns_none_that_its_window_has_left(name):
+    rows, tokens, cached = [LONG, [1, 2, 9], [], LONG[:2]], [8, 9, 3, 5], [0, 8, 0, 0]
+    limits = {"cached": cached, "num_kv_blocks": 12}
+    result = run(name, prompts(SLIDING, rows[:2], tokens[:2], **(limits | {"cached": cached[:2]})))
+    assert result.reused_tokens.tolist() == [0, 8]
+    assert result.totals["cache_hit_tokens"] == 4
+    assert result.totals["evicted_blocks"] == 1
+    assert result.totals["kv_blocks_s"] == 8 + (2 + 5)
+    assert run(name, prompts(SLIDING, rows, tokens, **limits)).reused_tokens.tolist() == [0, 8, 0, 0]
+
+
+# Against the plain manager
+
+
+def alone(seed: int, groups: KvGroups | None = None, *, endless: bool = False) -> Case:
+    """Requests of one family of prompts, each served when those before it are gone, in few blocks or in more than they ever need."""
+    rng = np.random.default_rng([seed, 7])
+
+    def pick(low, high):
+        return int(rng.integers(low, high, endpoint=True))
+
+    if groups is None:
+        window = one_of(pick, (pick(1, 8), pick(1, 20), pick(1, 60)))
+        groups = KvGroups(pick(0, 2), pick(1, 4), window, chunked=bool(pick(0, 1)))
+    count, size = pick(4, 16), one_of(pick, (1, 2, 3, 4, pick(1, 16)))
+    longest_prompt = one_of(pick, (20, 60, 100))
+    prompt = np.array([pick(1, longest_prompt) for _ in range(count)])
+    if pick(0, 1):  # whole blocks, where a full hit computes one again
+        prompt = np.maximum(prompt // size, 1) * size
+    output = np.array([pick(1, one_of(pick, (1, 6, 20))) for _ in range(count)])
+    cached = [pick(0, tokens - 1) if pick(0, 4) == 0 else 0 for tokens in prompt.tolist()]
+    unit = one_of(pick, (size, 2 * size, *(u for u in (1, 2, 3) if size % u == 0)))
+    hashes = families(pick, prompt, output, unit, covers_output=bool(pick(0, 1)))
+    requests = replace(requests_of(1e4 * np.arange(count), prompt, output, cached), hashes=hashes)
+    step_tokens = one_of(pick, (pick(1, 12), 128))
+    most = int(groups.most_blocks(prompt + output - 1, size, step_tokens).max())
+    taken = groups.count * int((-(-(prompt + output - 1) // size)).sum())
+    blocks = taken if endless else most + pick(0, one_of(pick, (2, most)))
+    limits = {"max_num_seqs": 1, "max_num_batched_tokens": step_tokens, "block_size": size}
+    return case(groups, requests, num_kv_blocks=blocks, prefix_cache="blocks", cache_outputs=bool(pick(0, 3)), **limits)
+
+
+def layers_of(one: Case) -> Layers:
+    groups = one.settings.kv_groups
+    return Layers(groups.full, groups.windowed, groups.window, groups.chunked)
+
+
+def plain(one: Case, layers: Layers, blocks: int | None = None) -> tuple[list[int], Manager]:
+    """Places that the plain manager finds of requests served one at a time, and the manager."""
+    limits, requests = one.settings, one.requests
+    rows = ids_of_blocks(requests, limits.block_size, outputs=limits.cache_outputs)
+    manager = Manager(blocks or limits.num_kv_blocks, rows, limits.block_size, layers)
+    columns = (requests.prompt_tokens, requests.output_tokens, requests.cached_tokens)
+    hits = [
+        manager.serve(row, prompt, output, limits.max_num_batched_tokens, cached)
+        for row, (prompt, output, cached) in enumerate(zip(*(c.tolist() for c in columns), strict=True))
+    ]
+    assert len(manager.free) == len(manager.owners)
+    assert not manager.loose
+    return hits, manager
+
+
+def assert_as_plain(one: Case, result: EngineResult) -> Manager:
+    hits, manager = plain(one, layers_of(one))
+    assert (result.status == FINISHED).all()
+    tokens = one.settings.block_size * np.array(hits)
+    np.testing.assert_array_equal(result.reused_tokens, np.maximum(tokens, one.requests.cached_tokens))
+    assert result.totals["cache_hit_tokens"] == tokens.sum()
+    assert result.totals["evicted_blocks"] == manager.evicted
+    return manager
+
+
+@BOTH
+def test_one_at_a_time_the_hits_are_those_of_the_plain_manager(name):
+    counts = Counter()
+    for seed in range(300):
+        one = alone(seed)
+        result = run(name, one)
+        manager = assert_as_plain(one, result)
+        counts.update(evicted=manager.evicted > 0, hit=result.totals["cache_hit_tokens"] > 0)
+    assert min(counts.values()) > 100
+
+
+@BOTH
+def test_with_blocks_for_all_nothing_is_evicted_and_the_hits_are_those_of_the_plain_manager(name):
+    for seed in range(100):
+        one = alone(seed, endless=True)
+        assert assert_as_plain(one, run(name, one)).evicted == 0
+
+
+
+
+LOADED = ("prefix cache", "bounded windows")
+
+
+@pytest.mark.parametrize("builder", [random_mixture, tight_mixture])
+def test_under_load_the_hits_are_those_of_the_plain_manager_driven_by_the_log(builder):
+    counts = Counter()
+    for seed in range(150):
+        one = builder(seed, LOADED, LASTING)
+        result, logs = reference_logs(one)
+        limits, found, evicted = one.settings, 0, 0
+        rows = ids_of_blocks(one.requests, limits.block_size, outputs=limits.cache_outputs)
+        for log in logs:
+            manager = Manager(limits.num_kv_blocks, rows, limits.block_size, layers_of(one))
+            found += manager.follow(*log)
+            evicted += manager.evicted
+            assert len(manager.free) == limits.num_kv_blocks
+        assert result.totals["evicted_blocks"] == evicted
+        assert result.totals["cache_hit_tokens"] == limits.block_size * found
+        counts.update(
+            evicted=evicted > 0, hit=found > 0, preempted=result.totals["preemptions"] > 0,
+        )
+    print(counts)
