@@ -48,8 +48,15 @@ from simulator.engine.core import (
 )
 from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.kv_blocks import begin_giving, blocks_owned_at, end_giving, release_passed
-from simulator.engine.prefix_cache import moment_of, watch
+from simulator.engine.kv_blocks import (
+    begin_giving,
+    blocks_owned_at,
+    blocks_passed,
+    end_giving,
+    leave_behind,
+    next_published_step,
+)
+from simulator.engine.prefix_cache import PUBLISHED, catch_up, moment_of, watch
 from simulator.engine.progressions import (
     residue,
     window_pairs,
@@ -88,8 +95,8 @@ def _rebuilt(state: State, heap: Any, column: int, slot: int) -> int:
 
 
 @inlined
-def push_window_event(cost: CostTable, limits: Limits, state: State, slot: int, seen: int) -> None:
-    """Note when a sequence that now sees ``seen`` keys stops growing, or starts over; full windows that slide never do."""
+def push_window_event(cost: CostTable, limits: Limits, state: State, extra: Extra | None, slot: int, seen: int) -> None:
+    """Note when a sequence that now sees ``seen`` keys stops growing, starts over, or leaves a published block; full windows that slide do no more."""
     ints = state.ints
     step = ints[STEP]
     if seen < cost.window:
@@ -101,17 +108,18 @@ def push_window_event(cost: CostTable, limits: Limits, state: State, slot: int, 
         state.slots[slot, EVENT_STEP] = step + 1
     else:
         state.slots[slot, GROWING] = 0
-        state.slots[slot, EVENT_STEP] = -1
-        begin_giving(limits, state, slot)
-        return
+        state.slots[slot, EVENT_STEP] = next_published_step(limits, state, extra, slot)
+        if state.slots[slot, EVENT_STEP] < 0:
+            begin_giving(limits, state, slot)
+            return
     if ints[N_EVENTS] == len(state.events):
         ints[N_EVENTS] = _rebuilt(state, state.events, EVENT_STEP, slot)
     ints[N_EVENTS] = push_key(state.events, ints[N_EVENTS], state.slots[slot, EVENT_STEP] << SLOT_BITS | slot)
 
 
 @inlined
-def pass_window_events(cost: CostTable, limits: Limits, state: State) -> None:
-    """Bring the windowed sums to the present step, and give back the blocks of chunks of the context that are left behind; stale events are dropped."""
+def pass_window_events(cost: CostTable, limits: Limits, state: State, extra: Extra | None) -> None:
+    """Bring the windowed sums to the present step, and give back what windows leave at events: chunks of the context, and published blocks; stale events are dropped."""
     ints = state.ints
     while ints[N_EVENTS] > 0:
         key = state.events[0]
@@ -122,12 +130,17 @@ def pass_window_events(cost: CostTable, limits: Limits, state: State) -> None:
             ints[N_EVENTS] = pop_key(state.events, ints[N_EVENTS])
             if state.slots[slot, GROWING] == 1:  # the window is full
                 ints[N_GROWING] -= 1
-                push_window_event(cost, limits, state, slot, cost.window)
-            else:  # the next chunk of the context begins
-                ints[WINDOW_SUM] += 1 - cost.window
+                push_window_event(cost, limits, state, extra, slot, cost.window)
+            else:  # the next chunk of the context begins, or a published block is left
+                if extra is not None and extra.cache.late:
+                    catch_up(extra.cache, state.row, ints[STEP] - 1)
                 done = state.slots[slot, COMPUTED] + ints[STEP] - state.slots[slot, JOINED]
-                release_passed(limits, state, done - 1, done)
-                push_window_event(cost, limits, state, slot, 1)
+                leave_behind(limits, state, extra, slot, done - 1, done, False)  # noqa: FBT003 - compiled code takes no keywords here
+                seen = cost.window
+                if cost.window_chunked and cost.window > 1:
+                    ints[WINDOW_SUM] += 1 - cost.window
+                    seen = 1
+                push_window_event(cost, limits, state, extra, slot, seen)
         else:
             ints[N_EVENTS] = pop_key(state.events, ints[N_EVENTS])
 
@@ -290,6 +303,14 @@ def blocks_owned(limits: Limits, state: State, extra: Extra | None, slot: int, d
 
 
 @inlined
+def blocks_left(limits: Limits, state: State, extra: Extra | None, slot: int, decoded: bool) -> int:
+    """W2: blocks of each windowed group that a request's window has left."""
+    if extra is not None and extra.spec.on and decoded:
+        return int(extra.spec.batch.slots[slot, speculation.PASSED])
+    return blocks_passed(limits, state.slots[slot, COMPUTED]) if limits.windowed > 0 else 0
+
+
+@inlined
 def publishing_moment(state: State, extra: Extra) -> int:
     """Moment of what a chunk publishes now; with speculation, which publishes nothing late, a count."""
     if extra.spec.on:
@@ -340,8 +361,16 @@ def start_decoding(
     if extra is not None and extra.spec.on:
         row = state.row[slot]
         speculation.mark(extra.spec.tariff.floats, extra.spec.tariff.v, slot)
+        kept = extra.cache.slots[slot, PUBLISHED] if extra.cache.on else 0
         speculation.join(
-            extra.spec.batch, slot, step, rate_of(extra.spec, row), stream.prompt[row], state.slots[slot, EMITTED]
+            extra.spec.batch,
+            slot,
+            step,
+            rate_of(extra.spec, row),
+            stream.prompt[row],
+            state.slots[slot, EMITTED],
+            stream.output[row],
+            kept,
         )
         rest = speculation.passes_left(extra.spec.batch, slot, stream.output[row])
     else:
@@ -349,7 +378,7 @@ def start_decoding(
         if cost.window > 0:
             seen = done % cost.window + 1 if cost.window_chunked else min(done + 1, cost.window)
             ints[WINDOW_SUM] += seen
-            push_window_event(cost, limits, state, slot, seen)
+            push_window_event(cost, limits, state, extra, slot, seen)
         state.residues[residue(done - step, limits.block_size)] += limits.groups
         if extra is not None and extra.cache.late:
             watch(extra.cache, slot, state.row[slot], done, step)

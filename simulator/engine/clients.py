@@ -6,7 +6,7 @@ Rules R2 to R4, L1 to L6 and M1. Of the two states that a function takes, ``shar
 
 import math
 
-from simulator.engine.batch import blocks_owned, leave_batch, unlink_running
+from simulator.engine.batch import blocks_left, blocks_owned, leave_batch, unlink_running
 from simulator.engine.core import (
     AFTER,
     CLOCK,
@@ -236,11 +236,12 @@ def leave_replica(
     else:
         drop_partial(queue, slot)
     freed = blocks_owned(limits, state, extra, slot, decoded)
+    passed = blocks_left(limits, state, extra, slot, decoded)
     if extra is not None:
         if extra.spec.on and decoded:
             cut_to_length(stream, state, extra, slot)
         if extra.cache.on:
-            freed = give_back(extra.cache, slot, row, freed, ints[STEP])
+            freed = give_back(extra.cache, slot, row, freed, passed, ints[STEP])
     ints[FREE_BLOCKS] += freed
     unlink_running(state, slot)
     free_slot(state, slot)

@@ -64,8 +64,18 @@ from simulator.engine.core import (
 )
 from simulator.engine.fcfs import release_next
 from simulator.engine.jit import compiled, entry, inlined
-from simulator.engine.kv_blocks import add_steps, largest, profile_of, release_of_step, steps_to_room
-from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
+from simulator.engine.kv_blocks import (
+    add_steps,
+    given_in_steps,
+    largest,
+    leave_published,
+    note_gifts,
+    profile_of,
+    release_of_step,
+    steps_to_eviction,
+    steps_to_room,
+)
+from simulator.engine.prefix_cache import N_ENDED, append_given, release_ended, steps_to_fill, take
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
 from simulator.engine.scheduler import Scheduled, published_to, schedule
@@ -131,9 +141,11 @@ def longest_segment(limits: Limits, state: State, queue: Queue, extra: Extra | N
         if extra is not None and extra.spec.on:  # each sequence has a pace of its own: steps are looked at one by one
             few = limits.block_size
             if scheduled.wanted > 0:
-                few = speculation.steps_to_gift(extra.spec.batch, state.ints[STEP])
+                few = speculation.steps_to_any_gift(extra.spec.batch, state.ints[STEP])
         elif scheduled.wanted > 0:
             few = int(steps_to_room(limits, state, scheduled.wanted, queue.rules.batching >= PREFILL_FIRST))
+        if extra is not None and extra.cache.on and scheduled.wanted > 0:  # W11: hits may shrink
+            few = min(few, steps_to_eviction(limits, state, extra, scheduled.need))
     blocked = queue.ints[N_QUEUED] > 0 and state.ints[N_RUNNING] < limits.max_num_seqs
     if queue.rules.policy == FAIR and blocked and queue.rules.batching != STATIC:
         return 1
@@ -190,15 +202,22 @@ def take_segment(
     ints = state.ints
     step = ints[STEP]
     before = limits.num_blocks - ints[FREE_BLOCKS]
+    given = 0
     if extra is not None and extra.spec.on:
         k, owned, integral = speculation.take_blocks_of_steps(
             extra.spec.batch, step, k, ints[FREE_BLOCKS], before, d0, q, profile
         )
+        given = extra.spec.batch.ints[speculation.GIVEN]
     else:
         gives = limits.windowed > 0
         owned, integral = take_blocks(state.residues, limits.block_size, gives, step, k, before, d0, q)
+        if gives and extra is not None and extra.cache.on:
+            given = given_in_steps(limits, state, k)
     if extra is not None and extra.cache.on:
-        take(extra.cache, owned - before - scheduled.need)
+        # What steps give back joins the end of the queue, and is not yet at its front when they take: so the order does not matter.
+        append_given(extra.cache, given)
+        take(extra.cache, owned - before + given - scheduled.need)
+        note_gifts(extra)
     ints[FREE_BLOCKS] = limits.num_blocks - owned
     if limits.windowed > 0 and not (extra is not None and extra.spec.on):
         add_steps(limits, state, k, profile)
@@ -279,9 +298,10 @@ def end_step(
     """M2: what takes effect at the end of a step; return how many requests finish."""
     n_done = 0
     if cost.window > 0:
-        pass_window_events(cost, limits, state)
+        pass_window_events(cost, limits, state, extra)
     if chunks > 0:
         n_done += end_chunks(cost, limits, stream, out, state, queue, extra, chunks, price)
+    leave_published(limits, state, extra)
     if queue.ints[N_GONE] > 0:
         let_clients_go(cost, limits, stream, out, state, queue, extra)
     n_done += end_decodes(cost, limits, stream, out, state, queue, extra)

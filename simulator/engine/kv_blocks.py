@@ -2,7 +2,8 @@
 
 What a request owns between steps follows from its computed tokens. A sequence that decodes takes a block of every group when its context begins one, and
 once its window is full gives one of every windowed group back when the window leaves one: both at fixed steps modulo the block size, so two histograms
-of residues hold a whole batch. Windows that are chunks of the context are left at the events that end them. With speculation sequences take and give at steps
+of residues hold a whole batch. Windows that are chunks of the context are left at the events that end them, and blocks of a prefix cache that can be found
+(W7 to W11) at events of their own, behind all others of a step. With speculation sequences take and give at steps
 of their own, which :mod:`simulator.engine.speculation` lists.
 """
 
@@ -11,7 +12,16 @@ from typing import Any
 from simulator.engine import speculation
 from simulator.engine.core import BATCH, COMPUTED, FREE_BLOCKS, JOINED, STEP, Extra, Limits, State
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.progressions import blocks_before_window, blocks_for, residue
+from simulator.engine.prefix_cache import (
+    N_LEAVING,
+    append_given,
+    blocks_to_eviction,
+    leave_noted,
+    note_leaving,
+    pass_blocks,
+    published_ahead,
+)
+from simulator.engine.progressions import blocks_before_window, blocks_for, residue, steps_with_blocks
 
 
 @inlined
@@ -27,6 +37,13 @@ def blocks_owned_at(limits: Limits, done: int, stop: int) -> int:
     if limits.windowed == 0:
         return int(blocks)
     return int(limits.groups * blocks - limits.windowed * blocks_passed(limits, done))
+
+
+@inlined
+def blocks_beyond(limits: Limits, first: int, passed: int, stop: int) -> int:
+    """W9: blocks at the places from ``first`` to ``stop``, of windowed groups without the first ``passed``."""
+    full = (limits.groups - limits.windowed) * max(0, stop - first)
+    return int(full + limits.windowed * max(0, stop - max(first, passed)))
 
 
 @inlined
@@ -46,11 +63,36 @@ def blocks_at_most(limits: Limits, start: int, stop: int) -> int:
 
 
 @inlined
-def release_passed(limits: Limits, state: State, before: int, done: int) -> None:
-    """W2: a request that had ``before`` tokens and now has ``done`` gives back what its window has left."""
+def leave_behind(
+    limits: Limits, state: State, extra: Extra | None, slot: int, before: int, done: int, by_chunk: bool
+) -> None:
+    """W2: a request that had ``before`` tokens and now has ``done`` gives back what its window has left; ``by_chunk``: as of :func:`~simulator.engine.prefix_cache.pass_blocks`."""
     if limits.windowed > 0:
-        passed = blocks_passed(limits, done) - blocks_passed(limits, before)
-        state.ints[FREE_BLOCKS] += limits.windowed * passed
+        passed, past = blocks_passed(limits, done), blocks_passed(limits, before)
+        if passed > past:
+            if extra is not None and extra.cache.on:
+                state.ints[FREE_BLOCKS] += pass_blocks(extra.cache, slot, past, passed, by_chunk)
+            else:
+                state.ints[FREE_BLOCKS] += limits.windowed * (passed - past)
+
+
+@inlined
+def leave_published(limits: Limits, state: State, extra: Extra | None) -> None:
+    """W10: at the end of a step windows leave what can be found, behind what cannot."""
+    if limits.windowed > 0 and extra is not None and extra.cache.ints[N_LEAVING] > 0:
+        state.ints[FREE_BLOCKS] += leave_noted(extra.cache, state.row)
+
+
+@inlined
+def next_published_step(limits: Limits, state: State, extra: Extra | None, slot: int) -> int:
+    """The step before which a decoding sequence's full window leaves its next block, if that can be found by then; else −1."""
+    if limits.windowed == 0 or extra is None or not extra.cache.on:
+        return -1
+    done = state.slots[slot, COMPUTED] + state.ints[STEP] - state.slots[slot, JOINED]
+    passed = blocks_passed(limits, done)
+    if passed >= published_ahead(extra.cache, slot, state.row[slot]):
+        return -1
+    return int(state.ints[STEP] + (passed + 1) * limits.block_size + limits.window - 1 - done)
 
 
 @inlined
@@ -76,13 +118,61 @@ def end_giving(limits: Limits, state: State, slot: int) -> None:
 
 @inlined
 def release_of_step(limits: Limits, state: State, extra: Extra | None) -> None:
-    """W2: what the windows of decoding sequences leave at the end of one step, which is still the present one."""
+    """W2: what the windows of decoding sequences leave at the end of one step, which is still the present one.
+
+    Not what ends a segment: published blocks, and chunks of the context.
+    """
     if limits.windowed > 0 and state.ints[BATCH] > 0:
         if extra is not None and extra.spec.on:
-            state.ints[FREE_BLOCKS] += speculation.give_blocks_before(extra.spec.batch, state.ints[STEP] + 1)
-            return
-        place = limits.block_size + residue(-state.ints[STEP], limits.block_size)
-        state.ints[FREE_BLOCKS] += state.residues[place]
+            given = speculation.give_blocks_before(extra.spec.batch, state.ints[STEP] + 1)
+        else:
+            given = state.residues[limits.block_size + residue(-state.ints[STEP], limits.block_size)]
+        state.ints[FREE_BLOCKS] += given
+        if extra is not None and extra.cache.on:
+            append_given(extra.cache, given)
+            note_gifts(extra)
+
+
+@compiled
+def note_gifts(extra: Extra) -> None:
+    """W6, W10: note the sequences whose passes have brought their windows past published blocks."""
+    if not extra.spec.on:
+        return
+    ints, slots = extra.spec.batch.ints, extra.spec.batch.slots
+    for i in range(ints[speculation.N_GIFTS]):
+        slot = slots[i, speculation.GIFT]
+        note_leaving(extra.cache, slot, slots[slot, speculation.PASSED], False)  # noqa: FBT003 - compiled code takes no keywords here
+    ints[speculation.N_GIFTS] = 0
+
+
+@compiled
+def given_in_steps(limits: Limits, state: State, k: int) -> int:
+    """W2: blocks that the windows of decoding sequences leave in k decode steps."""
+    size = limits.block_size
+    place = residue(-state.ints[STEP], size)
+    cycle = 0
+    rest = 0
+    for j in range(size):
+        given = state.residues[size + place]
+        cycle += given
+        if j < k % size:
+            rest += given
+        place = place - 1 if place > 0 else size - 1
+    return int(k // size * cycle + rest)
+
+
+@compiled
+def steps_to_eviction(limits: Limits, state: State, extra: Extra, need: int) -> int:
+    """Decode steps that evict nothing after the first of them, for which ``need`` blocks are taken already; at least one."""
+    room = blocks_to_eviction(extra.cache)
+    step = state.ints[STEP]
+    if extra.spec.on:
+        few = limits.block_size
+        while few > 1 and speculation.steps_with_room(extra.spec.batch, step, few, room + need) < few:
+            few //= 2
+        return few
+    cycle = limits.groups * state.ints[BATCH]
+    return int(1 + steps_with_blocks(state.residues, limits.block_size, False, step + 1, 1 << 40, cycle, room))  # noqa: FBT003
 
 
 @compiled

@@ -352,4 +352,7 @@ class Lives:
         for row, life in self._lives.items():
             if life.since_s < at_s:
                 self._note_load(row, life)
+                gone = self._queue is not None and self._queue.row_ints[row, queues.GONE] != 0
+                if gone and life.phase in IN_STEPS and self._due(row, life) < at_s:  # in flight still (M21)
+                    self._change(row, life, Phase.LEAVING, self._due(row, life))
                 self._end(row, life, at_s)

@@ -38,6 +38,7 @@ def new_cache(
         max_num_seqs=settings.max_num_seqs,
         block_size=settings.block_size,
         n=len(requests),
+        groups=settings.kv_groups,
         parts=parts,
         longest=longest,
         counts=counts,

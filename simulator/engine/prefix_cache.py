@@ -1,9 +1,11 @@
 """The compiled engine's prefix cache: published blocks in a queue, and counts of those nobody can find.
 
-Rules C1 to C9 of ``docs/engine-prefix-cache.md``. A *node* is a run of blocks: published ones that follow each other within one *unit*, or, in the
+Rules C1 to C9 of ``docs/engine-prefix-cache.md``, and W7 to W11 of ``docs/engine-kv-memory.md`` where layers lie in groups. A *node* is a run of blocks: published ones that follow each other within one *unit*, or, in the
 queue of free blocks only, unpublished ones, which are all alike. A unit is a number of blocks of which every request that has one has those before it: those into which the tokens of one id are cut,
 and of ids that always follow each other (:meth:`~simulator.engine.block_hashes.BlockHashes.units`). So what is looked up, owned, freed and evicted is a few runs and not
 each of their blocks. A request owns a table of runs, its published blocks, which are always its first; the rest of its blocks is a number that the engine knows.
+Each group of layers has chains and tables of its own. What a window leaves is taken from the front of a table, at the end of a step (:func:`leave_noted`), and
+until its published blocks are gone a decoding request's window leaves them at steps that end a segment (:func:`published_ahead`).
 
 A node is one row of :attr:`Cache.nodes`, 64 bytes, a cache line. Node 0 is the end of the queue, which is a ring; a run in it is taken from its end, as if its blocks
 stood there the last one first (C7). Runs of one unit form a ring too, from the oldest on, in which the first that holds a block is the one found. Whoever owns a part of a run parts it in two:
@@ -22,15 +24,51 @@ from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
 from simulator.engine.jit import compiled, entry, inlined
 from simulator.engine.kv_memory import Tier
+from simulator.engine.progressions import blocks_before_window
 from simulator.engine.tiers import Tiers, move_down, new_tiers
+from simulator.roofline.kv_groups import KvGroups
 
 # columns of Cache.nodes
 NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
-"""NEXT of a run that is owned is the one that was parted from it. ID is unit << PART_BITS | place of the run's first block in it."""
+"""NEXT of a run that is owned is the one that was parted from it. ID is chain << PART_BITS | place of the run's first block in its unit; the chain of a unit in a group is
+unit · groups + group."""
+# the first columns of a table in Cache.table: where its entries begin and end, which follow
+BEGIN, END, HEADER = range(3)
 # indices into Cache.ints
-N_NODES, SPARE, BLANK, ADMISSIONS, N_ENDED, QUERIED, HIT_TOKENS, HIT_PAIRS, EVICTED, N_LOG, EPOCH, N_INTS = range(12)
+(
+    N_NODES,
+    SPARE,
+    BLANK,
+    ADMISSIONS,
+    N_ENDED,
+    QUERIED,
+    HIT_TOKENS,
+    HIT_PAIRS,
+    EVICTED,
+    N_LOG,
+    EPOCH,
+    N_LEAVING,
+    N_INTS,
+) = range(13)
 # columns of Cache.slots
-PUBLISHED, START, ORDER, FILL_STEP, ENDED, ENDED_BLOCKS, ENDED_FULL, ENDED_KEY, RUNS, PLACE, PART, N_COLUMNS = range(12)
+(
+    PUBLISHED,
+    START,
+    ORDER,
+    FILL_STEP,
+    ENDED,
+    ENDED_BLOCKS,
+    ENDED_FULL,
+    ENDED_PASSED,
+    ENDED_KEY,
+    PLACE,
+    PART,
+    LEFT,
+    PASSED,
+    LEAVING,
+    LEAVING_KEY,
+    N_COLUMNS,
+) = range(16)
 NOBODY = -1
 """Id of a run of blocks that nobody can find."""
 PART_BITS = 20
@@ -45,7 +83,7 @@ STAMP_BITS = 31
 Where prompts may be cut, decoding requests have turn 0 and chunks 1 (B1); where prompts come first (B3, B4) it is the other way round.
 """
 # kinds of entries in Cache.log
-TAKES, ADMITS, PUBLISHES, FREES = range(4)
+TAKES, ADMITS, PUBLISHES, FREES, LEAVES, GIVES = range(6)
 
 
 class Cache(NamedTuple):
@@ -59,24 +97,27 @@ class Cache(NamedTuple):
     nodes
         [blocks + 2, 8] see the columns' names.
     first
-        [ids] oldest run published of a unit; 0: none.
+        [ids · groups] oldest run published of a chain; 0: none.
     ids, offsets, sizes
         the units of each request, as the ids of its :class:`BlockHashes`, and how many blocks of each it has at most.
     largest, counts
         the largest of ``sizes``; [requests] blocks of each request that have an id.
     table, stride
-        runs that slot s owns are ``table[s * stride :]``, each as node << PART_BITS | blocks.
+        runs that slot s owns of group g are in ``table[(s * groups + g) * stride :]``: :data:`HEADER` columns, then each as node << PART_BITS | blocks.
     slots
-        [slots, 11] of a running request, how many of its blocks are published, where its prefill started (C8), the number of its
-        admission, and the step that fills its next block with an id (-1: none). Four columns list the slots
-        whose requests finished in this step, the blocks they have to give back, how many of them are full, and the keys by which they are ordered. RUNS: entries of a slot in ``table``; PLACE, PART: which of
-        its units, and which block of it, is the first that is not published.
+        [slots, 15] of a running request, how many of its blocks of a group are published, where its prefill started (C8), the number of its
+        admission, and the step that fills its next block with an id (-1: none). PLACE, PART: which of its units, and which block of it, is the first that is not published.
+        LEFT: the first block of windowed groups that its tables may hold. Five columns list the slots
+        whose requests finished in this step, the blocks they have to give back, how many of them are full, how many of a group their windows have passed, and the keys by which they are ordered;
+        PASSED and two others list those whose windows leave published blocks at its end.
     pieces
-        [largest] scratch of :func:`release`.
+        scratch of :func:`release` and of what windows leave.
     fills, n_fills
         heap of the steps that fill blocks, and [1] its size.
     reused
         [requests] tokens never computed (C8).
+    groups, windowed, window, chunked
+        groups of layers, those of them that have a window, which come first, and that.
     tiers
         the memory that evicted blocks move to.
     log
@@ -89,6 +130,10 @@ class Cache(NamedTuple):
     prompts_first: bool
     by_epoch: bool
     block_size: int
+    groups: int
+    windowed: int
+    window: int
+    chunked: bool
     nodes: Any
     first: Any
     ids: Any
@@ -115,6 +160,7 @@ def new_cache(
     max_num_seqs: int,
     block_size: int,
     n: int,
+    groups: KvGroups = KvGroups(),  # noqa: B008 - it is frozen
     parts: int = 1,
     longest: int = 1,
     counts: NDArray[np.int64] | None = None,
@@ -138,7 +184,7 @@ def new_cache(
         tiers = ()
     if counts is None:
         counts = np.diff(hashes.offsets)
-    stride = int(counts.max(initial=0))
+    stride = HEADER + int(counts.max(initial=0))
     ids, offsets, lengths = hashes.units(longest)
     sizes = parts * lengths
     largest = int(sizes.max(initial=1))
@@ -150,17 +196,21 @@ def new_cache(
         prompts_first=prompts_first,
         by_epoch=by_epoch,
         block_size=block_size,
+        groups=groups.count,
+        windowed=groups.windowed,
+        window=groups.window,
+        chunked=groups.chunked,
         nodes=np.zeros((num_blocks + 2, 8), dtype=np.int64),
-        first=np.zeros(n_units, dtype=np.int64),
+        first=np.zeros(n_units * groups.count, dtype=np.int64),
         ids=ids,
         offsets=offsets,
         sizes=sizes,
         largest=largest,
         counts=counts,
-        table=np.zeros(max_num_seqs * stride, dtype=np.int64),
+        table=np.zeros(max_num_seqs * groups.count * stride, dtype=np.int64),
         stride=stride,
         slots=np.zeros((max_num_seqs, N_COLUMNS), dtype=np.int64),
-        pieces=np.zeros(largest, dtype=np.int64),
+        pieces=np.zeros(max(largest, stride), dtype=np.int64),
         fills=np.zeros(2 * max_num_seqs + 2, dtype=np.int64),
         n_fills=np.zeros(1, dtype=np.int64),
         reused=np.zeros(n, dtype=np.int64),
@@ -249,25 +299,25 @@ def _append_run(cache: Cache, count: int) -> None:
 def _withdraw(cache: Cache, node: int) -> None:
     """Let a run no longer be found."""
     nodes = cache.nodes
-    unit = nodes[node, ID] >> PART_BITS
+    chain = nodes[node, ID] >> PART_BITS
     newer, older = nodes[node, NEWER], nodes[node, OLDER]
     if newer == node:
-        cache.first[unit] = 0
+        cache.first[chain] = 0
         return
     nodes[older, NEWER] = newer
     nodes[newer, OLDER] = older
-    if cache.first[unit] == node:
-        cache.first[unit] = newer
+    if cache.first[chain] == node:
+        cache.first[chain] = newer
 
 
 @inlined
 def _enter(cache: Cache, node: int) -> None:
-    """Let a run be found, behind all of its unit with an earlier stamp."""
+    """Let a run be found, behind all of its chain with an earlier stamp."""
     nodes = cache.nodes
-    unit = nodes[node, ID] >> PART_BITS
-    first = cache.first[unit]
+    chain = nodes[node, ID] >> PART_BITS
+    first = cache.first[chain]
     if first == 0:
-        cache.first[unit] = node
+        cache.first[chain] = node
         nodes[node, NEWER] = node
         nodes[node, OLDER] = node
         return
@@ -275,7 +325,7 @@ def _enter(cache: Cache, node: int) -> None:
     stamp = nodes[node, STAMP]
     while nodes[older, STAMP] > stamp:
         if older == first:
-            cache.first[unit] = node
+            cache.first[chain] = node
             older = nodes[first, OLDER]
             break
         older = nodes[older, OLDER]
@@ -287,10 +337,10 @@ def _enter(cache: Cache, node: int) -> None:
 
 
 @inlined
-def _oldest(cache: Cache, unit: int, part: int, stop: int) -> tuple[int, int]:
-    """The oldest run of a unit that holds its block ``part``, 0 if none does; and up to which block, at most ``stop``, it is the one found."""
+def _oldest(cache: Cache, chain: int, part: int, stop: int) -> tuple[int, int]:
+    """The oldest run of a chain that holds its block ``part``, 0 if none does; and up to which block, at most ``stop``, it is the one found."""
     nodes = cache.nodes
-    first = cache.first[unit]
+    first = cache.first[chain]
     if cache.largest == 1:
         return first, stop
     node = first
@@ -377,59 +427,143 @@ def take(cache: Cache, count: int) -> None:
 
 
 @compiled
-def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int) -> tuple[int, int]:
-    """C5, C6: hits of a request in ``step`` among its first ``longest`` blocks, and how many of them somebody owns.
-
-    ``rows`` are those of the slots.
-    """
-    if cache.late:
-        catch_up(cache, rows, step)
-    longest = min(longest, cache.counts[row])
-    place, part = cache.offsets[row], 0
-    found, held = 0, 0
-    while found < longest:
-        size = cache.sizes[place]
-        node, stop = _oldest(cache, cache.ids[place], part, min(size, part + longest - found))
-        if node == 0:
-            return found, held
-        found += stop - part
-        if cache.nodes[node, OWNERS] > 0:
-            held += stop - part
-        part = stop
-        if part == size:
-            place, part = place + 1, 0
-    return longest, held
+def _locate(cache: Cache, row: int, block: int) -> tuple[int, int]:
+    """Which unit, and which block of it, is a request's block of that place; the end of its last unit is the start of the next."""
+    place = cache.offsets[row]
+    if cache.largest == 1:
+        return place + block, 0
+    while block > 0 and block >= cache.sizes[place]:
+        block -= cache.sizes[place]
+        place += 1
+    return place, block
 
 
 @compiled
-def admit(cache: Cache, slot: int, row: int, hits: int, loaded: int, known: int, start: int, seen: int) -> int:
-    """C6, C8, C9: let a request own its hits, before it takes new blocks; return how many of them were free.
-
-    ``loaded`` tokens have come from below HBM (F5).
-    """
-    ints, nodes = cache.ints, cache.nodes
-    entry = slot * cache.stride
-    place, part = cache.offsets[row], 0
-    found, freed = 0, 0
-    while found < hits:
+def _scan(cache: Cache, row: int, group: int, first: int, stop: int) -> tuple[int, int]:
+    """Up to which place from ``first`` on, at most ``stop``, blocks of a group are all published; and how many of them somebody owns."""
+    place, part = _locate(cache, row, first)
+    found, held = first, 0
+    while found < stop:
         size = cache.sizes[place]
-        node, stop = _oldest(cache, cache.ids[place], part, min(size, part + hits - found))
-        if cache.largest > 1:
-            node = _cut(cache, node, part, stop)
-        if nodes[node, OWNERS] == 0:
-            _remove(cache, node)
-            freed += stop - part
-        nodes[node, OWNERS] += 1
-        cache.table[entry] = node << PART_BITS | stop - part
-        entry += 1
-        found += stop - part
-        part = stop
+        chain = cache.ids[place] * cache.groups + group
+        node, end = _oldest(cache, chain, part, min(size, part + stop - found))
+        if node == 0:
+            return found, held
+        found += end - part
+        if cache.nodes[node, OWNERS] > 0:
+            held += end - part
+        part = end
         if part == size:
             place, part = place + 1, 0
+    return stop, held
+
+
+@compiled
+def _last_missing(cache: Cache, row: int, first: int, stop: int) -> int:
+    """The last place from ``first`` to ``stop`` at which a windowed group has no published block; -1: none."""
+    missing = -1
+    for group in range(cache.windowed):
+        place, part = _locate(cache, row, stop - 1)
+        part += 1
+        found = stop
+        while found > max(first, missing + 1):
+            chain = cache.ids[place] * cache.groups + group
+            node, _ = _oldest(cache, chain, part - 1, part)
+            if node == 0:
+                missing = found - 1
+                break
+            start = cache.nodes[node, ID] & PART_MASK
+            found -= part - start
+            part = start
+            if part == 0:
+                place -= 1
+                part = cache.sizes[place]
+    return missing
+
+
+@inlined
+def passed_by(cache: Cache, tokens: int) -> int:
+    """W2: blocks of each windowed group that lie before the window once ``tokens`` tokens are computed."""
+    if cache.windowed == 0:
+        return 0
+    return int(blocks_before_window(tokens, cache.window, cache.chunked, cache.block_size))
+
+
+@compiled
+def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int, least: int) -> tuple[int, int]:
+    """C5, C6, W8, W9: places that a request in ``step`` finds among its first ``longest``, and how many of the blocks there that it comes to own somebody owns.
+
+    ``rows`` are those of the slots. Prefill starts at ``least`` tokens at least.
+    """
+    if cache.late:
+        catch_up(cache, rows, step)
+    hits = min(longest, cache.counts[row])
+    held = 0
+    for group in range(cache.windowed, cache.groups):
+        found, owned = _scan(cache, row, group, 0, hits)
+        if found < hits and group > cache.windowed:
+            held = 0
+            for other in range(cache.windowed, group):
+                held += _scan(cache, row, other, 0, found)[1]
+        hits = found
+        held += owned
+    if cache.windowed == 0:
+        return hits, held
+    bound = hits
+    while hits > 0:
+        missing = _last_missing(cache, row, passed_by(cache, hits * cache.block_size), hits)
+        if missing < 0:
+            break
+        hits = missing
+    if hits < bound:
+        held = 0
+        for group in range(cache.windowed, cache.groups):
+            held += _scan(cache, row, group, 0, hits)[1]
+    first = passed_by(cache, max(hits * cache.block_size, least))
+    if first < hits:
+        for group in range(cache.windowed):
+            held += _scan(cache, row, group, first, hits)[1]
+    return hits, held
+
+
+@compiled
+def admit(
+    cache: Cache, slot: int, row: int, hits: int, passed: int, loaded: int, known: int, start: int, seen: int
+) -> int:
+    """C6, C8, C9, W9: let a request own its hits, before it takes new blocks; return how many of them were free.
+
+    Its window has ``passed`` blocks of each group; ``loaded`` tokens have come from below HBM (F5).
+    """
+    ints, nodes = cache.ints, cache.nodes
+    freed = 0
+    place, part = 0, 0
+    for group in range(cache.groups):
+        base = (slot * cache.groups + group) * cache.stride
+        entry = base + HEADER
+        found = min(passed, hits) if group < cache.windowed else 0
+        place, part = _locate(cache, row, found)
+        while found < hits:
+            size = cache.sizes[place]
+            chain = cache.ids[place] * cache.groups + group
+            node, stop = _oldest(cache, chain, part, min(size, part + hits - found))
+            if cache.largest > 1:
+                node = _cut(cache, node, part, stop)
+            if nodes[node, OWNERS] == 0:
+                _remove(cache, node)
+                freed += stop - part
+            nodes[node, OWNERS] += 1
+            cache.table[entry] = node << PART_BITS | stop - part
+            entry += 1
+            found += stop - part
+            part = stop
+            if part == size:
+                place, part = place + 1, 0
+        cache.table[base + BEGIN] = HEADER
+        cache.table[base + END] = entry - base
     cache.slots[slot, PLACE] = place
     cache.slots[slot, PART] = part
     cache.slots[slot, PUBLISHED] = hits
-    cache.slots[slot, RUNS] = entry - slot * cache.stride
+    cache.slots[slot, LEFT] = passed
     cache.slots[slot, START] = start
     cache.slots[slot, ORDER] = ints[ADMISSIONS]
     cache.slots[slot, FILL_STEP] = -1
@@ -446,53 +580,61 @@ def admit(cache: Cache, slot: int, row: int, hits: int, loaded: int, known: int,
 
 @compiled
 def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
-    """C3: let the first ``full`` blocks of a request be found from ``moment`` on, as far as they have ids.
+    """C3, W7: let the first ``full`` blocks of each group of a request be found from ``moment`` on, as far as it owns them and they have ids.
 
     D3: in a tree, those already there replace the request's own. Return how many blocks that frees.
     """
     nodes = cache.nodes
     full = min(full, cache.counts[row])
-    done = cache.slots[slot, PUBLISHED]
-    if full <= done:
+    published = cache.slots[slot, PUBLISHED]
+    if full <= published:
         return 0
     if len(cache.log) > 0:
         _note(cache, PUBLISHES, row, full, moment)
-    entry = slot * cache.stride + cache.slots[slot, RUNS]
-    place, part = cache.slots[slot, PLACE], cache.slots[slot, PART]
+    place, part = 0, 0
     freed = 0
-    while done < full:
-        unit, size = cache.ids[place], cache.sizes[place]
-        stop = min(size, part + full - done)
-        node = 0
-        if cache.radix:
-            node, stop = _oldest(cache, unit, part, stop)
-        count = stop - part
-        if node > 0:
-            if cache.largest > 1:
-                node = _cut(cache, node, part, stop)
-            cache.ints[BLANK] += count
-            if nodes[node, OWNERS] == 0:
-                _remove(cache, node)
+    for group in range(cache.groups):
+        base = (slot * cache.groups + group) * cache.stride
+        entry = base + cache.table[base + END]
+        done = published
+        place, part = cache.slots[slot, PLACE], cache.slots[slot, PART]
+        if group < cache.windowed and cache.slots[slot, LEFT] > done:
+            done = min(cache.slots[slot, LEFT], full)
+            place, part = _locate(cache, row, done)
+        while done < full:
+            size = cache.sizes[place]
+            chain = cache.ids[place] * cache.groups + group
+            stop = min(size, part + full - done)
+            node = 0
+            if cache.radix:
+                node, stop = _oldest(cache, chain, part, stop)
+            count = stop - part
+            if node > 0:
+                if cache.largest > 1:
+                    node = _cut(cache, node, part, stop)
+                cache.ints[BLANK] += count
+                if nodes[node, OWNERS] == 0:
+                    _remove(cache, node)
+                else:
+                    freed += count
+                nodes[node, OWNERS] += 1
             else:
-                freed += count
-            nodes[node, OWNERS] += 1
-        else:
-            node = _new_node(cache)
-            nodes[node, ID] = unit << PART_BITS | part
-            nodes[node, COUNT] = count
-            nodes[node, OWNERS] = 1
-            nodes[node, STAMP] = moment << STAMP_BITS | cache.slots[slot, ORDER]
-            _enter(cache, node)
-        cache.table[entry] = node << PART_BITS | count
-        entry += 1
-        done += count
-        part = stop
-        if part == size:
-            place, part = place + 1, 0
+                node = _new_node(cache)
+                nodes[node, ID] = chain << PART_BITS | part
+                nodes[node, COUNT] = count
+                nodes[node, OWNERS] = 1
+                nodes[node, STAMP] = moment << STAMP_BITS | cache.slots[slot, ORDER]
+                _enter(cache, node)
+            cache.table[entry] = node << PART_BITS | count
+            entry += 1
+            done += count
+            part = stop
+            if part == size:
+                place, part = place + 1, 0
+        cache.table[base + END] = entry - base
     cache.slots[slot, PLACE] = place
     cache.slots[slot, PART] = part
     cache.slots[slot, PUBLISHED] = full
-    cache.slots[slot, RUNS] = entry - slot * cache.stride
     return freed
 
 
@@ -505,44 +647,150 @@ def moment_of(cache: Cache, step: int, is_chunk: bool) -> int:
 
 
 @compiled
-def give_back(cache: Cache, slot: int, row: int, owned: int, step: int) -> int:
+def give_back(cache: Cache, slot: int, row: int, owned: int, passed: int, step: int) -> int:
     """C7: a request is preempted before ``step``; return how many blocks become free."""
     _leave(cache, slot, row, step)
-    return release(cache, slot, row, owned)
+    return release(cache, slot, row, owned, passed)
+
+
+@inlined
+def _disown(cache: Cache, n: int) -> int:
+    """C7: let a request no longer own the first n runs in ``pieces``, the last first; return how many blocks become free."""
+    nodes = cache.nodes
+    freed = 0
+    for i in range(n - 1, -1, -1):
+        node = cache.pieces[i]
+        nodes[node, OWNERS] -= 1
+        if nodes[node, OWNERS] == 0:
+            _append(cache, node)
+            freed += nodes[node, COUNT]
+    return freed
 
 
 @compiled
-def release(cache: Cache, slot: int, row: int, owned: int) -> int:
-    """C7: a request gives back its ``owned`` blocks, the last first; return how many become free."""
+def release(cache: Cache, slot: int, row: int, owned: int, passed: int) -> int:
+    """C7, W10: a request gives back its ``owned`` blocks, whose windows have left ``passed`` of each group; return how many become free."""
     nodes = cache.nodes
-    published = cache.slots[slot, PUBLISHED]
-    freed = owned - published
-    _append_run(cache, freed)
-    base = slot * cache.stride
-    for i in range(cache.slots[slot, RUNS] - 1, -1, -1):
-        node = cache.table[base + i] >> PART_BITS
-        left = (cache.table[base + i] & PART_MASK) - nodes[node, COUNT]
-        n = 0
-        while left > 0:  # it has been parted since
-            cache.pieces[n] = node
-            n += 1
-            node = nodes[node, NEXT]
-            left -= nodes[node, COUNT]
-        while True:
-            nodes[node, OWNERS] -= 1
-            if nodes[node, OWNERS] == 0:
-                _append(cache, node)
-                freed += nodes[node, COUNT]
-            if n == 0:
-                break
-            n -= 1
-            node = cache.pieces[n]
+    places = (owned + cache.windowed * passed) // cache.groups
+    freed = 0
+    for group in range(cache.groups):
+        anonymous = places - max(cache.slots[slot, PUBLISHED], passed if group < cache.windowed else 0)
+        freed += anonymous
+        _append_run(cache, anonymous)
+        base = (slot * cache.groups + group) * cache.stride
+        for i in range(cache.table[base + END] - 1, cache.table[base + BEGIN] - 1, -1):
+            node = cache.table[base + i] >> PART_BITS
+            left = (cache.table[base + i] & PART_MASK) - nodes[node, COUNT]
+            cache.pieces[0] = node
+            n = 1
+            while left > 0:  # it has been parted since
+                node = nodes[node, NEXT]
+                cache.pieces[n] = node
+                n += 1
+                left -= nodes[node, COUNT]
+            freed += _disown(cache, n)
+        cache.table[base + BEGIN] = HEADER
+        cache.table[base + END] = HEADER
     cache.slots[slot, PUBLISHED] = 0
-    cache.slots[slot, RUNS] = 0
     cache.slots[slot, FILL_STEP] = -1
     if len(cache.log) > 0:
-        _note(cache, FREES, row, owned, 0)
+        _note(cache, FREES, row, owned, passed)
     return int(freed)
+
+
+# Windows
+
+
+@compiled
+def append_given(cache: Cache, count: int) -> None:
+    """W10: blocks that nobody can find, and that windows have left, join the end of the queue."""
+    if count > 0:
+        if len(cache.log) > 0:
+            _note(cache, GIVES, -1, count, 0)
+        _append_run(cache, count)
+
+
+@compiled
+def pass_blocks(cache: Cache, slot: int, before: int, passed: int, by_chunk: bool) -> int:
+    """W2, W10: at the end of a step a window that had passed ``before`` blocks of each group has ``passed`` now; return how many become free at once.
+
+    What can be found goes later (:func:`leave_noted`), in the order in which requests were scheduled: decoding ones, then ``by_chunk`` those with a chunk.
+    """
+    published = cache.slots[slot, PUBLISHED]
+    anonymous = cache.windowed * max(0, passed - max(before, published))
+    append_given(cache, anonymous)
+    if before < published and passed > before:
+        note_leaving(cache, slot, passed, by_chunk)
+    return int(anonymous)
+
+
+@compiled
+def note_leaving(cache: Cache, slot: int, passed: int, by_chunk: bool) -> None:
+    """W10: a window that has ``passed`` so many blocks of each group leaves published ones at the end of this step."""
+    ints = cache.ints
+    i = ints[N_LEAVING]
+    ints[N_LEAVING] = i + 1
+    key = int(by_chunk) << STAMP_BITS | cache.slots[slot, ORDER]
+    while i > 0 and cache.slots[i - 1, LEAVING_KEY] > key:
+        cache.slots[i, LEAVING_KEY] = cache.slots[i - 1, LEAVING_KEY]
+        cache.slots[i, LEAVING] = cache.slots[i - 1, LEAVING]
+        i -= 1
+    cache.slots[i, LEAVING_KEY] = key
+    cache.slots[i, LEAVING] = slot
+    cache.slots[slot, PASSED] = passed
+
+
+@compiled
+def leave_noted(cache: Cache, rows: Any) -> int:
+    """W10: give back the published blocks that windows leave at the end of this step; return how many become free."""
+    nodes = cache.nodes
+    freed = 0
+    for k in range(cache.ints[N_LEAVING]):
+        slot = cache.slots[k, LEAVING]
+        passed = cache.slots[slot, PASSED]
+        count = min(passed, cache.slots[slot, PUBLISHED]) - cache.slots[slot, LEFT]
+        cache.slots[slot, LEFT] = passed
+        if len(cache.log) > 0:
+            _note(cache, LEAVES, rows[slot], passed, 0)
+        for group in range(cache.windowed):
+            base = (slot * cache.groups + group) * cache.stride
+            i = cache.table[base + BEGIN]
+            n = 0
+            left = count
+            while left > 0:
+                node = cache.table[base + i] >> PART_BITS
+                size = cache.table[base + i] & PART_MASK
+                while size > 0 and left > 0:
+                    if nodes[node, COUNT] > left:
+                        _split(cache, node, left)
+                    cache.pieces[n] = node
+                    n += 1
+                    size -= nodes[node, COUNT]
+                    left -= nodes[node, COUNT]
+                    node = nodes[node, NEXT]
+                if size > 0:
+                    cache.table[base + i] = node << PART_BITS | size
+                else:
+                    i += 1
+            cache.table[base + BEGIN] = i
+            freed += _disown(cache, n)
+    cache.ints[N_LEAVING] = 0
+    return int(freed)
+
+
+@compiled
+def published_ahead(cache: Cache, slot: int, row: int) -> int:
+    """Blocks of each group of a decoding request that can be found before its window leaves them, or are found by then."""
+    return int(cache.counts[row] if cache.late else cache.slots[slot, PUBLISHED])
+
+
+@compiled
+def blocks_to_eviction(cache: Cache) -> int:
+    """Blocks that can be taken before one that can be found."""
+    node = cache.nodes[0, NEXT]
+    if node > 0 and cache.nodes[node, ID] == NOBODY:
+        return int(cache.nodes[node, COUNT])
+    return 0
 
 
 @compiled
@@ -614,8 +862,10 @@ def _leave(cache: Cache, slot: int, row: int, step: int) -> None:
 
 
 @compiled
-def note_end(cache: Cache, slot: int, row: int, computed: int, owned: int, step: int, by_chunk: bool) -> None:
-    """A request has finished before ``step`` with ``computed`` tokens in ``owned`` blocks; :func:`release_ended` gives its blocks back.
+def note_end(
+    cache: Cache, slot: int, row: int, computed: int, owned: int, passed: int, step: int, by_chunk: bool
+) -> None:
+    """A request has finished before ``step`` with ``computed`` tokens in ``owned`` blocks, its windows past ``passed`` of each group; :func:`release_ended` gives its blocks back.
 
     That happens in the order in which they were scheduled: decoding requests, then ``by_chunk`` those whose last chunk it was, by admission.
     """
@@ -629,11 +879,20 @@ def note_end(cache: Cache, slot: int, row: int, computed: int, owned: int, step:
         cache.slots[i, ENDED] = cache.slots[i - 1, ENDED]
         cache.slots[i, ENDED_BLOCKS] = cache.slots[i - 1, ENDED_BLOCKS]
         cache.slots[i, ENDED_FULL] = cache.slots[i - 1, ENDED_FULL]
+        cache.slots[i, ENDED_PASSED] = cache.slots[i - 1, ENDED_PASSED]
         i -= 1
     cache.slots[i, ENDED_KEY] = key
     cache.slots[i, ENDED] = slot
     cache.slots[i, ENDED_BLOCKS] = owned
     cache.slots[i, ENDED_FULL] = computed // cache.block_size
+    cache.slots[i, ENDED_PASSED] = passed
+
+
+@compiled
+def publish_rest(cache: Cache, slot: int, row: int, full: int, passed: int, moment: int) -> int:
+    """P6, W7: a request that stops publishes what it has filled and its window has not left; return what that frees (D3)."""
+    cache.slots[slot, LEFT] = max(cache.slots[slot, LEFT], passed)
+    return publish(cache, slot, row, full, moment)
 
 
 @compiled
@@ -645,8 +904,8 @@ def release_ended(cache: Cache, rows: Any, moment: int) -> int:
     freed = 0
     for i in range(cache.ints[N_ENDED]):
         slot = cache.slots[i, ENDED]
-        row = rows[slot]
-        freed += publish(cache, slot, row, cache.slots[i, ENDED_FULL], moment)
-        freed += release(cache, slot, row, cache.slots[i, ENDED_BLOCKS])
+        row, passed = rows[slot], cache.slots[i, ENDED_PASSED]
+        freed += publish_rest(cache, slot, row, cache.slots[i, ENDED_FULL], passed, moment)
+        freed += release(cache, slot, row, cache.slots[i, ENDED_BLOCKS], passed)
     cache.ints[N_ENDED] = 0
     return freed

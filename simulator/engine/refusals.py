@@ -64,9 +64,7 @@ LASTING = (
     ),
 )
 
-PENDING: tuple[Refusal, ...] = (
-    Refusal(("bounded windows",), ("prefix cache",), "the compiled engine does not do it yet"),
-)
+PENDING: tuple[Refusal, ...] = ()
 
 
 def features_of(cost: StepCost | PipelineCost, settings: EngineSettings, requests: Requests) -> frozenset[str]:

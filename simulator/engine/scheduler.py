@@ -10,6 +10,7 @@ from typing import NamedTuple
 from simulator.engine import speculation
 from simulator.engine.batch import (
     append_running,
+    blocks_left,
     blocks_needed,
     blocks_of_step,
     blocks_owned,
@@ -56,8 +57,9 @@ from simulator.engine.core import (
     Stream,
 )
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at, blocks_to_take
-from simulator.engine.prefix_cache import admit, give_back, look_up, publish, take
+from simulator.engine.kv_blocks import blocks_at_most, blocks_beyond, blocks_owned_at, blocks_to_take
+from simulator.engine.prefix_cache import admit, give_back, look_up, publish, publish_rest, take
+from simulator.engine.progressions import blocks_for
 from simulator.engine.queues import (
     ALL,
     BASE,
@@ -143,6 +145,7 @@ def preempt(
         queue.ints[CHUNK_TOKENS] -= ahead
         drop_partial(queue, slot)
         owned = blocks_owned_at(limits, state.slots[slot, COMPUTED], state.slots[slot, COMPUTED] + ahead)
+        passed = blocks_left(limits, state, extra, slot, False)  # noqa: FBT003 - compiled code takes no keywords here
     else:
         last_token = state.floats[CLOCK]
         if queue.ints[STALLED] == 1:
@@ -156,24 +159,20 @@ def preempt(
         leave_batch(cost, limits, state, out, extra, slot)
         state.slots[slot, FINISH_STEP] = -1
         owned = blocks_owned_at(limits, state.slots[slot, COMPUTED], state.slots[slot, COMPUTED] + ahead)
+        passed = blocks_left(limits, state, extra, slot, True)  # noqa: FBT003
         if extra is not None and extra.spec.on:
             owned = blocks_owned(limits, state, extra, slot, True)  # noqa: FBT003 - compiled code takes no keywords here
             if granted == ALL:
                 owned += ahead
             extra.spec.fraction[row] = speculation.fraction_of(extra.spec.batch, slot)
             if extra.cache.on and not extra.cache.radix:  # P6
-                publish(
-                    extra.cache,
-                    slot,
-                    row,
-                    state.slots[slot, COMPUTED] // limits.block_size,
-                    publishing_moment(state, extra),
-                )
+                full = state.slots[slot, COMPUTED] // limits.block_size
+                publish_rest(extra.cache, slot, row, full, passed, publishing_moment(state, extra))
     computed = state.slots[slot, COMPUTED]
     if extra is not None and extra.swap.on:
         copy_out(extra.swap, row, computed, blocks_owned_at(limits, computed, computed))
     if extra is not None and extra.cache.on:
-        owned = give_back(extra.cache, slot, row, owned, ints[STEP])
+        owned = give_back(extra.cache, slot, row, owned, passed, ints[STEP])
     ints[FREE_BLOCKS] += owned
     unlink_running(state, slot)
     free_slot(state, slot)
@@ -454,8 +453,11 @@ def admit_waiting(
         saved = 0
         may_ask = False
         if extra is not None:
+            if extra.swap.on:
+                saved = extra.swap.saved[row]
             if extra.cache.on:
-                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, published_to(state, queue))
+                least = max(start, saved)
+                hits, held = look_up(extra.cache, state.row, row, (known - 1) // bs, published_to(state, queue), least)
                 start = max(start, hits * bs)
             if extra.loads.on:
                 may_ask = seat and extra.loads.loaded[row] == 0
@@ -464,8 +466,6 @@ def admit_waiting(
                     continue
                 loaded = max(extra.loads.loaded[row], 0)
                 start = max(start, loaded)
-            if extra.swap.on:
-                saved = extra.swap.saved[row]
         done = max(start, saved)
         rest = known - done
         want = min(rest, left, rules.longest_chunk)
@@ -493,16 +493,20 @@ def admit_waiting(
         if extra is not None:
             if extra.cache.on:
                 need = blocks_owned_at(limits, done, done + want)
-                ints[FREE_BLOCKS] += hits - admit(
-                    extra.cache, slot, row, hits, loaded, known, start, state.slots[slot, SEEN]
+                passed = blocks_left(limits, state, extra, slot, False)  # noqa: FBT003 - compiled code takes no keywords here
+                found = blocks_beyond(limits, 0, passed, hits)
+                ints[FREE_BLOCKS] += found - admit(
+                    extra.cache, slot, row, hits, passed, loaded, known, start, state.slots[slot, SEEN]
                 )
-                take(extra.cache, need - hits)
+                take(extra.cache, need - found)
                 if not extra.cache.radix and not rules.preempt_lower:
                     publish(extra.cache, slot, row, (done + want) // bs, publishing_moment(state, extra))
             if extra.loads.on:
                 extra.loads.loaded[row] = -1
             if saved > 0:
-                copy_in(extra.swap, row, blocks_owned_at(limits, saved, saved), hits)
+                passed = blocks_left(limits, state, extra, slot, False)  # noqa: FBT003
+                missing = blocks_beyond(limits, hits, passed, blocks_for(saved, bs))
+                copy_in(extra.swap, row, blocks_owned_at(limits, saved, saved), missing)
     return preempted, unsure, wanted
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from simulator.engine import speculation
 from simulator.engine.batch import (
+    blocks_left,
     blocks_owned,
     chunk_keys,
     chunk_pairs,
@@ -67,7 +68,7 @@ from simulator.engine.core import (
 )
 from simulator.engine.heaps import pop_key
 from simulator.engine.jit import compiled, inlined
-from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at, release_passed
+from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at, leave_behind
 from simulator.engine.prefix_cache import (
     START,
     note_end,
@@ -235,7 +236,8 @@ def steps_alike(cost: CostTable, limits: Limits, state: State, extra: Extra | No
     k = steps_to_finish(state)
     if extra is not None and extra.spec.on:
         edge = cost.knots[knot + 1] if knot + 1 < len(cost.knots) else math.inf
-        return int(speculation.steps_in_reach(extra.spec.batch, edge, step, k))
+        k = speculation.steps_in_reach(extra.spec.batch, edge, step, k)
+        return int(speculation.steps_to_gift(extra.spec.batch, step, k)) if extra.cache.on else int(k)
     k = steps_in_piece(cost, state, k)
     gives = limits.windowed > 0
     cycle = limits.groups * batch
@@ -290,14 +292,19 @@ def count_latencies(out: Outcome, state: State, batch: int, d0: float, q: float,
 
 
 @inlined
-def finish_request(state: State, out: Outcome, extra: Extra | None, slot: int, owned: int, by_chunk: bool) -> None:
-    """Free the ``owned`` blocks and the slot of a request that has left the batch, or whose last chunk was all it needed."""
+def finish_request(
+    state: State, out: Outcome, extra: Extra | None, slot: int, owned: int, passed: int, by_chunk: bool
+) -> None:
+    """Free the ``owned`` blocks and the slot of a request that has left the batch, or whose last chunk was all it needed.
+
+    Its window has ``passed`` blocks of each group.
+    """
     ints = state.ints
     row = state.row[slot]
     out.status[row] = FINISHED
     out.finish[row] = state.floats[CLOCK]
     if extra is not None and extra.cache.on:
-        note_end(extra.cache, slot, row, state.slots[slot, COMPUTED], owned, ints[STEP], by_chunk)
+        note_end(extra.cache, slot, row, state.slots[slot, COMPUTED], owned, passed, ints[STEP], by_chunk)
         owned = 0
     ints[FREE_BLOCKS] += owned
     state.slots[slot, FINISH_STEP] = -1
@@ -386,7 +393,7 @@ def end_chunks(
         if again > 0:
             out.recompute[row] += pays * again / size
             ints[RECOMPUTED] += again
-        release_passed(limits, state, done, done + size)
+        leave_behind(limits, state, extra, slot, done, done + size, True)  # noqa: FBT003 - compiled code takes no keywords here
         done += size
         state.slots[slot, COMPUTED] = max(done, state.slots[slot, COMPUTED])  # a later chunk may be in flight already
         if extra is not None and extra.cache.radix:
@@ -411,7 +418,8 @@ def end_chunks(
                 if queue.row_ints[row, GONE] != 0:
                     continue
                 retire(limits, stream, state, queue, slot)
-            finish_request(state, out, extra, slot, blocks_owned_at(limits, done, done), True)  # noqa: FBT003 - compiled code takes no keywords here
+            owned, left = blocks_owned_at(limits, done, done), blocks_left(limits, state, extra, slot, False)  # noqa: FBT003
+            finish_request(state, out, extra, slot, owned, left, True)  # noqa: FBT003
             n_done += 1
         else:
             start_decoding(cost, limits, stream, state, extra, slot, rest)
@@ -443,8 +451,9 @@ def end_decodes(
                 retire(limits, stream, state, queue, slot)
             leave_batch(cost, limits, state, out, extra, slot)
             owned = blocks_owned(limits, state, extra, slot, True)  # noqa: FBT003 - compiled code takes no keywords here
+            left = blocks_left(limits, state, extra, slot, True)  # noqa: FBT003
             if extra is not None and extra.spec.on:
                 cut_to_length(stream, state, extra, slot)
-            finish_request(state, out, extra, slot, owned, False)  # noqa: FBT003
+            finish_request(state, out, extra, slot, owned, left, False)  # noqa: FBT003
             n_done += 1
     return n_done

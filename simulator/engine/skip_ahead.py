@@ -169,7 +169,7 @@ def advance(
             count_latencies(out, state, batch, price.d0, q, k)
         ints[STEP] = step + k
         if cost.window > 0:
-            pass_window_events(cost, limits, state)
+            pass_window_events(cost, limits, state, None)
         n_done = 0
         ints[OWNED] = limits.num_blocks - ints[FREE_BLOCKS]
         if chunks.n > 0:

@@ -28,7 +28,20 @@ SLOT_BITS = 20
 SLOT_MASK = (1 << SLOT_BITS) - 1
 
 # indices into Batch.ints; contexts and rates are in units of 2**-16 tokens
-LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT, BATCH_SIZE, N_SPEC_INTS = range(10)
+(
+    LEVEL,
+    KEYS,
+    RATES,
+    SEEN_KEYS,
+    SEEN_RATES,
+    N_WINDOW_EVENTS,
+    EXTRA_TOKENS,
+    MOMENT,
+    BATCH_SIZE,
+    GIVEN,
+    N_GIFTS,
+    N_SPEC_INTS,
+) = range(12)
 # columns of Batch.slots
 (
     BASE,
@@ -45,17 +58,22 @@ LEVEL, KEYS, RATES, SEEN_KEYS, SEEN_RATES, N_WINDOW_EVENTS, EXTRA_TOKENS, MOMENT
     GIVE_STEP,
     GIVE_AFTER,
     GIVE_BEFORE,
+    GIVE_TO,
+    IS_GIFT,
+    GIFT,
+    KEPT,
+    MOST,
     SEEN,
     SEEN_SINCE,
     GROWING,
     EVENT_STEP,
     N_SLOT_COLUMNS,
-) = range(19)
+) = range(24)
 # the first of the four columns of Batch.slots, and of the two rows of Batch.ring, of either kind of list: amount, step, neighbours; and
 # first, sum of amounts
 NEEDS, TAKES = NEED, 0
 GIVES_BACK, GIVES = GIVE, 2
-N_RING_ROWS = 4
+GIFTS, N_RING_ROWS = range(4, 6)
 AMOUNT, AT_STEP, NEXT_IN_LIST, PREVIOUS_IN_LIST = range(4)
 # columns of Tariff.levels
 QUERIES, SEQ, WINDOW_SLOPE, N_LEVEL_COLUMNS = range(4)
@@ -75,10 +93,12 @@ class Batch(NamedTuple):
     slots
         [slots, columns] of a sequence: ``BASE`` prompt tokens less one, which is ``computed`` before any output; ``PROGRESS`` tokens emitted by step
         ``SINCE``, and ``RATE`` per step; ``PAGES`` blocks of each group, of which ``PASSED`` of the windowed ones are given back (W2);
-        ``NEED`` more blocks at ``NEED_STEP``, and neighbours in that step's list; ``GIVE`` fewer before ``GIVE_STEP``, likewise; ``SEEN``
+        ``NEED`` more blocks at ``NEED_STEP``, and neighbours in that step's list; ``GIVE`` fewer before ``GIVE_STEP``, likewise, when ``GIVE_TO`` are passed;
+        of each group the first ``KEPT`` can be found in a prefix cache; leaving one of them, which may be soon, ``IS_GIFT`` and not counted in ``GIVE``; ``GIFT`` lists the sequences that have; ``MOST`` tokens that it computes; ``SEEN``
         windowed keys at ``SEEN_SINCE``, whether they are ``GROWING``, and the ``EVENT_STEP`` at which that changes.
     ring
-        first sequence of the list of each step, and the blocks that the list needs; the same of those that give back before the step.
+        first sequence of the list of each step, and the blocks that the list needs; the same of those that give back before the step; and how many of these
+        may leave blocks that can be found.
     events
         heap of window events.
     lookahead, mask, block_size
@@ -206,10 +226,18 @@ def _list_gift(batch: Batch, slot: int, step: int) -> None:
         target = (computed // window + 1) * window
     else:
         target = (slots[slot, PASSED] + 1) * batch.block_size + window - 1
-    passes = min(batch.block_size, (((target - slots[slot, BASE]) << UNIT_BITS) - now + rate - 1) // rate)
-    computed = slots[slot, BASE] + ((now + passes * rate) >> UNIT_BITS)
-    passed = blocks_before_window(computed, window, batch.chunked, batch.block_size)
-    _list(batch, slot, GIVES_BACK, GIVES, step + passes, batch.windowed * (passed - slots[slot, PASSED]))
+    far = max(1, (((target - slots[slot, BASE]) << UNIT_BITS) - now + rate - 1) // rate)
+    passes = min(batch.block_size, far)
+    computed = min(slots[slot, BASE] + ((now + passes * rate) >> UNIT_BITS), slots[slot, MOST])
+    passed = max(blocks_before_window(computed, window, batch.chunked, batch.block_size), slots[slot, PASSED])
+    kept = slots[slot, KEPT]
+    _list(
+        batch, slot, GIVES_BACK, GIVES, step + passes, batch.windowed * max(0, passed - max(slots[slot, PASSED], kept))
+    )
+    slots[slot, GIVE_TO] = passed
+    # A segment of at most block_size steps may pass one at which a sequence is looked for again, and come to where that then leaves a block.
+    slots[slot, IS_GIFT] = 1 if slots[slot, PASSED] < kept and far < 2 * batch.block_size else 0
+    batch.ring[GIFTS, (step + passes) & batch.mask] += slots[slot, IS_GIFT]
 
 
 @inlined
@@ -236,22 +264,42 @@ def take_blocks_of_step(batch: Batch, step: int) -> None:
 
 @compiled
 def give_blocks_before(batch: Batch, step: int) -> int:
-    """W2, W6: let every sequence give back what its window has left before ``step``; return how many blocks."""
+    """W2, W6: let every sequence give back what its window has left before ``step``; return how many blocks, without those that can be found.
+
+    Whose window has left some of those is listed in GIFT.
+    """
     at = step & batch.mask
     slot = batch.ring[GIVES, at]
     given = batch.ring[GIVES + 1, at]
     batch.ring[GIVES, at] = -1
     batch.ring[GIVES + 1, at] = 0
+    batch.ring[GIFTS, at] = 0
     while slot >= 0:
         after = batch.slots[slot, GIVE_AFTER]
-        batch.slots[slot, PASSED] += batch.slots[slot, GIVE] // batch.windowed
+        is_gift = batch.slots[slot, PASSED] < min(batch.slots[slot, GIVE_TO], batch.slots[slot, KEPT])
+        batch.slots[slot, PASSED] = batch.slots[slot, GIVE_TO]
+        if is_gift:
+            batch.slots[batch.ints[N_GIFTS], GIFT] = slot
+            batch.ints[N_GIFTS] += 1
         _list_gift(batch, slot, step)
         slot = after
     return int(given)
 
 
 @compiled
-def steps_to_gift(batch: Batch, step: int) -> int:
+def steps_to_gift(batch: Batch, step: int, k: int) -> int:
+    """Steps from ``step`` on, at most k and ``block_size``, before the last of which no window leaves blocks that can be found, or is looked at for that."""
+    if batch.windowed == 0:
+        return k
+    most = min(k, batch.block_size)
+    k = 1
+    while k < most and batch.ring[GIFTS, (step + k) & batch.mask] == 0:
+        k += 1
+    return k
+
+
+@compiled
+def steps_to_any_gift(batch: Batch, step: int) -> int:
     """Steps from ``step`` on, at most ``block_size``, before the last of which no window leaves blocks."""
     k = 1
     while k < batch.block_size and batch.ring[GIVES, (step + k) & batch.mask] < 0:
@@ -270,6 +318,7 @@ def take_blocks_of_steps(
     """
     total = 0.0
     first = 0
+    batch.ints[GIVEN] = 0
     for j in range(k):
         need = batch.ring[TAKES + 1, (step + j) & batch.mask]
         if need > free:
@@ -289,6 +338,7 @@ def take_blocks_of_steps(
                 first = j + 1
                 free += given
                 owned -= given
+                batch.ints[GIVEN] += given
     total += owned * ((k - first) * d0 + q * (0.5 * (k * (k - 1) - first * (first - 1))))
     return k, owned, total
 
@@ -450,9 +500,14 @@ def _add(batch: Batch, slot: int, step: int, rate: int) -> None:
 
 
 @compiled
-def join(batch: Batch, slot: int, step: int, rate: int, prompt: int, emitted: int) -> None:
-    """Let a sequence start decoding with ``emitted`` tokens; the fraction of its earlier progress stays (P3)."""
+def join(batch: Batch, slot: int, step: int, rate: int, prompt: int, emitted: int, output: int, kept: int) -> None:
+    """Let a sequence start decoding with ``emitted`` of its ``output`` tokens; the fraction of its earlier progress stays (P3).
+
+    Of each group its first ``kept`` blocks can be found in a prefix cache.
+    """
     slots = batch.slots
+    slots[slot, MOST] = prompt + output - 1
+    slots[slot, KEPT] = kept
     slots[slot, BASE] = prompt - 1
     slots[slot, PROGRESS] = (emitted << UNIT_BITS) | (slots[slot, PROGRESS] & (UNIT - 1))
     computed = prompt + emitted - 1
@@ -474,6 +529,7 @@ def leave(batch: Batch, slot: int) -> None:
         _forget_window(batch, slot)
     _unlist(batch, slot, NEEDS, TAKES)
     if batch.windowed > 0:
+        batch.ring[GIFTS, batch.slots[slot, GIVE_STEP] & batch.mask] -= batch.slots[slot, IS_GIFT]
         _unlist(batch, slot, GIVES_BACK, GIVES)
     batch.slots[slot, NEED_STEP] = -1
 

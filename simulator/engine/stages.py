@@ -74,7 +74,7 @@ from simulator.engine.fcfs import release_next
 from simulator.engine.flight import IMBALANCE, Flight, StageTable, count_decodes, enter_stages, note_peaks
 from simulator.engine.full_loop import begin_step, count_latencies_after_stall, price_of, wait_for
 from simulator.engine.jit import compiled, entry, inlined
-from simulator.engine.kv_blocks import release_of_step
+from simulator.engine.kv_blocks import leave_published, release_of_step
 from simulator.engine.parts import HOST_SHARE, extra_of, load_price, part_of, store_price
 from simulator.engine.prefix_cache import EPOCH, N_ENDED, catch_up, release_ended
 from simulator.engine.queues import (
@@ -365,10 +365,10 @@ def _complete(
         else:
             queue.floats[STALL_START] = -1.0
             count_latencies_after_stall(out, group, queue, now)
-    release_of_step(limits, group, None)
+    release_of_step(limits, group, extra)
     ints[STEP] += 1
     if cost.window > 0:
-        pass_window_events(cost, limits, group)
+        pass_window_events(cost, limits, group, extra)
     n_done = 0
     chunks = flight.chunks[g]
     flight.done[g] = math.inf
@@ -377,6 +377,7 @@ def _complete(
         for c in range(chunks):
             queue.slots[group.chunks[c, CHUNK_SLOT], HELD] -= 1
         n_done += end_chunks(cost, limits, stream, out, group, queue, extra, chunks, price)
+    leave_published(limits, group, extra)
     if queue.ints[N_GONE] > 0:
         _let_go(cost, limits, stream, out, shared, group, flight, queue, extra)
     n_done += end_decodes(cost, limits, stream, out, group, queue, extra)

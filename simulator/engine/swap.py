@@ -90,9 +90,8 @@ def copy_out(swap: Swap, row: int, tokens: int, blocks: int) -> None:
 
 
 @compiled
-def copy_in(swap: Swap, row: int, saved_blocks: int, hits: int) -> None:
-    """E2: copy a readmitted request's blocks back, but for its ``hits`` in the prefix cache."""
-    blocks = max(saved_blocks - hits, 0)
+def copy_in(swap: Swap, row: int, saved_blocks: int, blocks: int) -> None:
+    """E2: copy ``blocks`` of a readmitted request back, those that it has not found in the prefix cache."""
     swap.ints[FREE_HOST] += saved_blocks
     swap.ints[IN_BLOCKS] += blocks
     swap.saved[row] = 0

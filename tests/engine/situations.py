@@ -124,6 +124,20 @@ SITUATIONS = {
     ),
 }
 
+#: Situations that two features meet often together.
+TOGETHER = {
+    ("bounded windows", "prefix cache"): (
+        "a window leaves published blocks",
+        "a window leaves published and other blocks at once",
+        "a window leaves what others own",
+        "a hit cut by what windows have lost",
+        "a hit without the blocks before its window",
+        "windowed groups that have lost different blocks",
+        "hit after preemption",
+        "eviction",
+    ),
+}
+
 #: Situations of two features at once that must occur at all in the seeded mixtures.
 MEETINGS = (
     "left while loading",

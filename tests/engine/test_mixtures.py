@@ -18,7 +18,7 @@ from simulator.engine.refusals import LASTING, NAMES, PENDING
 from simulator.errors import InputError
 from tests.engine.comparing import assert_equal, assert_results_equal, assert_timelines_close
 from tests.engine.mixtures import mixtures, random_mixture, seeded_mixtures
-from tests.engine.situations import MEETINGS, SITUATIONS
+from tests.engine.situations import MEETINGS, SITUATIONS, TOGETHER
 from tests.engine.watching import watch
 
 SEEDED_CASES = 80
@@ -33,11 +33,11 @@ def test_engines_agree_exactly_on_drawn_mixtures(case):
     assert_equal(case)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_engines_agree_exactly_on_seeded_mixtures_with(feature):
+@pytest.mark.parametrize("features", [*((name,) for name in FEATURES), *TOGETHER], ids=" and ".join)
+def test_engines_agree_exactly_on_seeded_mixtures_with(features):
     counts = Counter()
     for seed in range(SEEDED_CASES):
-        case, interval_s = random_mixture(seed, (feature,)), (None, 1.0, 7.5)[seed % 3]
+        case, interval_s = random_mixture(seed, features), (None, 1.0, 7.5)[seed % 3]
         ours = simulate(*case, timeline_interval_s=interval_s)
         theirs, _, met = watch(case, ours.timeline_interval_s)
         counts.update(met)
@@ -46,9 +46,10 @@ def test_engines_agree_exactly_on_seeded_mixtures_with(feature):
             if interval_s is not None:
                 assert_timelines_close(ours, theirs, interval_s)
         except AssertionError as error:
-            error.add_note(f"random_mixture({seed}, ({feature!r},))")
+            error.add_note(f"random_mixture({seed}, {features!r})")
             raise
-    rare = {name: counts[name] for name in SITUATIONS[feature] if counts[name] < 0.05 * SEEDED_CASES}
+    often = TOGETHER[features] if features in TOGETHER else SITUATIONS[features[0]]
+    rare = {name: counts[name] for name in often if counts[name] < 0.05 * SEEDED_CASES}
     assert not rare
 
 

@@ -204,7 +204,7 @@ def test_tables_shorter_than_the_settings_are_refused():
 
 @entry
 def join(batch, slot, step, rate, prompt, emitted):
-    speculation.join(batch, slot, step, rate, prompt, emitted)
+    speculation.join(batch, slot, step, rate, prompt, emitted, 1 << 40, 0)
 
 
 @entry
@@ -219,7 +219,7 @@ def take_blocks_of_steps(batch, step, k, free, owned, d0, q, profile):
 
 @entry
 def steps_to_gift(batch, step):
-    return speculation.steps_to_gift(batch, step)
+    return speculation.steps_to_any_gift(batch, step)
 
 
 class PlainBlocks:
