@@ -1,17 +1,17 @@
 """A plain manager of hashed KV blocks, independent of both engines: what their hits and a replayed log are checked against.
 
-Blocks are numbers, the free queue is an ordered dictionary, and what can be found is a dictionary of ordered dictionaries. Nothing
+Blocks are numbers, the free queue is an ordered dictionary, and what can be found is a dictionary of dictionaries. Nothing
 here knows time, budgets or requests that wait. Written from C1 to C9 of docs/engine-prefix-cache.md and W1 to W11 of docs/engine-kv-memory.md.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-from simulator.engine.prefix_cache import ADMITS, FREES, PUBLISHES, TAKES
+from simulator.engine.prefix_cache import ADMITS, FREES, GIVES, LEAVES, PUBLISHES, TAKES
 from simulator.engine.records import Requests
 
-LEAVES, GIVES = 4, 5
 
 
 class Layers(NamedTuple):
@@ -36,7 +36,8 @@ class Manager:
         self.free = OrderedDict.fromkeys(range(n_blocks))
         self.holds = {}
         self.found = {}
-        """Blocks by group and id, the oldest first."""
+        """Blocks by group and id, each with when it was published: at a moment, those of one in the order in which their owners were admitted."""
+        self.admissions = {}
         self.owners = [0] * n_blocks
         self.tables = {}
         """Of each row and group its published blocks, by place, and None where its window has left them."""
@@ -85,9 +86,11 @@ class Manager:
         hits = self.hits(row, known)
         gone = self.gone(max(hits * self.block_size, brought))
         self.tables[row] = []
+        self.admissions[row] = 1 + max(self.admissions.values(), default=0)
         for group in self.groups:
             first = gone if group < self.layers.windowed else 0
-            own = [next(iter(self.found[group, block_id])) for block_id in self.rows[row][first:hits]]
+            same = [self.found[group, block_id] for block_id in self.rows[row][first:hits]]
+            own = [min(blocks, key=blocks.get) for blocks in same]
             for block in own:
                 if self.owners[block] == 0:
                     del self.free[block]
@@ -95,7 +98,7 @@ class Manager:
             self.tables[row].append([None] * first + own)
         return hits
 
-    def fill(self, row: int, full: int) -> None:
+    def fill(self, row: int, full: int, moment: int = 0) -> None:
         """Publish the first ``full`` places; the blocks that the row has none for yet come out of the loose ones (C3, W7)."""
         ids = self.rows[row][:full]
         for group, table in enumerate(self.tables[row]):
@@ -103,7 +106,7 @@ class Manager:
                 block = self.loose.pop()
                 table.append(block)
                 self.holds[block] = group, block_id
-                self.found.setdefault((group, block_id), OrderedDict())[block] = None
+                self.found.setdefault((group, block_id), {})[block] = moment, self.admissions[row]
 
     def give(self, count: int) -> None:
         """Give back blocks that nobody can find."""
@@ -122,8 +125,10 @@ class Manager:
         """Take all blocks of a row that owns so many, none of them in the first ``passed`` places of windowed groups (C7, W10)."""
         places, rest = divmod(owned + self.layers.windowed * passed, len(self.groups))
         assert rest == 0
-        for table in self.tables.pop(row):
-            self.give(places - len(table))
+        for group, table in enumerate(self.tables.pop(row)):
+            gone = passed if group < self.layers.windowed else 0
+            assert not any(block is not None for block in table[:gone])
+            self.give(places - max(len(table), gone))
             for block in reversed(table):
                 if block is not None:
                     self.disown(block)
@@ -160,21 +165,31 @@ class Manager:
     def follow(self, log: Iterable[Sequence[int]], brought: Iterable[int]) -> int:
         """Do what an engine's log says, in which each admission finds what is found here; return how many places were found.
 
-        Entries are a kind, a row and two amounts; ``brought`` is of each admission, in their order.
+        Entries are a kind, a row and two amounts; ``brought`` is of each admission, in their order. Of several steps at once an engine may give
+        before it has taken: blocks are taken at the front of the queue and given at its end, so only which are free in between differs. What
+        a request publishes as it stops, nothing of places that its windows have left until then (P6).
         """
-        found, brought = 0, iter(brought)
-        for kind, row, amount, more in log:
+        found, early, brought = 0, 0, iter(brought)
+        for (kind, row, amount, more), following in pairwise([*log, (None, None, 0, 0)]):
             if kind == TAKES:
-                self.take(amount)
+                self.take(max(0, amount - early))
+                early = max(0, early - amount)
             elif kind == ADMITS:
+                assert early == 0
                 assert self.admit(row, more, next(brought)) == amount
                 found += amount
             elif kind == PUBLISHES:
-                self.fill(row, amount)
+                if following[:2] == (FREES, row):
+                    self.leave(row, following[3])
+                self.fill(row, amount, more)
             elif kind == LEAVES:
                 self.leave(row, amount)
             elif kind == GIVES:
-                self.give(amount)
+                for _ in range(amount):
+                    if not self.loose:
+                        self.take(1)
+                        early += 1
+                    self.give(1)
             else:
                 assert kind == FREES
                 self.release(row, amount, more)

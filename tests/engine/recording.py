@@ -2,17 +2,16 @@
 
 from typing import NamedTuple
 
-from simulator.engine.prefix_cache import ADMITS, FREES, PUBLISHES, TAKES
+from simulator.engine.prefix_cache import ADMITS, FREES, GIVES, LEAVES, PUBLISHES, TAKES
 from simulator.engine.records import EngineResult
 from simulator.engine.reference import Replica
 from simulator.engine.reference_cache import NOBODY
 from simulator.engine.reference_scheduler import Scheduler
-from tests.engine.block_manager import GIVES, LEAVES
 from tests.engine.strategies import Case
 
 
 class Log(NamedTuple):
-    """Entries of kind, row and two amounts, and of each admission the tokens that were there without the cache."""
+    """Entries of kind, row and two amounts (the second of ``PUBLISHES`` is a moment), and of each admission the tokens that were there without the cache."""
 
     entries: list[tuple[int, int, int, int]]
     brought: list[int]
@@ -64,7 +63,7 @@ def record(scheduler: Scheduler) -> Log:
         leave(passed)
 
     def noted_publish(row, full):
-        note(PUBLISHES, row, full)
+        note(PUBLISHES, row, full, len(log.entries))
         publish(row, full)
 
     def noted_release(row):

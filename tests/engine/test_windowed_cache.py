@@ -12,7 +12,7 @@ from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.records import FINISHED, EngineResult
 from simulator.engine.refusals import LASTING, PENDING, features_of, why_not
 from simulator.roofline.kv_groups import KvGroups
-from tests.engine.block_manager import GIVES, LEAVES, Layers, Manager, ids_of_blocks
+from tests.engine.block_manager import Layers, Manager, ids_of_blocks
 from tests.engine.engines import NAMES, engine
 from tests.engine.mixtures import families, random_mixture, tight_mixture
 from tests.engine.recording import reference_logs
