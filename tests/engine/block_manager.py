@@ -11,16 +11,19 @@ from typing import NamedTuple
 
 from simulator.engine.prefix_cache import ADMITS, FREES, GIVES, LEAVES, PUBLISHES, TAKES
 from simulator.engine.records import Requests
-
+from simulator.roofline.kv_groups import KvGroups
 
 
 class Layers(NamedTuple):
-    """Groups of layers, any number of either kind; windows of ``window`` tokens, sliding or chunks."""
+    """Groups of layers, any number of either kind, with windows of ``window`` tokens, sliding or chunks: more than a ``KvGroups`` may be."""
 
     full: int = 1
     windowed: int = 0
     window: int = 0
     chunked: bool = False
+
+
+ONE_GROUP = Layers()
 
 
 class Manager:
@@ -29,7 +32,7 @@ class Manager:
     A place of a prompt has a block in each group of layers, the windowed groups first.
     """
 
-    def __init__(self, n_blocks: int, rows: Sequence[Sequence], block_size: int, layers: Layers = Layers()):
+    def __init__(self, n_blocks: int, rows: Sequence[Sequence], block_size: int, layers: Layers | KvGroups = ONE_GROUP):
         self.rows, self.block_size, self.layers = rows, block_size, layers
         """``rows``: ids of each request's full blocks."""
         self.groups = range(layers.windowed + layers.full)
@@ -100,9 +103,8 @@ class Manager:
 
     def fill(self, row: int, full: int, moment: int = 0) -> None:
         """Publish the first ``full`` places; the blocks that the row has none for yet come out of the loose ones (C3, W7)."""
-        ids = self.rows[row][:full]
         for group, table in enumerate(self.tables[row]):
-            for block_id in ids[len(table) :]:
+            for block_id in self.rows[row][len(table) : full]:
                 block = self.loose.pop()
                 table.append(block)
                 self.holds[block] = group, block_id
@@ -156,9 +158,12 @@ class Manager:
             self.fill(row, computed // size)
             left, passed = passed, self.gone(computed)
             owned = needed - windowed * (passed - left)
-            found = [block for table in self.tables[row][:windowed] for block in table[:passed] if block is not None]
-            self.give(needed - owned - len(found))
-            self.leave(row, passed)
+            if passed > left:
+                found = [
+                    block for table in self.tables[row][:windowed] for block in table[:passed] if block is not None
+                ]
+                self.give(needed - owned - len(found))
+                self.leave(row, passed)
         self.release(row, owned, passed)
         return hits
 

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import pytest
+
 from simulator.engine.prefix_cache import ADMITS, FREES, GIVES, LEAVES, PUBLISHES, TAKES
 from simulator.engine.records import EngineResult
 from simulator.engine.reference import Replica
@@ -26,14 +28,17 @@ def reference_logs(case: Case) -> tuple[EngineResult, list[Log]]:
 
 
 def compiled_log(case: Case, log_size: int = 600_000) -> tuple[EngineResult, Log]:
-    """Run the compiled engine, which has one cache and no host memory; return its result and its log."""
+    """Run the compiled engine, on a plain replica without host memory; return its result and its log."""
+    pytest.importorskip("simulator.engine.compiled", reason="no compiled engine here")
     from simulator.engine.single import Engine
 
     engine = Engine(*case, log_size=log_size)
     engine.advance()
     entries = [tuple(entry) for entry in engine.cache_log.tolist()]
     assert len(entries) < log_size
-    return engine.result(), Log(entries, [case.requests.cached_tokens[entry[1]] for entry in entries if entry[0] == ADMITS])
+    return engine.result(), Log(
+        entries, [case.requests.cached_tokens[entry[1]] for entry in entries if entry[0] == ADMITS]
+    )
 
 
 def record(scheduler: Scheduler) -> Log:
