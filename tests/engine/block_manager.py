@@ -40,7 +40,8 @@ class Manager:
         self.holds = {}
         self.found = {}
         """Blocks by group and id, each with when it was published: at a moment, those of one in the order in which their owners were admitted."""
-        self.admissions = {}
+        self.admitted = {}
+        self.admissions = 0
         self.owners = [0] * n_blocks
         self.tables = {}
         """Of each row and group its published blocks, by place, and None where its window has left them."""
@@ -89,7 +90,7 @@ class Manager:
         hits = self.hits(row, known)
         gone = self.gone(max(hits * self.block_size, brought))
         self.tables[row] = []
-        self.admissions[row] = 1 + max(self.admissions.values(), default=0)
+        self.admitted[row] = self.admissions = self.admissions + 1
         for group in self.groups:
             first = gone if group < self.layers.windowed else 0
             same = [self.found[group, block_id] for block_id in self.rows[row][first:hits]]
@@ -108,7 +109,7 @@ class Manager:
                 block = self.loose.pop()
                 table.append(block)
                 self.holds[block] = group, block_id
-                self.found.setdefault((group, block_id), {})[block] = moment, self.admissions[row]
+                self.found.setdefault((group, block_id), {})[block] = moment, self.admitted[row]
 
     def give(self, count: int) -> None:
         """Give back blocks that nobody can find."""
