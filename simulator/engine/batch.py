@@ -304,10 +304,12 @@ def blocks_owned(limits: Limits, state: State, extra: Extra | None, slot: int, d
 
 @inlined
 def blocks_left(limits: Limits, state: State, extra: Extra | None, slot: int, decoded: bool) -> int:
-    """W2: blocks of each windowed group that a request's window has left."""
-    if extra is not None and extra.spec.on and decoded:
+    """W2: blocks of each windowed group that a request's window has left, for its prefix cache; 0 without one."""
+    if extra is None or limits.windowed == 0:
+        return 0
+    if extra.spec.on and decoded:
         return int(extra.spec.batch.slots[slot, speculation.PASSED])
-    return blocks_passed(limits, state.slots[slot, COMPUTED]) if limits.windowed > 0 else 0
+    return blocks_passed(limits, state.slots[slot, COMPUTED])
 
 
 @inlined

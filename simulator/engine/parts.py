@@ -124,6 +124,7 @@ def _cache_of(cache: Cache, g: int) -> Cache:
         cache.stride,
         _table_of(cache.slots, g)[0],
         cache.pieces,
+        cache.holders,
         _of(cache.fills, g)[0],
         _of(cache.n_fills, g)[0],
         cache.reused,

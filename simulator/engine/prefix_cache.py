@@ -111,7 +111,7 @@ class Cache(NamedTuple):
         whose requests finished in this step, the blocks they have to give back, how many of them are full, how many of a group their windows have passed, and the keys by which they are ordered;
         PASSED and two others list those whose windows leave published blocks at its end.
     pieces
-        scratch of :func:`release` and of what windows leave.
+        scratch of :func:`release` and of what windows leave; ``holders`` [largest] of :func:`_find_holders`.
     fills, n_fills
         heap of the steps that fill blocks, and [1] its size.
     reused
@@ -145,6 +145,7 @@ class Cache(NamedTuple):
     stride: int
     slots: Any
     pieces: Any
+    holders: Any
     fills: Any
     n_fills: Any
     reused: Any
@@ -211,6 +212,7 @@ def new_cache(
         stride=stride,
         slots=np.zeros((max_num_seqs, N_COLUMNS), dtype=np.int64),
         pieces=np.zeros(max(largest, stride), dtype=np.int64),
+        holders=np.zeros(largest, dtype=np.int64),
         fills=np.zeros(2 * max_num_seqs + 2, dtype=np.int64),
         n_fills=np.zeros(1, dtype=np.int64),
         reused=np.zeros(n, dtype=np.int64),
@@ -427,6 +429,45 @@ def take(cache: Cache, count: int) -> None:
 
 
 @compiled
+def _find_holders(cache: Cache, chain: int, part: int, stop: int) -> None:
+    """Write down the oldest run that holds each of the blocks ``part`` to ``stop`` of a chain, 0 if none does: where it is in many runs, once for all."""
+    nodes, holders = cache.nodes, cache.holders
+    holders[part:stop] = 0
+    first = cache.first[chain]
+    node = first
+    while node > 0:
+        start = nodes[node, ID] & PART_MASK
+        for i in range(max(part, start), min(stop, start + nodes[node, COUNT])):
+            if holders[i] == 0:
+                holders[i] = node
+        node = nodes[node, NEWER]
+        if node == first:
+            break
+
+
+@inlined
+def _next_run(cache: Cache, chain: int, part: int, stop: int, goes_on: bool) -> tuple[int, int]:
+    """The oldest run of a chain that holds its block ``part``, 0 if none does; and up to which block, at most ``stop``, it is the one found.
+
+    ``goes_on``: whether it is the next one of a chain of which some have been found, in order.
+    """
+    if not goes_on:
+        node, end = _oldest(cache, chain, part, stop)
+        if node > 0 and end < stop:
+            _find_holders(cache, chain, end, stop)
+        return node, end
+    holders, nodes = cache.holders, cache.nodes
+    node, end = holders[part], part + 1
+    if node == 0:
+        return 0, end
+    while end < stop and holders[end] == node:
+        end += 1
+    while (nodes[node, ID] & PART_MASK) + nodes[node, COUNT] <= part:  # it has been parted since
+        node = nodes[node, NEWER]
+    return int(node), int(end)
+
+
+@compiled
 def _locate(cache: Cache, row: int, block: int) -> tuple[int, int]:
     """Which unit, and which block of it, is a request's block of that place; the end of its last unit is the start of the next."""
     place = cache.offsets[row]
@@ -443,42 +484,21 @@ def _scan(cache: Cache, row: int, group: int, first: int, stop: int) -> tuple[in
     """Up to which place from ``first`` on, at most ``stop``, blocks of a group are all published; and how many of them somebody owns."""
     place, part = _locate(cache, row, first)
     found, held = first, 0
+    goes_on = False
     while found < stop:
         size = cache.sizes[place]
         chain = cache.ids[place] * cache.groups + group
-        node, end = _oldest(cache, chain, part, min(size, part + stop - found))
+        node, end = _next_run(cache, chain, part, min(size, part + stop - found), goes_on)
         if node == 0:
             return found, held
         found += end - part
         if cache.nodes[node, OWNERS] > 0:
             held += end - part
         part = end
+        goes_on = True
         if part == size:
-            place, part = place + 1, 0
+            place, part, goes_on = place + 1, 0, False
     return stop, held
-
-
-@compiled
-def _last_missing(cache: Cache, row: int, first: int, stop: int) -> int:
-    """The last place from ``first`` to ``stop`` at which a windowed group has no published block; -1: none."""
-    missing = -1
-    for group in range(cache.windowed):
-        place, part = _locate(cache, row, stop - 1)
-        part += 1
-        found = stop
-        while found > max(first, missing + 1):
-            chain = cache.ids[place] * cache.groups + group
-            node, _ = _oldest(cache, chain, part - 1, part)
-            if node == 0:
-                missing = found - 1
-                break
-            start = cache.nodes[node, ID] & PART_MASK
-            found -= part - start
-            part = start
-            if part == 0:
-                place -= 1
-                part = cache.sizes[place]
-    return missing
 
 
 @inlined
@@ -487,6 +507,77 @@ def passed_by(cache: Cache, tokens: int) -> int:
     if cache.windowed == 0:
         return 0
     return int(blocks_before_window(tokens, cache.window, cache.chunked, cache.block_size))
+
+
+@compiled
+def _end_before(cache: Cache, group: int, found: int, place: int, part: int) -> tuple[int, int, int]:
+    """The end of the last published run of a group before block ``found`` of a request, which is block ``part`` of its unit ``place``; and where that is."""
+    nodes = cache.nodes
+    while found > 0:
+        if part == 0:
+            place -= 1
+            part = cache.sizes[place]
+        end = 0
+        first = cache.first[cache.ids[place] * cache.groups + group]
+        node = first
+        while node > 0:
+            start = nodes[node, ID] & PART_MASK
+            if start < part:
+                end = max(end, min(part, start + nodes[node, COUNT]))
+            node = nodes[node, NEWER]
+            if node == first:
+                break
+        found -= part - end
+        part = end
+        if end > 0:
+            break
+    return found, place, part
+
+
+@compiled
+def _before_window(cache: Cache, row: int, hits: int) -> int:
+    """W8: places, at most ``hits``, before which windows that slide find all their blocks, searched from the right."""
+    place, part = _locate(cache, row, hits)
+    group = 0
+    while hits > 0 and group < cache.windowed:
+        first = passed_by(cache, hits * cache.block_size)
+        found, at, end = hits, place, part
+        group_finds = True
+        goes_on = False
+        while found > first:
+            if end == 0:
+                at -= 1
+                end, goes_on = cache.sizes[at], False
+            chain = cache.ids[at] * cache.groups + group
+            if goes_on:
+                node = cache.holders[end - 1]
+            else:
+                node = _oldest(cache, chain, end - 1, end)[0]
+                start = cache.nodes[node, ID] & PART_MASK
+                if node > 0 and 0 < start and end - start < found - first:
+                    _find_holders(cache, chain, 0, start)
+                    goes_on = True
+            if node == 0:
+                hits, place, part = _end_before(cache, group, found, at, end)
+                group_finds = False
+                break
+            start = cache.nodes[node, ID] & PART_MASK
+            found -= end - start
+            end = start
+        group = group + 1 if group_finds else 0
+    return hits
+
+
+@compiled
+def _within_chunk(cache: Cache, row: int, hits: int) -> int:
+    """W8: places, at most ``hits``, before which windows that are chunks find all their blocks, searched from the start of the chunk."""
+    while hits > 0:
+        first = passed_by(cache, hits * cache.block_size)
+        for group in range(cache.windowed):
+            hits = _scan(cache, row, group, first, hits)[0]
+        if hits > first or passed_by(cache, hits * cache.block_size) == hits:
+            break
+    return hits
 
 
 @compiled
@@ -510,11 +601,7 @@ def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int, least: i
     if cache.windowed == 0:
         return hits, held
     bound = hits
-    while hits > 0:
-        missing = _last_missing(cache, row, passed_by(cache, hits * cache.block_size), hits)
-        if missing < 0:
-            break
-        hits = missing
+    hits = _within_chunk(cache, row, hits) if cache.chunked else _before_window(cache, row, hits)
     if hits < bound:
         held = 0
         for group in range(cache.windowed, cache.groups):
@@ -542,10 +629,11 @@ def admit(
         entry = base + HEADER
         found = min(passed, hits) if group < cache.windowed else 0
         place, part = _locate(cache, row, found)
+        goes_on = False
         while found < hits:
             size = cache.sizes[place]
             chain = cache.ids[place] * cache.groups + group
-            node, stop = _oldest(cache, chain, part, min(size, part + hits - found))
+            node, stop = _next_run(cache, chain, part, min(size, part + hits - found), goes_on)
             if cache.largest > 1:
                 node = _cut(cache, node, part, stop)
             if nodes[node, OWNERS] == 0:
@@ -556,8 +644,9 @@ def admit(
             entry += 1
             found += stop - part
             part = stop
+            goes_on = True
             if part == size:
-                place, part = place + 1, 0
+                place, part, goes_on = place + 1, 0, False
         cache.table[base + BEGIN] = HEADER
         cache.table[base + END] = entry - base
     cache.slots[slot, PLACE] = place
@@ -778,13 +867,13 @@ def leave_noted(cache: Cache, rows: Any) -> int:
     return int(freed)
 
 
-@compiled
+@inlined
 def published_ahead(cache: Cache, slot: int, row: int) -> int:
     """Blocks of each group of a decoding request that can be found before its window leaves them, or are found by then."""
     return int(cache.counts[row] if cache.late else cache.slots[slot, PUBLISHED])
 
 
-@compiled
+@inlined
 def blocks_to_eviction(cache: Cache) -> int:
     """Blocks that can be taken before one that can be found."""
     node = cache.nodes[0, NEXT]
@@ -888,7 +977,7 @@ def note_end(
     cache.slots[i, ENDED_PASSED] = passed
 
 
-@compiled
+@inlined
 def publish_rest(cache: Cache, slot: int, row: int, full: int, passed: int, moment: int) -> int:
     """P6, W7: a request that stops publishes what it has filled and its window has not left; return what that frees (D3)."""
     cache.slots[slot, LEFT] = max(cache.slots[slot, LEFT], passed)
