@@ -143,6 +143,15 @@ def test_what_nobody_can_find_goes_before_what_others_of_the_step_published(name
     assert result.totals["evicted_blocks"] == evicted
 
 
+# Both with ids: a0 b0 a1 b1. One more block is a0: of 3 tokens as the first nothing is found, of 3 as the second one place.
+@BOTH
+@pytest.mark.parametrize(("row", "hits"), [([1], 0), ([3], 1)])
+def test_of_a_step_the_first_scheduled_gives_back_first(name, row, hits):
+    limits = {"arrival_s": [0, 0, 100, 200], "num_kv_blocks": 4}
+    result = engine(name)(*prompts(KvGroups(0, 1, 3), [[1, 2], [3, 4], [], row], [4, 4, 2, 3], **limits))
+    assert result.reused_tokens.tolist() == [0, 0, 0, 2 * hits]
+
+
 # After the long one, - - - - w2 w1 w0 w3 f3 f2 f1 f0: one that begins with its first 2 places, and brings 8 tokens of its own. Its prefill starts at 8,
 # where the window has left 3 places: of its hits it owns f0 and f1 alone, and takes w3, w4, f2, f3 and f4: the blanks and w2.
 # When it is gone:  w1 w0 w3 f3 f2 and its own: w4 (a blank), w3' (a blank: 3 places have ids), f4, f3', f2', f1, f0.
