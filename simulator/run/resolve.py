@@ -282,13 +282,15 @@ def _windowed_kv(scenario: Scenario) -> str:
     asked = engine.disable_hybrid_kv_cache_manager
     if asked:
         return "kept"
-    cached = engine.prefix_cache != "off"
-    if cached and asked is False:
+    beside = 'engine.prefix_cache = "radix"' if engine.prefix_cache == "radix" else ""
+    if engine.cache_tiers:
+        beside = "engine.cache_tiers"
+    if beside and asked is False:
         raise InputError(
             f"{scenario.name}: engine.disable_hybrid_kv_cache_manager = false: windowed layers that give blocks back are not modelled "
-            f"with engine.prefix_cache = {engine.prefix_cache!r}; leave one of them out"
+            f"with {beside}; leave one of them out"
         )
-    return "reserved" if cached else "pooled"
+    return "reserved" if beside else "pooled"
 
 
 def _groups(deployment: Deployment, sharded: ShardedDeployment | None) -> KvGroups:

@@ -166,7 +166,7 @@ class EngineOptions(Record):
     host: HostOptions = HostOptions()
     disable_hybrid_kv_cache_manager: bool | None = None
     """Whether windowed layers keep the KV blocks that their window has left, like all others. None: they give them back, except where that is
-    not modelled (prefix caches, speculation, pipelines), which sets whole windows aside or keeps all blocks, whichever holds more."""
+    not modelled (a radix tree, tiers below the prefix cache), which sets whole windows aside or keeps all blocks, whichever holds more."""
     num_gpu_blocks_override: Annotated[int, Field(ge=2)] | None = None
     """KV blocks, the null block included, instead of what fits in memory. Memory is then not checked."""
     workspace_bytes: Annotated[float, Field(ge=0)] = WORKSPACE_BYTES

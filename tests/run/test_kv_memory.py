@@ -164,10 +164,14 @@ def test_a_drafters_layer_lies_in_the_groups():
 
 
 def test_windows_are_not_given_back_beside_what_no_rule_covers():
-    beside = (*GEMMA, "engine.prefix_cache=blocks")
-    assert resolve(load_scenario("llama-3-8b-azure-chat", beside)).settings.kv_groups == KvGroups()
-    with pytest.raises(InputError, match=r"disable_hybrid_kv_cache_manager = false.*not modelled with engine"):
-        resolve(load_scenario("llama-3-8b-azure-chat", (*beside, "engine.disable_hybrid_kv_cache_manager=false")))
+    tiers = ("engine.prefix_cache=blocks", 'engine.cache_tiers=[{name="host", capacity_bytes=1e12}]')
+    for beside in (("engine.prefix_cache=radix",), tiers):
+        chosen = (*GEMMA, *beside)
+        assert resolve(load_scenario("llama-3-8b-azure-chat", chosen)).settings.kv_groups == KvGroups()
+        with pytest.raises(InputError, match=r"disable_hybrid_kv_cache_manager = false.*not modelled with engine"):
+            resolve(load_scenario("llama-3-8b-azure-chat", (*chosen, "engine.disable_hybrid_kv_cache_manager=false")))
+    cached = resolve(load_scenario("llama-3-8b-azure-chat", (*GEMMA, "engine.prefix_cache=blocks")))
+    assert cached.settings.kv_groups == KvGroups(1, 1, 4096)
 
 
 def test_stages_give_windows_back_too():
@@ -192,3 +196,12 @@ def test_a_crowded_replica_serves_long_contexts_faster_when_windows_give_back():
     pooled, kept = (summary(*long, *more) for more in ((), ("engine.disable_hybrid_kv_cache_manager=true",)))
     assert pooled.occupancy.peak_running > 2 * kept.occupancy.peak_running
     assert pooled.throughput.requests_per_s > 1.2 * kept.throughput.requests_per_s
+
+
+def test_a_prefix_cache_holds_more_prompts_when_windows_give_back():
+    gemma = ("model=gemma-3-27b", "slice=h100-sxm:4", "sharding={tp=4}", "engine.gpu_memory_utilization=0.35")
+    few = ("traffic.n_requests=800",)
+    kept = ("engine.disable_hybrid_kv_cache_manager=true",)
+    scenarios = (load_scenario("coding-agents", (*gemma, *few, *more)) for more in ((), kept))
+    pooled, keeping = (run_scenario(scenario).summary.prefix_cache.hit_fraction for scenario in scenarios)
+    assert pooled > 2 * keeping > 0.1
