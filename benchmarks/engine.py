@@ -6,7 +6,7 @@ Setting: prompts ~1k and outputs ~250 tokens on average, lognormal with sigma 0.
 model on one H100; arrivals at a stated load (share of the throughput of the same requests all queued at t = 0); every output and the ITL histogram on. ``reference`` is the step-by-step engine on the first requests of the same stream.
 
 With ``--traces``, the folder of Mooncake's traces, the prefix cache is timed on them: blocks of 512 tokens, the trace's own unit, and of
-16 tokens, into which each unit is split, and a KV cache of 3 million tokens.
+16 tokens, into which each unit is split, and a KV cache of 3 million tokens for each group of layers: one group, or those of models with windows.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from simulator.engine.records import EngineResult, EngineSettings, Requests
 from simulator.engine.reference import simulate_reference
 from simulator.engine.scheduling import Scheduling
 from simulator.randomness import draw, normal, uniform
+from simulator.roofline.kv_groups import KvGroups
 from simulator.roofline.step_cost import StepCost
 from simulator.traffic import read_trace
 
@@ -95,8 +97,14 @@ def arrays(run: Callable[[], EngineResult]) -> tuple[int, int]:
 
 
 def prefix_caches(cost: StepCost, folder: Path, repeats: int) -> None:
-    """Mooncake's traces, with and without a prefix cache."""
-    print("\nPrefix cache, 3,000,000 tokens")
+    """Mooncake's traces, with and without a prefix cache; of layers without a window, and in the groups of gpt-oss, Mistral 7B v0.1 and Gemma 3."""
+    print("\nPrefix cache, 3,000,000 tokens of a group")
+    models = {
+        "": KvGroups(),
+        "gpt-oss": KvGroups(1, 1, 128),
+        "Mistral": KvGroups(0, 1, 4096),
+        "Gemma 3": KvGroups(1, 6, 1024),
+    }
     for name in ("conversation", "synthetic"):
         trace = read_trace(folder / f"mooncake_{name}_trace.jsonl.gz")
         n = len(trace)
@@ -104,16 +112,25 @@ def prefix_caches(cost: StepCost, folder: Path, repeats: int) -> None:
         times = np.arange(n, dtype=np.float64) if trace.arrival_s is None else trace.arrival_s
         hashes = None if trace.blocks is None else BlockHashes(**vars(trace.blocks))
         requests = Requests(times, trace.prompt_tokens, trace.output_tokens, none, trace.output_tokens, hashes=hashes)
-        for block_size in (512, 16):
-            for kind in ("off", "blocks"):
-                settings = EngineSettings(MAX_SEQS, MAX_TOKENS, block_size, 3_000_000 // block_size, prefix_cache=kind)
-                simulate(cost, settings, requests)  # compiles, if it is the first
-                result, seconds = timed(lambda: simulate(cost, settings, requests), repeats)  # noqa: B023 - called at once
-                found = result.totals.get("cache_hit_tokens", 0) / result.totals.get("cache_queried_tokens", 1)
-                print(
-                    f"  {name:<13}{block_size:>4} tokens/block  {kind:<7}{n / statistics.median(seconds) / 1e3:8,.0f} k req/s "
-                    f"(best {n / min(seconds) / 1e3:,.0f}, worst {n / max(seconds) / 1e3:,.0f})  hits {found:.1%}"
-                )
+        for (model, groups), block_size, kind in product(models.items(), (512, 16), ("off", "blocks")):
+            blocks = groups.count * 3_000_000 // block_size
+            settings = EngineSettings(MAX_SEQS, MAX_TOKENS, block_size, blocks, prefix_cache=kind, kv_groups=groups)
+            seeing = with_window(cost, groups)
+            simulate(seeing, settings, requests)  # compiles, if it is the first
+            result, seconds = timed(lambda: simulate(seeing, settings, requests), repeats)  # noqa: B023 - called at once
+            found = result.totals.get("cache_hit_tokens", 0) / result.totals.get("cache_queried_tokens", 1)
+            print(
+                f"  {name:<13}{model:<8}{block_size:>4} tokens/block  {kind:<7}{n / statistics.median(seconds) / 1e3:8,.0f} k req/s "
+                f"(best {n / min(seconds) / 1e3:,.0f}, worst {n / max(seconds) / 1e3:,.0f})  hits {found:.1%}"
+            )
+
+
+def with_window(cost: StepCost, groups: KvGroups) -> StepCost:
+    """The table of layers with the groups' window, which here see what they do for nothing."""
+    if not groups.windowed:
+        return cost
+    planes = np.concatenate([cost.prefill_planes[:, :3], np.zeros((len(cost.prefill_planes), 2))], axis=1)
+    return replace(cost, window=groups.window, prefill_planes=planes)
 
 
 def policies(cost: StepCost, requests: Requests, repeats: int) -> None:

@@ -47,7 +47,7 @@ from simulator.engine.core import (
     Stream,
 )
 from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.jit import compiled, compiled_once, inlined
 from simulator.engine.kv_blocks import (
     begin_giving,
     blocks_owned_at,
@@ -302,7 +302,7 @@ def blocks_owned(limits: Limits, state: State, extra: Extra | None, slot: int, d
     return int(blocks_owned_at(limits, state.slots[slot, COMPUTED], state.slots[slot, COMPUTED]))
 
 
-@inlined
+@compiled_once
 def blocks_left(limits: Limits, state: State, extra: Extra | None, slot: int, decoded: bool) -> int:
     """W2: blocks of each windowed group that a request's window has left, for its prefix cache; 0 without one."""
     if extra is None or limits.windowed == 0:

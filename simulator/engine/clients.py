@@ -36,7 +36,7 @@ from simulator.engine.core import (
 )
 from simulator.engine.fcfs import release_next
 from simulator.engine.heaps import pop_arrival, push_arrival
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.jit import compiled, compiled_once, inlined
 from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at
 from simulator.engine.prefix_cache import ORDER, give_back
 from simulator.engine.progressions import spread
@@ -330,7 +330,7 @@ def note_gone(queue: Queue, row: int, status: int) -> None:
     queue.ints[N_GONE] += 1
 
 
-@compiled
+@compiled_once
 def client_leaves(
     cost: CostTable,
     limits: Limits,

@@ -66,16 +66,15 @@ from simulator.engine.fcfs import release_next
 from simulator.engine.jit import compiled, entry, inlined
 from simulator.engine.kv_blocks import (
     add_steps,
-    given_in_steps,
+    give_in_steps,
     largest,
     leave_published,
-    note_gifts,
     profile_of,
     release_of_step,
     steps_to_eviction,
     steps_to_room,
 )
-from simulator.engine.prefix_cache import N_ENDED, append_given, release_ended, steps_to_fill, take
+from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
 from simulator.engine.scheduler import Scheduled, published_to, schedule
@@ -202,22 +201,18 @@ def take_segment(
     ints = state.ints
     step = ints[STEP]
     before = limits.num_blocks - ints[FREE_BLOCKS]
-    given = 0
     if extra is not None and extra.spec.on:
         k, owned, integral = speculation.take_blocks_of_steps(
             extra.spec.batch, step, k, ints[FREE_BLOCKS], before, d0, q, profile
         )
-        given = extra.spec.batch.ints[speculation.GIVEN]
     else:
         gives = limits.windowed > 0
         owned, integral = take_blocks(state.residues, limits.block_size, gives, step, k, before, d0, q)
-        if gives and extra is not None and extra.cache.on:
-            given = given_in_steps(limits, state, k)
     if extra is not None and extra.cache.on:
-        # What steps give back joins the end of the queue, and is not yet at its front when they take: so the order does not matter.
-        append_given(extra.cache, given)
-        take(extra.cache, owned - before + given - scheduled.need)
-        note_gifts(extra)
+        taken = owned - before - scheduled.need
+        if limits.windowed > 0:
+            taken += give_in_steps(limits, state, extra, k)
+        take(extra.cache, taken)
     ints[FREE_BLOCKS] = limits.num_blocks - owned
     if limits.windowed > 0 and not (extra is not None and extra.spec.on):
         add_steps(limits, state, k, profile)

@@ -11,7 +11,7 @@ from typing import Any
 
 from simulator.engine import speculation
 from simulator.engine.core import BATCH, COMPUTED, FREE_BLOCKS, JOINED, STEP, Extra, Limits, State
-from simulator.engine.jit import compiled, inlined
+from simulator.engine.jit import compiled, compiled_once, inlined
 from simulator.engine.prefix_cache import (
     N_LEAVING,
     append_given,
@@ -62,18 +62,17 @@ def blocks_at_most(limits: Limits, start: int, stop: int) -> int:
     return int((limits.groups - limits.windowed) * blocks + limits.windowed * kept)
 
 
-@compiled
+@compiled_once
 def leave_behind(
     limits: Limits, state: State, extra: Extra | None, slot: int, before: int, done: int, by_chunk: bool
 ) -> None:
     """W2: a request that had ``before`` tokens and now has ``done`` gives back what its window has left; ``by_chunk``: as of :func:`~simulator.engine.prefix_cache.pass_blocks`."""
     if limits.windowed > 0:
         passed, past = blocks_passed(limits, done), blocks_passed(limits, before)
-        if passed > past:
-            if extra is not None and extra.cache.on:
-                state.ints[FREE_BLOCKS] += pass_blocks(extra.cache, slot, past, passed, by_chunk)
-            else:
-                state.ints[FREE_BLOCKS] += limits.windowed * (passed - past)
+        if extra is not None and extra.cache.on:
+            state.ints[FREE_BLOCKS] += pass_blocks(extra.cache, slot, past, passed, by_chunk)
+        else:
+            state.ints[FREE_BLOCKS] += limits.windowed * (passed - past)
 
 
 @inlined
@@ -146,19 +145,28 @@ def note_gifts(extra: Extra) -> None:
 
 
 @compiled
-def given_in_steps(limits: Limits, state: State, k: int) -> int:
-    """W2: blocks that the windows of decoding sequences leave in k decode steps."""
-    size = limits.block_size
-    place = residue(-state.ints[STEP], size)
-    cycle = 0
-    rest = 0
-    for j in range(size):
-        given = state.residues[size + place]
-        cycle += given
-        if j < k % size:
-            rest += given
-        place = place - 1 if place > 0 else size - 1
-    return int(k // size * cycle + rest)
+def give_in_steps(limits: Limits, state: State, extra: Extra, k: int) -> int:
+    """W10: what the windows of decoding sequences leave in k decode steps, and nobody can find, joins the end of the queue; return how many blocks.
+
+    They are not yet at its front when these steps take blocks, so it does not matter which comes first.
+    """
+    if extra.spec.on:
+        given = extra.spec.batch.ints[speculation.GIVEN]
+    else:
+        size = limits.block_size
+        place = residue(-state.ints[STEP], size)
+        cycle = 0
+        given = 0
+        for j in range(size):
+            now = state.residues[size + place]
+            cycle += now
+            if j < k % size:
+                given += now
+            place = place - 1 if place > 0 else size - 1
+        given += k // size * cycle
+    append_given(extra.cache, given)
+    note_gifts(extra)
+    return int(given)
 
 
 @compiled

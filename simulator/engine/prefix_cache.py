@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.heaps import GROUP_BITS, pop_key, push_key
-from simulator.engine.jit import compiled, entry, inlined
+from simulator.engine.jit import compiled, compiled_once, entry, inlined
 from simulator.engine.kv_memory import Tier
 from simulator.engine.progressions import blocks_before_window
 from simulator.engine.tiers import Tiers, move_down, new_tiers
@@ -50,31 +50,17 @@ BEGIN, END, HEADER = range(3)
     N_LEAVING,
     N_INTS,
 ) = range(13)
-# columns of Cache.slots
-(
-    PUBLISHED,
-    START,
-    ORDER,
-    FILL_STEP,
-    ENDED,
-    ENDED_BLOCKS,
-    ENDED_FULL,
-    ENDED_PASSED,
-    ENDED_KEY,
-    PLACE,
-    PART,
-    LEFT,
-    PASSED,
-    LEAVING,
-    LEAVING_KEY,
-    N_COLUMNS,
-) = range(16)
+# columns of Cache.slots, a cache line of them
+PUBLISHED, START, ORDER, FILL_STEP, PLACE, PART, LEFT, PASSED, N_COLUMNS = range(9)
+# columns of Cache.lists
+ENDED, ENDED_BLOCKS, ENDED_FULL, ENDED_PASSED, ENDED_KEY, LEAVING, LEAVING_KEY, N_LISTS = range(8)
 NOBODY = -1
 """Id of a run of blocks that nobody can find."""
 PART_BITS = 20
 PART_MASK = (1 << PART_BITS) - 1
 LONG_UNIT = 256
 """Blocks of a unit at most, unless one id has more: who looks for a block goes through the runs of its unit. Where decoding publishes blocks one by one, a unit is one id."""
+FEW_RUNS = 3
 SLOT_BITS = 20
 """A key of the fill heap is step << SLOT_BITS | slot."""
 STAMP_BITS = 31
@@ -105,11 +91,12 @@ class Cache(NamedTuple):
     table, stride
         runs that slot s owns of group g are in ``table[(s * groups + g) * stride :]``: :data:`HEADER` columns, then each as node << PART_BITS | blocks.
     slots
-        [slots, 15] of a running request, how many of its blocks of a group are published, where its prefill started (C8), the number of its
+        [slots, 8] of a running request, how many of its blocks of a group are published, where its prefill started (C8), the number of its
         admission, and the step that fills its next block with an id (-1: none). PLACE, PART: which of its units, and which block of it, is the first that is not published.
-        LEFT: the first block of windowed groups that its tables may hold. Five columns list the slots
-        whose requests finished in this step, the blocks they have to give back, how many of them are full, how many of a group their windows have passed, and the keys by which they are ordered;
-        PASSED and two others list those whose windows leave published blocks at its end.
+        LEFT: the first block of windowed groups that its tables may hold; PASSED: which it will be once those that it leaves at the end of this step are given back.
+    lists
+        [slots, 7] the slots whose requests finished in this step, the blocks they have to give back, how many of them are full, how many of a group their windows have passed, and the keys by
+        which they are ordered; those whose windows leave published blocks at its end, and their keys.
     pieces
         scratch of :func:`release` and of what windows leave; ``holders`` [largest] of :func:`_find_holders`.
     fills, n_fills
@@ -144,6 +131,7 @@ class Cache(NamedTuple):
     table: Any
     stride: int
     slots: Any
+    lists: Any
     pieces: Any
     holders: Any
     fills: Any
@@ -211,6 +199,7 @@ def new_cache(
         table=np.zeros(max_num_seqs * groups.count * stride, dtype=np.int64),
         stride=stride,
         slots=np.zeros((max_num_seqs, N_COLUMNS), dtype=np.int64),
+        lists=np.zeros((max_num_seqs, N_LISTS), dtype=np.int64),
         pieces=np.zeros(max(largest, stride), dtype=np.int64),
         holders=np.zeros(largest, dtype=np.int64),
         fills=np.zeros(2 * max_num_seqs + 2, dtype=np.int64),
@@ -227,7 +216,7 @@ def new_cache(
     return cache
 
 
-@compiled
+@compiled_once
 def _note(cache: Cache, kind: int, row: int, a: int, b: int) -> None:
     """Add an entry to the log, if there is room."""
     place = cache.ints[N_LOG]
@@ -428,7 +417,7 @@ def take(cache: Cache, count: int) -> None:
         _drop_node(cache, node)
 
 
-@compiled
+@compiled_once
 def _find_holders(cache: Cache, chain: int, part: int, stop: int) -> None:
     """Write down the oldest run that holds each of the blocks ``part`` to ``stop`` of a chain, 0 if none does: where it is in many runs, once for all."""
     nodes, holders = cache.nodes, cache.holders
@@ -445,17 +434,22 @@ def _find_holders(cache: Cache, chain: int, part: int, stop: int) -> None:
             break
 
 
-@compiled
-def _next_run(cache: Cache, chain: int, part: int, stop: int, goes_on: bool) -> tuple[int, int]:
+@inlined
+def _next_run(cache: Cache, chain: int, part: int, stop: int, before: int) -> tuple[int, int]:
     """The oldest run of a chain that holds its block ``part``, 0 if none does; and up to which block, at most ``stop``, it is the one found.
 
-    ``goes_on``: whether it is the next one of a chain of which some have been found, in order.
+    ``before`` runs of the chain have been found right before it. Where there are many, all that follow are found at once.
     """
-    if not goes_on:
-        node, end = _oldest(cache, chain, part, stop)
-        if node > 0 and end < stop:
-            _find_holders(cache, chain, end, stop)
-        return node, end
+    if before < FEW_RUNS:
+        return _oldest(cache, chain, part, stop)
+    if before == FEW_RUNS:
+        _find_holders(cache, chain, part, stop)
+    return _held_from(cache, part, stop)
+
+
+@compiled
+def _held_from(cache: Cache, part: int, stop: int) -> tuple[int, int]:
+    """As :func:`_next_run`, from what :func:`_find_holders` has found."""
     holders, nodes = cache.holders, cache.nodes
     node, end = holders[part], part + 1
     if node == 0:
@@ -467,7 +461,7 @@ def _next_run(cache: Cache, chain: int, part: int, stop: int, goes_on: bool) -> 
     return int(node), int(end)
 
 
-@compiled
+@compiled_once
 def _locate(cache: Cache, row: int, block: int) -> tuple[int, int]:
     """Which unit, and which block of it, is a request's block of that place; the end of its last unit is the start of the next."""
     place = cache.offsets[row]
@@ -479,25 +473,26 @@ def _locate(cache: Cache, row: int, block: int) -> tuple[int, int]:
     return place, block
 
 
-@compiled
+@compiled_once
 def _scan(cache: Cache, row: int, group: int, first: int, stop: int) -> tuple[int, int]:
     """Up to which place from ``first`` on, at most ``stop``, blocks of a group are all published; and how many of them somebody owns."""
-    place, part = _locate(cache, row, first)
-    found, held = first, 0
-    goes_on = False
+    place, part = cache.offsets[row], 0
+    if first > 0:
+        place, part = _locate(cache, row, first)
+    found, held, runs = first, 0, 0
     while found < stop:
         size = cache.sizes[place]
         chain = cache.ids[place] * cache.groups + group
-        node, end = _next_run(cache, chain, part, min(size, part + stop - found), goes_on)
+        node, end = _next_run(cache, chain, part, min(size, part + stop - found), runs)
         if node == 0:
             return found, held
         found += end - part
         if cache.nodes[node, OWNERS] > 0:
             held += end - part
         part = end
-        goes_on = True
+        runs += 1
         if part == size:
-            place, part, goes_on = place + 1, 0, False
+            place, part, runs = place + 1, 0, 0
     return stop, held
 
 
@@ -509,7 +504,7 @@ def passed_by(cache: Cache, tokens: int) -> int:
     return int(blocks_before_window(tokens, cache.window, cache.chunked, cache.block_size))
 
 
-@compiled
+@compiled_once
 def _end_before(cache: Cache, group: int, found: int, place: int, part: int) -> tuple[int, int, int]:
     """The end of the last published run of a group before block ``found`` of a request, which is block ``part`` of its unit ``place``; and where that is."""
     nodes = cache.nodes
@@ -589,6 +584,8 @@ def look_up(cache: Cache, rows: Any, row: int, longest: int, step: int, least: i
     if cache.late:
         catch_up(cache, rows, step)
     hits = min(longest, cache.counts[row])
+    if cache.groups == 1 and cache.windowed == 0:
+        return _scan(cache, row, 0, 0, hits)
     held = 0
     for group in range(cache.windowed, cache.groups):
         found, owned = _scan(cache, row, group, 0, hits)
@@ -628,12 +625,14 @@ def admit(
         base = (slot * cache.groups + group) * cache.stride
         entry = base + HEADER
         found = min(passed, hits) if group < cache.windowed else 0
-        place, part = _locate(cache, row, found)
-        goes_on = False
+        place, part = cache.offsets[row], 0
+        if found > 0:
+            place, part = _locate(cache, row, found)
+        runs = 0
         while found < hits:
             size = cache.sizes[place]
             chain = cache.ids[place] * cache.groups + group
-            node, stop = _next_run(cache, chain, part, min(size, part + hits - found), goes_on)
+            node, stop = _next_run(cache, chain, part, min(size, part + hits - found), runs)
             if cache.largest > 1:
                 node = _cut(cache, node, part, stop)
             if nodes[node, OWNERS] == 0:
@@ -644,9 +643,9 @@ def admit(
             entry += 1
             found += stop - part
             part = stop
-            goes_on = True
+            runs += 1
             if part == size:
-                place, part, goes_on = place + 1, 0, False
+                place, part, runs = place + 1, 0, 0
         cache.table[base + BEGIN] = HEADER
         cache.table[base + END] = entry - base
     cache.slots[slot, PLACE] = place
@@ -743,24 +742,23 @@ def give_back(cache: Cache, slot: int, row: int, owned: int, passed: int, step: 
 
 
 @inlined
-def _disown(cache: Cache, n: int) -> int:
-    """C7: let a request no longer own the first n runs in ``pieces``, the last first; return how many blocks become free."""
+def _disown(cache: Cache, node: int) -> int:
+    """C7: let a request no longer own a run; return how many blocks become free."""
     nodes = cache.nodes
-    freed = 0
-    for i in range(n - 1, -1, -1):
-        node = cache.pieces[i]
-        nodes[node, OWNERS] -= 1
-        if nodes[node, OWNERS] == 0:
-            _append(cache, node)
-            freed += nodes[node, COUNT]
-    return freed
+    nodes[node, OWNERS] -= 1
+    if nodes[node, OWNERS] > 0:
+        return 0
+    _append(cache, node)
+    return int(nodes[node, COUNT])
 
 
 @compiled
 def release(cache: Cache, slot: int, row: int, owned: int, passed: int) -> int:
     """C7, W10: a request gives back its ``owned`` blocks, whose windows have left ``passed`` of each group; return how many become free."""
     nodes = cache.nodes
-    places = (owned + cache.windowed * passed) // cache.groups
+    places = owned + cache.windowed * passed
+    if cache.groups > 1:
+        places //= cache.groups
     freed = 0
     for group in range(cache.groups):
         anonymous = places - max(cache.slots[slot, PUBLISHED], passed if group < cache.windowed else 0)
@@ -770,14 +768,15 @@ def release(cache: Cache, slot: int, row: int, owned: int, passed: int) -> int:
         for i in range(cache.table[base + END] - 1, cache.table[base + BEGIN] - 1, -1):
             node = cache.table[base + i] >> PART_BITS
             left = (cache.table[base + i] & PART_MASK) - nodes[node, COUNT]
-            cache.pieces[0] = node
-            n = 1
+            n = 0
             while left > 0:  # it has been parted since
-                node = nodes[node, NEXT]
                 cache.pieces[n] = node
                 n += 1
+                node = nodes[node, NEXT]
                 left -= nodes[node, COUNT]
-            freed += _disown(cache, n)
+            freed += _disown(cache, node)
+            for k in range(n - 1, -1, -1):
+                freed += _disown(cache, cache.pieces[k])
         cache.table[base + BEGIN] = HEADER
         cache.table[base + END] = HEADER
     cache.slots[slot, PUBLISHED] = 0
@@ -799,33 +798,35 @@ def append_given(cache: Cache, count: int) -> None:
         _append_run(cache, count)
 
 
-@compiled
+@compiled_once
 def pass_blocks(cache: Cache, slot: int, before: int, passed: int, by_chunk: bool) -> int:
     """W2, W10: at the end of a step a window that had passed ``before`` blocks of each group has ``passed`` now; return how many become free at once.
 
     What can be found goes later (:func:`leave_noted`), in the order in which requests were scheduled: decoding ones, then ``by_chunk`` those with a chunk.
     """
+    if passed == before:
+        return 0
     published = cache.slots[slot, PUBLISHED]
     anonymous = cache.windowed * max(0, passed - max(before, published))
     append_given(cache, anonymous)
-    if before < published and passed > before:
+    if before < published:
         note_leaving(cache, slot, passed, by_chunk)
     return int(anonymous)
 
 
-@compiled
+@compiled_once
 def note_leaving(cache: Cache, slot: int, passed: int, by_chunk: bool) -> None:
     """W10: a window that has ``passed`` so many blocks of each group leaves published ones at the end of this step."""
     ints = cache.ints
     i = ints[N_LEAVING]
     ints[N_LEAVING] = i + 1
     key = int(by_chunk) << STAMP_BITS | cache.slots[slot, ORDER]
-    while i > 0 and cache.slots[i - 1, LEAVING_KEY] > key:
-        cache.slots[i, LEAVING_KEY] = cache.slots[i - 1, LEAVING_KEY]
-        cache.slots[i, LEAVING] = cache.slots[i - 1, LEAVING]
+    while i > 0 and cache.lists[i - 1, LEAVING_KEY] > key:
+        cache.lists[i, LEAVING_KEY] = cache.lists[i - 1, LEAVING_KEY]
+        cache.lists[i, LEAVING] = cache.lists[i - 1, LEAVING]
         i -= 1
-    cache.slots[i, LEAVING_KEY] = key
-    cache.slots[i, LEAVING] = slot
+    cache.lists[i, LEAVING_KEY] = key
+    cache.lists[i, LEAVING] = slot
     cache.slots[slot, PASSED] = passed
 
 
@@ -834,8 +835,8 @@ def leave_noted(cache: Cache, rows: Any) -> int:
     """W10: give back the published blocks that windows leave at the end of this step; return how many become free."""
     nodes = cache.nodes
     freed = 0
-    for k in range(cache.ints[N_LEAVING]):
-        slot = cache.slots[k, LEAVING]
+    for noted in range(cache.ints[N_LEAVING]):
+        slot = cache.lists[noted, LEAVING]
         passed = cache.slots[slot, PASSED]
         count = min(passed, cache.slots[slot, PUBLISHED]) - cache.slots[slot, LEFT]
         cache.slots[slot, LEFT] = passed
@@ -862,7 +863,8 @@ def leave_noted(cache: Cache, rows: Any) -> int:
                 else:
                     i += 1
             cache.table[base + BEGIN] = i
-            freed += _disown(cache, n)
+            for k in range(n - 1, -1, -1):
+                freed += _disown(cache, cache.pieces[k])
     cache.ints[N_LEAVING] = 0
     return int(freed)
 
@@ -950,7 +952,7 @@ def _leave(cache: Cache, slot: int, row: int, step: int) -> None:
     cache.slots[slot, FILL_STEP] = -1
 
 
-@compiled
+@compiled_once
 def note_end(
     cache: Cache, slot: int, row: int, computed: int, owned: int, passed: int, step: int, by_chunk: bool
 ) -> None:
@@ -963,18 +965,18 @@ def note_end(
     i = ints[N_ENDED]
     ints[N_ENDED] = i + 1
     key = int(by_chunk) << STAMP_BITS | cache.slots[slot, ORDER]
-    while i > 0 and cache.slots[i - 1, ENDED_KEY] > key:
-        cache.slots[i, ENDED_KEY] = cache.slots[i - 1, ENDED_KEY]
-        cache.slots[i, ENDED] = cache.slots[i - 1, ENDED]
-        cache.slots[i, ENDED_BLOCKS] = cache.slots[i - 1, ENDED_BLOCKS]
-        cache.slots[i, ENDED_FULL] = cache.slots[i - 1, ENDED_FULL]
-        cache.slots[i, ENDED_PASSED] = cache.slots[i - 1, ENDED_PASSED]
+    while i > 0 and cache.lists[i - 1, ENDED_KEY] > key:
+        cache.lists[i, ENDED_KEY] = cache.lists[i - 1, ENDED_KEY]
+        cache.lists[i, ENDED] = cache.lists[i - 1, ENDED]
+        cache.lists[i, ENDED_BLOCKS] = cache.lists[i - 1, ENDED_BLOCKS]
+        cache.lists[i, ENDED_FULL] = cache.lists[i - 1, ENDED_FULL]
+        cache.lists[i, ENDED_PASSED] = cache.lists[i - 1, ENDED_PASSED]
         i -= 1
-    cache.slots[i, ENDED_KEY] = key
-    cache.slots[i, ENDED] = slot
-    cache.slots[i, ENDED_BLOCKS] = owned
-    cache.slots[i, ENDED_FULL] = computed // cache.block_size
-    cache.slots[i, ENDED_PASSED] = passed
+    cache.lists[i, ENDED_KEY] = key
+    cache.lists[i, ENDED] = slot
+    cache.lists[i, ENDED_BLOCKS] = owned
+    cache.lists[i, ENDED_FULL] = computed // cache.block_size
+    cache.lists[i, ENDED_PASSED] = passed
 
 
 @inlined
@@ -992,9 +994,9 @@ def release_ended(cache: Cache, rows: Any, moment: int) -> int:
     """
     freed = 0
     for i in range(cache.ints[N_ENDED]):
-        slot = cache.slots[i, ENDED]
-        row, passed = rows[slot], cache.slots[i, ENDED_PASSED]
-        freed += publish_rest(cache, slot, row, cache.slots[i, ENDED_FULL], passed, moment)
-        freed += release(cache, slot, row, cache.slots[i, ENDED_BLOCKS], passed)
+        slot = cache.lists[i, ENDED]
+        row, passed = rows[slot], cache.lists[i, ENDED_PASSED]
+        freed += publish_rest(cache, slot, row, cache.lists[i, ENDED_FULL], passed, moment)
+        freed += release(cache, slot, row, cache.lists[i, ENDED_BLOCKS], passed)
     cache.ints[N_ENDED] = 0
     return freed

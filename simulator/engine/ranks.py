@@ -61,7 +61,7 @@ from simulator.engine.full_loop import (
     take_segment,
     wait_for,
 )
-from simulator.engine.jit import compiled, entry, inlined
+from simulator.engine.jit import compiled, compiled_once, entry, inlined
 from simulator.engine.kv_blocks import add_alike, largest, profile_of, release_of_step
 from simulator.engine.parts import (
     COPIES,
@@ -159,7 +159,7 @@ def _next_load(states: State, extras: Extra | None, n_ranks: int) -> tuple[float
     return float(best), rank
 
 
-@compiled
+@compiled_once
 def _receive_for_ranks(
     cost: CostTable,
     limits: Limits,
@@ -296,7 +296,7 @@ def _price_rank(
     return int(k)
 
 
-@compiled
+@compiled_once
 def _steps_while_slowest(prices: Any, n_ranks: int, slowest: int, k: int) -> int:
     """How many of k steps pass until another rank than ``slowest`` takes longer."""
     d0, q = prices[slowest, OWN_D0], prices[slowest, OWN_Q]
