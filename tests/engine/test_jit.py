@@ -61,7 +61,7 @@ def test_every_compiled_module_enters_the_cache_key():
     compiled = {
         p.name
         for p in ENGINE.glob("*.py")
-        if re.search(r"^@(entry|compiled|inlined|inlined_entry|inlined_or_none)$", p.read_text(), re.MULTILINE)
+        if re.search(r"^@(entry|compiled|compiled_once|inlined|inlined_entry|inlined_or_none)$", p.read_text(), re.MULTILINE)
     }
     needed = compiled | {m for name in compiled for m in imports(name)}
     assert needed <= set(jit.COMPILED_SOURCES)
@@ -88,7 +88,7 @@ def test_an_unwritable_cache_directory_is_no_obstacle(tmp_path):
 
 def decorated(tree: ast.Module) -> dict[str, str]:
     """Compiled functions of a module, and how they are compiled."""
-    kinds = {"entry", "compiled", "inlined", "inlined_entry", "inlined_or_none"}
+    kinds = {"entry", "compiled", "compiled_once", "inlined", "inlined_entry", "inlined_or_none"}
     return {
         node.name: mark.id
         for node in tree.body
