@@ -6,6 +6,7 @@ Nobody in it is visited from step to step; :mod:`simulator.engine.skip_ahead` sa
 from typing import Any
 
 from simulator.engine import speculation
+from simulator.engine.block_runs import PUBLISHED
 from simulator.engine.core import (
     AFTER,
     BATCH,
@@ -56,7 +57,7 @@ from simulator.engine.kv_blocks import (
     leave_behind,
     next_published_step,
 )
-from simulator.engine.prefix_cache import PUBLISHED, catch_up, moment_of, watch
+from simulator.engine.prefix_cache import catch_up, moment_of, watch
 from simulator.engine.progressions import (
     residue,
     window_pairs,

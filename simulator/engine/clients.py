@@ -7,6 +7,7 @@ Rules R2 to R4, L1 to L6 and M1. Of the two states that a function takes, ``shar
 import math
 
 from simulator.engine.batch import blocks_left, blocks_owned, leave_batch, unlink_running
+from simulator.engine.block_runs import ORDER
 from simulator.engine.core import (
     AFTER,
     CLOCK,
@@ -38,7 +39,7 @@ from simulator.engine.fcfs import release_next
 from simulator.engine.heaps import pop_arrival, push_arrival
 from simulator.engine.jit import compiled, compiled_once, inlined
 from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at
-from simulator.engine.prefix_cache import ORDER, give_back
+from simulator.engine.prefix_cache import give_back
 from simulator.engine.progressions import spread
 from simulator.engine.queues import (
     ABANDONED_OUTPUTS,

@@ -5,9 +5,7 @@ Arrays owned by the caller, so that a run can be cut at any time and resumed.
 
 from typing import Any, NamedTuple
 
-from simulator.engine.prefix_cache import (
-    Cache,
-)
+from simulator.engine.block_runs import Cache
 from simulator.engine.speculation import Spec
 from simulator.engine.swap import Swap
 from simulator.engine.tiers import Loads

@@ -15,6 +15,7 @@ from simulator.engine.batch import (
     rebase_sums,
     tokens_per_sequence,
 )
+from simulator.engine.block_runs import N_ENDED, take
 from simulator.engine.clients import (
     let_clients_go,
     n_waiting,
@@ -74,7 +75,7 @@ from simulator.engine.kv_blocks import (
     steps_to_eviction,
     steps_to_room,
 )
-from simulator.engine.prefix_cache import N_ENDED, release_ended, steps_to_fill, take
+from simulator.engine.prefix_cache import release_ended, steps_to_fill
 from simulator.engine.progressions import count_itl, end_of_steps, spread, take_blocks
 from simulator.engine.queues import HOST, N_GONE, N_QUEUED, STALL_START, STALLED, Queue, Rules
 from simulator.engine.scheduler import Scheduled, published_to, schedule

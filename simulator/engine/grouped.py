@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import core, flight, heaps, parts, prefix_cache, queues, ranks, speculation, stages, swap, tiers
+from simulator.engine import block_runs, core, flight, heaps, parts, queues, ranks, speculation, stages, swap, tiers
 from simulator.engine.records import EngineResult, EngineSettings, Requests, of_the_whole
 from simulator.engine.refusals import check_mixture
 from simulator.engine.single import Engine
@@ -27,7 +27,7 @@ _OF_RANK: dict[type, tuple[str, ...]] = {
         if name not in {"pending_time", "pending_row", "timeline", "bits_f", "bits_i"}
     ),
     queues.Queue: ("ints", "floats", "tenants", "slots", "heap_rank", "heap_entry"),
-    prefix_cache.Cache: ("nodes", "first", "table", "slots", "lists", "fills", "n_fills", "ints"),
+    block_runs.Cache: ("nodes", "first", "table", "slots", "lists", "fills", "n_fills", "ints"),
     tiers.Tiers: ("rings", "counts", "times"),
     tiers.Loads: ("times", "rows", "ints"),
     swap.Swap: ("moves", "ints", "delay"),
@@ -37,7 +37,7 @@ _OF_RANK: dict[type, tuple[str, ...]] = {
 
 #: Counts and times of each rank, which are summed for a result.
 _COUNTED: dict[type, tuple[str, ...]] = {
-    prefix_cache.Cache: ("ints",),
+    block_runs.Cache: ("ints",),
     tiers.Tiers: ("counts",),
     tiers.Loads: ("ints",),
     swap.Swap: ("ints", "delay"),
@@ -48,7 +48,7 @@ _COUNTED: dict[type, tuple[str, ...]] = {
 #: What each micro-batch has for itself.
 _OF_GROUP: dict[type, tuple[str, ...]] = {
     core.State: ("ints", "floats", "heap", "residues", "events", "chunks"),
-    prefix_cache.Cache: ("fills", "n_fills"),
+    block_runs.Cache: ("fills", "n_fills"),
 }
 
 

@@ -29,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., object])
 COMPILED_SOURCES = (
     "batch.py",
     "block_hashes.py",
+    "block_runs.py",
     "by_address.py",
     "clients.py",
     "core.py",

@@ -10,10 +10,10 @@ of their own, which :mod:`simulator.engine.speculation` lists.
 from typing import Any
 
 from simulator.engine import speculation
+from simulator.engine.block_runs import N_LEAVING
 from simulator.engine.core import BATCH, COMPUTED, FREE_BLOCKS, JOINED, STEP, Extra, Limits, State
 from simulator.engine.jit import compiled, compiled_once, inlined
 from simulator.engine.prefix_cache import (
-    N_LEAVING,
     append_given,
     blocks_to_eviction,
     leave_noted,

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import core, prefix_cache, speculation, tiers
+from simulator.engine import block_runs, core, speculation, tiers
 from simulator.engine.block_hashes import BlockHashes
 from simulator.engine.records import (
     EngineSettings,
@@ -16,7 +16,7 @@ TIMELINE_INTERVALS = 1024
 
 def new_cache(
     hashes: BlockHashes | None, settings: EngineSettings, requests: Requests, log_size: int, *, by_epoch: bool
-) -> prefix_cache.Cache:
+) -> block_runs.Cache:
     """An empty prefix cache; ``log_size`` as for :class:`~simulator.engine.single.Engine`, ``by_epoch`` in a pipeline."""
     parts, longest, counts, lengths = 1, 1, None, (requests.prompt_tokens, requests.output_tokens)
     late = (
@@ -27,12 +27,12 @@ def new_cache(
     )
     if hashes is not None:
         blocks_of_id = hashes.block_tokens // settings.block_size
-        if settings.tiers or not 0 < blocks_of_id < 1 << prefix_cache.PART_BITS:
+        if settings.tiers or not 0 < blocks_of_id < 1 << block_runs.PART_BITS:
             hashes = hashes.at_block_size(settings.block_size, *lengths)
         else:  # blocks of one id, and of those that follow it, stay together as far as they are
             parts, counts, hashes = blocks_of_id, hashes.counts_at(settings.block_size, *lengths), hashes.renumbered()
-            longest = 1 if late else max(1, prefix_cache.LONG_UNIT // parts)
-    return prefix_cache.new_cache(
+            longest = 1 if late else max(1, block_runs.LONG_UNIT // parts)
+    return block_runs.new_cache(
         hashes,
         num_blocks=settings.num_kv_blocks,
         max_num_seqs=settings.max_num_seqs,
@@ -51,7 +51,7 @@ def new_cache(
     )
 
 
-def warm_store(cache: prefix_cache.Cache, requests: Requests) -> None:
+def warm_store(cache: block_runs.Cache, requests: Requests) -> None:
     """F10: let the last tier hold the leading prompt blocks that requests say are stored, of each the last first."""
     if requests.stored_tokens is None:
         return

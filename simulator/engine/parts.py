@@ -5,9 +5,9 @@ What each part has for itself lies in arrays with a leading axis; what is one fo
 
 from typing import Any
 
+from simulator.engine.block_runs import Cache
 from simulator.engine.core import Extra, Price, State
 from simulator.engine.jit import inlined, inlined_or_none
-from simulator.engine.prefix_cache import Cache
 from simulator.engine.queues import Queue
 from simulator.engine.speculation import Batch, Spec, Tariff
 from simulator.engine.swap import Swap

@@ -22,6 +22,7 @@ from simulator.engine.batch import (
     tokens_per_sequence,
     unlink_running,
 )
+from simulator.engine.block_runs import take
 from simulator.engine.clients import free_slot
 from simulator.engine.core import (
     ADMITTED,
@@ -58,7 +59,7 @@ from simulator.engine.core import (
 )
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.kv_blocks import blocks_at_most, blocks_beyond, blocks_owned_at, blocks_to_take
-from simulator.engine.prefix_cache import admit, give_back, look_up, publish, publish_rest, take
+from simulator.engine.prefix_cache import admit, give_back, look_up, publish, publish_rest
 from simulator.engine.progressions import blocks_for
 from simulator.engine.queues import (
     ALL,

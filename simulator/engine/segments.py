@@ -18,6 +18,7 @@ from simulator.engine.batch import (
     tokens_per_sequence,
     unlink_running,
 )
+from simulator.engine.block_runs import START
 from simulator.engine.core import (
     BATCH,
     BLOCKS_INTEGRAL,
@@ -69,11 +70,7 @@ from simulator.engine.core import (
 from simulator.engine.heaps import pop_key
 from simulator.engine.jit import compiled, inlined
 from simulator.engine.kv_blocks import blocks_at_most, blocks_owned_at, leave_behind
-from simulator.engine.prefix_cache import (
-    START,
-    note_end,
-    publish,
-)
+from simulator.engine.prefix_cache import note_end, publish
 from simulator.engine.progressions import (
     count_itl,
     end_of_steps,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.engine import core, full_loop, prefix_cache, queues, skip_ahead, speculation, swap, tiers
+from simulator.engine import block_runs, core, full_loop, queues, skip_ahead, speculation, swap, tiers
 from simulator.engine.new_queue import new_queue
 from simulator.engine.new_state import new_cache, new_spec, new_state, warm_store
 from simulator.engine.records import (
@@ -221,11 +221,11 @@ class Engine:
 
     @property
     def cache_log(self) -> NDArray[np.int64]:
-        """What the prefix cache did, as :attr:`simulator.engine.prefix_cache.Cache.log` says it."""
+        """What the prefix cache did, as :attr:`simulator.engine.block_runs.Cache.log` says it."""
         if self._extra is None:
             return np.zeros((0, 4), dtype=np.int64)
         cache = self._extra.cache
-        kept: NDArray[np.int64] = cache.log[: int(cache.ints[prefix_cache.N_LOG])]
+        kept: NDArray[np.int64] = cache.log[: int(cache.ints[block_runs.N_LOG])]
         return kept
 
     def advance(self, until_s: float = math.inf, known_s: float = math.inf) -> None:
@@ -313,10 +313,10 @@ class Engine:
             cache = whole.cache
             reused = cache.reused
             totals |= {
-                "cache_queried_tokens": int(cache.ints[prefix_cache.QUERIED]),
-                "cache_hit_tokens": int(cache.ints[prefix_cache.HIT_TOKENS]),
-                "cache_hit_pairs": int(cache.ints[prefix_cache.HIT_PAIRS]),
-                "evicted_blocks": int(cache.ints[prefix_cache.EVICTED]),
+                "cache_queried_tokens": int(cache.ints[block_runs.QUERIED]),
+                "cache_hit_tokens": int(cache.ints[block_runs.HIT_TOKENS]),
+                "cache_hit_pairs": int(cache.ints[block_runs.HIT_PAIRS]),
+                "evicted_blocks": int(cache.ints[block_runs.EVICTED]),
             }
         first_token, finish = out.first_token, out.finish
         attempts = np.asarray(out.status != NOT_ARRIVED, dtype=np.int32)

@@ -20,6 +20,7 @@ from simulator.engine.batch import (
     start_decoding,
     unlink_running,
 )
+from simulator.engine.block_runs import EPOCH, N_ENDED
 from simulator.engine.clients import (
     departure_of,
     end_any_load,
@@ -76,7 +77,7 @@ from simulator.engine.full_loop import begin_step, count_latencies_after_stall, 
 from simulator.engine.jit import compiled, entry, inlined
 from simulator.engine.kv_blocks import leave_published, release_of_step
 from simulator.engine.parts import HOST_SHARE, extra_of, load_price, part_of, store_price
-from simulator.engine.prefix_cache import EPOCH, N_ENDED, catch_up, release_ended
+from simulator.engine.prefix_cache import catch_up, release_ended
 from simulator.engine.queues import (
     ALL,
     GONE,

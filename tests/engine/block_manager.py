@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from simulator.engine.prefix_cache import ADMITS, FREES, GIVES, LEAVES, PUBLISHES, TAKES
+from simulator.engine.block_runs import ADMITS, FREES, GIVES, LEAVES, PUBLISHES, TAKES
 from simulator.engine.records import Requests
 from simulator.roofline.kv_groups import KvGroups
 

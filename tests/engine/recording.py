@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from simulator.engine.prefix_cache import ADMITS, FREES, GIVES, LEAVES, PUBLISHES, TAKES
+from simulator.engine.block_runs import ADMITS, FREES, GIVES, LEAVES, PUBLISHES, TAKES
 from simulator.engine.records import EngineResult
 from simulator.engine.reference import Replica
 from simulator.engine.reference_cache import NOBODY

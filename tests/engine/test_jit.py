@@ -61,7 +61,9 @@ def test_every_compiled_module_enters_the_cache_key():
     compiled = {
         p.name
         for p in ENGINE.glob("*.py")
-        if re.search(r"^@(entry|compiled|compiled_once|inlined|inlined_entry|inlined_or_none)$", p.read_text(), re.MULTILINE)
+        if re.search(
+            r"^@(entry|compiled|compiled_once|inlined|inlined_entry|inlined_or_none)$", p.read_text(), re.MULTILINE
+        )
     }
     needed = compiled | {m for name in compiled for m in imports(name)}
     assert needed <= set(jit.COMPILED_SOURCES)

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from simulator.engine.block_hashes import BlockHashes
-from simulator.engine.prefix_cache import ADMITS, PUBLISHES
+from simulator.engine.block_runs import ADMITS, PUBLISHES
 from simulator.engine.records import FINISHED, EngineResult
 from simulator.engine.reference import Replica
 from simulator.engine.refusals import LASTING, features_of
