@@ -24,8 +24,8 @@ from simulator.roofline.kv_groups import KvGroups
 NEXT, PREVIOUS, COUNT, ID, OWNERS, NEWER, OLDER, STAMP = range(8)
 """NEXT of a run that is owned is the one that was parted from it. ID is chain << PART_BITS | place of the run's first block in its unit; the chain of a unit in a group is
 unit · groups + group."""
-# the first columns of a table in Cache.table: where its entries begin and end, which follow
-BEGIN, END, HEADER = range(3)
+# columns of Cache.spans
+BEGIN, END = range(2)
 # indices into Cache.ints
 (
     N_NODES,
@@ -80,7 +80,9 @@ class Cache(NamedTuple):
     largest, counts
         the largest of ``sizes``; [requests] blocks of each request that have an id.
     table, stride
-        runs that slot s owns of group g are in ``table[(s * groups + g) * stride :]``: :data:`HEADER` columns, then each as node << PART_BITS | blocks.
+        runs that slot s owns of group g are in ``table[(s * groups + g) * stride :]``, each as node << PART_BITS | blocks.
+    spans
+        [slots · groups, 2] where those that are left of them begin there, and where they end.
     slots
         [slots, 8] of a running request, how many of its blocks of a group are published, where its prefill started (C8), the number of its
         admission, and the step that fills its next block with an id (-1: none). PLACE, PART: which of its units, and which block of it, is the first that is not published.
@@ -121,6 +123,7 @@ class Cache(NamedTuple):
     counts: Any
     table: Any
     stride: int
+    spans: Any
     slots: Any
     lists: Any
     pieces: Any
@@ -164,7 +167,7 @@ def new_cache(
         tiers = ()
     if counts is None:
         counts = np.diff(hashes.offsets)
-    stride = HEADER + int(counts.max(initial=0))
+    stride = int(counts.max(initial=0))
     ids, offsets, lengths = hashes.units(longest)
     sizes = parts * lengths
     largest = int(sizes.max(initial=1))
@@ -189,6 +192,7 @@ def new_cache(
         counts=counts,
         table=np.zeros(max_num_seqs * groups.count * stride, dtype=np.int64),
         stride=stride,
+        spans=np.zeros((max_num_seqs * groups.count, 2), dtype=np.int64),
         slots=np.zeros((max_num_seqs, N_COLUMNS), dtype=np.int64),
         lists=np.zeros((max_num_seqs, N_LISTS), dtype=np.int64),
         pieces=np.zeros(max(largest, stride), dtype=np.int64),

@@ -27,7 +27,7 @@ _OF_RANK: dict[type, tuple[str, ...]] = {
         if name not in {"pending_time", "pending_row", "timeline", "bits_f", "bits_i"}
     ),
     queues.Queue: ("ints", "floats", "tenants", "slots", "heap_rank", "heap_entry"),
-    block_runs.Cache: ("nodes", "first", "table", "slots", "lists", "fills", "n_fills", "ints"),
+    block_runs.Cache: ("nodes", "first", "table", "spans", "slots", "lists", "fills", "n_fills", "ints"),
     tiers.Tiers: ("rings", "counts", "times"),
     tiers.Loads: ("times", "rows", "ints"),
     swap.Swap: ("moves", "ints", "delay"),

@@ -122,6 +122,7 @@ def _cache_of(cache: Cache, g: int) -> Cache:
         cache.counts,
         _of(cache.table, g)[0],
         cache.stride,
+        _table_of(cache.spans, g)[0],
         _table_of(cache.slots, g)[0],
         _table_of(cache.lists, g)[0],
         cache.pieces,

@@ -27,7 +27,6 @@ from simulator.engine.block_runs import (
     FILL_STEP,
     FREES,
     GIVES,
-    HEADER,
     HIT_PAIRS,
     HIT_TOKENS,
     ID,
@@ -278,8 +277,8 @@ def admit(
     freed = 0
     place, part = 0, 0
     for group in range(cache.groups):
-        base = (slot * cache.groups + group) * cache.stride
-        entry = base + HEADER
+        table = slot * cache.groups + group
+        entry = table * cache.stride
         found = min(passed, hits) if group < cache.windowed else 0
         place, part = cache.offsets[row], 0
         if found > 0:
@@ -302,8 +301,8 @@ def admit(
             runs += 1
             if part == size:
                 place, part, runs = place + 1, 0, 0
-        cache.table[base + BEGIN] = HEADER
-        cache.table[base + END] = entry - base
+        cache.spans[table, BEGIN] = 0
+        cache.spans[table, END] = entry - table * cache.stride
     cache.slots[slot, PLACE] = place
     cache.slots[slot, PART] = part
     cache.slots[slot, PUBLISHED] = hits
@@ -338,8 +337,8 @@ def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
     place, part = 0, 0
     freed = 0
     for group in range(cache.groups):
-        base = (slot * cache.groups + group) * cache.stride
-        entry = base + cache.table[base + END]
+        table = slot * cache.groups + group
+        entry = table * cache.stride + cache.spans[table, END]
         done = published
         place, part = cache.slots[slot, PLACE], cache.slots[slot, PART]
         if group < cache.windowed and cache.slots[slot, LEFT] > done:
@@ -375,7 +374,7 @@ def publish(cache: Cache, slot: int, row: int, full: int, moment: int) -> int:
             part = stop
             if part == size:
                 place, part = place + 1, 0
-        cache.table[base + END] = entry - base
+        cache.spans[table, END] = entry - table * cache.stride
     cache.slots[slot, PLACE] = place
     cache.slots[slot, PART] = part
     cache.slots[slot, PUBLISHED] = full
@@ -420,8 +419,9 @@ def release(cache: Cache, slot: int, row: int, owned: int, passed: int) -> int:
         anonymous = places - max(cache.slots[slot, PUBLISHED], passed if group < cache.windowed else 0)
         freed += anonymous
         append_run(cache, anonymous)
-        base = (slot * cache.groups + group) * cache.stride
-        for i in range(cache.table[base + END] - 1, cache.table[base + BEGIN] - 1, -1):
+        table = slot * cache.groups + group
+        base = table * cache.stride
+        for i in range(cache.spans[table, END] - 1, cache.spans[table, BEGIN] - 1, -1):
             node = cache.table[base + i] >> PART_BITS
             left = (cache.table[base + i] & PART_MASK) - nodes[node, COUNT]
             n = 0
@@ -433,8 +433,8 @@ def release(cache: Cache, slot: int, row: int, owned: int, passed: int) -> int:
             freed += _disown(cache, node)
             for k in range(n - 1, -1, -1):
                 freed += _disown(cache, cache.pieces[k])
-        cache.table[base + BEGIN] = HEADER
-        cache.table[base + END] = HEADER
+        cache.spans[table, BEGIN] = 0
+        cache.spans[table, END] = 0
     cache.slots[slot, PUBLISHED] = 0
     cache.slots[slot, FILL_STEP] = -1
     if len(cache.log) > 0:
@@ -499,8 +499,9 @@ def leave_noted(cache: Cache, rows: Any) -> int:
         if len(cache.log) > 0:
             note(cache, LEAVES, rows[slot], passed, 0)
         for group in range(cache.windowed):
-            base = (slot * cache.groups + group) * cache.stride
-            i = cache.table[base + BEGIN]
+            table = slot * cache.groups + group
+            base = table * cache.stride
+            i = cache.spans[table, BEGIN]
             n = 0
             left = count
             while left > 0:
@@ -518,7 +519,7 @@ def leave_noted(cache: Cache, rows: Any) -> int:
                     cache.table[base + i] = node << PART_BITS | size
                 else:
                     i += 1
-            cache.table[base + BEGIN] = i
+            cache.spans[table, BEGIN] = i
             for k in range(n - 1, -1, -1):
                 freed += _disown(cache, cache.pieces[k])
     cache.ints[N_LEAVING] = 0
