@@ -203,8 +203,8 @@ def test_tables_shorter_than_the_settings_are_refused():
 
 
 @entry
-def join(batch, slot, step, rate, prompt, emitted):
-    speculation.join(batch, slot, step, rate, prompt, emitted, 1 << 40, 0)
+def join(batch, slot, step, rate, prompt, emitted, kept):
+    speculation.join(batch, slot, step, rate, prompt, emitted, 1 << 40, kept)
 
 
 @entry
@@ -218,8 +218,13 @@ def take_blocks_of_steps(batch, step, k, free, owned, d0, q, profile):
 
 
 @entry
-def steps_to_gift(batch, step):
+def steps_to_any_gift(batch, step):
     return speculation.steps_to_any_gift(batch, step)
+
+
+@entry
+def steps_to_gift(batch, step, k):
+    return speculation.steps_to_gift(batch, step, k)
 
 
 class PlainBlocks:
@@ -229,19 +234,32 @@ class PlainBlocks:
         self.block_size, self.lookahead, self.groups = block_size, lookahead, groups
         self.running = {}
 
-    def join(self, slot, step, rate, prompt, emitted):
-        self.running[slot] = [step, rate, prompt - 1, emitted << speculation.UNIT_BITS, prompt + emitted - 1]
+    def join(self, slot, step, rate, prompt, emitted, kept):
+        self.running[slot] = [step, rate, prompt - 1, emitted << speculation.UNIT_BITS, prompt + emitted - 1, kept]
 
     def computed(self, slot, step):
-        since, rate, base, progress, _ = self.running[slot]
+        since, rate, base, progress, *_ = self.running[slot]
         return base + ((progress + (step - since) * rate) >> speculation.UNIT_BITS)
 
-    def owned(self, slot, step, held=None):
-        """Blocks of a sequence at a step that has blocks for ``held`` tokens (W3, W6)."""
+    def passed(self, slot, step):
+        """Blocks of a windowed group that lie before a sequence's window (W2)."""
         groups, tokens = self.groups, self.computed(slot, step)
         passed = tokens - tokens % groups.window if groups.chunked else max(0, tokens + 1 - groups.window)
-        pages = -(-(self.running[slot][4] if held is None else held) // self.block_size)
-        return groups.count * pages - (groups.windowed * (passed // self.block_size) if groups.windowed else 0)
+        return passed // self.block_size if groups.windowed else 0
+
+    def owned(self, slot, step, held=None):
+        """Blocks of a sequence at a step that has blocks for ``held`` tokens (W3, W6), with those it has left that can be found (W10)."""
+        tokens, kept = self.running[slot][4:]
+        pages = -(-(tokens if held is None else held) // self.block_size)
+        began = min(kept, self.passed(slot, self.running[slot][0]))
+        lost = began + max(0, self.passed(slot, step) - max(kept, began))
+        return self.groups.count * pages - self.groups.windowed * lost
+
+    def leave_what_can_be_found(self, step):
+        """Sequences whose windows have left a block between a step and the next that can be found."""
+        return {
+            s for s, state in self.running.items() if self.passed(s, step) < min(self.passed(s, step + 1), state[5])
+        }
 
     def all_owned(self, step):
         return sum(self.owned(slot, step) for slot in self.running)
@@ -260,6 +278,26 @@ def kv_groups(draw):
     return KvGroups(draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.booleans()))
 
 
+def test_a_segment_ends_where_a_window_is_looked_at_that_soon_leaves_what_can_be_found():
+    # One token a pass, blocks of 3, W = 9: with 4 tokens computed at step 0 the first block is left once 11 are, so before step 7. It is too far off to
+    # be listed and is looked for every 3 steps: a segment from step 5 on must not pass the look before step 6, which finds it one step on.
+    plan = limits(chain(1, 0.0), block_size=3, kv_groups=KvGroups(0, 1, 9))
+    batch = new_spec(flat_cost(window=9), plan, requests_of([0.0], [1], [1])).batch
+    batch.slots[0, speculation.PROGRESS] = 0
+    join(batch, 0, 0, speculation.UNIT, 4, 1, 1)
+    step, ends = 0, []
+    while not batch.ints[speculation.N_GIFTS]:
+        k = int(steps_to_gift(batch, step, 3))
+        step += take_blocks_of_steps(batch, step, k, 100, 0, 1.0, 0.0, np.zeros(3, dtype=np.int64))[0]
+        ends.append(step)
+    assert ends == [3, 6, 7]
+    late = new_spec(flat_cost(window=9), plan, requests_of([0.0], [1], [1])).batch
+    join(late, 0, 0, speculation.UNIT, 4, 1, 1)
+    for step, k in ((0, 3), (3, 2)):
+        take_blocks_of_steps(late, step, k, 100, 0, 1.0, 0.0, np.zeros(3, dtype=np.int64))
+    assert steps_to_gift(late, 5, 3) == 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data(), kv_groups())
 def test_the_rings_of_blocks_equal_a_plain_model(data, groups):
@@ -276,17 +314,19 @@ def test_the_rings_of_blocks_equal_a_plain_model(data, groups):
             slot = next(s for s in range(8) if s not in plain.running)
             rate = data.draw(st.integers(unit, (depth + 1) * unit))
             prompt, emitted = data.draw(st.integers(1, 50)), data.draw(st.integers(1, 5))
+            kept = data.draw(st.booleans()) * ((prompt + emitted - 1) // block_size) if groups.windowed else 0
             batch.slots[slot, speculation.PROGRESS] = 0
-            join(batch, slot, step, rate, prompt, emitted)
-            plain.join(slot, step, rate, prompt, emitted)
+            join(batch, slot, step, rate, prompt, emitted, kept)
+            plain.join(slot, step, rate, prompt, emitted, kept)
         elif action == "leave" and plain.running:
             slot = data.draw(st.sampled_from(sorted(plain.running)))
-            pages, passed = batch.slots[slot, speculation.PAGES], batch.slots[slot, speculation.PASSED]
-            assert groups.count * pages - groups.windowed * passed == plain.owned(slot, step)
+            assert batch.slots[slot, speculation.PAGES] == -(-plain.running[slot][4] // block_size)
+            assert batch.slots[slot, speculation.PASSED] == plain.passed(slot, step)
             leave(batch, slot)
             del plain.running[slot]
         elif action == "steps":
             k, free = data.draw(st.integers(1, block_size if groups.windowed else 30)), data.draw(st.integers(0, 60))
+            k = int(steps_to_gift(batch, step, k))
             d0, q = data.draw(st.integers(1, 5)) / 8, data.draw(st.integers(0, 5)) / 64
             before = plain.all_owned(step)
             all_blocks = before + free
@@ -304,8 +344,12 @@ def test_the_rings_of_blocks_equal_a_plain_model(data, groups):
                 taken += 1
                 given.append(seen[-1] - plain.all_owned(step + taken))
             profile[:] = 0
-            assert not any(given[: steps_to_gift(batch, step) - 1])
+            assert not any(given[: steps_to_any_gift(batch, step) - 1])
+            assert not any(plain.leave_what_can_be_found(step + j) for j in range(taken - 1))
+            leaving = plain.leave_what_can_be_found(step + taken - 1) if taken else set()
             found = take_blocks_of_steps(batch, step, k, all_blocks - before, before, d0, q, profile)
+            assert set(batch.slots[: batch.ints[speculation.N_GIFTS], speculation.GIFT].tolist()) == leaving
+            batch.ints[speculation.N_GIFTS] = 0
             step += taken
             assert found == (taken, plain.all_owned(step), total)
             assert not groups.windowed or profile.tolist() == seen + [0] * (block_size - taken)
