@@ -44,10 +44,6 @@ class CountedPool:
         """Blocks of each windowed group that a request's window has left since its first token (W2)."""
         self.counts: dict[str, int] = {}
 
-    def blocks(self, places: int, passed: int) -> int:
-        """Blocks of all groups for so many of each, of which a window has left ``passed`` (W1, W3)."""
-        return self.groups.full * places + self.groups.windowed * (places - passed)
-
     def owned(self, row: int) -> int:
         """Blocks that a request owns."""
         return self.tables.get(row, 0)
@@ -75,7 +71,7 @@ class CountedPool:
 
     def take(self, row: int, places: int) -> None:
         """Give a request the blocks that it lacks for so many of each group."""
-        count = self.blocks(places, self.passed[row]) - self.tables[row]
+        count = self.groups.in_all(places, self.passed[row]) - self.tables[row]
         self.free -= count
         self.tables[row] += count
 
@@ -130,10 +126,6 @@ class BlockPool:
     def free(self) -> int:
         """Blocks in the queue."""
         return len(self.queue)
-
-    def blocks(self, places: int, passed: int) -> int:
-        """Blocks of all groups for so many of each, of which a window has left ``passed`` (W1, W3)."""
-        return self.groups.full * places + self.groups.windowed * (places - passed)
 
     def owned(self, row: int) -> int:
         """Blocks that a request owns."""

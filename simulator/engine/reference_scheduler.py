@@ -81,7 +81,7 @@ class Scheduler:
 
     def blocks_for(self, tokens: int, passed: int) -> int:
         """Return the blocks that ``tokens`` tokens take, when a window has left ``passed`` of each of its groups behind (W1, W3)."""
-        return self.pool.blocks(self.pages(tokens), passed)
+        return self.settings.kv_groups.in_all(self.pages(tokens), passed)
 
     def passed(self, computed: int) -> int:
         """Blocks of a windowed group that the window has left once ``computed`` tokens are there (W2)."""
@@ -236,13 +236,9 @@ class Scheduler:
         self.pool.count_admission(request.known, max(hits * self.settings.block_size, request.loaded))
         request.asks, request.loaded = False, 0
         if self.host is not None and request.saved:
-            places, passed, windowed = (
-                self.pages(request.saved),
-                self.passed(computed),
-                self.settings.kv_groups.windowed,
-            )
-            firsts = [max(hits, passed)] * windowed + [hits] * self.settings.kv_groups.full
-            self.host.copy_in(request.row, sum(max(0, places - first) for first in firsts))
+            groups, missing = self.settings.kv_groups, range(hits, self.pages(request.saved))  # W9
+            in_window = range(max(hits, self.passed(computed)), missing.stop)
+            self.host.copy_in(request.row, groups.full * len(missing) + groups.windowed * len(in_window))
         request.saved = 0
         if isnan(request.scheduled_s):
             request.scheduled_s = self.clock.now

@@ -45,6 +45,10 @@ class KvGroups:
         """Groups in all."""
         return self.full + self.windowed
 
+    def in_all(self, places: int, passed: int) -> int:
+        """Blocks of all groups for so many places of each, of which a window has left the first ``passed`` (W1, W3)."""
+        return self.count * places - self.windowed * passed
+
     def passed(self, tokens: int, block_size: int) -> int:
         """Blocks of each windowed group that the window has left once ``tokens`` tokens are computed (W2).
 

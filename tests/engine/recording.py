@@ -2,13 +2,12 @@
 
 from typing import NamedTuple
 
-import pytest
-
 from simulator.engine.block_runs import ADMITS, FREES, GIVES, LEAVES, PUBLISHES, TAKES
 from simulator.engine.records import EngineResult
 from simulator.engine.reference import Replica
 from simulator.engine.reference_cache import NOBODY
 from simulator.engine.reference_scheduler import Scheduler
+from simulator.engine.single import Engine
 from tests.engine.strategies import Case
 
 
@@ -29,9 +28,6 @@ def reference_logs(case: Case) -> tuple[EngineResult, list[Log]]:
 
 def compiled_log(case: Case, log_size: int = 600_000) -> tuple[EngineResult, Log]:
     """Run the compiled engine, on a plain replica without host memory; return its result and its log."""
-    pytest.importorskip("simulator.engine.compiled", reason="no compiled engine here")
-    from simulator.engine.single import Engine
-
     engine = Engine(*case, log_size=log_size)
     engine.advance()
     entries = [tuple(entry) for entry in engine.cache_log.tolist()]
